@@ -1,0 +1,19 @@
+"""The `launch` command; `python -m launch` is the same."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    from launch.cli import main as run
+
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    # Python put the working folder first, where a `trainers/` of the user's would shadow ours.
+    if not sys.flags.safe_path and Path(sys.path[0]) != Path(__file__).parents[1]:
+        del sys.path[0]
+    main()

@@ -1,0 +1,383 @@
+"""The command line: parse, call, print. No logic.
+
+What is heavy to import (pydantic, ruamel.yaml, rich) is imported by the command that needs it, so that
+`launch --help` answers in a blink.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json as jsonlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+
+from launch import spec as specs
+from trainers.errors import UserError
+
+EXAMPLES = """\b
+launch cifar10 data=sample train.steps=100 --procs 1
+launch cifar10 --gpus 2 optim.lr=0.2 --wandb online
+launch train.py --gpus 2 -- --lr 1e-3"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    asked = SimpleNamespace(verbose=False, script_args=None)
+    if "--" in words:
+        cut = words.index("--")
+        words, asked.script_args = words[:cut], words[cut + 1:]
+    try:
+        code = cli.main(words or ["--help"], prog_name="launch", obj=asked, standalone_mode=False) or 0
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _fail(error, error.exit_code, asked.verbose)
+    except click.UsageError as error:
+        return _fail(_usage(error), 2, asked.verbose)
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:  # `launch runs | head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        hint = None if asked.verbose else "--verbose shows the traceback"
+        return _fail(UserError(f"{type(error).__name__}: {error}", hint), 1, asked.verbose)
+
+
+def _fail(error: UserError, code: int, verbose: bool) -> int:
+    if verbose:
+        traceback.print_exc()
+    print(UserError(" ".join(error.message.splitlines()), error.hint), file=sys.stderr)
+    return code
+
+
+def _usage(error: click.UsageError) -> UserError:
+    """click's errors, said as all others are."""
+    context = error.ctx
+    path = context.command_path if context else "launch"
+    hint = f"`{path} --help` shows what there is" if context else None
+    match error:
+        case click.NoSuchOption():
+            if near := difflib.get_close_matches(error.option_name.lstrip("-"), _options(context), n=1):
+                hint = f"did you mean `--{near[0]}`?"
+            elif isinstance(context.command, click.Group):
+                hint = f"options come after the command or task: `launch TASK {error.option_name} ...`"
+            elif isinstance(context.command, Script):
+                hint = f"what is the script's comes after `--`: `{path} -- {error.option_name} ...`"
+            return UserError(f"`{path}` has no option `{error.option_name}`", hint)
+        case click.MissingParameter():
+            return UserError(f"`{path}` needs {error.param.make_metavar(context)}", hint)
+        case click.BadParameter() if error.param is not None:
+            name = error.param.opts[0] if isinstance(error.param, click.Option) else error.param.make_metavar(context)
+            return UserError(f"`{name}`: {error.message.rstrip('.')}", hint)
+        case click.BadOptionUsage():
+            return UserError(f"`{error.option_name}` needs a value" if "requires" in error.message
+                             else f"`{error.option_name}` takes no value", hint)
+    return UserError(error.message.rstrip("."), hint)
+
+
+def _options(context: click.Context) -> list[str]:
+    """Without their dashes, which would make all of them alike."""
+    return [name[2:] for option in context.command.get_params(context) for name in option.opts if name.startswith("--")]
+
+
+# What is told twice is declared once
+
+
+def _set_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
+    context.find_object(SimpleNamespace).verbose |= value
+
+
+def verbose_option() -> click.Option:
+    return click.Option(["--verbose"], is_flag=True, expose_value=False, is_eager=True, callback=_set_verbose,
+                        help="Show the traceback of an error.")
+
+
+def runs_option(command: Callable) -> Callable:
+    return click.option("--runs", "root", type=click.Path(path_type=Path), envvar="LAUNCH_RUNS", default="runs",
+                        metavar="DIR", help="Where runs lie (LAUNCH_RUNS; ./runs).")(command)
+
+
+json_option = click.option("--json", is_flag=True, help="Print JSON.")
+run_argument = click.argument("word", metavar="RUN")
+
+
+def ranks_options(command: Callable) -> Callable:
+    gpus = click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="GPUs, one rank on each.")
+    procs = click.option("--procs", type=click.IntRange(min=1), metavar="N", help="CPU ranks, instead of GPUs.")
+    return gpus(procs(command))
+
+
+def spec_options(command: Callable) -> Callable:
+    """The spec's parts that are given by options; `_load` reads them."""
+    for option in (click.option("--config", type=click.Path(), metavar="FILE", help="A spec over the task's own."),
+                   click.option("--strategy", metavar="WORD", help="Short for train.strategy=WORD."),
+                   click.option("--wandb", metavar="MODE", help="Short for wandb.mode=MODE: online, offline, off."),
+                   click.option("--data", metavar="PATH", help="Short for data=PATH, or data=sample.")):
+        command = option(command)
+    return click.argument("overrides", nargs=-1, metavar="[key=value]...")(command)
+
+
+ALIASES = {"data": "data.source", "wandb": "wandb.mode", "strategy": "train.strategy"}
+
+
+def _load(context: click.Context, task: str, config: str | None, overrides: Sequence[str], **given: str | None) -> Any:
+    """(spec, cluster)"""
+    from launch.cluster import load_cluster
+
+    cluster = load_cluster("local")
+    overrides = [*overrides, *(f"{ALIASES[name]}={text}" for name, text in given.items() if text is not None)]
+    if task not in specs.tasks() and not os.path.exists(task):
+        raise _no_such(task, list(specs.tasks()))
+    if task in specs.tasks() or specs.is_spec(task):
+        _refuse_script_args(context, task)
+        return specs.load_spec(task, overrides, cluster=cluster, environment=os.environ, config_file=config), cluster
+    if config is not None:
+        raise UserError(f"`--config` is for tasks; `{task}` is a script", "give its keys as key=value")
+    return specs.script_spec(task, context.obj.script_args or [], overrides, cluster=cluster), cluster
+
+
+def _one_kind(gpus: int | None, procs: int | None) -> None:
+    if gpus is not None and procs is not None:
+        raise UserError("both `--gpus` and `--procs` are given", "GPU ranks or CPU ranks: keep one")
+
+
+def _no_such(word: str, names: Sequence[str]) -> UserError:
+    if os.sep in word or Path(word).suffix in (".py", ".yaml", ".yml"):
+        return UserError(f"there is no file `{word}`", f"looked in `{Path.cwd()}`" if not os.path.isabs(word) else None)
+    near = difflib.get_close_matches(word, names, n=2)
+    return UserError(f"there is no command, task or file `{word}`",
+                     f"did you mean {' or '.join(f'`{name}`' for name in near)}?" if near
+                     else "`launch --help` lists commands and tasks")
+
+
+def _refuse_script_args(context: click.Context, word: str) -> None:
+    if context.obj.script_args is not None:
+        raise UserError(f"what follows `--` is for a script, and `{word}` is none",
+                        "write the keys of a task as key=value")
+
+
+def _print_json(value: Any) -> None:
+    print(jsonlib.dumps(value, indent=1, ensure_ascii=False))
+
+
+# Words: commands, tasks, files
+
+
+class Script(click.Command):
+    """The command that a script's name is: what follows `--` is for it."""
+
+
+class Words(click.Group):
+    """`launch WORD`: a command, else a built-in task, else a file."""
+
+    def get_command(self, ctx: click.Context, word: str) -> click.Command | None:
+        if command := self.commands.get(word):
+            return command
+        if path := specs.tasks().get(word):
+            return _task_command(word, specs.description(path) + ".")
+        if specs.is_spec(word) and os.path.exists(word):
+            return _task_command(word, "A spec of your own.")
+        if os.path.exists(word):
+            return _task_command(word, "A script of your own; what follows `--` is for it.", Script)
+        return None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str, click.Command, list[str]]:
+        word, *rest = args
+        command = self.get_command(ctx, word)
+        if command is None:
+            raise _no_such(word, [*self.commands, *specs.tasks()])
+        if word in self.commands and word != "show":
+            _refuse_script_args(ctx, word)
+        return word, command, rest
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if rows := [(name, specs.description(path)) for name, path in specs.tasks().items()]:
+            with formatter.section("Tasks"):
+                formatter.write_dl(rows)
+        super().format_commands(ctx, formatter)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.format_commands(ctx, formatter)
+        click.Command.format_options(self, ctx, formatter)
+
+
+@click.group(cls=Words, params=[verbose_option()], subcommand_metavar="WORD [ARGS]...",
+             help="Run WORD, a task, a spec of your own (.yaml) or a script, or do what a command says.\n\n" + EXAMPLES)
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, help="Print the version.",
+              callback=lambda context, _, value: value and _version(context))
+def cli() -> None:
+    pass
+
+
+def _version(context: click.Context) -> None:
+    from importlib.metadata import version
+
+    print(version("launch-training"))
+    context.exit()
+
+
+def command(function: Callable) -> click.Command:
+    made = cli.command()(function)
+    made.params.append(verbose_option())
+    return made
+
+
+def _task_command(word: str, about: str, kind: type[click.Command] = click.Command) -> click.Command:
+    @click.command(word, cls=kind, help=about)
+    @spec_options
+    @ranks_options
+    @click.option("--debug", is_flag=True, help="One rank, in this process: breakpoint() works.")
+    @click.option("--dry-run", is_flag=True, help="Print what would run, and do nothing.")
+    @json_option
+    @runs_option
+    @click.pass_context
+    def run(context: click.Context, root: Path, gpus: int | None, procs: int | None, debug: bool, dry_run: bool,
+            json: bool, **given: Any) -> int:
+        _one_kind(gpus, procs)
+        if debug and kind is not Script:
+            given["overrides"] = specs.for_debugging(given["overrides"])
+        spec, cluster = _load(context, word, **given)
+        from launch.start import start
+
+        return start(spec=spec, runs=root, gpus=gpus, procs=procs, debug=debug, dry_run=dry_run, json=json,
+                     cluster=cluster)
+
+    run.params.append(verbose_option())
+    return run
+
+
+# Commands
+
+
+@command
+@json_option
+def tasks(json: bool) -> None:
+    """List the built-in tasks."""
+    rows = [{"name": name, "description": specs.description(path), "file": str(path)}
+            for name, path in specs.tasks().items()]
+    if json:
+        return _print_json(rows)
+    width = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        print(f"{row['name']:<{width}}  {row['description']}\n{'':<{width}}  {row['file']}")
+
+
+@command
+@click.argument("task")
+@spec_options
+@json_option
+@click.pass_context
+def show(context: click.Context, task: str, json: bool, **given: Any) -> None:
+    """Print a run's whole spec, and where each value comes from."""
+    spec, _ = _load(context, task, **given)
+    if json:
+        return _print_json({"name": spec.name, "values": spec.values, "origins": spec.origins})
+    print(specs.show(spec))
+
+
+@command
+@click.argument("task", required=False)
+def schema(task: str | None) -> None:
+    """Print the JSON Schema of specs, for editors."""
+    _print_json(specs.schema(task))
+
+
+@command
+@runs_option
+@json_option
+def runs(root: Path, json: bool) -> None:
+    """List the runs."""
+    from launch.runs import list_runs
+    from launch.show_runs import table
+
+    rows = list_runs(root)
+    _print_json(rows) if json else print(table(rows))
+
+
+@command
+@run_argument
+@runs_option
+@json_option
+def status(word: str, root: Path, json: bool) -> None:
+    """Say what became of a run."""
+    from launch.runs import find_run
+    from launch.runs import status as status_of
+    from launch.show_runs import details
+
+    found = status_of(find_run(root, word))
+    _print_json(found) if json else print(details(found))
+
+
+@command
+@run_argument
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
+@click.option("--rank", type=click.IntRange(min=0), metavar="K", help="Of this rank (0).")
+@click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Of this attempt alone.")
+@runs_option
+@json_option
+def logs(word: str, root: Path, follow: bool, rank: int | None, attempt: int | None, json: bool) -> None:
+    """Print what a rank has printed."""
+    from launch import logs as written
+    from launch.runs import find_run
+
+    run = find_run(root, word)
+    if json:
+        for line in written.lines(run, rank=rank, attempt=attempt, follow=follow):
+            print(jsonlib.dumps(line, ensure_ascii=False), flush=True)
+    else:
+        written.follow(run, rank=rank, attempt=attempt, follow=follow, write=_write)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@command
+@run_argument
+@runs_option
+@json_option
+def cancel(word: str, root: Path, json: bool) -> None:
+    """Stop a run, with a checkpoint."""
+    from launch import runs as running
+
+    run = running.find_run(root, word)
+    state = running.cancel(run)
+    _print_json({"id": run.id, "state": state}) if json else print(f"{run.id}: {state}")
+
+
+@command
+@run_argument
+@ranks_options
+@runs_option
+@json_option
+def resume(word: str, root: Path, gpus: int | None, procs: int | None, json: bool) -> int:
+    """Continue a run from its last checkpoint."""
+    _one_kind(gpus, procs)
+    from launch import start
+    from launch.runs import find_run
+
+    return start.resume(find_run(root, word), gpus=gpus, procs=procs, json=json)
+
+
+@command
+@run_argument
+@runs_option
+def sync(word: str, root: Path) -> int:
+    """Upload a run's offline W&B data."""
+    from launch.runs import find_run
+    from launch.sync import sync as upload
+
+    return upload(find_run(root, word))

@@ -1,0 +1,152 @@
+"""(run id, spec, cluster, resources) -> Plan: everything that will be run, as plain data.
+
+Pure: no clock, no network, no file system. What `--dry-run` shows is what runs, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Mapping
+
+from launch.cluster import ClusterConfig
+from launch.resources import Resources
+from launch.spec import Spec
+from trainers.config import RunConfig
+from trainers.paths import RunPaths
+
+CHOSEN_LATER = "<a free port, chosen when the attempt begins>"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One attempt of one run."""
+
+    run_id: str
+    name: str                 # of the task or script
+    folder: str               # the run directory, absolute
+    attempt: int
+    resources: Resources
+    batch: str | None         # how the global batch is split; None for a script
+    command: tuple[str, ...]  # what each rank executes
+    cwd: str                  # where
+    env: Mapping[str, str]    # what every rank gets on top of the inherited environment
+    files: Mapping[str, str]  # text by its path in the run directory, written before the first rank starts
+    equivalent: str           # the same job without `launch`
+    max_restarts: int
+    grace_s: float
+
+    def rank_env(self, node: int, local_rank: int, address: str, port: int | str) -> dict[str, str]:
+        """torchrun's variables for one rank."""
+        here = self.resources.ranks_per_node
+        return {
+            "RANK": str(node * here + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(self.resources.ranks),
+            "LOCAL_WORLD_SIZE": str(here),
+            "GROUP_RANK": str(node),
+            "GROUP_WORLD_SIZE": str(self.resources.nodes),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+        }
+
+
+def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resources, *, runs: Path, python: str,
+              cwd: Path, attempt: int = 1) -> Plan:
+    """The plan of attempt `attempt` of a run whose directory is `runs`/`run_id`.
+
+    Raises:
+        UserError: the batch does not divide over the ranks.
+    """
+    folder = runs / run_id
+    config = spec.config
+    env = {**cluster.env, **_rank_environment(config, resources, folder, attempt)}
+    files = {"run.yaml": spec.text}
+    if isinstance(config, RunConfig):
+        micro, accumulation = config.train.split(resources.ranks)
+        batch = (f"{config.train.batch_size} = {resources.ranks} rank(s) x {micro} micro-batch x "
+                 f"{accumulation} accumulation")
+        # -P: a `trainers/` or `launch.py` in the folder one stands in shadows nothing.
+        command = (python, "-P", "-m", "trainers.run", str(folder))
+        program = ["-m", "trainers.run", str(folder)]
+    else:
+        batch = None
+        command = (python, config.script, *config.args)
+        program = [config.script, *config.args]
+    accelerate_yaml = RunPaths(Path()).plan(attempt) / "accelerate.yaml"
+    if resources.device == "cuda":
+        files[str(accelerate_yaml)] = _accelerate_yaml(resources)
+        start = ["accelerate", "launch", "--config_file", str(folder / accelerate_yaml)]
+    else:
+        start = ["torchrun", "--nproc-per-node", str(resources.ranks)]
+    by_hand = {k: v for k, v in env.items() if k not in ("LAUNCH_EVENTS", "LAUNCH_ATTEMPT")}
+    if isinstance(config, RunConfig):
+        by_hand["PYTHONSAFEPATH"] = "1"
+    return Plan(
+        run_id=run_id, name=config.name, folder=str(folder), attempt=attempt, resources=resources, batch=batch,
+        command=command, cwd=str(cwd), env=env, files=files,
+        equivalent=shlex.join(["env", *(f"{k}={v}" for k, v in by_hand.items()), *start, *program]),
+        max_restarts=config.run.max_restarts, grace_s=config.run.grace_s,
+    )
+
+
+def _rank_environment(config, resources: Resources, folder: Path, attempt: int) -> dict[str, str]:
+    env = {
+        "LAUNCH_RUN_DIR": str(folder),
+        "LAUNCH_ATTEMPT": str(attempt),
+        "LAUNCH_EVENTS": "1",
+        "OMP_NUM_THREADS": str(resources.threads),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if resources.device == "cpu":
+        env["ACCELERATE_USE_CPU"] = "true"
+        if resources.nodes == 1:
+            env["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks for an address by the host's name, which may have none
+    elif isinstance(config, RunConfig) and config.train.deterministic:
+        env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS may sum in another order each time
+    return env
+
+
+def _accelerate_yaml(resources: Resources) -> str:
+    values = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU" if resources.ranks > 1 else "NO",
+        "num_machines": resources.nodes,
+        "num_processes": resources.ranks,
+        "machine_rank": 0,
+        "mixed_precision": "no",  # the loop does its own
+        "use_cpu": False,
+        "main_training_function": "main",
+        "rdzv_backend": "static",
+        "same_network": True,
+    }
+    # JSON scalars are YAML.
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
+
+
+def show(plan: Plan) -> str:
+    """The plan for a person: every command, environment variable and file."""
+    r = plan.resources
+    lines = [
+        f"run        {plan.run_id}",
+        f"directory  {plan.folder}",
+        f"ranks      {r.ranks} on {r.device}, {r.nodes} node(s), {r.threads} thread(s) each",
+    ]
+    if plan.batch:
+        lines.append(f"batch      {plan.batch}")
+    lines += ["", f"# each rank, in {plan.cwd}", shlex.join(plan.command), "", "# environment of every rank"]
+    lines += [f"{key}={shlex.quote(value)}" for key, value in plan.env.items()]
+    for local_rank in range(r.ranks_per_node):
+        env = plan.rank_env(0, local_rank, "127.0.0.1", CHOSEN_LATER)
+        lines += ["", f"# environment of rank {env['RANK']}"] + [f"{k}={v}" for k, v in env.items()]
+    for path, text in plan.files.items():
+        lines += ["", f"# file {path}", text.rstrip("\n")]
+    lines += ["", "# the same by hand, once these files are there", plan.equivalent]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(plan: Plan) -> dict:
+    ranks = [plan.rank_env(0, i, "127.0.0.1", CHOSEN_LATER) for i in range(plan.resources.ranks_per_node)]
+    return {**asdict(plan), "rank_env": ranks}

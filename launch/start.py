@@ -1,0 +1,151 @@
+"""From a spec to a run, and from a run that was stopped to its next attempt."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+import secrets
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from launch import local, runs as records
+from launch.cluster import ClusterConfig, load_cluster
+from launch.node import Outcome
+from launch.plan import Plan, as_json, make_plan, show
+from launch.resources import Resources, local_resources
+from launch.spec import Spec
+from launch.view import View, make_view
+from trainers.errors import UserError
+from trainers.events import duration
+from trainers.files import read_json
+from trainers.paths import RunPaths
+from trainers.spec import read_spec
+
+
+def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, debug: bool, dry_run: bool, json: bool,
+          cluster: ClusterConfig) -> int:
+    """Plan a new run on this machine and execute it. Returns the exit code.
+
+    Raises:
+        UserError: something the user must mend; nothing was written.
+    """
+    if debug and max(gpus or 0, procs or 0) > 1:
+        raise UserError("--debug runs one rank in this process", "leave out --gpus and --procs, or give 1")
+    resources = local_resources(gpus, procs)
+    if hasattr(spec.config, "check"):
+        spec.config.check()
+    plan_of = partial(_plan, new_run_id(spec.name), spec, cluster, resources, runs.absolute(), Path.cwd())
+    plan = plan_of(1)
+    if dry_run:
+        print(jsonlib.dumps(as_json(plan), indent=1, ensure_ascii=False) if json else show(plan), end="\n" * json)
+        return 0
+    view = make_view(json)
+    paths = local.create_run(plan)
+    view.notice(f"run {plan.run_id} in {_shown(paths.root)}: {_on(resources)}")
+    return _run(plan_of, paths, view, plan.max_restarts, debug)
+
+
+def resume(run: records.Run, *, gpus: int | None, procs: int | None, json: bool) -> int:
+    """Continue a run that is neither running nor finished. Returns the exit code.
+
+    Raises:
+        UserError: it is running, or its record cannot be read.
+    """
+    paths, view = run.paths, make_view(json)
+    state = records.state(run.record)
+    if state == "running":
+        raise UserError(f"run {paths.id} is running", f"see `launch status {paths.id}`, or stop it: `launch cancel {paths.id}`")
+    if state == "finished":
+        view.notice(f"run {paths.id} is finished: nothing to resume")
+        view.close()
+        return 0
+    config = read_spec(paths.spec)
+    text = paths.spec.read_text(encoding="utf-8")
+    spec = Spec(name=config.name, config=config, values={}, origins={}, text=text)
+    before = _last_attempt(paths)
+    if gpus is None and procs is None and before:
+        gpus, procs = (before["ranks"], None) if before["device"] == "cuda" else (None, before["ranks"])
+    cwd = Path(before["cwd"]) if before and Path(before["cwd"]).is_dir() else Path.cwd()
+    resources = local_resources(gpus, procs)
+    plan_of = partial(_plan, paths.id, spec, load_cluster("local"), resources, paths.root.parent, cwd)
+    plan = plan_of(run.record["attempt"] + 1)
+    view.notice(f"run {paths.id} in {_shown(paths.root)}, attempt {plan.attempt}: {_on(resources)}")
+    return _run(plan_of, paths, view, plan.max_restarts, debug=False)
+
+
+def new_run_id(name: str) -> str:
+    """Sorts by time, fits W&B, and is told apart from one made in the same second."""
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def _plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resources, runs: Path, cwd: Path,
+          attempt: int) -> Plan:
+    return make_plan(run_id, spec, cluster, resources, runs=runs, python=sys.executable, cwd=cwd, attempt=attempt)
+
+
+def _run(plan_of, paths: RunPaths, view: View, restarts: int, debug: bool) -> int:
+    began = time.monotonic()
+    try:
+        if debug:
+            return local.debug(plan_of, paths, view)
+        outcome, code = local.execute(plan_of, paths, view, restarts)
+        if outcome.failure:
+            view.event({"event": "failure", **outcome.failure.as_dict()})
+        else:
+            for line in _ending(outcome, paths, time.monotonic() - began):
+                view.notice(line)
+    finally:
+        view.close()
+    if outcome.failure:
+        _print_failure(outcome, paths)
+    return code
+
+
+def _ending(outcome: Outcome, paths: RunPaths, seconds: float) -> list[str]:
+    record = read_json(paths.record)
+    if outcome.kind == "finished":
+        model = [paths.checkpoint(record["checkpoint"])] if record["checkpoint"] is not None else []
+        figures = sorted(paths.figures.glob("*.png"))
+        return [*(f"model   {_shown(path)}" for path in model), *(f"figure  {_shown(path)}" for path in figures),
+                f"took    {duration(seconds)}"]
+    kept = f", checkpoint {record['checkpoint']}" if record["checkpoint"] is not None else ", without a checkpoint"
+    return [f"stopped at step {record['step']}{kept}; go on with `launch resume {_named(paths)}`"]
+
+
+def _print_failure(outcome: Outcome, paths: RunPaths) -> None:
+    """The one place where a failed attempt is told to the person at the terminal."""
+    failure = outcome.failure
+    # Rank 0's own words were on the terminal already.
+    if failure.traceback and failure.rank != 0:
+        print(failure.traceback, file=sys.stderr)
+    log = _shown(paths.log(paths.attempt_numbers()[-1], failure.rank))
+    hint = failure.hint or f"its log is {log}; `launch resume {_named(paths)}` goes on from the last checkpoint"
+    print(UserError(failure.message, hint), file=sys.stderr)
+
+
+def _last_attempt(paths: RunPaths) -> dict | None:
+    for number in reversed(paths.attempt_numbers()):
+        try:
+            return read_json(paths.attempt_record(number))
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _on(resources: Resources) -> str:
+    what = "GPU" if resources.device == "cuda" else "CPU rank"
+    return f"{resources.ranks} {what}{'s' if resources.ranks > 1 else ''}"
+
+
+def _shown(path: Path) -> str:
+    """Relative where that is shorter."""
+    relative = os.path.relpath(path)
+    return relative if len(relative) < len(str(path)) else str(path)
+
+
+def _named(paths: RunPaths) -> str:
+    """What to call the run in the next command: its id where `launch` looks for it, else its path."""
+    default = Path(os.environ.get("LAUNCH_RUNS", "runs")).absolute()
+    return paths.id if paths.root.parent == default else _shown(paths.root)

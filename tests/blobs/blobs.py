@@ -1,0 +1,44 @@
+"""A task for the tests: small images whose class is their mean's sign; BatchNorm and dropout if asked for."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from trainers.engine.task import Loss, Task
+
+
+class Blobs:
+    def __init__(self, count, seed, device):
+        generator = torch.Generator().manual_seed(seed)
+        self.images = torch.randn(count, 3, 6, 6, generator=generator).to(device)
+        self.labels = (self.images.mean((1, 2, 3)) > 0).long()
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, share):
+        rows = torch.from_numpy(share.indices)
+        noise = share.generator().normal(scale=0.1, size=share.size)[share.slots]
+        return self.images[rows] + torch.from_numpy(noise).float().view(-1, 1, 1, 1), self.labels[rows]
+
+
+class BlobsTask(Task):
+    def data(self, world):
+        return Blobs(300, 1, world.device), Blobs(101, 2, world.device)
+
+    def model(self):
+        exact = self.config.model.get("exact_over_ranks", False)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.Identity() if exact else nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+            nn.Identity() if exact else nn.Dropout(0.2), nn.Linear(128, 300), nn.ReLU(), nn.Linear(300, 2),
+        )
+
+    def loss(self, model, batch):
+        images, labels = batch
+        return Loss(F.cross_entropy(model(images), labels, reduction="sum"), len(labels))
+
+    def measure(self, model, batch):
+        images, labels = batch
+        logits = model(images)
+        return {"loss": (F.cross_entropy(logits, labels, reduction="sum"), len(labels)),
+                "top1": ((logits.argmax(1) == labels).sum(), len(labels))}

@@ -1,0 +1,201 @@
+"""Ranks as processes: scripts that import nothing heavy, so that what is tested is the node process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import alive, attempt, ranks_of, record, wait_until
+
+
+def script(folder: Path, text: str, name: str = "work.py") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def log(run: Path, rank: int, number: int = 1) -> str:
+    return (run / "attempts" / str(number) / "logs" / f"{rank}.log").read_text()
+
+
+def test_ranks_get_torchruns_variables_and_a_log_each(launch):
+    script(launch.folder, "import os, sys\n"
+           "print(*(os.environ[k] for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE')), sys.argv[1:])\n"
+           "print(os.environ['MASTER_ADDR'], 20000 <= int(os.environ['MASTER_PORT']) < 32000, file=sys.stderr)\n"
+           "assert sys.stdin.read() == '' and os.path.isdir(os.environ['LAUNCH_RUN_DIR'])\n")
+    args = ["--lr", "1e-3", "a b", "$(touch hacked)", "%j", "逗,号"]
+    done = launch("work.py", "--procs", 3, "--", *args)
+    assert done.returncode == 0, done.stderr
+    run = launch.run()
+    for rank in range(3):
+        assert log(run, rank) == f"{rank} {rank} 3 3 {args}\n127.0.0.1 True\n"
+    assert f"0 0 3 3 {args}\n" in done.stdout and "1 1 3 3" not in done.stdout
+    assert not (launch.folder / "hacked").exists()
+    assert record(run)["state"] == "finished" and attempt(run, 1)["outcome"] == "finished"
+
+
+def test_a_folder_with_names_of_ours_breaks_nothing(launch):
+    (launch.folder / "trainers").mkdir()
+    script(launch.folder, "raise SystemExit('the user\\'s launch.py was imported')", "launch.py")
+    script(launch.folder, "mine = 'the user\\'s own'", "trainers/__init__.py")
+    script(launch.folder, "import trainers\nprint(trainers.mine)")
+    done = launch("work.py", "--procs", 1)
+    assert done.returncode == 0 and "the user's own" in done.stdout, done.stderr
+
+
+def test_the_first_failure_is_recorded_and_the_others_are_ended(launch):
+    script(launch.folder, "import os, signal, time\n"
+           "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+           "if os.environ['RANK'] == '1':\n    time.sleep(0.5)\n    raise ValueError('a bad \\u5b57')\n"
+           "time.sleep(60)\n")
+    began = time.monotonic()
+    done = launch("work.py", "--procs", 3)
+    assert done.returncode == 1 and time.monotonic() - began < 15
+    failure = attempt(launch.run(), 1)["failure"]
+    assert (failure["rank"], failure["exit_code"], failure["signal"]) == (1, 1, None)
+    assert failure["traceback"].startswith("Traceback") and failure["traceback"].endswith("ValueError: a bad 字")
+    assert "error: rank 1 ended with exit code 1: ValueError: a bad 字" in done.stderr and "Traceback" in done.stderr
+    assert record(launch.run())["state"] == "failed"
+
+
+def test_a_rank_that_is_killed_is_named_with_its_signal(launch):
+    script(launch.folder, "import time; print('up', flush=True); time.sleep(60)")
+    process = launch.start("work.py", "--procs", 2)
+    ranks = wait_until(lambda: len(ranks_of(process.pid)) == 2 and ranks_of(process.pid), process=process)
+    os.kill(ranks[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1 and "error: rank 1 was ended by SIGKILL" in err
+    failure = attempt(launch.run(), 1)["failure"]
+    assert (failure["rank"], failure["exit_code"], failure["signal"]) == (1, None, "SIGKILL")
+    assert not any(map(alive, ranks))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT])
+def test_no_rank_outlives_the_node_process(launch, number):
+    script(launch.folder, "import time; print('up', flush=True); time.sleep(60)")
+    process = launch.start("work.py", "--procs", 3)
+    ranks = wait_until(lambda: len(ranks_of(process.pid)) == 3 and ranks_of(process.pid), process=process)
+    wait_until(lambda: all(p.read_text() for p in launch.folder.glob("runs/*/attempts/1/logs/*.log")))
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    wait_until(lambda: not any(map(alive, ranks)), timeout_s=5)
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 75)
+
+
+def test_nohup_is_respected(launch):
+    script(launch.folder, "import time; print('up', flush=True); time.sleep(2)")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as from nohup
+    try:
+        process = launch.start("work.py", "--procs", 1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_until(lambda: any(p.read_text() for p in launch.folder.glob("runs/*/attempts/1/logs/0.log")), process=process)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def test_a_second_ctrl_c_stops_at_once(launch):
+    script(launch.folder, "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+           "print('up', flush=True); time.sleep(60)")
+    process = launch.start("work.py", "--procs", 1)
+    wait_until(lambda: any(p.read_text() for p in launch.folder.glob("runs/*/attempts/1/logs/0.log")), process=process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=10)
+    assert process.returncode == 130 and "Ctrl-C again stops at once" in out
+
+
+def test_ranks_that_do_not_stop_are_killed_after_the_grace(launch):
+    script(launch.folder, "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+           "print('up', flush=True); time.sleep(60)")
+    process = launch.start("work.py", "--procs", 1, "run.grace_s=1")
+    wait_until(lambda: any(p.read_text() for p in launch.folder.glob("runs/*/attempts/1/logs/0.log")), process=process)
+    began = time.monotonic()
+    process.terminate()
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1 and 0.9 < time.monotonic() - began < 6
+    assert "did not stop within 1 s of SIGTERM" in err
+
+
+def test_restarts_are_counted_and_resume_starts_anew(launch):
+    script(launch.folder, "import os, sys\nn = int(os.environ['LAUNCH_ATTEMPT'])\nprint('attempt', n)\nsys.exit(n < 4)\n")
+    done = launch("work.py", "--procs", 1, "run.max_restarts=1")
+    assert done.returncode == 1 and "attempt 2" in done.stdout and "attempt 3" not in done.stdout
+    run = launch.run()
+    assert [attempt(run, n)["outcome"] for n in (1, 2)] == ["failed", "failed"]
+    assert launch("resume", run.name).returncode == 0  # attempts 3 and 4
+    assert record(run)["attempt"] == 4 and record(run)["state"] == "finished"
+
+
+def test_output_that_is_no_text_and_long_lines(launch):
+    script(launch.folder, "import os\nos.write(1, b'\\xff\\xfe no utf-8\\n' + b'x' * 300_000 + b'\\nno newline at the end')")
+    done = launch("work.py", "--procs", 1)
+    assert done.returncode == 0, done.stderr
+    path = launch.run() / "attempts/1/logs/0.log"
+    assert path.read_bytes() == b"\xff\xfe no utf-8\n" + b"x" * 300_000 + b"\nno newline at the end\n"
+
+
+def test_what_looks_like_an_event_but_is_none(launch):
+    script(launch.folder, r"print('\x1e{\"event\": \"step\"}'); print('\x1e[1]'); print('a\x1eb')")
+    done = launch("work.py", "--procs", 1)
+    assert done.returncode == 0, done.stderr
+    assert log(launch.run(), 0) == '\x1e{"event": "step"}\n\x1e[1]\na\x1eb\n'
+
+
+def test_json_is_one_object_a_line(launch):
+    script(launch.folder, "print('hello'); raise SystemExit(3)")
+    done = launch("work.py", "--procs", 1, "--json")
+    assert done.returncode == 1
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {"event": "text", "line": "hello"} in events
+    assert events[-1]["event"] == "failure" and events[-1]["exit_code"] == 3
+
+
+def test_gpus_that_are_not_there(launch):
+    script(launch.folder, "print(1)")
+    done = launch("work.py", "--gpus", 2, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and not launch.runs()
+    assert done.stderr.startswith("error: --gpus 2 was asked for; this machine has 0") and done.stderr.count("\n") == 2
+
+
+def test_debug_runs_in_the_command_itself_with_its_standard_input(launch):
+    import subprocess
+    import sys
+
+    from conftest import environment
+
+    script(launch.folder, "import os\nbreakpoint()\nprint('went on', os.getpid(), os.environ['WORLD_SIZE'])\n")
+    process = subprocess.Popen([sys.executable, "-P", "-m", "launch", "work.py", "--debug"], cwd=launch.folder, text=True,
+                               env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate("p 6 * 7\nc\n", timeout=30)
+    assert process.returncode == 0, err
+    assert "42" in out and f"went on {process.pid} 1" in out
+    assert record(launch.run())["state"] == "finished"
+
+
+def test_the_dry_run_writes_nothing_and_is_what_runs(launch):
+    script(launch.folder, "import json, os\n"
+           "print(json.dumps(dict(os.environ)), flush=True)\nprint(open('/proc/self/cmdline').read().split('\\0')[:-1])")
+    args = ["work.py", "--procs", "2", "--", "a b", "'"]
+    dry = launch(*args[:3], "--dry-run", "--json", *args[3:])
+    assert dry.returncode == 0, dry.stderr
+    assert list(launch.folder.iterdir()) == [launch.folder / "work.py"]
+    plan = json.loads(dry.stdout)
+    assert launch(*args).returncode == 0
+    run = launch.run()
+    for path, text in plan["files"].items():
+        assert (run / path).read_text() == text
+    for rank in (0, 1):
+        env, command = log(run, rank).splitlines()
+        env = {k: v.replace(run.name, plan["run_id"]) for k, v in json.loads(env).items()}
+        expected = {**plan["env"], **plan["rank_env"][rank]}
+        expected["MASTER_PORT"] = env["MASTER_PORT"]
+        assert {k: env[k] for k in expected} == expected
+        assert eval(command) == plan["command"]

@@ -1,0 +1,1 @@
+"""What one rank does. Knows nothing of SLURM, hosts or sbatch."""

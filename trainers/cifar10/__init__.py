@@ -1,0 +1,1 @@
+"""Image classification: CIFAR-10, any folder-per-class images, or drawn shapes."""

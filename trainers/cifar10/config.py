@@ -1,0 +1,91 @@
+"""What a run of `cifar10` is. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from trainers.config import Fraction, RunConfig, Section
+from trainers.errors import UserError
+
+OWN_MODELS = ("vgg", "resnet18")
+
+
+class Model(Section):
+    arch: str = Field("vgg", description="vgg or resnet18 for small images, or any torchvision classifier's name")
+    width: PositiveFloat = Field(1.0, description="of vgg: multiplies its channels and hidden units")
+    batch_norm: bool = Field(True, description="of vgg: BatchNorm after each convolution")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of vgg: share of hidden units dropped")
+    label_smoothing: Fraction = Field(0.0, description="share of the target spread over all classes in training")
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> "Model":
+        if self.arch != "vgg":
+            for key in ("width", "batch_norm", "dropout"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"model.{key} is of vgg alone; model.arch is {self.arch}")
+        return self
+
+
+class Data(Section):
+    source: Annotated[str, Field(min_length=1)] = Field(
+        "cifar10", description="cifar10, sample (drawn shapes, nothing to download), or a folder of images by class")
+    root: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="where downloads go; null: $LAUNCH_DATA, else ~/.cache/launch")
+    size: PositiveInt = Field(32, description="pixels a side; other images are scaled to it")
+    pad: Annotated[int, Field(ge=0)] = Field(4, description="reflected border for random crops, in pixels")
+    flip: bool = Field(True, description="left and right exchanged at random")
+    cutout: Annotated[int, Field(ge=0)] = Field(0, description="side of a square blanked at random, in pixels")
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="share of each class held out where a folder has no val, valid or test")
+
+    @field_validator("source", "root")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        # Made absolute where the user stands: a rank may stand elsewhere.
+        return value if value in (None, "cifar10", "sample") else os.path.abspath(os.path.expanduser(value))
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Data":
+        if self.pad >= self.size:
+            raise ValueError(f"data.pad is {self.pad}: a reflected border must be narrower than data.size, {self.size}")
+        return self
+
+    def download_root(self) -> Path:
+        """Where downloads go, with the environment of this process."""
+        return Path(self.root or os.environ.get("LAUNCH_DATA") or "~/.cache/launch").expanduser()
+
+
+class Cifar10Config(RunConfig):
+    """An image classifier."""
+
+    model: Model = Model()
+    data: Data = Data()
+
+    def check(self) -> None:
+        known = torchvision_models()
+        if self.model.arch not in OWN_MODELS and known and self.model.arch not in known:
+            near = ([name for name in known if name.startswith(self.model.arch)][:3]
+                    or get_close_matches(self.model.arch, [*OWN_MODELS, *known], n=3, cutoff=0.5))
+            raise UserError(f"unknown architecture `{self.model.arch}` (`model.arch`)",
+                            (f"did you mean {' or '.join(near)}? " if near else "") +
+                            "vgg, resnet18, or a classifier of torchvision.models")
+        if self.data.source not in ("cifar10", "sample"):
+            from trainers.data.folders import list_images
+            list_images(Path(self.data.source), self.data.eval_fraction)
+
+
+def torchvision_models() -> list[str]:
+    """The classifiers of the installed torchvision, read off its source: importing it takes seconds.
+    Empty where it is not installed (a login node): then the rank finds out."""
+    spec = find_spec("torchvision")
+    folders = spec.submodule_search_locations if spec else None
+    files = [file for folder in folders or () for file in sorted(Path(folder, "models").glob("*.py"))]
+    marked = re.compile(r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
+    return [name for file in files for name in marked.findall(file.read_text(encoding="utf-8"))]

@@ -1,0 +1,72 @@
+"""Image classification: top-1, the confusion matrix, the accuracy of each class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainers.cifar10.config import Cifar10Config
+from trainers.cifar10.model import make_model
+from trainers.data.augment import Augment
+from trainers.data.images import Images, load_cifar10, load_folder, resident
+from trainers.engine.task import Loss, Measures, Task
+from trainers.engine.world import World
+
+Batch = tuple[Tensor, Tensor]  # images float32 [n, 3, S, S], labels int64 [n]
+
+
+class Cifar10(Task):
+    unit = "images"
+    config: Cifar10Config
+
+    def data(self, world: World) -> tuple[Images, Images | None]:
+        data = self.config.data
+        match data.source:
+            case "cifar10":
+                sets = load_cifar10(data.download_root(), world)
+            case "sample":
+                from trainers.cifar10.shapes import draw_shapes
+                sets = draw_shapes()
+            case path:
+                sets = load_folder(Path(path), data.size, data.eval_fraction, world)
+        self.classes = sets.classes
+        self.evaluated = len(sets.test.labels) if sets.test else 0
+        return resident(sets, world.device, data.size, Augment(data.pad, data.flip, data.cutout))
+
+    def model(self) -> nn.Module:
+        """Of as many classes as `data`, which is called before, has found."""
+        return make_model(self.config.model, len(self.classes), self.config.data.size)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        images, labels = batch
+        smoothing = self.config.model.label_smoothing
+        return Loss(F.cross_entropy(model(images), labels, reduction="sum", label_smoothing=smoothing), len(labels))
+
+    def measure(self, model: nn.Module, batch: Batch) -> Measures:
+        """`loss` (without smoothing) and `top1`; `class` [C], the accuracy of each class; `confusion` [C, C],
+        the share of all images that are of the row's class and were taken for the column's."""
+        images, labels = batch
+        logits, n, classes = model(images), len(labels), len(self.classes)
+        predicted = logits.argmax(1)
+        pairs = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes).double()
+        return {
+            "loss": (F.cross_entropy(logits, labels, reduction="sum"), n),
+            "top1": (pairs.trace(), n),
+            "class": (pairs.diagonal(), pairs.sum(1)),
+            "confusion": (pairs, n),
+        }
+
+    def report(self, measured: Mapping[str, Tensor], figures: Path | None) -> dict[str, float]:
+        metrics = super().report(measured, figures)
+        for name, accuracy in zip(self.classes, measured["class"].tolist()):
+            if accuracy == accuracy:  # not a number: no image of that class was evaluated
+                metrics[f"class/{name}"] = accuracy
+        if figures is not None:
+            from trainers.cifar10.figure import draw_confusion
+            counts = (measured["confusion"] * self.evaluated).round().long()
+            draw_confusion(counts.cpu().numpy(), self.classes, figures / "confusion.png")
+        return metrics

@@ -1,0 +1,48 @@
+"""Evaluation with exact counts: every sample once, whatever the number of ranks."""
+
+from __future__ import annotations
+
+from typing import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainers.config import RunConfig
+from trainers.engine.precision import autocast
+from trainers.engine.sampling import evaluation_shares
+from trainers.engine.stopping import Stopping
+from trainers.engine.strategy import Ddp
+from trainers.engine.task import Dataset, Task
+from trainers.engine.world import World
+
+
+def evaluate(task: Task, models: Mapping[str, nn.Module], dataset: Dataset, config: RunConfig, world: World,
+             strategy: Ddp, stopping: Stopping) -> dict[str, Tensor] | None:
+    """The task's measures over the whole set, divided, float64, the same on all ranks; None if the run
+    is to stop before the end."""
+    micro, _ = config.train.split(world.size)
+    shares = evaluation_shares(len(dataset), config.eval.batch_size or 4 * micro, world.rank, world.size)
+    strategy.share_buffers(models)
+    training = {name: model.training for name, model in models.items()}
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    try:
+        for model in models.values():
+            model.eval()
+        with torch.no_grad(), autocast(config.train.precision, world.device):
+            for share in shares:
+                if stopping.at_boundary():
+                    return None
+                for name, pair in task.evaluate(models, dataset.batch(share)).items():
+                    new = [torch.as_tensor(part, device=world.device).double() for part in pair]
+                    sums[name] = tuple(old + more for old, more in zip(sums[name], new)) if name in sums else tuple(new)
+    finally:
+        for name, model in models.items():
+            model.train(training[name])
+    return {name: _over_ranks(total, world) / _over_ranks(count, world) for name, (total, count) in sums.items()}
+
+
+def _over_ranks(value: Tensor, world: World) -> Tensor:
+    if world.size > 1:
+        dist.all_reduce(value)
+    return value

@@ -1,0 +1,231 @@
+"""The one training loop. It reads as the algorithm: resume, then evaluate, save, stop or take a step."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from trainers.config import RunConfig
+from trainers.engine.checkpoint import Checkpoints
+from trainers.engine.evaluation import evaluate
+from trainers.engine.learner import Learner
+from trainers.engine.precision import set_precision
+from trainers.engine.sampling import mix
+from trainers.engine.stopping import Stopping
+from trainers.engine.strategy import STRATEGIES
+from trainers.engine.task import Task
+from trainers.engine.tracking import NoTracker, Tracker
+from trainers.engine.world import World
+from trainers.errors import TrainingError, UserError
+from trainers.paths import RunPaths
+
+FINISHED, STOPPED = 0, 75  # exit codes
+
+
+def train(task: Task, config: RunConfig, world: World, paths: RunPaths, attempt: int | None) -> int:
+    """Train until the end or until asked to stop; on all ranks. Returns the rank's exit code.
+
+    Raises:
+        UserError: bad input. TrainingError: the run failed in a way that would repeat.
+    """
+    return Loop(task, config, world, paths, attempt).run()
+
+
+class Loop:
+    def __init__(self, task: Task, config: RunConfig, world: World, paths: RunPaths, attempt: int | None):
+        self.task, self.config, self.world, self.paths = task, config, world, paths
+        train = config.train
+        set_precision(train.precision, world.device)
+        if train.deterministic:
+            torch.backends.cudnn.benchmark = False
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        self.strategy = STRATEGIES[train.strategy](world)
+        self.stopping = Stopping(world)
+        self.train_set, self.eval_set = task.data(world)
+        torch.manual_seed(mix(train.seed, "models"))
+        self.models = {name: self.strategy.place(model) for name, model in task.models().items()}
+        wrapped = {name: self.strategy.wrap(torch.compile(model) if train.compile else model)
+                   for name, model in self.models.items()}
+        self.learners = [Learner(update, config, world, self.strategy, self.train_set, self.models, wrapped)
+                         for update in task.updates()]
+        self.samples = self.learners[0].samples
+        self.total = train.steps or self.samples.steps(train.epochs)
+        self.step = 0
+        self.evaluated = False   # whether the evaluation due at this step was done
+        self.metrics: dict[str, float] = {}
+        self.best: list[float] = []  # the keep_best best values of checkpoint.metric so far
+        self.tracker: NoTracker = NoTracker()
+        self.checkpoints = Checkpoints(paths, world, config.checkpoint, attempt=attempt,
+                                       say=lambda event: self.tracker.say(event),
+                                       committed=lambda step: self.tracker.committed(step))
+        self._saved: tuple[int, bool] | None = None
+        self._is_best = False
+        self._logged_at = (0, 0.0)  # (step, time) since which rates are measured
+
+    def run(self) -> int:
+        self._resume()
+        if self.strategy.settles and self.step < self.total:
+            for learner in self.learners:
+                learner.settle(self.step * learner.update.draws)
+        self._logged_at = (self.step, time.perf_counter())
+        while True:
+            if not self.evaluated and self._due(self.config.eval.every) and not self._evaluate():
+                return self._stop()
+            if self._due(self.config.checkpoint.every) or self._is_best:
+                self._save()
+            if self.step == self.total:
+                return self._finish()
+            if self.stopping.at_boundary():
+                return self._stop()
+            for learner in self.learners:
+                first = self.step * learner.update.draws
+                for draw in range(first, first + learner.update.draws):
+                    learner.take_step(draw, self.total * learner.update.draws)
+            self.step += 1
+            self.evaluated = self._is_best = False
+            if self.step % self.config.log.every == 0 or self.step in (1, self.total):
+                self._log()
+
+    def _due(self, every: int | str) -> bool:
+        if self.step == 0 or every == "never":
+            return False
+        if self.step == self.total:
+            return True
+        return self.samples.ends_epoch(self.step - 1) if every == "epoch" else self.step % every == 0
+
+    def _resume(self) -> None:
+        """Put the newest whole checkpoint's state in place, if there is one."""
+        found = self.checkpoints.newest()
+        if found is not None:
+            tensors, state = self.checkpoints.load(found)
+            self.step, self.evaluated = found, state["evaluated"]
+            self.metrics, self.best = state["metrics"], state["best"]
+            self.strategy.restore(self.models, self._optimizers(), tensors)
+            for learner in self.learners:
+                learner.load_state(state["updates"][learner.update.name])
+            self._saved = (self.step, self.evaluated)
+        if self.world.main:
+            self.tracker = Tracker(self.config, self.paths, self.step, self.total, self.metrics)
+            self.tracker.checkpoint = found
+        self.tracker.say({
+            "event": "start", "step": self.step, "total": self.total, "world_size": self.world.size,
+            "device": self.world.device.type, "precision": self.config.train.precision,
+            "parameters": sum(p.numel() for m in self.models.values() for p in m.parameters()),
+            "samples": len(self.train_set), "resumed": found is not None,
+        })
+
+    def _optimizers(self) -> dict[str, tuple[str, torch.optim.Optimizer]]:
+        return {l.update.name: (l.update.trains, l.optimizer) for l in self.learners}
+
+    def _evaluate(self) -> bool:
+        """False if the run is to stop first."""
+        began = time.perf_counter()
+        if self.eval_set is not None:
+            measured = evaluate(self.task, self.models, self.eval_set, self.config, self.world, self.strategy,
+                                self.stopping)
+            if measured is None:
+                return False
+            self.metrics = self.task.report(measured, self._figures())
+            self.tracker.evaluation(self.step, self.total, self.metrics)
+            self._rank_checkpoint()
+        self.evaluated = True
+        self._discount(began)
+        return True
+
+    def _figures(self) -> Path | None:
+        """Where the task may draw: on rank 0, at the end."""
+        if self.step < self.total or not self.world.main:
+            return None
+        self.paths.figures.mkdir(exist_ok=True)
+        return self.paths.figures
+
+    def _save(self) -> None:
+        if self._saved == (self.step, self.evaluated):
+            return
+        began = time.perf_counter()
+        self._finite()
+        self.tracker.before_checkpoint()
+        state = {
+            "step": self.step, "evaluated": self.evaluated, "metrics": self.metrics, "best": self.best,
+            "updates": {learner.update.name: learner.state() for learner in self.learners},
+        }
+        self.checkpoints.save(self.step, self.strategy.tensors(self.models, self._optimizers()), state,
+                              self.metrics if self.evaluated else {})
+        self._saved = (self.step, self.evaluated)
+        self._discount(began)
+
+    def _rank_checkpoint(self) -> None:
+        """Note whether this step's evaluation is among the best so far; the same on all ranks."""
+        wanted = self.config.checkpoint
+        if wanted.metric is None or wanted.keep_best == 0:
+            return
+        if wanted.metric not in self.metrics:
+            raise UserError(f"`checkpoint.metric` is `{wanted.metric}`, which the evaluation does not give",
+                            f"use one of {', '.join(self.metrics)}, or null")
+        value = self.metrics[wanted.metric]
+        ranked = sorted([*self.best, value], reverse=wanted.mode == "max")[:wanted.keep_best]
+        self._is_best = ranked != self.best
+        self.best = ranked
+
+    def _log(self) -> None:
+        steps = self.step - self._logged_at[0]
+        self._finite()
+        event = {"event": "step", "step": self.step, "total": self.total}
+        alone = len(self.learners) == 1
+        for learner in self.learners:
+            prefix = "" if alone else f"{learner.update.name}/"
+            event[f"{prefix}loss"] = learner.last_loss()
+            event[f"{prefix}lr"] = learner.lr
+            if learner.norm is not None:
+                event[f"{prefix}grad_norm"] = learner.norm.item()
+            if learner.skipped:
+                event[f"{prefix}skipped"] = learner.skipped
+        measured = [learner.measured() for learner in self.learners]
+        seconds = max(time.perf_counter() - self._logged_at[1], 1e-9)  # the reads above waited for the device
+        event |= {
+            "rate": measured[0][0] / seconds, "unit": self.task.unit,
+            "data_wait": sum(wait for _, wait in measured) / seconds,
+            "eta_s": (self.total - self.step) * seconds / max(steps, 1),
+        }
+        self.tracker.step(event)
+        self._logged_at = (self.step, time.perf_counter())
+
+    def _discount(self, began: float) -> None:
+        """Leave the time since `began` out of the rates."""
+        step, since = self._logged_at
+        self._logged_at = (step, since + time.perf_counter() - began)
+
+    def _finite(self) -> None:
+        """Neither log nor save past a loss that is not a number."""
+        for learner in self.learners:
+            loss = learner.last_loss()
+            if not math.isfinite(loss) and not learner.skipped_last:
+                raise TrainingError(
+                    f"the loss of update `{learner.update.name}` is {loss} at step {self.step}",
+                    "lower optim.lr, set optim.clip_norm, or use train.precision=fp32; "
+                    "the checkpoints before it are whole")
+
+    def _finish(self) -> int:
+        self._save()
+        if reason := self.checkpoints.wait():
+            raise TrainingError(f"training reached step {self.step}, but its last checkpoint could not be written: "
+                                f"{reason}", f"make room, then `launch resume {self.paths.id}`")
+        self._close("finished")
+        return FINISHED
+
+    def _stop(self) -> int:
+        self._save()
+        if reason := self.checkpoints.wait():
+            raise TrainingError(f"stopped at step {self.step}, but its checkpoint could not be written: {reason}",
+                                f"make room, then `launch resume {self.paths.id}` goes on from the checkpoint before")
+        self._close("preempted")
+        return STOPPED
+
+    def _close(self, state: str) -> None:
+        self.checkpoints.close()
+        self.stopping.close()
+        self.tracker.end(state, self.step, self.total)
+        self.strategy.close()

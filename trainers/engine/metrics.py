@@ -1,0 +1,70 @@
+"""metrics.jsonl: one JSON object a logged step or evaluation, each step in it once."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Callable, Mapping
+
+from trainers.files import replace_text
+
+
+def numbered(text: str) -> list[tuple[int, str]]:
+    """(step, line) for the whole lines of a metrics file. A line cut off by a crash is dropped."""
+    found = []
+    for line in text.split("\n"):
+        try:
+            found.append((int(json.loads(line)["step"]), line))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+class MetricsFile:
+    """Appends rows; while the disk is full it keeps them in memory and tries again with the next."""
+
+    def __init__(self, path: Path, step: int, warn: Callable[[str], None]):
+        """Cuts the file back to `step`, the one that the run resumes from."""
+        self.path, self.warn = path, warn
+        self._waiting: list[str] = []
+        self._failing = False
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = numbered(text)
+        self.before = max((at for at, _ in lines), default=0)  # the last step that earlier attempts have logged
+        kept = "".join(line + "\n" for at, line in lines if at <= step)
+        if kept != text:
+            replace_text(path, kept)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        self._waiting.append(json.dumps(row, ensure_ascii=False) + "\n")
+        self.flush()
+
+    def flush(self, durable: bool = False) -> None:
+        """Write what waits; `durable`: also past a power cut."""
+        try:
+            while self._waiting:
+                line = self._waiting[0].encode()
+                end = os.lseek(self._file, 0, os.SEEK_END)
+                if os.write(self._file, line) < len(line):  # the disk filled up in mid-line
+                    os.ftruncate(self._file, end)
+                    raise OSError(28, os.strerror(28))
+                del self._waiting[0]
+            if durable:
+                os.fsync(self._file)
+        except OSError as error:
+            if not self._failing:
+                self.warn(f"metrics cannot be written to {self.path}: {error.strerror}; they are kept in memory "
+                          "and written when that is possible again; training goes on")
+            self._failing = True
+        else:
+            if self._failing:
+                self.warn(f"metrics are written to {self.path} again, none is lost")
+            self._failing = False
+
+    def close(self) -> None:
+        self.flush(durable=True)
+        if self._waiting:
+            self.warn(f"{len(self._waiting)} rows of metrics could not be written to {self.path}")
+        os.close(self._file)

@@ -1,0 +1,98 @@
+"""What rank 0 says of the run while it runs: to the terminal and log (events), metrics.jsonl, run.json, W&B."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import datetime, timezone
+from typing import Any, Mapping
+
+from trainers import events
+from trainers.config import RunConfig
+from trainers.engine.metrics import MetricsFile
+from trainers.engine.wandb_run import WandbRun
+from trainers.files import update_json
+from trainers.paths import RunPaths
+
+RECORD_EVERY_S = 1.0
+
+
+class NoTracker:
+    """Ranks other than 0 say nothing."""
+
+    def say(self, event: Mapping[str, Any]) -> None: ...
+    def step(self, event: Mapping[str, Any]) -> None: ...
+    def evaluation(self, step: int, total: int, metrics: Mapping[str, float]) -> None: ...
+    def committed(self, step: int) -> None: ...
+    def before_checkpoint(self) -> None: ...
+    def end(self, state: str, step: int, total: int) -> None: ...
+
+
+class Tracker(NoTracker):
+    def __init__(self, config: RunConfig, paths: RunPaths, step: int, total: int, metrics: Mapping[str, float]):
+        """`step`, `metrics`: where the run begins or resumes, and its last evaluation there."""
+        self.paths = paths
+        self.metrics = dict(metrics)
+        self.checkpoint: int | None = None
+        self._recording = threading.Lock()  # checkpoints commit in a thread of their own
+        self._recorded_at = 0.0
+        self._record_fails = False
+        self._file = MetricsFile(paths.metrics, step, lambda text: self.note("warning", text))
+        self._wandb = WandbRun(config, paths, self._file.before, self.note) if config.wandb.mode != "off" else None
+        self._record(step=step, total=total, metrics=self.metrics)
+
+    def say(self, event: Mapping[str, Any]) -> None:
+        events.emit(event)
+
+    def note(self, level: str, message: str) -> None:
+        self.say({"event": "note", "level": level, "message": message})
+
+    def step(self, event: Mapping[str, Any]) -> None:
+        """A logged step: `event` as events.py describes it."""
+        self.say(event)
+        values = {k: v for k, v in event.items() if k not in ("event", "step", "total", "unit", "eta_s")}
+        self._file.append({"step": event["step"], "split": "train", **values, "unit": event["unit"]})
+        if self._wandb:
+            self._wandb.log(event["step"], {f"train/{k}": v for k, v in values.items()})
+        if time.monotonic() - self._recorded_at > RECORD_EVERY_S:
+            self._record(step=event["step"])
+
+    def evaluation(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        self.metrics = dict(metrics)
+        self.say({"event": "eval", "step": step, "total": total, "metrics": self.metrics})
+        self._file.append({"step": step, "split": "eval", **metrics})
+        if self._wandb:
+            self._wandb.log(step, {f"eval/{k}": v for k, v in metrics.items()})
+        self._record(step=step, metrics=self.metrics)
+
+    def before_checkpoint(self) -> None:
+        """What a checkpoint's step has logged must be on disk when it commits."""
+        self._file.flush(durable=True)
+
+    def committed(self, step: int) -> None:
+        self.checkpoint = step
+        self._record(checkpoint=step)
+
+    def end(self, state: str, step: int, total: int) -> None:
+        """`state`: finished or preempted."""
+        self._record(step=step, metrics=self.metrics)
+        if self._wandb:
+            self._wandb.figures(step, self.paths.figures)
+            self._wandb.finish(finished=state == "finished")
+        self._file.close()
+        self.say({"event": "end", "state": state, "step": step, "total": total, "metrics": self.metrics,
+                  "checkpoint": self.checkpoint})
+
+    def _record(self, **changes: Any) -> None:
+        """run.json, if this run has one (ranks started by hand need none)."""
+        with self._recording:
+            self._recorded_at = time.monotonic()
+            try:
+                update_json(self.paths.record, **changes, updated=datetime.now(timezone.utc).isoformat())
+                self._record_fails = False
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if not self._record_fails:
+                    self.note("warning", f"{self.paths.record} cannot be written: {error.strerror}; training goes on")
+                self._record_fails = True

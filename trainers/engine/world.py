@@ -1,0 +1,63 @@
+"""Which rank this is, read once from the standard environment."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+
+from trainers.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place among `size` ranks, `local_size` of them on its node."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> "World":
+        """Read torchrun's variables; ACCELERATE_USE_CPU asks for CPU ranks.
+
+        Raises:
+            UserError: the variables contradict each other, or a GPU was asked for and is not there.
+        """
+        rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        local_rank, local_size = int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", size))
+        if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+            raise UserError(f"RANK={rank} of WORLD_SIZE={size}, LOCAL_RANK={local_rank} of "
+                            f"LOCAL_WORLD_SIZE={local_size} cannot be", "start ranks with `launch` or torchrun")
+        if env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+            return cls(rank, size, local_rank, local_size, torch.device("cpu"))
+        if torch.cuda.device_count() <= local_rank:
+            raise UserError(f"rank {rank} needs GPU {local_rank}; torch {torch.__version__} sees "
+                            f"{torch.cuda.device_count()}",
+                            "use --procs N for CPU ranks, or install the torch build for this driver")
+        return cls(rank, size, local_rank, local_size, torch.device("cuda", local_rank))
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    @contextmanager
+    def local_main_first(self) -> Iterator[None]:
+        """The node's first rank goes through the block alone, the others after it (a download, a cache)."""
+        if self.local_rank != 0:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.local_rank == 0:
+                self.barrier()

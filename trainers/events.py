@@ -1,0 +1,103 @@
+"""What a rank says while it runs: one JSON object an event, and the plain line for it. Imports no torch.
+
+Under `launch` (LAUNCH_EVENTS=1) a rank writes events to its standard output between the lines of
+anything else that prints there, each one line that begins with the record separator of RFC 7464; the
+node process draws them. Elsewhere (torchrun, accelerate) the plain line is printed.
+
+| event      | keys beside `event`                                                                  |
+|------------|--------------------------------------------------------------------------------------|
+| start      | step, total, world_size, device, precision, parameters, samples, resumed (bool)      |
+| step       | step, total, rate, unit, data_wait (share of time), eta_s, and the measured: loss, lr |
+| eval       | step, total, metrics                                                                 |
+| checkpoint | step, path, bytes, seconds, stall_s                                                  |
+| note       | level (`info` or `warning`), message                                                 |
+| error      | message, hint, exit_code, retry (bool): a rank's last word, shown by the launcher    |
+| failure    | what attempt.json says of the first rank that failed: from the launcher, for `--json` |
+| end        | state (`finished` or `preempted`), step, total, metrics, checkpoint                  |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any, Mapping
+
+SEPARATOR = "\x1e"
+VARIABLE = "LAUNCH_EVENTS"
+
+
+def emit(event: Mapping[str, Any]) -> None:
+    """Say one event on standard output."""
+    if os.environ.get(VARIABLE) == "1":
+        text = SEPARATOR + json.dumps(event, ensure_ascii=False)
+    else:
+        text = line(event)
+    # One write for the whole line: other threads print too.
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def parse(text: str) -> dict[str, Any] | None:
+    """The event in a line of output, or None if the line is none."""
+    if not text.startswith(SEPARATOR):
+        return None
+    try:
+        event = json.loads(text[len(SEPARATOR):])
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
+
+
+def line(event: Mapping[str, Any]) -> str:
+    """The plain line of an event, for logs and for terminals that cannot draw."""
+    match event["event"]:
+        case "start":
+            verb = "resuming at" if event["resumed"] else "training from"
+            return (f"{verb} step {event['step']} of {event['total']}: {event['world_size']} rank(s) on "
+                    f"{event['device']}, {event['precision']}, {event['parameters']:,} parameters, "
+                    f"{event['samples']:,} samples")
+        case "step":
+            return (f"step {event['step']}/{event['total']}  {metrics_line(step_metrics(event))}  "
+                    f"{event['rate']:,.0f} {event['unit']}/s  data {event['data_wait']:.0%}  "
+                    f"eta {duration(event['eta_s'])}")
+        case "eval":
+            return f"eval {event['step']}/{event['total']}  {metrics_line(brief(event['metrics']))}"
+        case "checkpoint":
+            return (f"checkpoint {event['step']}  {event['bytes'] / 2**20:.1f} MiB in {event['seconds']:.2f} s, "
+                    f"training stalled {event['stall_s']:.3f} s")
+        case "note":
+            return event["message"] if event["level"] == "info" else f"{event['level']}: {event['message']}"
+        case "error":
+            return f"error: {event['message']}" + (f"\nhint: {event['hint']}" if event.get("hint") else "")
+        case "end":
+            return f"{event['state']} at step {event['step']}/{event['total']}  {metrics_line(brief(event['metrics']))}"
+        case _:
+            return json.dumps(dict(event), ensure_ascii=False)
+
+
+def step_metrics(event: Mapping[str, Any]) -> dict[str, float]:
+    """What a `step` event measured, in order: loss, lr, ... (a task with several updates: `critic/loss`, ...)."""
+    about = {"event", "step", "total", "rate", "unit", "data_wait", "eta_s"}
+    return {key: value for key, value in event.items() if key not in about}
+
+
+def brief(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without the parts of a whole (`class/ship`)."""
+    return {name: value for name, value in metrics.items() if "/" not in name}
+
+
+def metrics_line(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {number(value)}" for name, value in metrics.items())
+
+
+def number(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

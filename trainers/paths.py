@@ -1,0 +1,86 @@
+"""The names in a run directory, for writers and readers alike. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """One run's directory: every name in it is spelled here and nowhere else."""
+
+    root: Path
+
+    @property
+    def id(self) -> str:
+        return self.root.name
+
+    @property
+    def spec(self) -> Path:
+        """The resolved spec: what the run is. Never changes."""
+        return self.root / "run.yaml"
+
+    @property
+    def record(self) -> Path:
+        """What became of it, small."""
+        return self.root / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a logged step or evaluation."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step}"
+
+    def attempt(self, number: int) -> Path:
+        return self.attempts / str(number)
+
+    def attempt_record(self, number: int) -> Path:
+        """Who ran this attempt, on what, and how it ended."""
+        return self.attempt(number) / "attempt.json"
+
+    def cancellation(self, number: int) -> Path:
+        """Exists if somebody asked for this attempt to be cancelled."""
+        return self.attempt(number) / "cancelled"
+
+    def plan(self, number: int) -> Path:
+        return self.attempt(number) / "plan"
+
+    def log(self, number: int, rank: int) -> Path:
+        return self.attempt(number) / "logs" / f"{rank}.log"
+
+    def logs(self, number: int) -> dict[int, Path]:
+        """The logs there are, by rank, in order."""
+        found = self.attempt(number).glob("logs/*.log")
+        return dict(sorted((int(p.stem), p) for p in found if p.stem.isdigit()))
+
+    def attempt_numbers(self) -> list[int]:
+        """The attempts taken so far, oldest first; an attempt is taken by making its folder."""
+        try:
+            return sorted(int(name) for name in os.listdir(self.attempts) if name.isdigit())
+        except FileNotFoundError:
+            return []
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps whose checkpoint was committed, oldest first. Whether one is whole, its manifest says."""
+        try:
+            names = os.listdir(self.checkpoints)
+        except FileNotFoundError:
+            return []
+        return sorted(int(m[1]) for m in (re.fullmatch(r"step_(\d+)", name) for name in names) if m)

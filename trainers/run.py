@@ -1,0 +1,63 @@
+"""A rank's entry point: read run.yaml, build the task, hand it to the loop.
+
+    python -P -m trainers.run RUN_DIR
+
+The run directory and torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT) are all a rank needs: `launch`, `torchrun` and `accelerate launch` start it alike.
+LAUNCH_ATTEMPT, where set, is the attempt that this rank belongs to; LAUNCH_DEBUG asks for anomaly detection.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from trainers import events
+from trainers.errors import UserError
+from trainers.paths import RunPaths
+from trainers.spec import read_spec, resolve
+
+
+def run(paths: RunPaths, attempt: int | None) -> int:
+    """One rank, from its spec to its exit code. Raises UserError."""
+    config = read_spec(paths.spec)
+    task_class = resolve(config.task, config.path)
+    import torch
+
+    from trainers.engine.loop import train
+    from trainers.engine.stopping import listen
+    from trainers.engine.world import World
+
+    if os.environ.get("LAUNCH_DEBUG"):  # in the command's own process, at a person's terminal
+        torch.autograd.set_detect_anomaly(True)
+    else:
+        listen()
+    return train(task_class(config), config, World.from_env(), paths, attempt)
+
+
+def main(argv: list[str]) -> int:
+    folder = argv[0] if argv else os.environ.get("LAUNCH_RUN_DIR")
+    if folder is None:
+        print("usage: python -m trainers.run RUN_DIR", file=sys.stderr)
+        return 2
+    attempt = os.environ.get("LAUNCH_ATTEMPT")
+    try:
+        return run(RunPaths(Path(folder).absolute()), int(attempt) if attempt else None)
+    except UserError as error:
+        events.emit({"event": "error", "message": error.message, "hint": error.hint, "exit_code": error.exit_code,
+                     "retry": False})
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    try:
+        code = main(sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: other ranks may hang in a collective that a normal exit would wait for.
+    os._exit(code)
