@@ -1,18 +1,19 @@
 """How fast training images are augmented: `trainers.data.images` in batches, against torchvision one by one.
 
-    python tests/benchmarks/augmentation.py [--threads 2] [--rounds 5] [--cutout 0] [--device cpu]
+    python tests/benchmarks/augmentation.py [--threads 1] [--rounds 5] [--cutout 0] [--device cpu]
 
 Both take the 2,000 drawn shapes of `data=sample` from memory and give normalised float32 batches of 128: crops
 with a reflected border of 4 pixels, flips, and a blanked square where --cutout asks for one. The other side is
 torchvision's v1 transforms on PIL images, as its examples have them, in a DataLoader with 0 and with 2 workers
-(kept alive between rounds and warm); the better counts. They take turns, and the best round of each counts.
+(kept alive between rounds and warm); the better counts. A worker has one thread, and so have the batches here
+unless --threads says otherwise. They take turns, and the best round of each counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class OneByOne(Dataset):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cutout", type=int, default=0)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
@@ -94,7 +95,7 @@ def main() -> None:
     for name, rate in best.items():
         print(f"{name:24} {rate:10,.0f} images/s")
     ours, *theirs = best.values()
-    print(f"{'ratio':24} {ours / max(theirs):10.1f}   (torch {torch.__version__}, {args.device}, {args.threads} threads)")
+    print(f"{'ratio':24} {ours / max(theirs):10.1f}   (torch {torch.__version__}, {args.device}, {args.threads} thread(s))")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from trainers import config
-from trainers.engine import checkpoint, manifest
+from trainers.engine import manifest
 from trainers.engine.checkpoint import Checkpoints, owners
 from trainers.engine.world import World
 from trainers.errors import UserError
@@ -62,8 +62,9 @@ def make(seed: int) -> dict[str, torch.Tensor]:
 
 def bits(tensors) -> dict[str, list]:
     """Each tensor to the last bit: dtype, shape, hash."""
-    raw = {name: t.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy() for name, t in tensors.items()}
-    return {name: [str(t.dtype), list(t.shape), hashlib.sha256(raw[name]).hexdigest()] for name, t in tensors.items()}
+    plain = {name: t.detach().resolve_conj().contiguous() for name, t in tensors.items()}
+    raw = {name: t.reshape(-1).view(torch.uint8).numpy() for name, t in plain.items()}
+    return {name: [str(t.dtype), list(t.shape), hashlib.sha256(raw[name]).hexdigest()] for name, t in plain.items()}
 
 
 class Run:
@@ -406,7 +407,11 @@ class Ranks:
         for process in self.processes:
             process.stdin.close()
         for process in self.processes:
-            process.wait(60)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             process.stdout.close()
 
 
@@ -550,6 +555,7 @@ def newest_error(world, root):
 
 def fail_on(world, root, rank, how):
     from torch.distributed.checkpoint import DefaultSavePlanner
+
     from trainers.engine import storage
 
     class Odd(Exception):

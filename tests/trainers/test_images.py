@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 
 from trainers.cifar10.shapes import draw_shapes
-from trainers.data.augment import Augment
+from trainers.data.augment import NOTHING, Augment
 from trainers.data.folders import ENDINGS, list_images
 from trainers.data.images import Images, Raw, load_cifar10, load_folder, mean_and_std, resident
 from trainers.engine.task import Share
@@ -27,7 +26,7 @@ def random_raw(count: int = 40, side: int = 12) -> Raw:
     return Raw(rng.integers(0, 256, (count, 3, side, side), np.uint8), rng.integers(0, 4, count))
 
 
-def images(raw: Raw, augment: Augment = Augment()) -> Images:
+def images(raw: Raw, augment: Augment = NOTHING) -> Images:
     return Images(raw, ["a", "b", "c", "d"], CPU, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), augment=augment)
 
 
@@ -113,9 +112,9 @@ def test_resident_scales_and_uses_the_training_statistics_for_both():
     train, test = resident(draw_shapes(), CPU, 16, FULL)
     assert train.pixels.shape == (2000, 3, 16, 16) and test.pixels.shape == (500, 3, 16, 16)
     assert train.augment == FULL and not test.augment.active
-    everything = Share(np.arange(500), np.arange(500), 500, 0)
-    expected = (test.pixels / 255 - torch.tensor(mean_and_std(train.pixels.numpy())[0]).view(3, 1, 1)).mean()
-    assert test.batch(everything)[0].mean().sign() == expected.sign()
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in mean_and_std(train.pixels.numpy()))
+    got = test.batch(Share(np.arange(500), np.arange(500), 500, 0))[0]
+    torch.testing.assert_close(got, (test.pixels / 255 - mean) / std, atol=1e-5, rtol=0)
     plain, _ = resident(draw_shapes(), CPU, 32, Augment())
     got = plain.batch(Share(np.arange(2000), np.arange(2000), 2000, 0))[0]
     assert torch.allclose(got.mean((0, 2, 3)), torch.zeros(3), atol=1e-3)
@@ -364,9 +363,7 @@ def test_cifar10_where_nothing_may_be_written(tmp_path, small_cifar10):
 
 
 def test_sample_set():
-    began = time.process_time()
     sets = draw_shapes()
-    assert time.process_time() - began < 1.5  # 0.2 s alone; a shared machine may be busy
     assert sets.train.pixels.shape == (2000, 3, 32, 32) and sets.train.pixels.dtype == np.uint8
     assert (np.bincount(sets.train.labels) == 200).all() and (np.bincount(sets.test.labels) == 50).all()
     assert len(sets.classes) == 10

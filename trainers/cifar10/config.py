@@ -25,7 +25,7 @@ class Model(Section):
     label_smoothing: Fraction = Field(0.0, description="share of the target spread over all classes in training")
 
     @model_validator(mode="after")
-    def _nothing_ignored(self) -> "Model":
+    def _nothing_ignored(self) -> Model:
         if self.arch != "vgg":
             for key in ("width", "batch_norm", "dropout"):
                 if getattr(self, key) != type(self).model_fields[key].default:
@@ -52,7 +52,7 @@ class Data(Section):
         return value if value in (None, "cifar10", "sample") else os.path.abspath(os.path.expanduser(value))
 
     @model_validator(mode="after")
-    def _fits(self) -> "Data":
+    def _fits(self) -> Data:
         if self.pad >= self.size:
             raise ValueError(f"data.pad is {self.pad}: a reflected border must be narrower than data.size, {self.size}")
         return self

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ class Cifar10(Task):
     def report(self, measured: Mapping[str, Tensor], figures: Path | None) -> dict[str, float]:
         metrics = super().report(measured, figures)
         for name, accuracy in zip(self.classes, measured["class"].tolist()):
-            if accuracy == accuracy:  # not a number: no image of that class was evaluated
+            if not math.isnan(accuracy):  # no image of that class was evaluated
                 metrics[f"class/{name}"] = accuracy
         if figures is not None:
             from trainers.cifar10.figure import draw_confusion

@@ -21,7 +21,7 @@ class Augment:
 
     @property
     def active(self) -> bool:
-        return self != Augment()
+        return self != NOTHING
 
     def draw(self, share: Share, side: int) -> np.ndarray:
         """int64 [5, n]: top, left of the crop in the padded image, mirrored (0 or 1), centre row and column of
@@ -50,6 +50,9 @@ class Augment:
         inside = to - (drawn[3:, :, None] - self.cutout // 2)  # [2, n, S]
         rows, columns = (inside >= 0) & (inside < self.cutout)
         return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+NOTHING = Augment()
 
 
 def _reflect(position: Tensor, side: int) -> Tensor:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
 from shutil import copyfile
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainers.data.augment import Augment
+from trainers.data.augment import NOTHING, Augment
 from trainers.data.folders import list_images
 from trainers.engine.task import Share
 from trainers.engine.world import World
@@ -41,7 +42,7 @@ class Images:
     """Images on a device (`engine.task.Dataset`), normalised and augmented a batch at a time."""
 
     def __init__(self, raw: Raw, classes: list[str], device: torch.device, *, mean: Sequence[float],
-                 std: Sequence[float], augment: Augment = Augment()):
+                 std: Sequence[float], augment: Augment = NOTHING):
         """`mean` and `std` are those of each channel, with pixels in [0, 1]. `augment` is for training."""
         self.classes = classes
         self.augment = augment
@@ -88,12 +89,13 @@ def resident(sets: RawSets, device: torch.device, size: int, augment: Augment) -
 def mean_and_std(pixels: np.ndarray) -> tuple[list[float], list[float]]:
     """Of each channel of uint8 [N, 3, S, S], as fractions of 255. Whole numbers are summed, so that every
     rank gets the same whatever its number of threads."""
-    levels = np.arange(256)
-    counts = np.zeros((3, 256))
-    for chunk in np.array_split(pixels, 1 + len(pixels) // 4096):
-        counts += [np.bincount(chunk[:, channel].ravel(), minlength=256) for channel in range(3)]
-    mean = counts @ levels / counts.sum(1)
-    variance = (counts * (levels - mean[:, None]) ** 2).sum(1) / counts.sum(1)
+    total, squares = np.zeros(3), np.zeros(3)
+    for chunk in np.array_split(pixels, 1 + len(pixels) // 1024):
+        values = chunk.transpose(1, 0, 2, 3).reshape(3, -1).astype(np.float64)
+        total += values.sum(1)
+        squares += (values * values).sum(1)
+    mean = total / (pixels.size / 3)
+    variance = squares / (pixels.size / 3) - mean**2
     # A channel without any variation keeps its scale.
     return (mean / 255).tolist(), (np.where(variance > 0, variance, 255**2) ** 0.5 / 255).tolist()
 

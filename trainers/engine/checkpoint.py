@@ -135,7 +135,7 @@ class Checkpoints:
             return
         state_text = json.dumps(state, indent=1) + "\n"
         metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        copies = self._copy(tensors)
+        copies = self._stage(tensors)
         stall_s = time.perf_counter() - began
         self._writing = self._writer.submit(self._write, step, copies, state_text, metrics, stall_s)
 
@@ -217,7 +217,7 @@ class Checkpoints:
 
     # -- writing
 
-    def _copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _stage(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """This rank's part of the tensors, in host buffers that are kept for the next time."""
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         owner = owners(sizes, self.world.size if self.config.layout == "sharded" else 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from trainers import events
 from trainers.config import RunConfig
 from trainers.engine.checkpoint import Checkpoints
 from trainers.engine.evaluation import evaluate
@@ -59,7 +60,7 @@ class Loop:
         self.best: list[float] = []  # the keep_best best values of checkpoint.metric so far
         self.tracker: NoTracker = NoTracker()
         self.checkpoints = Checkpoints(paths, world, config.checkpoint, attempt=attempt,
-                                       say=lambda event: self.tracker.say(event),
+                                       say=events.emit,
                                        committed=lambda step: self.tracker.committed(step))
         self._saved: tuple[int, bool] | None = None
         self._is_best = False
@@ -154,6 +155,9 @@ class Loop:
         }
         self.checkpoints.save(self.step, self.strategy.tensors(self.models, self._optimizers()), state,
                               self.metrics if self.evaluated else {})
+        if self.checkpoints.superseded:
+            raise TrainingError(f"step {self.step}: {self.checkpoints.wait()}",
+                                f"`launch status {self.paths.id}` shows the attempt that goes on")
         self._saved = (self.step, self.evaluated)
         self._discount(began)
 

@@ -1,0 +1,238 @@
+"""Whole runs of a small task, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BLOBS, Command, environment, logged_steps, record, rows, wait_until
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rows(run)]
+
+
+def runs_with(tmp_path: Path, *variants: list) -> list[list[tuple[int, float]]]:
+    """The losses of one run for each list of arguments."""
+    found = []
+    for number, args in enumerate(variants):
+        command = Command(tmp_path / str(number))
+        command.folder.mkdir()
+        done = command(BLOBS, *args)
+        assert done.returncode == 0, done.stderr
+        found.append(losses(command.run()))
+    return found
+
+
+@pytest.mark.slow
+def test_accumulation_and_ranks_change_no_loss(tmp_path):
+    exact = ["model.exact_over_ranks=true", "train.steps=40"]
+    one, accumulated, two = runs_with(
+        tmp_path, [*exact, "--procs", 1], [*exact, "--procs", 1, "train.micro_batch_size=4"],
+        [*exact, "--procs", 2, "train.micro_batch_size=8"])
+    assert [step for step, _ in one] == list(range(1, 41))
+    for other in (accumulated, two):
+        assert max(abs(a - b) for (_, a), (_, b) in zip(one, other, strict=True)) < 1e-5
+    assert one[-1][1] < one[0][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision, tolerance", [("bf16", 2e-2), ("fp16", 2e-2)])
+def test_half_precision_follows_fp32(tmp_path, precision, tolerance):
+    exact = ["model.exact_over_ranks=true", "train.steps=30", "--procs", 2]
+    full, half = runs_with(tmp_path, exact, [*exact, f"train.precision={precision}"])
+    skipped = next(k for k in range(len(half)) if half[k][1] != half[0][1] or k)  # fp16's first steps may be skipped
+    assert full != half
+    assert max(abs(a - b) for (_, a), (_, b) in zip(full[skipped:], half[skipped:])) < 10 * tolerance
+    assert abs(full[-1][1] - half[-1][1]) < 2 * tolerance
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_alike(tmp_path):
+    exact = ["model.exact_over_ranks=true", "train.steps=20", "--procs", 1]
+    eager, compiled = runs_with(tmp_path, exact, [*exact, "train.compile=true"])
+    assert max(abs(a - b) for (_, a), (_, b) in zip(eager, compiled, strict=True)) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_line_to_run_by_hand_gives_the_same_losses(launch, tmp_path):
+    args = [BLOBS, "--procs", 2, "train.steps=30"]
+    plan = json.loads(launch(*args, "--dry-run", "--json").stdout)
+    assert launch(*args).returncode == 0
+    expected = losses(launch.run())
+    folder = Path(plan["folder"])
+    for path, text in plan["files"].items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    assert "torchrun --nproc-per-node 2 -m trainers.run" in plan["equivalent"]
+    words = shlex.split(plan["equivalent"])
+    words[words.index("torchrun")] = str(Path(sys.executable).with_name("torchrun"))
+    done = subprocess.run(words, cwd=plan["cwd"], env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert losses(folder) == expected
+
+
+@pytest.mark.slow
+def test_the_accelerate_line_gives_the_same_losses(launch):
+    """The config that goes with GPU runs, told to use the CPU."""
+    from launch.cluster import load_cluster
+    from launch.plan import make_plan
+    from launch.resources import Resources
+    from launch.spec import load_spec
+
+    assert launch(BLOBS, "--procs", 1, "train.steps=10").returncode == 0
+    spec = load_spec(str(BLOBS), ["train.steps=10"], cluster=load_cluster("local"), environment={})
+    plan = make_plan("by-hand", spec, load_cluster("local"), Resources("cuda", 1), runs=launch.folder,
+                     python=sys.executable, cwd=launch.folder)
+    for path, text in plan.files.items():
+        target = Path(plan.folder) / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text.replace("use_cpu: false", "use_cpu: true"))
+    words = shlex.split(plan.equivalent)
+    words[words.index("accelerate")] = str(Path(sys.executable).with_name("accelerate"))
+    done = subprocess.run(words, cwd=plan.cwd, env=environment(OMP_NUM_THREADS=str(os.cpu_count())), text=True,
+                          capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    expected, got = losses(launch.run()), losses(Path(plan.folder))
+    assert max(abs(a - b) for (_, a), (_, b) in zip(expected, got, strict=True)) < 1e-6
+
+
+@pytest.mark.slow
+def test_no_secret_is_written(launch):
+    secrets = {"WANDB_API_KEY": "f" * 20 + "0123456789abcdef" + "e" * 4, "HF_TOKEN": "hf_" + "Planted" * 4}
+    done = launch(BLOBS, "--procs", 2, "--wandb", "offline", "train.steps=20", **secrets)
+    assert done.returncode == 0, done.stderr
+    run = launch.run()
+    logged = list(run.glob("wandb/offline-run-*/*.wandb"))
+    assert len(logged) == 1 and run.name in logged[0].name
+    for path in run.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert not any(secret.encode() in content for secret in secrets.values()), path
+
+
+@pytest.mark.slow
+def test_without_a_key_an_online_run_goes_on_offline(launch):
+    done = launch(BLOBS, "--procs", 1, "train.steps=5", WANDB_MODE="online", HOME=str(launch.folder))
+    assert done.returncode == 0, done.stderr
+    assert "W&B is not online (no API key" in done.stdout
+    assert list(launch.run().glob("wandb/offline-run-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_resuming_passes_over_a_broken_checkpoint(launch, damage):
+    assert launch(BLOBS, "--procs", 1).returncode == 0
+    run = launch.run()
+    expected = losses(run)
+    (run / "run.json").write_text(json.dumps({**record(run), "state": "failed"}))
+    newest, before = run / "checkpoints/step_120", run / "checkpoints/step_105"
+    assert before.is_dir()
+    victim = max(newest.iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    match damage:
+        case "flip":
+            content[len(content) // 2] ^= 1
+            victim.write_bytes(content)
+        case "truncate":
+            victim.write_bytes(content[:-1])
+        case "remove":
+            victim.unlink()
+    done = launch("resume", run.name)
+    assert done.returncode == 0, done.stderr
+    assert "step 120" in done.stdout and victim.name in done.stdout and "resuming at step 105 " in done.stdout
+    assert losses(run) == expected
+
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "manifest.json").unlink()
+    (run / "run.json").write_text(json.dumps({**record(run), "state": "failed"}))
+    done = launch("resume", run.name)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") <= 2
+    assert losses(run) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_ends_no_run(launch):
+    disk = launch.folder / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
+    try:
+        process = launch.start(BLOBS, "--runs", disk, "--procs", 2, "train.steps=600", "eval.every=100",
+                               "checkpoint.keep_best=0", "checkpoint.keep_last=1")
+        whole = wait_until(lambda: list(disk.glob("*/checkpoints/step_15")), process=process)[0]
+        filler = disk / "filler"
+        with open(filler, "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(b"x" * 4096)
+            except OSError:
+                pass
+        run = whole.parent.parent
+        seen: list[str] = []
+        for line in process.stdout:
+            seen.append(line)
+            if "could not be written" in line:
+                break
+        kept = sorted(path.name for path in whole.parent.iterdir())
+        assert kept and not any(name.endswith(".tmp") for name in kept), kept
+        for line in process.stdout:  # it trains on while nothing can be written
+            seen.append(line)
+            if line.startswith("eval 400/"):
+                break
+        filler.unlink()
+        out, err = process.communicate(timeout=200)
+        output = "".join(seen) + out
+        assert process.returncode == 0, output + err
+        assert "training goes on" in output and "No space left on device" in output
+        assert [step for step, _ in losses(run)] == list(range(1, 601))  # kept in memory meanwhile
+        assert record(run)["checkpoint"] == 600
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.slow
+def test_the_readmes_own_task_works(launch):
+    text = README.read_text()
+    for name, body in re.findall(r"```(?:yaml|python)\n# (stripes\.\w+)\n(.*?)```", text, re.DOTALL):
+        (launch.folder / name).write_text(body)
+    assert len((launch.folder / "stripes.py").read_text().splitlines()) < 60
+    done = launch("stripes.yaml", "--procs", 2)
+    assert done.returncode == 0, done.stderr
+    assert record(launch.run())["metrics"]["top1"] > 0.95
+
+
+@pytest.mark.slow
+def test_a_users_folder_with_names_of_ours(launch):
+    for name in ("blobs.py", "blobs.yaml"):
+        (launch.folder / name).write_text(BLOBS.with_name(name).read_text())
+    (launch.folder / "trainers").mkdir()
+    (launch.folder / "trainers/__init__.py").write_text("raise SystemExit('shadowed')")
+    (launch.folder / "launch.py").write_text("raise SystemExit('shadowed')")
+    done = launch("blobs.yaml", "--procs", 2, "train.steps=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_a_number_ends_the_run_with_its_checkpoints_whole(launch):
+    done = launch(BLOBS, "--procs", 1, "optim.lr=1e30", "optim.clip_norm=null", "optim.warmup=0",
+                  "optim.momentum=0", "run.max_restarts=2")
+    assert done.returncode == 1
+    assert re.match(r"error: the loss of update `model` is (nan|inf) at step \d+\nhint: lower optim.lr", done.stderr)
+    assert record(launch.run())["attempt"] == 1  # it would happen again
+
+
+def test_debug_takes_a_few_steps_in_this_process(launch):
+    process = launch.start(BLOBS, "--debug", "checkpoint.every=never")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert logged_steps(launch.folder) == 4 and "finished at step 3/3" in out  # 3 steps, 1 evaluation

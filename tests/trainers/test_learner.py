@@ -1,0 +1,95 @@
+"""Loss as (sum, count): micro-batches of uneven counts change no gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from trainers.config import Optim, RunConfig, Train
+from trainers.engine.learner import Learner
+from trainers.engine.strategy import Ddp
+from trainers.engine.task import Loss, Update
+from trainers.engine.world import World
+
+WORLD = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+class Sentences:
+    """Rows of unequal length: what counts is the token, not the row."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randn(40, 9, 4, generator=generator)
+        self.lengths = torch.randint(1, 10, (40,), generator=generator)
+
+    def __len__(self):
+        return 40
+
+    def batch(self, share):
+        rows = torch.from_numpy(share.indices)
+        return self.tokens[rows], torch.arange(9) < self.lengths[rows, None]
+
+
+def token_loss(models, batch):
+    tokens, counted = batch
+    return Loss(models["model"](tokens).squeeze(-1).pow(2)[counted].sum(), int(counted.sum()))
+
+
+def learner(update=None, **train) -> Learner:
+    config = RunConfig(name="x", task="x:X", train=Train(steps=5, batch_size=8, **train),
+                       optim=Optim(name="sgd", lr=0.1, momentum=0.0))
+    torch.manual_seed(0)
+    models = {"model": nn.Linear(4, 1), "other": nn.Linear(4, 4)}
+    update = update or Update("model", trains="model", loss=token_loss)
+    return Learner(update, config, WORLD, Ddp(WORLD), Sentences(), models, models)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4, 8])
+def test_micro_batches_give_the_gradient_of_the_mean_over_all_tokens(micro):
+    one = learner(micro_batch_size=micro)
+    before = [p.detach().clone() for p in one.models["model"].parameters()]
+    (share,) = one.samples.shares(3, 0, 1, 1)
+    total, count = token_loss(one.models, one.dataset.batch(share))
+    expected = torch.autograd.grad(total / count, list(one.models["model"].parameters()))
+    one.take_step(3, 5)
+    for parameter, old, gradient in zip(one.models["model"].parameters(), before, expected):
+        torch.testing.assert_close(parameter.detach(), old - 0.1 * gradient)
+    assert one.last_loss() == pytest.approx((total / count).item())
+    assert one.measured()[0] == count and one.measured()[0] == 0
+
+
+def test_an_update_leaves_no_gradient_in_another_updates_model():
+    def loss(models, batch):
+        tokens, counted = batch
+        return Loss(models["model"](models["other"](tokens)).pow(2).sum(), int(counted.sum()))
+
+    both = learner(Update("model", trains="model", loss=loss))
+    both.take_step(0, 5)
+    assert both.models["other"].weight.grad is not None  # it flowed through
+    both._clear()
+    assert all(p.grad is None for model in both.all_models for p in model.parameters())
+    assert len(both.optimizer.param_groups[0]["params"]) == 2
+
+
+def test_fp16_counts_skipped_steps_and_schedules_do_not_count_them():
+    half = learner(precision="fp16")
+    half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # overflows
+    half.take_step(0, 5)
+    assert (half.applied, half.skipped, half.skipped_last) == (0, 1, True)
+    half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    half.take_step(1, 5)
+    assert (half.applied, half.skipped, half.skipped_last) == (1, 1, False)
+    again = learner(precision="fp16")
+    again.load_state(half.state())
+    assert again.applied == 1 and again.scaler.get_scale() == half.scaler.get_scale()
+
+
+def test_settling_leaves_no_trace():
+    one = learner()
+    one.models["model"].register_buffer("seen", torch.ones(2))
+    before = {k: v.clone() for k, v in one.models["model"].state_dict().items()}
+    one.settle(0)
+    after = one.models["model"].state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(p.grad is None for p in one.models["model"].parameters()) and not one.optimizer.state
