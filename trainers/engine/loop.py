@@ -32,7 +32,12 @@ def train(task: Task, config: RunConfig, world: World, paths: RunPaths, attempt:
     Raises:
         UserError: bad input. TrainingError: the run failed in a way that would repeat.
     """
-    return Loop(task, config, world, paths, attempt).run()
+    loop = Loop(task, config, world, paths, attempt)
+    try:
+        return loop.run()
+    except UserError:
+        loop.checkpoints.close()  # a save under way is worth its end; all ranks come here alike
+        raise
 
 
 class Loop:
