@@ -28,6 +28,7 @@ from trainers.paths import RunPaths
 
 PREEMPTED = 75           # a rank's exit code: stopped with a checkpoint
 FAILURE_GRACE_S = 5.0    # for ranks whose peer has died: they hang in a collective more often than not
+LEFTOVERS_GRACE_S = 3.0
 TAIL_LINES = 400
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
@@ -152,7 +153,6 @@ class Rank:
         if self.code is None and (code := self.process.poll()) is not None:
             self.code = code
             self.read()
-            self.kill()  # what it started itself and left behind
         return self.code is not None
 
     def send(self, number: int) -> None:
@@ -167,6 +167,14 @@ class Rank:
             os.killpg(self.process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass
+
+    def group(self) -> bool:
+        """Whether any process of its group is left."""
+        try:
+            os.killpg(self.process.pid, 0)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
 
     def close(self) -> None:
         self.read()
@@ -200,6 +208,10 @@ def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address
                 selector.register(ranks[-1].pipe, selectors.EVENT_READ, ranks[-1])
             return _watch(plan, ranks, selector, wakeup, received, view)
         finally:
+            # What ranks have started themselves (W&B's writer) may finish its work, but not stay.
+            end = time.monotonic() + LEFTOVERS_GRACE_S
+            while all(rank.code is not None for rank in ranks) and any(r.group() for r in ranks) and time.monotonic() < end:
+                time.sleep(0.02)
             for rank in ranks:
                 rank.kill()
             for rank in ranks:
@@ -211,7 +223,7 @@ def _watch(plan: Plan, ranks: list[Rank], selector, wakeup: socket.socket, recei
     first: Failure | None = None
     asked: int | None = None       # the signal that asked for a stop
     deadline: float | None = None  # when the ranks that are left are killed
-    overdue = False
+    abrupt = overdue = False       # a rank that could not yet heed the signal; one that would not
     while True:
         for key, _ in selector.select(0.2 if deadline is None else max(0.0, min(0.2, deadline - time.monotonic()))):
             if key.data is None:
@@ -223,11 +235,13 @@ def _watch(plan: Plan, ranks: list[Rank], selector, wakeup: socket.socket, recei
         gone = sorted((r for r in running if r.ended()), key=lambda r: r.code >= 0)
         for rank in gone:
             stopped = rank.code in (0, PREEMPTED) or (asked is not None and rank.code == -signal.SIGTERM)
-            if not stopped and first is None and not overdue:
+            if not stopped and first is None and not overdue and not abrupt:
                 first = rank.failure()
                 for other in ranks:
                     other.send(signal.SIGTERM)
                 deadline = time.monotonic() + min(FAILURE_GRACE_S, plan.grace_s)
+            elif stopped and rank.code == -signal.SIGTERM:
+                abrupt, deadline = True, min(deadline, time.monotonic() + FAILURE_GRACE_S)
         while received:
             number = received.pop(0)
             if asked is not None and number == signal.SIGINT:
@@ -241,7 +255,7 @@ def _watch(plan: Plan, ranks: list[Rank], selector, wakeup: socket.socket, recei
                 deadline = deadline or time.monotonic() + plan.grace_s
         running = [rank for rank in ranks if rank.code is None]
         if deadline is not None and time.monotonic() >= deadline and running and not overdue:
-            overdue = first is None
+            overdue = first is None and not abrupt
             for rank in running:
                 rank.kill()
         if not running:

@@ -100,10 +100,10 @@ def _rank_environment(config, resources: Resources, folder: Path, attempt: int) 
         "OMP_NUM_THREADS": str(resources.threads),
         "PYTHONUNBUFFERED": "1",
     }
+    if resources.nodes == 1:
+        env["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks for an address by the host's name, which may have none
     if resources.device == "cpu":
         env["ACCELERATE_USE_CPU"] = "true"
-        if resources.nodes == 1:
-            env["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks for an address by the host's name, which may have none
     elif isinstance(config, RunConfig) and config.train.deterministic:
         env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS may sum in another order each time
     return env

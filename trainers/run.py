@@ -17,23 +17,23 @@ from pathlib import Path
 from trainers import events
 from trainers.errors import UserError
 from trainers.paths import RunPaths
+from trainers.signals import listen
 from trainers.spec import read_spec, resolve
 
 
 def run(paths: RunPaths, attempt: int | None) -> int:
     """One rank, from its spec to its exit code. Raises UserError."""
+    debugging = bool(os.environ.get("LAUNCH_DEBUG"))
+    if not debugging:  # there, the terminal's Ctrl-C is the debugger's
+        listen()
     config = read_spec(paths.spec)
     task_class = resolve(config.task, config.path)
     import torch
 
     from trainers.engine.loop import train
-    from trainers.engine.stopping import listen
     from trainers.engine.world import World
 
-    if os.environ.get("LAUNCH_DEBUG"):  # in the command's own process, at a person's terminal
-        torch.autograd.set_detect_anomaly(True)
-    else:
-        listen()
+    torch.autograd.set_detect_anomaly(debugging)
     return train(task_class(config), config, World.from_env(), paths, attempt)
 
 

@@ -75,7 +75,7 @@ class Run:
         self.said: list[dict] = []
         self.committed: list[int] = []
         self.checkpoints = Checkpoints(self.paths, world, config.Checkpoint(**{"keep_last": 9, **settings}),
-                                       attempt=attempt, say=self.said.append, committed=self.committed.append)
+                                       strategy="ddp", attempt=attempt, say=self.said.append, committed=self.committed.append)
 
     def save(self, step: int, metrics=None, tensors=None) -> str | None:
         self.checkpoints.save(step, make(step) if tensors is None else tensors, {"step": step}, metrics or {})

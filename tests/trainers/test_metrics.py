@@ -15,7 +15,7 @@ def test_it_is_cut_back_to_the_step_and_half_a_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "split": "eval"}\n{"step": 3}\n{"step": 4, "lo')
     file = MetricsFile(path, 2, warn=print)
-    assert file.before == 3
+    assert [row["step"] for row in file.kept] == [1, 2]
     file.append({"step": 3, "again": True})
     file.close()
     assert lines(path) == [{"step": 1}, {"step": 2, "split": "eval"}, {"step": 3, "again": True}]

@@ -51,14 +51,15 @@ class Checkpoints:
     BatchNorm's, must be made equal first), since each is written by one rank only.
 
     Args:
+        strategy: how the models were spread over ranks, for the manifest.
         attempt: this attempt's number, by which it is fenced off once there is a newer one; None: no fence.
         say: takes the events `checkpoint` and `note`, on rank 0; called from the writing thread too.
         committed: told each committed step, on rank 0, in the writing thread, before older ones are deleted.
     """
 
-    def __init__(self, paths: RunPaths, world: World, config: Checkpoint, *, attempt: int | None,
+    def __init__(self, paths: RunPaths, world: World, config: Checkpoint, *, strategy: str, attempt: int | None,
                  say: Callable[[Mapping[str, Any]], None], committed: Callable[[int], None]):
-        self.paths, self.world, self.config = paths, world, config
+        self.paths, self.world, self.config, self.strategy = paths, world, config, strategy
         self.attempt, self.say, self.committed = attempt, say, committed
         # A group of its own, for collectives of two threads on one group can meet each other.
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
@@ -257,7 +258,7 @@ class Checkpoints:
             return {name: manifest.entry(tmp / name) for name in names}
 
         def commit() -> None:
-            manifest.write(tmp, step=step, entries=entries, strategy="ddp", world_size=self.world.size,
+            manifest.write(tmp, step=step, entries=entries, strategy=self.strategy, world_size=self.world.size,
                            layout=self.config.layout, versions={"torch": torch.__version__}, metrics=metrics)
             self._check_fence()
             if final.exists():

@@ -98,7 +98,7 @@ class Learner:
                 self.scaler.scale(loss.sum * scale).backward()
             loss_sum += loss.sum.detach()
             count += loss.count
-        return torch.stack([loss_sum.double(), loss_sum.new_tensor(count, dtype=torch.float64)])
+        return torch.stack([loss_sum.double(), loss_sum.new_full((), count, dtype=torch.float64)])
 
     def _loss(self, batch: Any) -> Loss:
         with autocast(self.config.train.precision, self.world.device):

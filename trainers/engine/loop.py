@@ -64,7 +64,7 @@ class Loop:
         self.metrics: dict[str, float] = {}
         self.best: list[float] = []  # the keep_best best values of checkpoint.metric so far
         self.tracker: NoTracker = NoTracker()
-        self.checkpoints = Checkpoints(paths, world, config.checkpoint, attempt=attempt,
+        self.checkpoints = Checkpoints(paths, world, config.checkpoint, strategy=train.strategy, attempt=attempt,
                                        say=events.emit,
                                        committed=lambda step: self.tracker.committed(step))
         self._saved: tuple[int, bool] | None = None

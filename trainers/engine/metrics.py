@@ -10,35 +10,36 @@ from typing import Any, Callable, Mapping
 from trainers.files import replace_text
 
 
-def numbered(text: str) -> list[tuple[int, str]]:
-    """(step, line) for the whole lines of a metrics file. A line cut off by a crash is dropped."""
-    found = []
+def whole_rows(text: str) -> list[dict[str, Any]]:
+    """The rows of a metrics file. A line cut off by a crash is dropped."""
+    rows = []
     for line in text.split("\n"):
         try:
-            found.append((int(json.loads(line)["step"]), line))
-        except (ValueError, KeyError, TypeError):
+            row = json.loads(line)
+        except ValueError:
             continue
-    return found
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
 
 
 class MetricsFile:
     """Appends rows; while the disk is full it keeps them in memory and tries again with the next."""
 
     def __init__(self, path: Path, step: int, warn: Callable[[str], None]):
-        """Cuts the file back to `step`, the one that the run resumes from."""
+        """Cuts the file back to `step`, the one that the run resumes from; `kept` are the rows that stay."""
         self.path, self.warn = path, warn
         self._waiting: list[str] = []
         self._failing = False
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = numbered(text)
-        self.before = max((at for at, _ in lines), default=0)  # the last step that earlier attempts have logged
-        kept = "".join(line + "\n" for at, line in lines if at <= step)
+        self.kept = [row for row in whole_rows(text) if row["step"] <= step]
+        kept = "".join(map(_line, self.kept))
         if kept != text:
             replace_text(path, kept)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        self._waiting.append(json.dumps(row, ensure_ascii=False) + "\n")
+        self._waiting.append(_line(row))
         self.flush()
 
     def flush(self, durable: bool = False) -> None:
@@ -68,3 +69,7 @@ class MetricsFile:
         if self._waiting:
             self.warn(f"{len(self._waiting)} rows of metrics could not be written to {self.path}")
         os.close(self._file)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-
 import torch
 import torch.distributed as dist
 
 from trainers.engine.world import World
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
-
-_received: list[int] = []
-
-
-def listen() -> None:
-    """From now on these signals ask for a stop at the next boundary and end nothing by themselves."""
-    for number in SIGNALS:
-        signal.signal(number, lambda received, frame: _received.append(received))
+from trainers.signals import stop_requested
 
 
 class Stopping:
@@ -37,7 +26,7 @@ class Stopping:
     def at_boundary(self) -> bool:
         """Called by all ranks, the same number of times."""
         if self._group is None:
-            self._agreed = self._agreed or bool(_received)
+            self._agreed = self._agreed or stop_requested()
             return self._agreed
         if self._agreed:
             return True
@@ -46,7 +35,7 @@ class Stopping:
             self._agreed = bool(self._flag.item())
             if self._agreed:
                 return True
-        self._flag.fill_(1 if _received else 0)
+        self._flag.fill_(int(stop_requested()))
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return False
 

@@ -38,7 +38,7 @@ class Tracker(NoTracker):
         self._recorded_at = 0.0
         self._record_fails = False
         self._file = MetricsFile(paths.metrics, step, lambda text: self.note("warning", text))
-        self._wandb = WandbRun(config, paths, self._file.before, self.note) if config.wandb.mode != "off" else None
+        self._wandb = WandbRun(config, paths, self._file.kept, self.note) if config.wandb.mode != "off" else None
         self._record(step=step, total=total, metrics=self.metrics)
 
     def say(self, event: Mapping[str, Any]) -> None:
@@ -50,20 +50,21 @@ class Tracker(NoTracker):
     def step(self, event: Mapping[str, Any]) -> None:
         """A logged step: `event` as events.py describes it."""
         self.say(event)
-        values = {k: v for k, v in event.items() if k not in ("event", "step", "total", "unit", "eta_s")}
-        self._file.append({"step": event["step"], "split": "train", **values, "unit": event["unit"]})
-        if self._wandb:
-            self._wandb.log(event["step"], {f"train/{k}": v for k, v in values.items()})
+        about = ("event", "step", "total", "eta_s")
+        self._log({"step": event["step"], "split": "train", **{k: v for k, v in event.items() if k not in about}})
         if time.monotonic() - self._recorded_at > RECORD_EVERY_S:
             self._record(step=event["step"])
 
     def evaluation(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         self.metrics = dict(metrics)
         self.say({"event": "eval", "step": step, "total": total, "metrics": self.metrics})
-        self._file.append({"step": step, "split": "eval", **metrics})
-        if self._wandb:
-            self._wandb.log(step, {f"eval/{k}": v for k, v in metrics.items()})
+        self._log({"step": step, "split": "eval", **metrics})
         self._record(step=step, metrics=self.metrics)
+
+    def _log(self, row: Mapping[str, Any]) -> None:
+        self._file.append(row)
+        if self._wandb:
+            self._wandb.log(row)
 
     def before_checkpoint(self) -> None:
         """What a checkpoint's step has logged must be on disk when it commits."""

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Iterable, Iterator, Mapping
 
 from trainers.config import RunConfig
 from trainers.paths import RunPaths
 
 ONLINE_WITHIN_S = 30
+BLOCK = 32768
 
 
 class WandbRun:
-    """A W&B run, online or offline, whose own step is ours."""
+    """A W&B run, online or offline, whose own step is ours.
 
-    def __init__(self, config: RunConfig, paths: RunPaths, logged: int, note: Callable[[str, str], None]):
-        """`logged`: the last step that earlier attempts have logged; it and those before are not logged again.
+    W&B only appends: a step of its history cannot be taken back, and `wandb sync` moves a repeated one up.
+    So steps that it has are not logged again, and what an attempt that was killed did not get to write is
+    logged from metrics.jsonl.
+    """
+
+    def __init__(self, config: RunConfig, paths: RunPaths, rows: Iterable[Mapping[str, Any]],
+                 note: Callable[[str, str], None]):
+        """`rows`: what metrics.jsonl holds up to the step from which the run resumes.
         `note(level, message)` tells the user why a run that was to be online is offline."""
         import wandb
 
@@ -24,6 +32,7 @@ class WandbRun:
             dir=str(paths.root), config=config.model_dump(mode="json"), job_type=config.name,
         )
         settings = wandb.Settings(console="off", silent=True, init_timeout=ONLINE_WITHIN_S)
+        before = offline_step(paths.root)
         offline = "not asked for"
         if config.wandb.mode == "online":
             try:
@@ -38,14 +47,17 @@ class WandbRun:
         if offline:
             self._run = wandb.init(mode="offline", settings=settings, **common)
         self._wandb = wandb
-        # W&B appends: a step of its history cannot be taken back, and `wandb sync` moves a repeated one up.
-        self._logged = logged
+        self._logged = max(before, self._run.step - 1)  # of an online run, the server's last step
         if self._run.url:
             note("info", f"W&B: {self._run.url}")
+        for row in rows:
+            self.log(row)
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        if step > self._logged:
-            self._run.log(dict(values), step=step)
+    def log(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics.jsonl."""
+        if row["step"] > self._logged:
+            about = ("step", "split", "unit")
+            self._run.log({f"{row['split']}/{k}": v for k, v in row.items() if k not in about}, step=row["step"])
 
     def figures(self, step: int, folder: Path) -> None:
         pictures = {f"figures/{p.stem}": self._wandb.Image(str(p)) for p in sorted(folder.glob("*.png"))}
@@ -57,3 +69,35 @@ class WandbRun:
         if not finished:
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if finished else 75)
+
+
+def offline_step(folder: Path) -> int:
+    """The last step in the W&B files that earlier attempts have left in a run directory; 0 if there is none."""
+    steps = (record.history.step.num for path in folder.glob("wandb/offline-run-*/*.wandb")
+             for record in offline_records(path) if record.WhichOneof("record_type") == "history")
+    return max(steps, default=0)
+
+
+def offline_records(path: Path) -> Iterator[Any]:
+    """The records of a .wandb file, as far as it was written: LevelDB's log format
+    (https://github.com/google/leveldb/blob/main/doc/log_format.md), after 7 bytes of W&B's own."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        left = BLOCK - at % BLOCK
+        length, kind = struct.unpack("<HB", data[at + 4:at + 7]) if left >= 7 else (0, 0)
+        if kind == 0:  # the rest of the block is empty
+            at += left
+            continue
+        parts += data[at + 7:at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            try:
+                record.ParseFromString(parts)
+            except DecodeError:  # cut off
+                return
+            yield record
+            parts = b""

@@ -1,0 +1,42 @@
+"""What Weights & Biases gets, read from the files that it keeps offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import BLOBS, logged_steps, ranks_of, rows, wait_until
+
+from trainers.engine.wandb_run import offline_records
+
+
+def history(path: Path) -> dict[int, dict]:
+    return {record.history.step.num: {item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                                      for item in record.history.item}
+            for record in offline_records(path) if record.WhichOneof("record_type") == "history"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_every_attempt_is_the_same_run_and_every_step_stands_once(launch, number):
+    process = launch.start(BLOBS, "--procs", 2, "--wandb", "offline", "wandb.project=a project")
+    wait_until(lambda: logged_steps(launch.folder) >= 40, process=process)
+    os.kill(ranks_of(process.pid)[0] if number == signal.SIGKILL else process.pid, number)
+    process.communicate(timeout=100)
+    run = launch.run()
+    assert launch("resume", run.name).returncode == 0
+    files = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    for path in files:
+        opened = [record.run for record in offline_records(path) if record.WhichOneof("record_type") == "run"]
+        if opened or number == signal.SIGTERM:  # W&B may have written nothing yet when it was killed
+            assert (opened[0].run_id, opened[0].project) == (run.name, "a project")
+            assert "batch_size" in {item.key: item.value_json for item in opened[0].config.update}["train"]
+    before, after = map(history, files)
+    assert [*before, *after] == list(range(1, 121))
+    losses = {row["step"]: row["loss"] for row in rows(run)}
+    assert {step: values["train/loss"] for step, values in {**before, **after}.items()} == losses
+    assert after[120]["eval/top1"] == rows(run, "eval")[-1]["top1"]
