@@ -363,13 +363,14 @@ def cancel(word: str, root: Path, json: bool) -> None:
 @ranks_options
 @runs_option
 @json_option
-def resume(word: str, root: Path, gpus: int | None, procs: int | None, json: bool) -> int:
+@click.option("--take-over", is_flag=True, help="Though its record says that it runs on another host.")
+def resume(word: str, root: Path, gpus: int | None, procs: int | None, json: bool, take_over: bool) -> int:
     """Continue a run from its last checkpoint."""
     _one_kind(gpus, procs)
     from launch import start
     from launch.runs import find_run
 
-    return start.resume(find_run(root, word), gpus=gpus, procs=procs, json=json)
+    return start.resume(find_run(root, word), gpus=gpus, procs=procs, json=json, take_over=take_over)
 
 
 @command

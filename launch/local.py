@@ -7,8 +7,8 @@ import os
 import runpy
 import socket
 import sys
+import traceback
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -19,7 +19,7 @@ from launch.ports import reserved_port
 from launch.processes import identity
 from launch.view import View
 from trainers.errors import UserError
-from trainers.files import read_json, replace_json, replace_text, update_json
+from trainers.files import replace_json, replace_text, update_json
 from trainers.paths import RunPaths
 
 # The state of a run, by how its last attempt ended, and the command's exit code.
@@ -51,17 +51,25 @@ def create_run(plan: Plan) -> RunPaths:
     return paths
 
 
-def execute(plan_of: Callable[[int], Plan], paths: RunPaths, view: View, restarts: int) -> tuple[Outcome, int]:
-    """Attempts until one ends otherwise than by a failure worth repeating, or `restarts` are used up.
+def execute(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, view: View, restarts: int
+            ) -> tuple[Outcome, int]:
+    """Attempts, from `number` on, until one ends otherwise than by a failure worth repeating, or `restarts` are
+    used up.
 
     Returns the last attempt's outcome and the exit code.
 
     Raises:
-        UserError: another process has taken the run.
+        UserError: another process has taken the run, or the run directory cannot be written.
     """
     while True:
-        plan = plan_of(_next_attempt(paths))
-        outcome = _attempt(plan, paths, view)
+        _take_attempt(paths, number)
+        plan = plan_of(number)
+        number += 1
+        try:
+            outcome = _attempt(plan, paths, view)
+        except OSError as error:
+            raise UserError(f"attempt {plan.attempt} cannot run in {paths.root}: {error.strerror or error}",
+                            f"mend that, then `launch resume {paths.id}`") from error
         failure = outcome.failure
         if outcome.kind == "failed" and failure.retry and outcome.signal is None and restarts > 0:
             restarts -= 1
@@ -73,9 +81,12 @@ def execute(plan_of: Callable[[int], Plan], paths: RunPaths, view: View, restart
         return outcome, code
 
 
-def _next_attempt(paths: RunPaths) -> int:
-    """Take the next attempt's number; making its folder is what decides between two who try."""
-    number = (paths.attempt_numbers() or [0])[-1] + 1
+def next_attempt(paths: RunPaths) -> int:
+    return max(paths.attempt_numbers(), default=0) + 1
+
+
+def _take_attempt(paths: RunPaths, number: int) -> None:
+    """Making an attempt's folder is what decides between two who try."""
     try:
         paths.attempt(number).mkdir(parents=True)
     except FileExistsError:
@@ -83,7 +94,6 @@ def _next_attempt(paths: RunPaths) -> int:
                         f"see `launch status {paths.id}`") from None
     except OSError as error:
         raise UserError(f"{paths.attempt(number)} cannot be made: {error.strerror}", "make room there") from error
-    return number
 
 
 def _attempt(plan: Plan, paths: RunPaths, view: View) -> Outcome:
@@ -106,7 +116,7 @@ def _recorded(plan: Plan, paths: RunPaths, view: View) -> Iterator[Callable[[Out
     started = identity(os.getpid())
     attempt: dict[str, Any] = {
         "attempt": plan.attempt, **me, "process_started": started, "cwd": plan.cwd, "device": plan.resources.device,
-        "ranks": plan.resources.ranks, "began": now(), "ended": None, "outcome": "running", "exit_code": None,
+        "ranks": plan.resources.ranks, "threads": plan.resources.threads, "began": now(), "ended": None, "outcome": "running", "exit_code": None,
         "failure": None,
     }
     replace_json(paths.attempt_record(plan.attempt), attempt)
@@ -120,29 +130,32 @@ def _recorded(plan: Plan, paths: RunPaths, view: View) -> Iterator[Callable[[Out
         changes = {"ended": now(), "outcome": state, "exit_code": EXIT_CODES[outcome.kind], "failure": failure}
         try:
             replace_json(paths.attempt_record(plan.attempt), {**attempt, **changes})
-            update_json(paths.record, state=state, updated=now())
+            if next_attempt(paths) == plan.attempt + 1:  # else the record is that of a newer attempt
+                update_json(paths.record, state=state, updated=now())
         except OSError as error:
             view.notice(f"warning: the record of {paths.id} cannot be written: {error.strerror}")
 
     yield ended
 
 
-def debug(plan_of: Callable[[int], Plan], paths: RunPaths, view: View) -> int:
+def debug(plan: Plan, paths: RunPaths, view: View) -> int:
     """One rank in this very process, standard input attached, so that `breakpoint()` works."""
-    plan = plan_of(_next_attempt(paths))
+    _take_attempt(paths, plan.attempt)
     with _recorded(plan, paths, view) as ended:
         with reserved_port() as port:
             os.environ.update({**plan.env, **plan.rank_env(0, 0, "127.0.0.1", port), "LAUNCH_EVENTS": "0",
                                "LAUNCH_DEBUG": "1"})
+            said = None
             try:
                 code = _in_process(plan)
             except BaseException as error:
-                ended(Outcome("failed", Failure(0, 1, None, f"{type(error).__name__}: {error}", None, None, False)))
-                raise
-        kind = {0: "finished", 75: "preempted"}.get(code, "failed")
-        ended(Outcome(kind, Failure(0, code, None, f"ended with exit code {code}", None, None, False)
-                      if kind == "failed" else None))
-    return code
+                said = traceback.format_exc()
+                print(said, file=sys.stderr, end="")
+                code = EXIT_CODES["killed"] if isinstance(error, KeyboardInterrupt) else EXIT_CODES["failed"]
+        kind = {code: kind for kind, code in EXIT_CODES.items()}.get(code, "failed")
+        message = said.splitlines()[-1] if said else f"ended with exit code {code}"
+        ended(Outcome(kind, Failure(0, code, None, message, None, said, False) if kind == "failed" else None))
+    return code if code in (*EXIT_CODES.values(), UserError.exit_code) else EXIT_CODES["failed"]
 
 
 def _in_process(plan: Plan) -> int:

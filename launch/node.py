@@ -29,6 +29,8 @@ from trainers.paths import RunPaths
 PREEMPTED = 75           # a rank's exit code: stopped with a checkpoint
 FAILURE_GRACE_S = 5.0    # for ranks whose peer has died: they hang in a collective more often than not
 LEFTOVERS_GRACE_S = 3.0
+PARTIAL_AFTER_S = 0.5
+READ_BYTES = 1 << 16
 TAIL_LINES = 400
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
@@ -94,33 +96,50 @@ class Rank:
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.error: dict[str, Any] | None = None
         self.code: int | None = None
-        self._partial = b""
+        self.silent = False  # whether it has closed its output
+        self._partial, self._partial_since = b"", 0.0
         self.pipe, child = os.pipe()
         os.set_blocking(self.pipe, False)
         try:
             self.process = subprocess.Popen(
-                plan.command, env={**os.environ, **plan.env, **env}, cwd=plan.cwd, stdin=subprocess.DEVNULL,
+                plan.command, env={**plan.inherited(os.environ), **plan.env, **env}, cwd=plan.cwd, stdin=subprocess.DEVNULL,
                 stdout=child, stderr=child, process_group=0, preexec_fn=_die_with(os.getpid()),
             )
         finally:
             os.close(child)
 
     def read(self) -> bool:
-        """Take in what the rank has said. False at the end of its output."""
-        while True:
-            try:
-                data = os.read(self.pipe, 1 << 16)
-            except BlockingIOError:
-                return True
-            if not data:
-                self._take(b"\n" if self._partial else b"")
-                return False
-            self._take(data)
-
-    def _take(self, data: bytes) -> None:
+        """Take in some of what the rank has said. False if there is no more for now, or for ever."""
+        try:
+            data = os.read(self.pipe, READ_BYTES)
+        except BlockingIOError:
+            return False
+        self.silent = not data
+        if not self._partial:
+            self._partial_since = time.monotonic()
         *whole, self._partial = (self._partial + data).split(b"\n")
         for raw in whole:
             self._line(raw)
+            self._partial_since = time.monotonic()
+        return bool(data)
+
+    def read_all(self) -> None:
+        """The last words of a rank that has ended: what a pipe holds, even if someone still writes to it."""
+        for _ in range(32):
+            if not self.read():
+                break
+        self.show_partial(older_than_s=0.0)
+
+    def show_partial(self, older_than_s: float) -> None:
+        """Pass on a line that waits for its end, such as a progress bar's."""
+        waiting = self._partial and time.monotonic() - self._partial_since >= older_than_s
+        if waiting and events.SEPARATOR.encode() not in self._partial:
+            text = self._partial.decode(errors="replace")
+            self.tail.append(text)
+            self.log.write(self._partial)
+            if self.rank == 0:
+                self.view.text(text)
+            self._partial = b""
 
     def _line(self, raw: bytes) -> None:
         text = raw.decode(errors="replace")
@@ -152,7 +171,7 @@ class Rank:
         """Whether the process has ended; takes in its last words the first time."""
         if self.code is None and (code := self.process.poll()) is not None:
             self.code = code
-            self.read()
+            self.read_all()
         return self.code is not None
 
     def send(self, number: int) -> None:
@@ -177,7 +196,7 @@ class Rank:
         return True
 
     def close(self) -> None:
-        self.read()
+        self.read_all()
         os.close(self.pipe)
         self.log.close()
 
@@ -228,19 +247,25 @@ def _watch(plan: Plan, ranks: list[Rank], selector, wakeup: socket.socket, recei
         for key, _ in selector.select(0.2 if deadline is None else max(0.0, min(0.2, deadline - time.monotonic()))):
             if key.data is None:
                 wakeup.recv(4096)
-            elif not key.data.read():
+                continue
+            key.data.read()
+            if key.data.silent:
                 selector.unregister(key.fileobj)
+        for rank in ranks:
+            rank.show_partial(PARTIAL_AFTER_S)
         running = [rank for rank in ranks if rank.code is None]
         # Of ranks found dead together, one that a signal ended is likelier the cause than one that lost a peer.
         gone = sorted((r for r in running if r.ended()), key=lambda r: r.code >= 0)
         for rank in gone:
-            stopped = rank.code in (0, PREEMPTED) or (asked is not None and rank.code == -signal.SIGTERM)
+            # One that was asked to stop before it could heed that, or that lost a peer which stopped so.
+            early = rank.code == -signal.SIGTERM or any(r.code == PREEMPTED for r in ranks)
+            stopped = rank.code in (0, PREEMPTED) or (asked is not None and early)
             if not stopped and first is None and not overdue and not abrupt:
                 first = rank.failure()
                 for other in ranks:
                     other.send(signal.SIGTERM)
                 deadline = time.monotonic() + min(FAILURE_GRACE_S, plan.grace_s)
-            elif stopped and rank.code == -signal.SIGTERM:
+            elif stopped and rank.code not in (0, PREEMPTED):
                 abrupt, deadline = True, min(deadline, time.monotonic() + FAILURE_GRACE_S)
         while received:
             number = received.pop(0)

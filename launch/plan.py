@@ -38,6 +38,11 @@ class Plan:
     max_restarts: int
     grace_s: float
 
+    def inherited(self, env: Mapping[str, str]) -> dict[str, str]:
+        """What ranks take over from `env`: all; ranks of a task nothing that would change what accelerate does."""
+        foreign = ("ACCELERATE_", "TORCHELASTIC_") if self.batch else ()
+        return {key: value for key, value in env.items() if not key.startswith(foreign)}
+
     def rank_env(self, node: int, local_rank: int, address: str, port: int | str) -> dict[str, str]:
         """torchrun's variables for one rank."""
         here = self.resources.ranks_per_node
@@ -102,9 +107,8 @@ def _rank_environment(config, resources: Resources, folder: Path, attempt: int) 
     }
     if resources.nodes == 1:
         env["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks for an address by the host's name, which may have none
-    if resources.device == "cpu":
-        env["ACCELERATE_USE_CPU"] = "true"
-    elif isinstance(config, RunConfig) and config.train.deterministic:
+    env["ACCELERATE_USE_CPU"] = str(resources.device == "cpu").lower()
+    if resources.device == "cuda" and isinstance(config, RunConfig) and config.train.deterministic:
         env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS may sum in another order each time
     return env
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from functools import cache
 
-CLOCK_ERROR_S = 2.0  # /proc counts from boot, whose time of day moves a little with the clock's corrections
 
-
-def identity(pid: int) -> float | None:
-    """When the process was created, in seconds since 1970; None if there is none, or only its zombie."""
+def identity(pid: int) -> str | None:
+    """What tells this process from any other that has had or will have its pid; None if there is none, or
+    only its zombie. On Linux the boot and the clock ticks from there to its start: no time of day, which moves."""
     try:
         # The name in parentheses may hold spaces and parentheses itself: read after the last one.
         with open(f"/proc/{pid}/stat", "rb") as file:
@@ -17,27 +16,26 @@ def identity(pid: int) -> float | None:
     except (FileNotFoundError, ProcessLookupError):
         return None if os.path.exists("/proc/self/stat") else _identity_elsewhere(pid)
     state, started_ticks = fields[0], int(fields[19])  # fields 3 and 22 of proc(5)
-    return None if state in (b"Z", b"X") else _boot_time() + started_ticks / os.sysconf("SC_CLK_TCK")
+    return None if state in (b"Z", b"X") else f"{_boot()}:{started_ticks}"
 
 
-def alive(pid: int, started: float) -> bool:
-    """Whether the process `pid` that was created at `started` still runs."""
-    created = identity(pid)
-    return created is not None and abs(created - started) < CLOCK_ERROR_S
+def alive(pid: int, started: str) -> bool:
+    """Whether the process `pid` whose identity was `started` still runs."""
+    return identity(pid) == started
 
 
 @cache
-def _boot_time() -> float:
-    with open("/proc/stat", "rb") as file:
-        return float(next(line for line in file if line.startswith(b"btime")).split()[1])
+def _boot() -> str:
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
 
 
-def _identity_elsewhere(pid: int) -> float | None:
+def _identity_elsewhere(pid: int) -> str | None:
     """The same where there is no /proc."""
     import psutil
 
     try:
         process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+        return None if process.status() == psutil.STATUS_ZOMBIE else str(process.create_time())
     except psutil.NoSuchProcess:
         return None

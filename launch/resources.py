@@ -27,6 +27,7 @@ class Resources:
 def visible_gpus(env: Mapping[str, str], dev: Path = Path("/dev")) -> int:
     """GPUs of this machine that the mask in CUDA_VISIBLE_DEVICES lets through."""
     there = sum(1 for path in dev.glob("nvidia*") if path.name.removeprefix("nvidia").isdigit())
+    there = there or int((dev / "dxg").exists())  # Windows' Linux shows no more than that there is one
     mask = env.get("CUDA_VISIBLE_DEVICES")
     if mask is None:
         return there
@@ -39,8 +40,10 @@ def visible_gpus(env: Mapping[str, str], dev: Path = Path("/dev")) -> int:
     return min(there, listed) if not mask.startswith("MIG") else listed * bool(there)
 
 
-def local_resources(gpus: int | None, procs: int | None, env: Mapping[str, str] = os.environ) -> Resources:
-    """Resources on this machine; with neither given, one GPU if there is one, else one CPU rank.
+def local_resources(gpus: int | None, procs: int | None, env: Mapping[str, str] = os.environ,
+                    threads: int | None = None) -> Resources:
+    """Resources on this machine; with neither given, one GPU if there is one, else one CPU rank. `threads`
+    of a rank are by default its share of this machine's cores.
 
     Raises:
         UserError: more GPUs were asked for than there are.
@@ -49,13 +52,13 @@ def local_resources(gpus: int | None, procs: int | None, env: Mapping[str, str] 
     if gpus is None and procs is None:
         gpus, procs = (1, None) if there else (None, 1)
     if procs is not None:
-        return Resources("cpu", procs, threads=_threads(procs, env))
+        return Resources("cpu", procs, threads=threads or _threads(procs, env))
     if gpus > there:
         mask = env.get("CUDA_VISIBLE_DEVICES")
         masked = f" (CUDA_VISIBLE_DEVICES is `{mask}`)" if mask is not None else ""
         raise UserError(f"--gpus {gpus} was asked for; this machine has {there} NVIDIA GPU(s) to give{masked}",
                         f"use --procs {gpus} for as many CPU ranks" + (f", or --gpus {there}" if there else ""))
-    return Resources("cuda", gpus, threads=_threads(gpus, env))
+    return Resources("cuda", gpus, threads=threads or _threads(gpus, env))
 
 
 def _threads(ranks: int, env: Mapping[str, str]) -> int:

@@ -61,6 +61,7 @@ def find_run(root: Path, word: str) -> Run:
     """
     if not word:
         raise UserError("a run's id is empty", "see `launch runs`")
+    root = root.absolute()
     if os.sep in word or word in (".", ".."):
         folder = Path(word).resolve()
         if not folder.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import secrets
+import socket
 import sys
 import time
 from functools import partial
@@ -44,19 +45,26 @@ def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, debug:
     view = make_view(json)
     paths = local.create_run(plan)
     view.notice(f"run {plan.run_id} in {_shown(paths.root)}: {_on(resources)}")
-    return _run(plan_of, paths, view, plan.max_restarts, debug)
+    return _run(plan_of, paths, 1, view, plan.max_restarts, debug)
 
 
-def resume(run: records.Run, *, gpus: int | None, procs: int | None, json: bool) -> int:
-    """Continue a run that is neither running nor finished. Returns the exit code.
+def resume(run: records.Run, *, gpus: int | None, procs: int | None, json: bool, take_over: bool = False) -> int:
+    """Continue a run that is neither running nor finished. Returns the exit code. `take_over`: believe no record
+    that it runs on another host; should it do so after all, that attempt can commit nothing more.
 
     Raises:
         UserError: it is running, or its record cannot be read.
     """
     paths, view = run.paths, make_view(json)
-    state = records.state(run.record)
-    if state == "running":
-        raise UserError(f"run {paths.id} is running", f"see `launch status {paths.id}`, or stop it: `launch cancel {paths.id}`")
+    number = local.next_attempt(paths)  # before the state is read: whoever else read the same one gets this number too
+    run = run.again()
+    state, job = run.state, run.record["job"] or {}
+    elsewhere = job.get("host") not in (None, socket.gethostname())
+    if state == "running" and not (take_over and elsewhere):
+        where = f" on host {job['host']}" if elsewhere else ""
+        raise UserError(f"run {paths.id} is running{where}",
+                        f"if that host or process is gone: `launch resume {_named(paths)} --take-over`" if elsewhere else
+                        f"see `launch status {_named(paths)}`, or stop it: `launch cancel {_named(paths)}`")
     if state == "finished":
         view.notice(f"run {paths.id} is finished: nothing to resume")
         view.close()
@@ -68,11 +76,13 @@ def resume(run: records.Run, *, gpus: int | None, procs: int | None, json: bool)
     if gpus is None and procs is None and before:
         gpus, procs = (before["ranks"], None) if before["device"] == "cuda" else (None, before["ranks"])
     cwd = Path(before["cwd"]) if before and Path(before["cwd"]).is_dir() else Path.cwd()
-    resources = local_resources(gpus, procs)
+    # As many threads as before: another number sums in another order.
+    same = before and before["ranks"] == (gpus or procs)
+    resources = local_resources(gpus, procs, threads=before.get("threads") if same else None)
     plan_of = partial(_plan, paths.id, spec, load_cluster("local"), resources, paths.root.parent, cwd)
-    plan = plan_of(run.record["attempt"] + 1)
+    plan = plan_of(number)
     view.notice(f"run {paths.id} in {_shown(paths.root)}, attempt {plan.attempt}: {_on(resources)}")
-    return _run(plan_of, paths, view, plan.max_restarts, debug=False)
+    return _run(plan_of, paths, number, view, plan.max_restarts, debug=False)
 
 
 def new_run_id(name: str) -> str:
@@ -85,12 +95,12 @@ def _plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resources,
     return make_plan(run_id, spec, cluster, resources, runs=runs, python=sys.executable, cwd=cwd, attempt=attempt)
 
 
-def _run(plan_of, paths: RunPaths, view: View, restarts: int, debug: bool) -> int:
+def _run(plan_of, paths: RunPaths, number: int, view: View, restarts: int, debug: bool) -> int:
     began = time.monotonic()
     try:
         if debug:
-            return local.debug(plan_of, paths, view)
-        outcome, code = local.execute(plan_of, paths, view, restarts)
+            return local.debug(plan_of(number), paths, view)
+        outcome, code = local.execute(plan_of, paths, number, view, restarts)
         if outcome.failure:
             view.event({"event": "failure", **outcome.failure.as_dict()})
         else:
@@ -121,7 +131,9 @@ def _print_failure(outcome: Outcome, paths: RunPaths) -> None:
     if failure.traceback and failure.rank != 0:
         print(failure.traceback, file=sys.stderr)
     log = _shown(paths.log(paths.attempt_numbers()[-1], failure.rank))
-    hint = failure.hint or f"its log is {log}; `launch resume {_named(paths)}` goes on from the last checkpoint"
+    checkpoint = read_json(paths.record)["checkpoint"]
+    onward = f"; `launch resume {_named(paths)}` goes on from checkpoint {checkpoint}" if checkpoint is not None else ""
+    hint = failure.hint or f"its log is {log}{onward}"
     print(UserError(failure.message, hint), file=sys.stderr)
 
 

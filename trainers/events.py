@@ -28,14 +28,16 @@ VARIABLE = "LAUNCH_EVENTS"
 
 
 def emit(event: Mapping[str, Any]) -> None:
-    """Say one event on standard output."""
+    """Say one event on standard output (without `launch`, an error on standard error)."""
+    stream = sys.stdout
     if os.environ.get(VARIABLE) == "1":
         text = SEPARATOR + json.dumps(event, ensure_ascii=False)
     else:
         text = line(event)
+        stream = sys.stderr if event["event"] == "error" else stream
     # One write for the whole line: other threads print too.
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    stream.write(text + "\n")
+    stream.flush()
 
 
 def parse(text: str) -> dict[str, Any] | None:

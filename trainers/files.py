@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,17 @@ def replace_text(path: Path, text: str) -> None:
     flush_folder(path.parent)
 
 
+def jsonable(value: Any) -> Any:
+    """The same with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
 def replace_json(path: Path, value: Any) -> None:
-    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    replace_text(path, json.dumps(jsonable(value), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

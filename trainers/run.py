@@ -17,8 +17,11 @@ from pathlib import Path
 from trainers import events
 from trainers.errors import UserError
 from trainers.paths import RunPaths
-from trainers.signals import listen
+from trainers.signals import Stopped, listen
 from trainers.spec import read_spec, resolve
+
+
+STOPPED = 75  # exit code: asked to stop, to be resumed
 
 
 def run(paths: RunPaths, attempt: int | None) -> int:
@@ -31,8 +34,12 @@ def run(paths: RunPaths, attempt: int | None) -> int:
     import torch
 
     from trainers.engine.loop import train
+    from trainers.engine.task import Task
     from trainers.engine.world import World
 
+    if not (isinstance(task_class, type) and issubclass(task_class, Task)):
+        raise UserError(f"`task` is `{config.task}`, which is no subclass of trainers.engine.task.Task",
+                        f"write `class {config.task.partition(':')[2]}(Task)`")
     torch.autograd.set_detect_anomaly(debugging)
     return train(task_class(config), config, World.from_env(), paths, attempt)
 
@@ -45,6 +52,8 @@ def main(argv: list[str]) -> int:
     attempt = os.environ.get("LAUNCH_ATTEMPT")
     try:
         return run(RunPaths(Path(folder).absolute()), int(attempt) if attempt else None)
+    except Stopped:
+        return STOPPED
     except UserError as error:
         events.emit({"event": "error", "message": error.message, "hint": error.hint, "exit_code": error.exit_code,
                      "retry": False})

@@ -84,7 +84,8 @@ def main() -> None:
 
         return go
 
-    contestants = {"batched, resident": batched, "torchvision, 0 workers": loader(0), "torchvision, 2 workers": loader(2)}
+    contestants = {"batched, resident": batched, "torchvision, 0 workers": loader(0),
+                   "torchvision, 2 workers": loader(2)}
     best = dict.fromkeys(contestants, 0.0)
     for turn in range(args.rounds + 1):
         for name, go in contestants.items():
@@ -95,7 +96,8 @@ def main() -> None:
     for name, rate in best.items():
         print(f"{name:24} {rate:10,.0f} images/s")
     ours, *theirs = best.values()
-    print(f"{'ratio':24} {ours / max(theirs):10.1f}   (torch {torch.__version__}, {args.device}, {args.threads} thread(s))")
+    print(f"{'ratio':24} {ours / max(theirs):10.1f}")
+    print(f"torch {torch.__version__}, {args.device}, {args.threads} thread(s)")
 
 
 if __name__ == "__main__":

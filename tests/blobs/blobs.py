@@ -8,7 +8,8 @@ from trainers.engine.task import Loss, Task
 
 
 class Blobs:
-    def __init__(self, count, seed, device):
+    def __init__(self, count, seed, device, noise=0.0):
+        self.noise = noise
         generator = torch.Generator().manual_seed(seed)
         self.images = torch.randn(count, 3, 6, 6, generator=generator).to(device)
         self.labels = (self.images.mean((1, 2, 3)) > 0).long()
@@ -19,15 +20,22 @@ class Blobs:
     def batch(self, share):
         rows = torch.from_numpy(share.indices)
         noise = share.generator().normal(scale=0.1, size=share.size)[share.slots]
-        return self.images[rows] + torch.from_numpy(noise).float().view(-1, 1, 1, 1), self.labels[rows]
+        images = self.images[rows] + torch.from_numpy(noise).float().view(-1, 1, 1, 1)
+        return images + self.noise * torch.randn_like(images), self.labels[rows]
 
 
 class BlobsTask(Task):
     def data(self, world):
-        return Blobs(300, 1, world.device), Blobs(101, 2, world.device)
+        noise = 0.0 if self.exact else 0.1
+        return Blobs(300, 1, world.device, noise), Blobs(101, 2, world.device, noise)
+
+    @property
+    def exact(self):
+        """Without what depends on the rank: BatchNorm, dropout, noise from torch's generator."""
+        return self.config.model.get("exact_over_ranks", False)
 
     def model(self):
-        exact = self.config.model.get("exact_over_ranks", False)
+        exact = self.exact
         return nn.Sequential(
             nn.Conv2d(3, 8, 3), nn.Identity() if exact else nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
             nn.Identity() if exact else nn.Dropout(0.2), nn.Linear(128, 300), nn.ReLU(), nn.Linear(300, 2),

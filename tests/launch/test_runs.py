@@ -35,14 +35,14 @@ def make_run(root, id="cifar10-1", state="finished", **changes):
 def make_attempt(paths, number, **changes):
     paths.attempt(number).mkdir(parents=True)
     replace_json(paths.attempt_record(number), {
-        "attempt": number, "host": "here", "pid": 1, "process_started": 1.0, "cwd": "/", "device": "cpu", "ranks": 2,
+        "attempt": number, "host": "here", "pid": 1, "process_started": "1", "cwd": "/", "device": "cpu", "ranks": 2,
         "began": "2026-01-02T00:00:00+00:00", "ended": "2026-01-02T00:10:00+00:00", "outcome": "failed",
         "exit_code": 1, "failure": None, **changes,
     })
 
 
 def job_of(pid, **changes):
-    return {"kind": "local", "host": socket.gethostname(), "pid": pid, "started": identity(pid) or 0.0, **changes}
+    return {"kind": "local", "host": socket.gethostname(), "pid": pid, "started": identity(pid) or "none", **changes}
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def gone():
 def test_a_process_is_known_by_pid_and_time():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     started = identity(process.pid)
-    assert abs(started - time.time()) < 60
+    assert started == identity(process.pid)
     assert alive(process.pid, started)
-    assert not alive(process.pid, started - 100), "another process under the same number"
+    assert not alive(process.pid, started + "0"), "another process under the same number"
     process.stdin.close()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert not alive(process.pid, started), "a zombie is dead"
@@ -124,7 +124,7 @@ def test_lost_is_running_on_this_host_without_its_process(tmp_path, gone):
     assert state("running", job_of(os.getpid())) == "running"
     assert state("running", job_of(gone)) == "lost"
     assert state("submitted", job_of(gone)) == "lost"
-    assert state("running", job_of(os.getpid(), started=1.0)) == "lost"
+    assert state("running", job_of(os.getpid(), started="1")) == "lost"
     assert state("running", job_of(gone, host="another")) == "running"
     assert state("finished", job_of(gone)) == "finished"
     assert state("submitted", None) == "submitted"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def test_output_that_is_no_text_and_long_lines(launch):
     done = launch("work.py", "--procs", 1)
     assert done.returncode == 0, done.stderr
     path = launch.run() / "attempts/1/logs/0.log"
-    assert path.read_bytes() == b"\xff\xfe no utf-8\n" + b"x" * 300_000 + b"\nno newline at the end\n"
+    assert path.read_bytes() == b"\xff\xfe no utf-8\n" + b"x" * 300_000 + b"\nno newline at the end"
 
 
 def test_what_looks_like_an_event_but_is_none(launch):
@@ -199,3 +200,45 @@ def test_the_dry_run_writes_nothing_and_is_what_runs(launch):
         expected["MASTER_PORT"] = env["MASTER_PORT"]
         assert {k: env[k] for k in expected} == expected
         assert eval(command) == plan["command"]
+
+
+def test_a_rank_that_floods_its_output_still_stops(launch):
+    script(launch.folder, "import os\nwhile True: os.write(1, b'\\n' * 65536)")
+    process = launch.start("work.py", "--procs", 1, "--json")
+    drain = threading.Thread(target=process.stdout.read)
+    drain.start()
+    wait_until(lambda: any(p.stat().st_size > 10**6 for p in launch.folder.glob("runs/*/attempts/1/logs/0.log")))
+    process.terminate()
+    assert process.wait(timeout=20) == 75
+    drain.join()
+
+
+def test_a_line_that_waits_for_its_end_is_shown(launch):
+    script(launch.folder, "import sys, time\nfor i in range(40): sys.stdout.write(f'\\r{i} of 40'); time.sleep(0.1)")
+    process = launch.start("work.py", "--procs", 1)
+    wait_until(lambda: any("3 of 40" in p.read_text() for p in launch.folder.glob("runs/*/attempts/1/logs/0.log")),
+               process=process)
+    assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=20)
+
+
+def test_of_two_who_resume_one_wins(launch):
+    script(launch.folder, "import os, time\nif os.environ['LAUNCH_ATTEMPT'] == '1': raise SystemExit(1)\ntime.sleep(2)")
+    assert launch("work.py", "--procs", 1).returncode == 1
+    run = launch.run()
+    both = [launch.start("resume", run.name) for _ in range(2)]
+    ends = [(*process.communicate(timeout=30), process.returncode) for process in both]
+    assert sorted(code for *_, code in ends) == [0, 2]
+    assert len(list((run / "attempts").iterdir())) == 2 and record(run)["state"] == "finished"
+
+
+def test_a_run_of_a_lost_host_can_be_taken_over(launch):
+    script(launch.folder, "print('done')")
+    assert launch("work.py", "--procs", 1).returncode == 0
+    run = launch.run()
+    job = {**record(run)["job"], "host": "gone"}
+    (run / "run.json").write_text(json.dumps({**record(run), "state": "running", "job": job}))
+    refused = launch("resume", run.name)
+    assert refused.returncode == 2 and "is running on host gone" in refused.stderr and "--take-over" in refused.stderr
+    assert launch("resume", run.name, "--take-over").returncode == 0

@@ -77,7 +77,8 @@ def test_where_downloads_go(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("model, data, says", [
-    ({"arch": "resnet18", "width": 0.5}, {}, "model.width is of vgg alone"), ({}, {"pad": 32}, "narrower than data.size, 32"), ({"width": 0.0}, {}, "greater than 0"),
+    ({"arch": "resnet18", "width": 0.5}, {}, "model.width is of vgg alone"),
+    ({}, {"pad": 32}, "narrower than data.size, 32"), ({"width": 0.0}, {}, "greater than 0"),
     ({"dropout": 1.0}, {}, "less than 1"), ({}, {"eval_fraction": 1.0}, "less than 1"), ({}, {"source": ""}, "source"),
 ])
 def test_bad_values(model, data, says):
@@ -85,7 +86,8 @@ def test_bad_values(model, data, says):
         config(model, **data)
 
 
-@pytest.mark.parametrize("arch, hint", [("resnet81", "did you mean resnet18 or"), ("vg", "did you mean vgg11"), ("bgg", "did you mean vgg"),
+@pytest.mark.parametrize("arch, hint", [("resnet81", "did you mean resnet18 or"), ("vg", "did you mean vgg11"),
+                                        ("bgg", "did you mean vgg"),
                                         ("efficientnet", "efficientnet_b0"), ("???", "vgg, resnet18, or a classifier")])
 def test_unknown_architecture_is_answered_with_near_names(arch, hint):
     with pytest.raises(UserError) as error:

@@ -36,9 +36,9 @@ def token_loss(models, batch):
     return Loss(models["model"](tokens).squeeze(-1).pow(2)[counted].sum(), int(counted.sum()))
 
 
-def learner(update=None, **train) -> Learner:
+def learner(update=None, momentum=0.0, **train) -> Learner:
     config = RunConfig(name="x", task="x:X", train=Train(steps=5, batch_size=8, **train),
-                       optim=Optim(name="sgd", lr=0.1, momentum=0.0))
+                       optim=Optim(name="sgd", lr=0.1, momentum=momentum))
     torch.manual_seed(0)
     models = {"model": nn.Linear(4, 1), "other": nn.Linear(4, 4)}
     update = update or Update("model", trains="model", loss=token_loss)
@@ -76,10 +76,10 @@ def test_fp16_counts_skipped_steps_and_schedules_do_not_count_them():
     half = learner(precision="fp16")
     half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # overflows
     half.take_step(0, 5)
-    assert (half.applied, half.skipped, half.skipped_last) == (0, 1, True)
+    assert (half.applied, half.skipped, half.skipped_in_row) == (0, 1, 1)
     half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
     half.take_step(1, 5)
-    assert (half.applied, half.skipped, half.skipped_last) == (1, 1, False)
+    assert (half.applied, half.skipped, half.skipped_in_row) == (1, 1, 0)
     again = learner(precision="fp16")
     again.load_state(half.state())
     assert again.applied == 1 and again.scaler.get_scale() == half.scaler.get_scale()
@@ -93,3 +93,14 @@ def test_settling_leaves_no_trace():
     after = one.models["model"].state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert all(p.grad is None for p in one.models["model"].parameters()) and not one.optimizer.state
+
+
+def test_a_first_step_that_fp16_skips_leaves_the_momentum_sound():
+    half = learner(momentum=0.9, precision="fp16")
+    half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    half.take_step(0, 5)
+    half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    for draw in (1, 2):
+        half.take_step(draw, 5)
+    assert half.applied == 2
+    assert all(torch.isfinite(p).all() for p in half.models["model"].parameters())

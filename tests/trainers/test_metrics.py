@@ -14,7 +14,7 @@ def lines(path):
 def test_it_is_cut_back_to_the_step_and_half_a_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "split": "eval"}\n{"step": 3}\n{"step": 4, "lo')
-    file = MetricsFile(path, 2, warn=print)
+    file = MetricsFile(path, 2, True, warn=print)
     assert [row["step"] for row in file.kept] == [1, 2]
     file.append({"step": 3, "again": True})
     file.close()
@@ -23,7 +23,7 @@ def test_it_is_cut_back_to_the_step_and_half_a_line_is_dropped(tmp_path):
 
 def test_rows_wait_while_the_disk_is_full(tmp_path, monkeypatch):
     warned = []
-    file = MetricsFile(tmp_path / "metrics.jsonl", 0, warned.append)
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0, False, warned.append)
     file.append({"step": 1})
     real = os.write
 
@@ -41,3 +41,13 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, monkeypatch):
     file.close()
     assert [row["step"] for row in lines(file.path)] == [1, 2, 3, 4]
     assert len(warned) == 2 and "none is lost" in warned[1]
+
+
+def test_an_evaluation_that_is_yet_to_come_is_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "split": "eval"}\n{"step": 2, "split": "train"}\n{"step": 2, "split": "eval"}\n')
+    file = MetricsFile(path, 2, False, warn=print)
+    file.append({"step": 2, "split": "eval", "loss": float("nan")})
+    file.close()
+    assert lines(path) == [{"step": 1, "split": "eval"}, {"step": 2, "split": "train"},
+                           {"step": 2, "split": "eval", "loss": None}]

@@ -72,7 +72,7 @@ class Cifar10Config(RunConfig):
         known = torchvision_models()
         if self.model.arch not in OWN_MODELS and known and self.model.arch not in known:
             near = ([name for name in known if name.startswith(self.model.arch)][:3]
-                    or get_close_matches(self.model.arch, [*OWN_MODELS, *known], n=3, cutoff=0.5))
+                    or get_close_matches(self.model.arch, dict.fromkeys([*OWN_MODELS, *known]), n=3, cutoff=0.5))
             raise UserError(f"unknown architecture `{self.model.arch}` (`model.arch`)",
                             (f"did you mean {' or '.join(near)}? " if near else "") +
                             "vgg, resnet18, or a classifier of torchvision.models")

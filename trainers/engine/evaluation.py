@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trainers.config import RunConfig
 from trainers.engine.precision import autocast
-from trainers.engine.sampling import evaluation_shares
+from trainers.engine.sampling import evaluation_shares, mix
 from trainers.engine.stopping import Stopping
 from trainers.engine.strategy import Ddp
 from trainers.engine.task import Dataset, Task
@@ -30,9 +30,10 @@ def evaluate(task: Task, models: Mapping[str, nn.Module], dataset: Dataset, conf
         for model in models.values():
             model.eval()
         with torch.no_grad(), autocast(config.train.precision, world.device):
-            for share in shares:
+            for number, share in enumerate(shares):
                 if stopping.at_boundary():
                     return None
+                torch.manual_seed(mix(config.train.seed, "evaluation", world.rank, number))
                 for name, pair in task.evaluate(models, dataset.batch(share)).items():
                     new = [torch.as_tensor(part, device=world.device).double() for part in pair]
                     sums[name] = tuple(old + more for old, more in zip(sums[name], new)) if name in sums else tuple(new)

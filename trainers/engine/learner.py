@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainers.config import Optim, RunConfig
+from trainers.config import Optim, Precision, RunConfig
 from trainers.engine.precision import autocast, loss_scaler
 from trainers.engine.sampling import Shuffled, mix
 from trainers.engine.schedule import learning_rate
@@ -18,9 +18,10 @@ from trainers.engine.task import Dataset, Loss, Update
 from trainers.engine.world import World
 
 
-def make_optimizer(optim: Optim, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(optim: Optim, model: nn.Module, precision: Precision) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    common = dict(lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
+    # Not in fp16: fused SGD (torch 2.15) leaves its momentum unset when its first step is skipped.
+    common = dict(lr=optim.lr, weight_decay=optim.weight_decay, fused=precision != "fp16")
     match optim.name:
         case "sgd":
             return torch.optim.SGD(parameters, momentum=optim.momentum, nesterov=optim.nesterov, **common)
@@ -40,13 +41,13 @@ class Learner:
         self.models = {**plain, update.trains: wrapped[update.trains]}
         self.all_models = list(plain.values())
         self.optim = update.optim or config.optim
-        self.optimizer = make_optimizer(self.optim, plain[update.trains])
+        self.optimizer = make_optimizer(self.optim, plain[update.trains], config.train.precision)
         self.scaler = loss_scaler(config.train.precision, world.device)
         self.samples = Shuffled(len(dataset), config.train.batch_size, config.train.seed, update.name)
         _, self.accumulation = config.train.split(world.size)
         self.applied = 0             # steps that changed the parameters: what schedules follow
         self.skipped = 0             # fp16 steps whose gradients overflowed
-        self.skipped_last = False
+        self.skipped_in_row = 0
         self.data_wait_s = 0.0       # time spent making batches since `measured` was last called
         self.lr = self.optim.lr
         self.norm: Tensor | None = None
@@ -77,9 +78,10 @@ class Learner:
         before = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.skipped_last = self.scaler.get_scale() < before
-        self.skipped += self.skipped_last
-        self.applied += not self.skipped_last
+        skipped = self.scaler.get_scale() < before
+        self.skipped += skipped
+        self.applied += not skipped
+        self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
 
     def _accumulate(self, draw: int, factor: float = 1.0) -> Tensor:
         """Backward over this rank's micro-batches. Returns its [loss sum, count], float64."""
@@ -88,10 +90,10 @@ class Learner:
         scale = factor * self.world.size / self.config.train.batch_size  # DDP divides by the world size
         shares = self.samples.shares(draw, self.world.rank, self.world.size, self.accumulation)
         for micro, share in enumerate(shares):
+            torch.manual_seed(mix(self.config.train.seed, "noise", self.update.name, draw, self.world.rank, micro))
             began = time.perf_counter()
             batch = self.dataset.batch(share)
             self.data_wait_s += time.perf_counter() - began
-            torch.manual_seed(mix(self.config.train.seed, "noise", self.update.name, draw, self.world.rank, micro))
             last = micro == len(shares) - 1
             with self.strategy.accumulating(self.models[self.update.trains], last):
                 loss = self._loss(batch)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
+from typing import Mapping
 
 import torch
+from torch import Tensor
 
 from trainers import events
 from trainers.config import RunConfig
 from trainers.engine.checkpoint import Checkpoints
 from trainers.engine.evaluation import evaluate
 from trainers.engine.learner import Learner
-from trainers.engine.precision import set_precision
+from trainers.engine.precision import set_deterministic, set_precision
 from trainers.engine.sampling import mix
 from trainers.engine.stopping import Stopping
 from trainers.engine.strategy import STRATEGIES
@@ -22,8 +23,10 @@ from trainers.engine.tracking import NoTracker, Tracker
 from trainers.engine.world import World
 from trainers.errors import TrainingError, UserError
 from trainers.paths import RunPaths
+from trainers.signals import hold
 
-FINISHED, STOPPED = 0, 75  # exit codes
+FINISHED, STOPPED = 0, 75  # a rank's exit codes
+SKIPS_IN_ROW = 25          # halving fp16's loss scale so often brings it from 2**16 to below 1
 
 
 def train(task: Task, config: RunConfig, world: World, paths: RunPaths, attempt: int | None) -> int:
@@ -35,8 +38,9 @@ def train(task: Task, config: RunConfig, world: World, paths: RunPaths, attempt:
     loop = Loop(task, config, world, paths, attempt)
     try:
         return loop.run()
-    except UserError:
-        loop.checkpoints.close()  # a save under way is worth its end; all ranks come here alike
+    except Exception as error:
+        if isinstance(error, UserError) or world.size == 1:  # all ranks come here alike
+            loop.checkpoints.close()  # a save under way is worth its end
         raise
 
 
@@ -46,8 +50,7 @@ class Loop:
         train = config.train
         set_precision(train.precision, world.device)
         if train.deterministic:
-            torch.backends.cudnn.benchmark = False
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            set_deterministic(train.compile)
         self.strategy = STRATEGIES[train.strategy](world)
         self.stopping = Stopping(world)
         self.train_set, self.eval_set = task.data(world)
@@ -68,11 +71,13 @@ class Loop:
                                        say=events.emit,
                                        committed=lambda step: self.tracker.committed(step))
         self._saved: tuple[int, bool] | None = None
-        self._is_best = False
+        self._is_best = self._warned = False
+        self.measured: Mapping[str, Tensor] | None = None  # by the last evaluation of this attempt
         self._logged_at = (0, 0.0)  # (step, time) since which rates are measured
 
     def run(self) -> int:
         self._resume()
+        hold()
         if self.strategy.settles and self.step < self.total:
             for learner in self.learners:
                 learner.settle(self.step * learner.update.draws)
@@ -109,12 +114,15 @@ class Loop:
             tensors, state = self.checkpoints.load(found)
             self.step, self.evaluated = found, state["evaluated"]
             self.metrics, self.best = state["metrics"], state["best"]
+            self._same_data(state["samples"])
             self.strategy.restore(self.models, self._optimizers(), tensors)
             for learner in self.learners:
                 learner.load_state(state["updates"][learner.update.name])
+            if self.step == self.total:
+                self.evaluated = False  # once more: for the pictures that the end draws
             self._saved = (self.step, self.evaluated)
         if self.world.main:
-            self.tracker = Tracker(self.config, self.paths, self.step, self.total, self.metrics)
+            self.tracker = Tracker(self.config, self.paths, self.step, self.total, self.metrics, self.evaluated)
             self.tracker.checkpoint = found
         self.tracker.say({
             "event": "start", "step": self.step, "total": self.total, "world_size": self.world.size,
@@ -134,19 +142,32 @@ class Loop:
                                 self.stopping)
             if measured is None:
                 return False
-            self.metrics = self.task.report(measured, self._figures())
+            self.metrics = self.task.report(measured, None)
+            self.measured = measured
             self.tracker.evaluation(self.step, self.total, self.metrics)
             self._rank_checkpoint()
         self.evaluated = True
         self._discount(began)
         return True
 
-    def _figures(self) -> Path | None:
-        """Where the task may draw: on rank 0, at the end."""
-        if self.step < self.total or not self.world.main:
-            return None
-        self.paths.figures.mkdir(exist_ok=True)
-        return self.paths.figures
+    def _draw(self) -> None:
+        """The pictures of the last evaluation, once its checkpoint is safe."""
+        if self.world.main and self.measured is not None:
+            try:
+                self.paths.figures.mkdir(exist_ok=True)
+                self.task.report(self.measured, self.paths.figures)
+            except OSError as error:
+                self.tracker.note("warning", f"no figures in {self.paths.figures}: {error.strerror}")
+
+    def _samples(self) -> list[int]:
+        return [len(self.train_set), len(self.eval_set) if self.eval_set is not None else 0]
+
+    def _same_data(self, then: list[int]) -> None:
+        """Another number of samples means other batches: it would be another run."""
+        if then != self._samples():
+            now = self._samples()
+            raise UserError(f"the data has changed under this run: it had {then[0]} training and {then[1]} evaluation "
+                            f"samples, now {now[0]} and {now[1]}", "put the data back as it was, or start a new run")
 
     def _save(self) -> None:
         if self._saved == (self.step, self.evaluated):
@@ -156,6 +177,7 @@ class Loop:
         self.tracker.before_checkpoint()
         state = {
             "step": self.step, "evaluated": self.evaluated, "metrics": self.metrics, "best": self.best,
+            "samples": self._samples(),
             "updates": {learner.update.name: learner.state() for learner in self.learners},
         }
         self.checkpoints.save(self.step, self.strategy.tensors(self.models, self._optimizers()), state,
@@ -171,10 +193,13 @@ class Loop:
         wanted = self.config.checkpoint
         if wanted.metric is None or wanted.keep_best == 0:
             return
-        if wanted.metric not in self.metrics:
-            raise UserError(f"`checkpoint.metric` is `{wanted.metric}`, which the evaluation does not give",
-                            f"use one of {', '.join(self.metrics)}, or null")
-        value = self.metrics[wanted.metric]
+        value = self.metrics.get(wanted.metric)
+        if value is None and not self._warned:
+            self._warned = True
+            self.tracker.note("warning", f"`checkpoint.metric` is `{wanted.metric}`, which the evaluation does not give "
+                              f"({', '.join(self.metrics)}): no checkpoint is kept as a best one")
+        if value is None or not math.isfinite(value):
+            return
         ranked = sorted([*self.best, value], reverse=wanted.mode == "max")[:wanted.keep_best]
         self._is_best = ranked != self.best
         self.best = ranked
@@ -211,7 +236,11 @@ class Loop:
         """Neither log nor save past a loss that is not a number."""
         for learner in self.learners:
             loss = learner.last_loss()
-            if not math.isfinite(loss) and not learner.skipped_last:
+            if learner.skipped_in_row > SKIPS_IN_ROW:
+                raise TrainingError(f"the gradients of update `{learner.update.name}` overflowed in "
+                                    f"{learner.skipped_in_row} steps in a row, up to step {self.step}",
+                                    "lower optim.lr, or use train.precision=bf16 or fp32")
+            if not math.isfinite(loss) and not learner.skipped_in_row:
                 raise TrainingError(
                     f"the loss of update `{learner.update.name}` is {loss} at step {self.step}",
                     "lower optim.lr, set optim.clip_norm, or use train.precision=fp32; "
@@ -222,6 +251,7 @@ class Loop:
         if reason := self.checkpoints.wait():
             raise TrainingError(f"training reached step {self.step}, but its last checkpoint could not be written: "
                                 f"{reason}", f"make room, then `launch resume {self.paths.id}`")
+        self._draw()
         self._close("finished")
         return FINISHED
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
-from trainers.files import replace_text
+from trainers.files import jsonable, replace_text
 
 
 def whole_rows(text: str) -> list[dict[str, Any]]:
@@ -26,13 +26,19 @@ def whole_rows(text: str) -> list[dict[str, Any]]:
 class MetricsFile:
     """Appends rows; while the disk is full it keeps them in memory and tries again with the next."""
 
-    def __init__(self, path: Path, step: int, warn: Callable[[str], None]):
-        """Cuts the file back to `step`, the one that the run resumes from; `kept` are the rows that stay."""
+    def __init__(self, path: Path, step: int, evaluated: bool, warn: Callable[[str], None]):
+        """Cuts the file back to `step`, the one that the run resumes from, whose evaluation is yet to come if not
+        `evaluated`; `kept` are the rows that stay.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         self.path, self.warn = path, warn
         self._waiting: list[str] = []
         self._failing = False
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self.kept = [row for row in whole_rows(text) if row["step"] <= step]
+        self.kept = [row for row in whole_rows(text) 
+                     if row["step"] < step or row["step"] == step and (evaluated or row.get("split") != "eval")]
         kept = "".join(map(_line, self.kept))
         if kept != text:
             replace_text(path, kept)
@@ -72,4 +78,4 @@ class MetricsFile:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(jsonable(row), ensure_ascii=False) + "\n"

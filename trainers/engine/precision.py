@@ -22,7 +22,18 @@ def set_precision(precision: Precision, device: torch.device) -> None:
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"`train.precision` is `bf16`, which {torch.cuda.get_device_name(device)} does not have",
                         "use train.precision=fp16")
-    torch.backends.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    # By these older names: the newer `fp32_precision` makes reading them an error (torch 2.15), and torch's own
+    # compiler reads them.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def set_deterministic(compiled: bool) -> None:
+    """Prefer kernels that give the same bits each time; one that has no such version warns and is used."""
+    torch.backends.cudnn.benchmark = False  # its choice of kernels depends on timings
+    torch.set_deterministic_debug_mode("warn")
+    if compiled:
+        # The same for the compiler too, which this imports: seconds that other runs need not wait.
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager:

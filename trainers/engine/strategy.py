@@ -25,6 +25,7 @@ class Ddp:
         # Accelerate starts the process group (nccl or gloo) and places models; all else is ours.
         self.accelerator = Accelerator(
             cpu=world.device.type == "cpu",
+            mixed_precision="no",  # ours, and not what ACCELERATE_MIXED_PRECISION may say
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
 
@@ -40,7 +41,7 @@ class Ddp:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to run forward in training."""
-        return self.accelerator.prepare_model(model)
+        return model if self.world.size == 1 else self.accelerator.prepare_model(model)
 
     def accumulating(self, wrapped: nn.Module, last: bool) -> AbstractContextManager:
         """Gradients cross ranks only in the `last` micro-batch of a step."""

@@ -11,6 +11,7 @@ from trainers import events
 from trainers.config import RunConfig
 from trainers.engine.metrics import MetricsFile
 from trainers.engine.wandb_run import WandbRun
+from trainers.errors import TrainingError
 from trainers.files import update_json
 from trainers.paths import RunPaths
 
@@ -20,6 +21,7 @@ RECORD_EVERY_S = 1.0
 class NoTracker:
     """Ranks other than 0 say nothing."""
 
+    def note(self, level: str, message: str) -> None: ...
     def say(self, event: Mapping[str, Any]) -> None: ...
     def step(self, event: Mapping[str, Any]) -> None: ...
     def evaluation(self, step: int, total: int, metrics: Mapping[str, float]) -> None: ...
@@ -29,16 +31,26 @@ class NoTracker:
 
 
 class Tracker(NoTracker):
-    def __init__(self, config: RunConfig, paths: RunPaths, step: int, total: int, metrics: Mapping[str, float]):
-        """`step`, `metrics`: where the run begins or resumes, and its last evaluation there."""
+    def __init__(self, config: RunConfig, paths: RunPaths, step: int, total: int, metrics: Mapping[str, float],
+                 evaluated: bool):
+        """Where the run begins or resumes: its `step`, its last evaluation's `metrics`, and whether that of this
+        step was done.
+
+        Raises:
+            TrainingError: the run directory cannot be written.
+        """
         self.paths = paths
         self.metrics = dict(metrics)
         self.checkpoint: int | None = None
         self._recording = threading.Lock()  # checkpoints commit in a thread of their own
         self._recorded_at = 0.0
         self._record_fails = False
-        self._file = MetricsFile(paths.metrics, step, lambda text: self.note("warning", text))
-        self._wandb = WandbRun(config, paths, self._file.kept, self.note) if config.wandb.mode != "off" else None
+        try:
+            self._file = MetricsFile(paths.metrics, step, evaluated, lambda text: self.note("warning", text))
+        except OSError as error:
+            raise TrainingError(f"{paths.metrics} cannot be written: {error.strerror}",
+                                f"mend that, then `launch resume {paths.id}`") from error
+        self._wandb = WandbRun(config, paths, step, self._file.kept, self.note) if config.wandb.mode != "off" else None
         self._record(step=step, total=total, metrics=self.metrics)
 
     def say(self, event: Mapping[str, Any]) -> None:
@@ -78,8 +90,7 @@ class Tracker(NoTracker):
         """`state`: finished or preempted."""
         self._record(step=step, metrics=self.metrics)
         if self._wandb:
-            self._wandb.figures(step, self.paths.figures)
-            self._wandb.finish(finished=state == "finished")
+            self._wandb.finish(step, self.paths.figures, finished=state == "finished")
         self._file.close()
         self.say({"event": "end", "state": state, "step": step, "total": total, "metrics": self.metrics,
                   "checkpoint": self.checkpoint})

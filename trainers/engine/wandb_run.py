@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import struct
+import threading
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping
 
 from trainers.config import RunConfig
+from trainers.files import read_json
 from trainers.paths import RunPaths
 
 ONLINE_WITHIN_S = 30
+STOP_WITHIN_S = 20
 BLOCK = 32768
 
 
@@ -21,16 +24,22 @@ class WandbRun:
     logged from metrics.jsonl.
     """
 
-    def __init__(self, config: RunConfig, paths: RunPaths, rows: Iterable[Mapping[str, Any]],
+    def __init__(self, config: RunConfig, paths: RunPaths, step: int, rows: Iterable[Mapping[str, Any]],
                  note: Callable[[str, str], None]):
-        """`rows`: what metrics.jsonl holds up to the step from which the run resumes.
-        `note(level, message)` tells the user why a run that was to be online is offline."""
+        """`rows`: what metrics.jsonl holds up to `step`, from which the run resumes.
+        `note(level, message)` tells the user why a run that was to be online is offline, or not tracked any more."""
         import wandb
 
+        try:
+            run_id = read_json(paths.record)["id"]  # the folder's name, unless that was changed
+        except FileNotFoundError:
+            run_id = paths.id
         common: dict[str, Any] = dict(
-            id=paths.id, name=paths.id, project=config.wandb.project, entity=config.wandb.entity, resume="allow",
+            id=run_id, name=run_id, project=config.wandb.project, entity=config.wandb.entity, resume="allow",
             dir=str(paths.root), config=config.model_dump(mode="json"), job_type=config.name,
         )
+        self._note, self._broken, self._resumed_at = note, False, step
+        self._late: dict[str, Any] = {}  # an evaluation that was still to come when its step was logged
         settings = wandb.Settings(console="off", silent=True, init_timeout=ONLINE_WITHIN_S)
         before = offline_step(paths.root)
         offline = "not asked for"
@@ -55,20 +64,41 @@ class WandbRun:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """A row of metrics.jsonl."""
+        about = ("step", "split", "unit")
+        values = {f"{row['split']}/{k}": v for k, v in row.items() if k not in about}
         if row["step"] > self._logged:
-            about = ("step", "split", "unit")
-            self._run.log({f"{row['split']}/{k}": v for k, v in row.items() if k not in about}, step=row["step"])
+            self._safely(lambda: self._run.log({**self._late, **values}, step=row["step"]))
+            self._late = {}
+        elif row["step"] == self._resumed_at and row["split"] == "eval":
+            self._late = values
 
-    def figures(self, step: int, folder: Path) -> None:
-        pictures = {f"figures/{p.stem}": self._wandb.Image(str(p)) for p in sorted(folder.glob("*.png"))}
-        if pictures:
-            self._run.log(pictures, step=step)
+    def finish(self, step: int, figures: Path, finished: bool) -> None:
+        """Log the pictures and end. `finished` False: stopped, to be resumed, and so within a time."""
+        pictures = {f"figures/{p.stem}": self._wandb.Image(str(p)) for p in sorted(figures.glob("*.png"))}
+        if pictures or self._late:
+            self._safely(lambda: self._run.log({**self._late, **pictures}, step=max(step, self._logged + 1)))
 
-    def finish(self, finished: bool) -> None:
-        """`finished` False: stopped, to be resumed."""
-        if not finished:
-            self._run.mark_preempting()
-        self._run.finish(exit_code=0 if finished else 75)
+        def end() -> None:
+            if not finished:
+                self._run.mark_preempting()
+            self._run.finish(exit_code=0 if finished else 75)
+
+        ending = threading.Thread(target=lambda: self._safely(end), daemon=True)
+        ending.start()
+        ending.join(None if finished else STOP_WITHIN_S)
+        if ending.is_alive():
+            self._note("warning", f"W&B has not taken everything within {STOP_WITHIN_S} s; the next attempt logs the rest")
+
+    def _safely(self, call: Callable[[], Any]) -> None:
+        """Training does not depend on W&B."""
+        if self._broken:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._broken = True
+            self._note("warning", f"W&B failed ({' '.join(str(error).split())}); the run goes on without it, "
+                                  "metrics.jsonl has everything")
 
 
 def offline_step(folder: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Iterator, Mapping
 
 import torch
@@ -47,17 +48,15 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
     @contextmanager
     def local_main_first(self) -> Iterator[None]:
         """The node's first rank goes through the block alone, the others after it (a download, a cache)."""
-        if self.local_rank != 0:
-            self.barrier()
+        # By gloo and with patience: nccl's barrier would give up on a long download.
+        group = dist.new_group(backend="gloo", timeout=timedelta(hours=6)) if self.size > 1 else None
+        if group and self.local_rank != 0:
+            dist.barrier(group)
         try:
             yield
         finally:
-            if self.local_rank == 0:
-                self.barrier()
+            if group and self.local_rank == 0:
+                dist.barrier(group)
