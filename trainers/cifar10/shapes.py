@@ -9,7 +9,7 @@ import numpy as np
 from trainers.data.images import Raw, RawSets
 
 SIDE = 32
-TRAIN, TEST = 2000, 500
+TRAIN, TEST = 1000, 500
 
 # Each takes x, y [n, S, S], the pixels' coordinates in the shape's own frame (its radius is 1), and gives
 # how far inside a pixel lies (negative: outside), in the same unit.
@@ -28,7 +28,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def draw_shapes(seed: int = 0) -> RawSets:
-    """2,000 + 500 images of 32 x 32, ten classes in equal parts; place, size, tilt, colours and noise vary."""
+    """1,000 + 500 images of 32 x 32, ten classes in equal parts; place, size, tilt, colours and noise vary."""
     rng = np.random.Generator(np.random.Philox(seed))
     classes, n = list(SHAPES), TRAIN + TEST
     labels = np.arange(n) % len(classes)
