@@ -49,7 +49,7 @@ def plain() -> float:
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=CONFIG.optim.lr, momentum=0.9, nesterov=True,
                                 weight_decay=CONFIG.optim.weight_decay, fused=True)
-    images, labels = data.images.float().div(255).sub(0.5).div(0.25), data.labels
+    images, labels = data.pixels.float().div(255).sub(0.5).div(0.25), data.labels
     for step in range(STEPS):
         if step == 10:
             began = time.perf_counter()

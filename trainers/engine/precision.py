@@ -31,6 +31,7 @@ def set_deterministic(compiled: bool) -> None:
     """Prefer kernels that give the same bits each time; one that has no such version warns and is used."""
     torch.backends.cudnn.benchmark = False  # its choice of kernels depends on timings
     torch.set_deterministic_debug_mode("warn")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a fill of each new tensor: for finding bugs
     if compiled:
         # The same for the compiler too, which this imports: seconds that other runs need not wait.
         torch.use_deterministic_algorithms(True, warn_only=True)
