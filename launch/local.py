@@ -116,8 +116,8 @@ def _recorded(plan: Plan, paths: RunPaths, view: View) -> Iterator[Callable[[Out
     started = identity(os.getpid())
     attempt: dict[str, Any] = {
         "attempt": plan.attempt, **me, "process_started": started, "cwd": plan.cwd, "device": plan.resources.device,
-        "ranks": plan.resources.ranks, "threads": plan.resources.threads, "began": now(), "ended": None, "outcome": "running", "exit_code": None,
-        "failure": None,
+        "ranks": plan.resources.ranks, "threads": plan.resources.threads, "began": now(), "ended": None,
+        "outcome": "running", "exit_code": None, "failure": None,
     }
     replace_json(paths.attempt_record(plan.attempt), attempt)
     update_json(paths.record, state="running", attempt=plan.attempt, updated=now(),

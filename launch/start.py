@@ -11,7 +11,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from launch import local, runs as records
+from launch import local
+from launch import runs as records
 from launch.cluster import ClusterConfig, load_cluster
 from launch.node import Outcome
 from launch.plan import Plan, as_json, make_plan, show

@@ -47,7 +47,9 @@ class Section(BaseModel):
 
 
 class Train(Section):
-    epochs: Annotated[float, Field(gt=0, le=1e9)] | None = Field(None, description="passes over the training set; or give `steps`")
+    epochs: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
+        None, description="passes over the training set; or give `steps`"
+    )
     steps: Annotated[int, Field(gt=0, le=10**15)] | None = Field(None, description="optimizer steps; or give `epochs`")
     batch_size: Annotated[int, Field(gt=0, le=10**9)] = Field(64, description="samples in one optimizer step, over all ranks")
     micro_batch_size: PositiveInt | None = Field(

@@ -20,7 +20,6 @@ from trainers.paths import RunPaths
 from trainers.signals import Stopped, listen
 from trainers.spec import read_spec, resolve
 
-
 STOPPED = 75  # exit code: asked to stop, to be resumed
 
 

@@ -132,7 +132,7 @@ class Loop:
         })
 
     def _optimizers(self) -> dict[str, tuple[str, torch.optim.Optimizer]]:
-        return {l.update.name: (l.update.trains, l.optimizer) for l in self.learners}
+        return {each.update.name: (each.update.trains, each.optimizer) for each in self.learners}
 
     def _evaluate(self) -> bool:
         """False if the run is to stop first."""
