@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,10 +28,17 @@ class Command:
 
     folder: Path
 
-    def start(self, *args: object, **env: str) -> subprocess.Popen:
+    def start(self, *args: object, ignoring: tuple[int, ...] = (), **env: str) -> subprocess.Popen:
+        """`ignoring`: the stop signals that the command is started to ignore. The rest it gets as from a terminal:
+        a shell's background job, such as a CI's, would ignore some, and so would what it starts."""
+
+        def signals() -> None:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_IGN if number in ignoring else signal.SIG_DFL)
+
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "launch", *map(str, args)], cwd=self.folder, env=environment(**env),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=signals,
         )
 
     def __call__(self, *args: object, **env: str) -> subprocess.CompletedProcess:

@@ -89,11 +89,7 @@ def test_no_rank_outlives_the_node_process(launch, number):
 
 def test_nohup_is_respected(launch):
     script(launch.folder, "import time; print('up', flush=True); time.sleep(2)")
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as from nohup
-    try:
-        process = launch.start("work.py", "--procs", 1)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    process = launch.start("work.py", "--procs", 1, ignoring=(signal.SIGHUP,))
     wait_until(lambda: any(p.read_text() for p in launch.folder.glob("runs/*/attempts/1/logs/0.log")), process=process)
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=30)
