@@ -242,7 +242,7 @@ def test_the_sample_is_learnt():
     torch.manual_seed(0)
     model, spec = task.model(), task.config
     order = Shuffled(len(task.train), spec.train.batch_size, 0, "model")
-    total = order.steps(6)
+    total = order.steps(12)
     optimizer = torch.optim.SGD(model.parameters(), lr=spec.optim.lr, momentum=spec.optim.momentum,
                                 nesterov=spec.optim.nesterov, weight_decay=spec.optim.weight_decay)
     for step in range(total):

@@ -110,13 +110,13 @@ def test_mean_and_std():
 
 def test_resident_scales_and_uses_the_training_statistics_for_both():
     train, test = resident(draw_shapes(), CPU, 16, FULL)
-    assert train.pixels.shape == (2000, 3, 16, 16) and test.pixels.shape == (500, 3, 16, 16)
+    assert train.pixels.shape == (1000, 3, 16, 16) and test.pixels.shape == (500, 3, 16, 16)
     assert train.augment == FULL and not test.augment.active
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in mean_and_std(train.pixels.numpy()))
     got = test.batch(Share(np.arange(500), np.arange(500), 500, 0))[0]
     torch.testing.assert_close(got, (test.pixels / 255 - mean) / std, atol=1e-5, rtol=0)
     plain, _ = resident(draw_shapes(), CPU, 32, Augment())
-    got = plain.batch(Share(np.arange(2000), np.arange(2000), 2000, 0))[0]
+    got = plain.batch(Share(np.arange(1000), np.arange(1000), 1000, 0))[0]
     assert torch.allclose(got.mean((0, 2, 3)), torch.zeros(3), atol=1e-3)
     assert torch.allclose(got.std((0, 2, 3)), torch.ones(3), atol=1e-3)
 
@@ -364,9 +364,9 @@ def test_cifar10_where_nothing_may_be_written(tmp_path, small_cifar10):
 
 def test_sample_set():
     sets = draw_shapes()
-    assert sets.train.pixels.shape == (2000, 3, 32, 32) and sets.train.pixels.dtype == np.uint8
-    assert (np.bincount(sets.train.labels) == 200).all() and (np.bincount(sets.test.labels) == 50).all()
+    assert sets.train.pixels.shape == (1000, 3, 32, 32) and sets.train.pixels.dtype == np.uint8
+    assert (np.bincount(sets.train.labels) == 100).all() and (np.bincount(sets.test.labels) == 50).all()
     assert len(sets.classes) == 10
     assert (draw_shapes().train.pixels == sets.train.pixels).all()
     assert (draw_shapes(1).train.pixels != sets.train.pixels).any()
-    assert len(np.unique(sets.train.pixels.reshape(2000, -1), axis=0)) == 2000
+    assert len(np.unique(sets.train.pixels.reshape(1000, -1), axis=0)) == 1000
