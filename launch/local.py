@@ -7,6 +7,7 @@ import os
 import runpy
 import socket
 import sys
+import time
 import traceback
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -16,10 +17,10 @@ from typing import Any, Callable, Iterator
 from launch.node import Failure, Outcome, supervise
 from launch.plan import Plan
 from launch.ports import reserved_port
-from launch.processes import identity
+from launch.processes import alive, identity
 from launch.view import View
 from trainers.errors import UserError
-from trainers.files import replace_json, replace_text, update_json
+from trainers.files import read_json, replace_json, replace_text, update_json
 from trainers.paths import RunPaths
 
 # The state of a run, by how its last attempt ended, and the command's exit code.
@@ -85,6 +86,21 @@ def next_attempt(paths: RunPaths) -> int:
     return max(paths.attempt_numbers(), default=0) + 1
 
 
+def at_work(paths: RunPaths, number: int, patience_s: float = 2.0) -> bool:
+    """Whether a process of this host runs this attempt. One that was taken just now gets its record in a moment."""
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            found = read_json(paths.attempt_record(number))
+            break
+        except (OSError, ValueError):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+    return (found["outcome"] == "running" and found["host"] == socket.gethostname()
+            and alive(found["pid"], found["process_started"]))
+
+
 def _take_attempt(paths: RunPaths, number: int) -> None:
     """Making an attempt's folder is what decides between two who try."""
     try:
@@ -143,6 +159,8 @@ def debug(plan: Plan, paths: RunPaths, view: View) -> int:
     _take_attempt(paths, plan.attempt)
     with _recorded(plan, paths, view) as ended:
         with reserved_port() as port:
+            for name in os.environ.keys() - plan.inherited(os.environ).keys():
+                del os.environ[name]
             os.environ.update({**plan.env, **plan.rank_env(0, 0, "127.0.0.1", port), "LAUNCH_EVENTS": "0",
                                "LAUNCH_DEBUG": "1"})
             said = None

@@ -265,7 +265,7 @@ def _watch(plan: Plan, ranks: list[Rank], selector, wakeup: socket.socket, recei
                 for other in ranks:
                     other.send(signal.SIGTERM)
                 deadline = time.monotonic() + min(FAILURE_GRACE_S, plan.grace_s)
-            elif stopped and rank.code not in (0, PREEMPTED):
+            elif plan.batch and stopped and rank.code not in (0, PREEMPTED):  # a script's ranks may stop each in its way
                 abrupt, deadline = True, min(deadline, time.monotonic() + FAILURE_GRACE_S)
         while received:
             number = received.pop(0)
@@ -273,8 +273,9 @@ def _watch(plan: Plan, ranks: list[Rank], selector, wakeup: socket.socket, recei
                 return Outcome("killed", signal="SIGINT")
             if asked is None:
                 asked = number
-                how = "; Ctrl-C again stops at once, without one" if number == signal.SIGINT else ""
-                view.notice(f"{signal.Signals(number).name}: stopping at the next step, with a checkpoint{how}")
+                how = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+                what = "stopping at the next step, with a checkpoint" if plan.batch else "asking the script to stop"
+                view.notice(f"{signal.Signals(number).name}: {what}{how}")
                 for rank in ranks:
                     rank.send(signal.SIGTERM)
                 deadline = deadline or time.monotonic() + plan.grace_s

@@ -58,10 +58,11 @@ def resume(run: records.Run, *, gpus: int | None, procs: int | None, json: bool,
     """
     paths, view = run.paths, make_view(json)
     number = local.next_attempt(paths)  # before the state is read: whoever else read the same one gets this number too
+    working = number > 1 and local.at_work(paths, number - 1)
     run = run.again()
     state, job = run.state, run.record["job"] or {}
     elsewhere = job.get("host") not in (None, socket.gethostname())
-    if state == "running" and not (take_over and elsewhere):
+    if working or state == "running" and not (take_over and elsewhere):
         where = f" on host {job['host']}" if elsewhere else ""
         raise UserError(f"run {paths.id} is running{where}",
                         f"if that host or process is gone: `launch resume {_named(paths)} --take-over`" if elsewhere else

@@ -10,6 +10,7 @@ LAUNCH_ATTEMPT, where set, is the attempt that this rank belongs to; LAUNCH_DEBU
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -17,10 +18,8 @@ from pathlib import Path
 from trainers import events
 from trainers.errors import UserError
 from trainers.paths import RunPaths
-from trainers.signals import Stopped, listen
+from trainers.signals import Stopped, hold, listen
 from trainers.spec import read_spec, resolve
-
-STOPPED = 75  # exit code: asked to stop, to be resumed
 
 
 def run(paths: RunPaths, attempt: int | None) -> int:
@@ -52,8 +51,13 @@ def main(argv: list[str]) -> int:
     try:
         return run(RunPaths(Path(folder).absolute()), int(attempt) if attempt else None)
     except Stopped:
-        return STOPPED
+        # As a process that was not listening yet would end: the others may wait where no handler runs, and the
+        # node process does not let those wait long.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise
     except UserError as error:
+        hold()
         events.emit({"event": "error", "message": error.message, "hint": error.hint, "exit_code": error.exit_code,
                      "retry": False})
         return error.exit_code

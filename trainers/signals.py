@@ -11,7 +11,7 @@ _holding = False
 
 
 class Stopped(BaseException):
-    """A stop was asked for before there was anything to save."""
+    """A stop was asked for before the loop began: this attempt has nothing to save."""
 
 
 def listen() -> None:

@@ -238,3 +238,15 @@ def test_a_run_of_a_lost_host_can_be_taken_over(launch):
     refused = launch("resume", run.name)
     assert refused.returncode == 2 and "is running on host gone" in refused.stderr and "--take-over" in refused.stderr
     assert launch("resume", run.name, "--take-over").returncode == 0
+
+
+def test_a_scripts_rank_that_saves_has_all_of_the_grace(launch):
+    script(launch.folder, "import os, signal, sys, time\n"
+           "def save(*_):\n    time.sleep(7); print('saved', flush=True); sys.exit(75)\n"
+           "if os.environ['RANK'] == '0': signal.signal(signal.SIGTERM, save)\n"
+           "print('up', flush=True); time.sleep(60)")
+    process = launch.start("work.py", "--procs", 2)
+    wait_until(lambda: sum(bool(p.read_text()) for p in launch.folder.glob("runs/*/attempts/1/logs/*.log")) == 2)
+    process.terminate()
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 75 and "saved" in out

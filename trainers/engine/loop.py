@@ -39,7 +39,7 @@ def train(task: Task, config: RunConfig, world: World, paths: RunPaths, attempt:
     try:
         return loop.run()
     except Exception as error:
-        if isinstance(error, UserError) or world.size == 1:  # all ranks come here alike
+        if isinstance(error, UserError) or world.size == 1:  # all ranks come here, or none saves
             loop.checkpoints.close()  # a save under way is worth its end
         raise
 

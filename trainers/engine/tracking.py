@@ -50,8 +50,17 @@ class Tracker(NoTracker):
         except OSError as error:
             raise TrainingError(f"{paths.metrics} cannot be written: {error.strerror}",
                                 f"mend that, then `launch resume {paths.id}`") from error
-        self._wandb = WandbRun(config, paths, step, self._file.kept, self.note) if config.wandb.mode != "off" else None
+        self._wandb = self._track(config, step) if config.wandb.mode != "off" else None
         self._record(step=step, total=total, metrics=self.metrics)
+
+    def _track(self, config: RunConfig, step: int) -> WandbRun | None:
+        """None, and a note, where W&B cannot work at all (a bad project name, a folder that it cannot write)."""
+        try:
+            return WandbRun(config, self.paths, step, self._file.kept, self.note)
+        except Exception as error:
+            self.note("warning", f"W&B cannot track this run ({' '.join(str(error).split())}); it goes on without, "
+                                 "metrics.jsonl has everything")
+            return None
 
     def say(self, event: Mapping[str, Any]) -> None:
         events.emit(event)

@@ -38,7 +38,9 @@ class WandbRun:
             id=run_id, name=run_id, project=config.wandb.project, entity=config.wandb.entity, resume="allow",
             dir=str(paths.root), config=config.model_dump(mode="json"), job_type=config.name,
         )
-        self._note, self._broken, self._resumed_at = note, False, step
+        self._note, self._broken = note, False
+        self._stop_within_s = min(STOP_WITHIN_S, config.run.grace_s / 3)
+        self._resumed_at: int | None = None
         self._late: dict[str, Any] = {}  # an evaluation that was still to come when its step was logged
         settings = wandb.Settings(console="off", silent=True, init_timeout=ONLINE_WITHIN_S)
         before = offline_step(paths.root)
@@ -49,7 +51,7 @@ class WandbRun:
                 if not offline:
                     self._run = wandb.init(mode="online", settings=settings, **common)
             except wandb.errors.Error as error:
-                offline = str(error).splitlines()[0]
+                offline = " ".join(str(error).split()) or type(error).__name__
             if offline:
                 note("warning", f"W&B is not online ({offline}); this run is tracked offline: upload it later with "
                                 f"`launch sync {paths.id}`")
@@ -61,6 +63,7 @@ class WandbRun:
             note("info", f"W&B: {self._run.url}")
         for row in rows:
             self.log(row)
+        self._resumed_at = step
 
     def log(self, row: Mapping[str, Any]) -> None:
         """A row of metrics.jsonl."""
@@ -74,20 +77,24 @@ class WandbRun:
 
     def finish(self, step: int, figures: Path, finished: bool) -> None:
         """Log the pictures and end. `finished` False: stopped, to be resumed, and so within a time."""
-        pictures = {f"figures/{p.stem}": self._wandb.Image(str(p)) for p in sorted(figures.glob("*.png"))}
-        if pictures or self._late:
-            self._safely(lambda: self._run.log({**self._late, **pictures}, step=max(step, self._logged + 1)))
+
+        def last() -> None:
+            pictures = {f"figures/{p.stem}": self._wandb.Image(str(p)) for p in sorted(figures.glob("*.png"))}
+            if pictures or self._late:
+                self._run.log({**self._late, **pictures}, step=max(step, self._logged + 1))
 
         def end() -> None:
             if not finished:
                 self._run.mark_preempting()
             self._run.finish(exit_code=0 if finished else 75)
 
+        self._safely(last)
         ending = threading.Thread(target=lambda: self._safely(end), daemon=True)
         ending.start()
-        ending.join(None if finished else STOP_WITHIN_S)
+        ending.join(None if finished else self._stop_within_s)
         if ending.is_alive():
-            self._note("warning", f"W&B has not taken everything within {STOP_WITHIN_S} s; the next attempt logs the rest")
+            self._note("warning", f"W&B has not taken everything within {self._stop_within_s:g} s; the next attempt "
+                                  "logs the rest")
 
     def _safely(self, call: Callable[[], Any]) -> None:
         """Training does not depend on W&B."""
