@@ -116,6 +116,20 @@ def ranks_options(command: Callable) -> Callable:
     return gpus(procs(command))
 
 
+def slurm_options(command: Callable) -> Callable:
+    """Where and how on a cluster; `_where` reads them."""
+    for option in (click.option("--follow", is_flag=True, help="Stay, and show the log."),
+                   click.option("--here", is_flag=True, help="In the allocation one stands in (salloc)."),
+                   click.option("--after", metavar="RUN", help="Begin once that run has finished."),
+                   click.option("--time", metavar="TIME", help="Time limit of the job: 4h, 12:00:00, 2-00:00:00."),
+                   click.option("--nodes", type=click.IntRange(min=1), metavar="N",
+                                help="Nodes; alone, whole ones. By default as few as hold the ranks evenly."),
+                   click.option("--cluster", metavar="NAME", help="The cluster (LAUNCH_CLUSTER; slurm): see `launch clusters`."),
+                   click.option("--slurm", is_flag=True, help="Submit to SLURM. sbatch.KEY=VALUE sets any option of sbatch.")):
+        command = option(command)
+    return command
+
+
 def spec_options(command: Callable) -> Callable:
     """The spec's parts that are given by options; `_load` reads them."""
     for option in (click.option("--config", type=click.Path(), metavar="FILE", help="A spec over the task's own."),
@@ -129,20 +143,75 @@ def spec_options(command: Callable) -> Callable:
 ALIASES = {"data": "data.source", "wandb": "wandb.mode", "strategy": "train.strategy"}
 
 
-def _load(context: click.Context, task: str, config: str | None, overrides: Sequence[str], **given: str | None) -> Any:
-    """(spec, cluster)"""
+def _cluster(slurm: bool, name: str | None) -> Any:
+    """Raises: UserError."""
     from launch.cluster import load_cluster
 
-    cluster = load_cluster("local")
+    cluster = load_cluster(name or (os.environ.get("LAUNCH_CLUSTER") or "slurm" if slurm else "local"))
+    if slurm and cluster.kind != "slurm":
+        raise UserError(f"cluster `{cluster.name}` is no SLURM cluster", "`launch clusters` lists those there are")
+    return cluster
+
+
+def _request(cluster: Any, root: Path, time: str | None, after: str | None, options: dict[str, Any]) -> Any:
+    """What is asked of SLURM. Raises: UserError."""
+    from launch.batch import Request
+    from launch.cluster import seconds
+
+    if time is not None:
+        try:
+            seconds(time)
+        except ValueError as error:
+            raise UserError(f"--time is `{time}`, which {error}") from None
+    waits_for = ()
+    if after:
+        from launch.on_slurm import jobs_of
+        from launch.runs import find_run
+
+        waits_for = jobs_of(find_run(root, after))
+    return Request(cluster, time, options, waits_for)
+
+
+def _sbatch_options(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """(the spec's overrides, sbatch's options)"""
+    from trainers import yaml12
+
+    options = {}
+    for word in overrides:
+        key, _, text = word.partition("=")
+        if key.startswith("sbatch."):
+            value = yaml12.argument(text)
+            options[key.removeprefix("sbatch.")] = value if isinstance(value, bool) else text
+    return [word for word in overrides if not word.startswith("sbatch.")], options
+
+
+def _load(context: click.Context, task: str, config: str | None, overrides: Sequence[str], cluster: Any,
+          **given: str | None) -> Any:
+    """The spec. Raises: UserError."""
     overrides = [*overrides, *(f"{ALIASES[name]}={text}" for name, text in given.items() if text is not None)]
     if task not in specs.tasks() and not os.path.exists(task):
         raise _no_such(task, list(specs.tasks()))
     if task in specs.tasks() or specs.is_spec(task):
         _refuse_script_args(context, task)
-        return specs.load_spec(task, overrides, cluster=cluster, environment=os.environ, config_file=config), cluster
+        return specs.load_spec(task, overrides, cluster=cluster, environment=os.environ, config_file=config)
     if config is not None:
         raise UserError(f"`--config` is for tasks; `{task}` is a script", "give its keys as key=value")
-    return specs.script_spec(task, context.obj.script_args or [], overrides, cluster=cluster), cluster
+    return specs.script_spec(task, context.obj.script_args or [], overrides, cluster=cluster)
+
+
+def _root(context: click.Context, root: Path, cluster: Any) -> Path:
+    """Where runs lie: what was given, else what the cluster's file says."""
+    by_default = context.get_parameter_source("root") is click.core.ParameterSource.DEFAULT
+    if by_default and cluster.runs:
+        root = Path(os.path.expandvars(cluster.runs)).expanduser()
+    return root.absolute()
+
+
+def _only_on_slurm(**given: Any) -> None:
+    for name, value in given.items():
+        if value:
+            said = f"--{name}" if name in ("nodes", "time", "after", "here", "follow") else f"sbatch.{name}"
+            raise UserError(f"`{said}` is for SLURM", "add --slurm, or --cluster NAME")
 
 
 def _one_kind(gpus: int | None, procs: int | None) -> None:
@@ -238,21 +307,33 @@ def _task_command(word: str, about: str, kind: type[click.Command] = click.Comma
     @click.command(word, cls=kind, help=about)
     @spec_options
     @ranks_options
+    @slurm_options
     @click.option("--debug", is_flag=True, help="One rank, in this process: breakpoint() works.")
     @click.option("--dry-run", is_flag=True, help="Print what would run, and do nothing.")
     @json_option
     @runs_option
     @click.pass_context
     def run(context: click.Context, root: Path, gpus: int | None, procs: int | None, debug: bool, dry_run: bool,
-            json: bool, **given: Any) -> int:
+            json: bool, slurm: bool, cluster: str | None, nodes: int | None, time: str | None, after: str | None,
+            here: bool, follow: bool, overrides: Sequence[str], **given: Any) -> int:
         _one_kind(gpus, procs)
+        where = _cluster(slurm, cluster)
+        overrides, options = _sbatch_options(overrides)
         if debug and kind is not Script:
-            given["overrides"] = specs.for_debugging(given["overrides"])
-        spec, cluster = _load(context, word, **given)
+            overrides = specs.for_debugging(overrides)
+        spec = _load(context, word, cluster=where, overrides=overrides, **given)
+        if where.kind == "slurm":
+            if debug:
+                raise UserError("--debug runs one rank in this process, not on SLURM", "leave out --slurm or --debug")
+            from launch import on_slurm
+
+            root = _root(context, root, where)
+            return on_slurm.start(spec=spec, root=root, request=_request(where, root, time, after, options), gpus=gpus,
+                                  procs=procs, nodes=nodes, dry_run=dry_run, json=json, follow=follow, here=here)
+        _only_on_slurm(nodes=nodes, time=time, after=after, here=here, follow=follow, **options)
         from launch.start import start
 
-        return start(spec=spec, runs=root, gpus=gpus, procs=procs, debug=debug, dry_run=dry_run, json=json,
-                     cluster=cluster)
+        return start(spec=spec, runs=root, gpus=gpus, procs=procs, debug=debug, dry_run=dry_run, json=json, cluster=where)
 
     run.params.append(verbose_option())
     return run
@@ -277,11 +358,13 @@ def tasks(json: bool) -> None:
 @command
 @click.argument("task")
 @spec_options
+@click.option("--slurm", is_flag=True, help="As on SLURM.")
+@click.option("--cluster", metavar="NAME", help="As on this cluster.")
 @json_option
 @click.pass_context
-def show(context: click.Context, task: str, json: bool, **given: Any) -> None:
+def show(context: click.Context, task: str, json: bool, slurm: bool, cluster: str | None, **given: Any) -> None:
     """Print a run's whole spec, and where each value comes from."""
-    spec, _ = _load(context, task, **given)
+    spec = _load(context, task, cluster=_cluster(slurm, cluster), **given)
     if json:
         return _print_json({"name": spec.name, "values": spec.values, "origins": spec.origins})
     print(specs.show(spec))
@@ -360,17 +443,36 @@ def cancel(word: str, root: Path, json: bool) -> None:
 
 @command
 @run_argument
+@click.argument("overrides", nargs=-1, metavar="[sbatch.KEY=VALUE]...")
 @ranks_options
+@slurm_options
 @runs_option
 @json_option
 @click.option("--take-over", is_flag=True, help="Though its record says that it runs on another host.")
-def resume(word: str, root: Path, gpus: int | None, procs: int | None, json: bool, take_over: bool) -> int:
-    """Continue a run from its last checkpoint."""
+def resume(word: str, root: Path, gpus: int | None, procs: int | None, json: bool, take_over: bool, slurm: bool,
+           cluster: str | None, nodes: int | None, time: str | None, after: str | None, here: bool, follow: bool,
+           overrides: Sequence[str]) -> int:
+    """Continue a run from its last checkpoint, where it ran last unless told."""
     _one_kind(gpus, procs)
-    from launch import start
     from launch.runs import find_run
 
-    return start.resume(find_run(root, word), gpus=gpus, procs=procs, json=json, take_over=take_over)
+    run = find_run(root, word)
+    rest, options = _sbatch_options(overrides)
+    if rest:
+        raise UserError(f"`{rest[0]}`: a run's spec never changes", "start a new run for that; resume takes sbatch.KEY=VALUE")
+    last = run.record.get("job") or {}
+    if slurm or cluster or last.get("kind") == "slurm":
+        where = _cluster(slurm, cluster or (last.get("cluster") if not slurm else None))
+        if where.kind == "slurm":
+            from launch import on_slurm
+
+            asked = slurm or cluster or time or after or options
+            return on_slurm.resume(run, request=_request(where, root, time, after, options) if asked else None, gpus=gpus,
+                                   procs=procs, nodes=nodes, json=json, follow=follow)
+    _only_on_slurm(nodes=nodes, time=time, after=after, here=here, follow=follow, **options)
+    from launch import start
+
+    return start.resume(run, gpus=gpus, procs=procs, json=json, take_over=take_over)
 
 
 @command

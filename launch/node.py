@@ -19,7 +19,7 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Callable, Iterator, Literal
+from typing import Any, Callable, Iterator, Literal, Mapping, Protocol
 
 from launch.plan import Plan
 from launch.view import View
@@ -46,6 +46,7 @@ class Failure:
     hint: str | None
     traceback: str | None
     retry: bool               # whether another attempt may fare better
+    node: str | None = None   # the host, where there are several
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,9 +54,37 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    kind: Literal["finished", "failed", "preempted", "killed"]
+    """`ended`: ranks of this node that ended because those of another had failed."""
+
+    kind: Literal["finished", "failed", "preempted", "killed", "ended"]
     failure: Failure | None = None
-    signal: str | None = None  # what asked for the stop
+    signal: str | None = None           # what asked for the stop
+    checkpoint_s: float | None = None   # what the slowest checkpoint took
+
+
+class Peers(Protocol):
+    """The node processes of the other nodes."""
+
+    def sockets(self) -> list[socket.socket]:
+        """What to wait on for their words."""
+
+    def tell(self, word: Mapping[str, Any]) -> None:
+        """To all of them."""
+
+    def heard(self) -> list[dict[str, Any]]:
+        """What they have said since: {"failure"}, {"signal"}, or {"lost"}: one has gone without a word."""
+
+
+class Alone:
+    """There are none."""
+
+    def sockets(self) -> list[socket.socket]:
+        return []
+
+    def tell(self, word: Mapping[str, Any]) -> None: ...
+
+    def heard(self) -> list[dict[str, Any]]:
+        return []
 
 
 class LogFile:
@@ -88,7 +117,8 @@ class LogFile:
 class Rank:
     """One rank: its process, its pipe, its log, and the end of what it said."""
 
-    def __init__(self, plan: Plan, node: int, local_rank: int, address: str, port: int, paths: RunPaths, view: View):
+    def __init__(self, plan: Plan, node: int, local_rank: int, address: str, port: int, more: Mapping[str, str],
+                 paths: RunPaths, view: View):
         env = plan.rank_env(node, local_rank, address, port)
         self.rank = int(env["RANK"])
         self.view = view
@@ -97,13 +127,14 @@ class Rank:
         self.error: dict[str, Any] | None = None
         self.code: int | None = None
         self.silent = False  # whether it has closed its output
+        self.checkpoint_s: float | None = None
         self._partial, self._partial_since = b"", 0.0
         self.pipe, child = os.pipe()
         os.set_blocking(self.pipe, False)
         try:
             self.process = subprocess.Popen(
-                plan.command, env={**plan.inherited(os.environ), **plan.env, **env}, cwd=plan.cwd, stdin=subprocess.DEVNULL,
-                stdout=child, stderr=child, process_group=0, preexec_fn=_die_with(os.getpid()),
+                plan.command, env={**plan.inherited(os.environ), **more, **plan.env, **env}, cwd=plan.cwd,
+                stdin=subprocess.DEVNULL, stdout=child, stderr=child, process_group=0, preexec_fn=_die_with(os.getpid()),
             )
         finally:
             os.close(child)
@@ -157,6 +188,8 @@ class Rank:
             self._say(before.encode(), before)
         if event["event"] == "error":
             self.error = event
+        if event["event"] == "checkpoint":
+            self.checkpoint_s = max(self.checkpoint_s or 0.0, event["seconds"] + event["stall_s"])
         self.log.write(plain.encode() + b"\n")
         if self.rank == 0:
             self.view.event(event)
@@ -216,16 +249,32 @@ class Rank:
                        None, trace, True)
 
 
-def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address: str = "127.0.0.1", port: int) -> Outcome:
-    """Run this node's ranks of one attempt to their end. From the main thread, whose death ends the ranks."""
+def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address: str = "127.0.0.1", port: int,
+              peers: Peers = Alone(), more: Mapping[str, str] = {}, kill_wait_s: float | None = None,
+              stop: StopSignals | None = None) -> Outcome:
+    """Run this node's ranks of one attempt to their end. From the main thread, whose death ends the ranks.
+
+    Args:
+        address, port: where rank 0's store listens.
+        peers: the node processes of the other nodes.
+        more: variables of this node alone, for its ranks; the plan's win.
+        kill_wait_s: how long after SIGTERM whoever manages this machine kills everything; None: never.
+        stop: the caller's, if it listens to signals itself.
+    """
+    if stop is None:
+        with stop_signals() as stop:
+            return supervise(plan, paths, view, node=node, address=address, port=port, peers=peers, more=more,
+                             kill_wait_s=kill_wait_s, stop=stop)
     ranks: list[Rank] = []
-    with _signals() as (received, wakeup), selectors.DefaultSelector() as selector:
+    with selectors.DefaultSelector() as selector:
         try:
-            selector.register(wakeup, selectors.EVENT_READ)
+            selector.register(stop.wakeup, selectors.EVENT_READ)
+            for link in peers.sockets():
+                selector.register(link, selectors.EVENT_READ)
             for local_rank in range(plan.resources.ranks_per_node):
-                ranks.append(Rank(plan, node, local_rank, address, port, paths, view))
+                ranks.append(Rank(plan, node, local_rank, address, port, more, paths, view))
                 selector.register(ranks[-1].pipe, selectors.EVENT_READ, ranks[-1])
-            return _watch(plan, ranks, selector, wakeup, received, view)
+            return _watch(plan, ranks, selector, stop, peers, kill_wait_s, view)
         finally:
             # What ranks have started themselves (W&B's writer) may finish its work, but not stay.
             end = time.monotonic() + LEFTOVERS_GRACE_S
@@ -238,50 +287,61 @@ def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address
                 rank.close()
 
 
-def _watch(plan: Plan, ranks: list[Rank], selector, wakeup: socket.socket, received: list[int], view: View) -> Outcome:
+def _watch(plan: Plan, ranks: list[Rank], selector, stop: StopSignals, peers: Peers, kill_wait_s: float | None,
+           view: View) -> Outcome:
     first: Failure | None = None
     asked: int | None = None       # the signal that asked for a stop
     deadline: float | None = None  # when the ranks that are left are killed
     abrupt = overdue = False       # a rank that could not yet heed the signal; one that would not
+    elsewhere = warned = False     # whether ranks of another node have failed; whether the grace was found short
     while True:
         for key, _ in selector.select(0.2 if deadline is None else max(0.0, min(0.2, deadline - time.monotonic()))):
-            if key.data is None:
-                wakeup.recv(4096)
-                continue
-            key.data.read()
-            if key.data.silent:
-                selector.unregister(key.fileobj)
+            if key.fileobj is stop.wakeup:
+                stop.wakeup.recv(4096)
+            elif key.data is not None:
+                key.data.read()
+                if key.data.silent:
+                    selector.unregister(key.fileobj)
         for rank in ranks:
             rank.show_partial(PARTIAL_AFTER_S)
-        running = [rank for rank in ranks if rank.code is None]
-        # Of ranks found dead together, one that a signal ended is likelier the cause than one that lost a peer.
-        gone = sorted((r for r in running if r.ended()), key=lambda r: r.code >= 0)
-        for rank in gone:
-            # One that was asked to stop before it could heed that, or that lost a peer which stopped so.
-            early = rank.code == -signal.SIGTERM or any(r.code == PREEMPTED for r in ranks)
-            stopped = rank.code in (0, PREEMPTED) or (asked is not None and early)
-            if not stopped and first is None and not overdue and not abrupt:
-                first = rank.failure()
-                for other in ranks:
-                    other.send(signal.SIGTERM)
-                deadline = time.monotonic() + min(FAILURE_GRACE_S, plan.grace_s)
-            elif plan.batch and stopped and rank.code not in (0, PREEMPTED):  # a script's ranks may stop each in its way
-                abrupt, deadline = True, min(deadline, time.monotonic() + FAILURE_GRACE_S)
-        while received:
-            number = received.pop(0)
+        slowest = max((rank.checkpoint_s for rank in ranks if rank.checkpoint_s is not None), default=None)
+        if slowest is not None and not warned and (short := _short(slowest, plan, kill_wait_s)):
+            warned = True
+            view.notice(f"warning: {short}")
+        heard = peers.heard()
+        stop.received.extend(word["signal"] for word in heard if "signal" in word)
+        while stop.received:  # before the ranks are looked at: SLURM's signals reach them directly too
+            number = stop.received.pop(0)
             if asked is not None and number == signal.SIGINT:
-                return Outcome("killed", signal="SIGINT")
+                return Outcome("killed", signal="SIGINT", checkpoint_s=slowest)
             if asked is None:
                 asked = number
                 how = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
                 what = "stopping at the next step, with a checkpoint" if plan.batch else "asking the script to stop"
                 view.notice(f"{signal.Signals(number).name}: {what}{how}")
+                peers.tell({"signal": int(number)})
                 for rank in ranks:
                     rank.send(signal.SIGTERM)
                 deadline = deadline or time.monotonic() + plan.grace_s
+        if not elsewhere and any("failure" in word or "lost" in word for word in heard):
+            elsewhere = True
+            deadline = _end_others(ranks, plan)
+        running = [rank for rank in ranks if rank.code is None]
+        # Of ranks found dead together, one that a signal ended is likelier the cause than one that lost a peer.
+        gone = sorted((r for r in running if r.ended()), key=lambda r: r.code >= 0)
+        for rank in gone:
+            # One that was asked to stop before it could heed that, or that lost a peer which stopped so.
+            early = rank.code in (-signal.SIGTERM, -signal.SIGUSR2) or any(r.code == PREEMPTED for r in ranks)
+            stopped = rank.code in (0, PREEMPTED) or (asked is not None and early)
+            if not stopped and first is None and not (overdue or abrupt or elsewhere):
+                first = rank.failure()
+                deadline = _end_others(ranks, plan)
+                peers.tell({"failure": first.as_dict()})
+            elif plan.batch and stopped and rank.code not in (0, PREEMPTED):  # a script's ranks may stop each in its way
+                abrupt, deadline = True, min(deadline, time.monotonic() + FAILURE_GRACE_S)
         running = [rank for rank in ranks if rank.code is None]
         if deadline is not None and time.monotonic() >= deadline and running and not overdue:
-            overdue = first is None and not abrupt
+            overdue = not (first or abrupt or elsewhere)
             for rank in running:
                 rank.kill()
         if not running:
@@ -292,8 +352,28 @@ def _watch(plan: Plan, ranks: list[Rank], selector, wakeup: socket.socket, recei
         first = Failure(late.rank, None, "SIGKILL", f"rank {late.rank} did not stop within {plan.grace_s:g} s of {name} "
                         "and was killed", "raise run.grace_s if a checkpoint takes that long", None, False)
     if first is not None:
-        return Outcome("failed", first, name)
-    return Outcome("finished" if all(rank.code == 0 for rank in ranks) else "preempted", signal=name)
+        return Outcome("failed", first, name, slowest)
+    if elsewhere:
+        return Outcome("ended", None, name, slowest)
+    return Outcome("finished" if all(rank.code == 0 for rank in ranks) else "preempted", None, name, slowest)
+
+
+def _end_others(ranks: list[Rank], plan: Plan) -> float:
+    """After a failure: ask the ranks that are left to end; returns when those that have not are killed."""
+    for rank in ranks:
+        rank.send(signal.SIGTERM)
+    return time.monotonic() + min(FAILURE_GRACE_S, plan.grace_s)
+
+
+def _short(checkpoint_s: float, plan: Plan, kill_wait_s: float | None) -> str | None:
+    """What is wrong if a checkpoint takes longer than ranks are given for the one at a stop."""
+    if checkpoint_s > plan.grace_s:
+        return (f"a checkpoint took {checkpoint_s:.1f} s; a stop leaves run.grace_s = {plan.grace_s:g} s for one: "
+                f"resume with run.grace_s={max(60, round(3 * checkpoint_s))}")
+    if kill_wait_s is not None and checkpoint_s > kill_wait_s:
+        return (f"a checkpoint took {checkpoint_s:.1f} s; preempted, requeued or cancelled by SLURM, this job is killed "
+                f"{kill_wait_s:g} s after the signal (KillWait): a lower checkpoint.every loses less")
+    return None
 
 
 def _traceback(lines: deque[str]) -> str | None:
@@ -318,8 +398,14 @@ def _die_with(parent: int) -> Callable[[], None] | None:
     return before_exec
 
 
+@dataclass(frozen=True)
+class StopSignals:
+    received: list[int]     # in order, not yet heeded
+    wakeup: socket.socket   # readable when one has come, or a child has ended
+
+
 @contextmanager
-def _signals() -> Iterator[tuple[list[int], socket.socket]]:
+def stop_signals() -> Iterator[StopSignals]:
     """Stop signals are recorded and wake the loop, as does a child's end; handlers do nothing else. One
     that this process was started to ignore (nohup) stays ignored."""
     received: list[int] = []
@@ -333,7 +419,7 @@ def _signals() -> Iterator[tuple[list[int], socket.socket]]:
             if before[number] is not signal.SIG_IGN:
                 signal.signal(number, lambda n, frame: received.append(n))
         signal.signal(signal.SIGCHLD, lambda n, frame: None)
-        yield received, ours
+        yield StopSignals(received, ours)
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():

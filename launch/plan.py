@@ -6,11 +6,13 @@ Pure: no clock, no network, no file system. What `--dry-run` shows is what runs,
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Mapping
 
+from launch.batch import Job
 from launch.cluster import ClusterConfig
 from launch.resources import Resources
 from launch.spec import Spec
@@ -18,6 +20,7 @@ from trainers.config import RunConfig
 from trainers.paths import RunPaths
 
 CHOSEN_LATER = "<a free port, chosen when the attempt begins>"
+HEAD = "<the address by which the nodes reach the first of them>"
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,16 @@ class Plan:
     equivalent: str           # the same job without `launch`
     max_restarts: int
     grace_s: float
+    job: Job | None = None    # what SLURM gets, where it is asked for the nodes
 
     def inherited(self, env: Mapping[str, str]) -> dict[str, str]:
         """What ranks take over from `env`: all; ranks of a task nothing that would change what accelerate does."""
         foreign = ("ACCELERATE_", "TORCHELASTIC_") if self.batch else ()
-        return {key: value for key, value in env.items() if not key.startswith(foreign)}
+        taken = {key: value for key, value in env.items() if not key.startswith(foreign)}
+        if not self.batch and (ours := taken.pop("LAUNCH_CODE", None)):  # a script's `import trainers` is its own
+            rest = [folder for folder in taken.get("PYTHONPATH", "").split(os.pathsep) if folder != ours]
+            taken["PYTHONPATH"] = os.pathsep.join(rest)
+        return taken
 
     def rank_env(self, node: int, local_rank: int, address: str, port: int | str) -> dict[str, str]:
         """torchrun's variables for one rank."""
@@ -59,8 +67,8 @@ class Plan:
 
 
 def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resources, *, runs: Path, python: str,
-              cwd: Path, attempt: int = 1) -> Plan:
-    """The plan of attempt `attempt` of a run whose directory is `runs`/`run_id`.
+              cwd: Path, attempt: int = 1, job: Job | None = None, files: Mapping[str, str] = {}) -> Plan:
+    """The plan of attempt `attempt` of a run whose directory is `runs`/`run_id`; `files`: more of them.
 
     Raises:
         UserError: the batch does not divide over the ranks.
@@ -68,7 +76,7 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
     folder = runs / run_id
     config = spec.config
     env = {**cluster.env, **_rank_environment(config, resources, folder, attempt)}
-    files = {"run.yaml": spec.text}
+    files = {"run.yaml": spec.text, **files}
     if isinstance(config, RunConfig):
         micro, accumulation = config.train.split(resources.ranks)
         batch = (f"{config.train.batch_size} = {resources.ranks} rank(s) x {micro} micro-batch x "
@@ -84,8 +92,12 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
     if resources.device == "cuda":
         files[str(accelerate_yaml)] = _accelerate_yaml(resources)
         start = ["accelerate", "launch", "--config_file", str(folder / accelerate_yaml)]
+        each_node = ["--machine_rank", "NODE", "--main_process_ip", "HEAD", "--main_process_port", "PORT"]
     else:
-        start = ["torchrun", "--nproc-per-node", str(resources.ranks)]
+        start = ["torchrun", "--nproc-per-node", str(resources.ranks_per_node)]
+        each_node = ["--nnodes", str(resources.nodes), "--node-rank", "NODE", "--master-addr", "HEAD", "--master-port", "PORT"]
+    if resources.nodes > 1:
+        start += each_node
     by_hand = {k: v for k, v in env.items() if k not in ("LAUNCH_EVENTS", "LAUNCH_ATTEMPT")}
     if isinstance(config, RunConfig):
         by_hand["PYTHONSAFEPATH"] = "1"
@@ -93,7 +105,7 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
         run_id=run_id, name=config.name, folder=str(folder), attempt=attempt, resources=resources, batch=batch,
         command=command, cwd=str(cwd), env=env, files=files,
         equivalent=shlex.join(["env", *(f"{k}={v}" for k, v in by_hand.items()), *start, *program]),
-        max_restarts=config.run.max_restarts, grace_s=config.run.grace_s,
+        max_restarts=config.run.max_restarts, grace_s=config.run.grace_s, job=job,
     )
 
 
@@ -140,17 +152,28 @@ def show(plan: Plan) -> str:
     ]
     if plan.batch:
         lines.append(f"batch      {plan.batch}")
+    if plan.job:
+        lines += ["", "# handed to SLURM" + (f", {plan.job.links} times, each to begin if the one before ends badly"
+                                            if plan.job.links > 1 else ""), shlex.join(plan.job.command)]
+        lines += ["", f"# file {plan.job.file}", plan.job.script.rstrip("\n")]
     lines += ["", f"# each rank, in {plan.cwd}", shlex.join(plan.command), "", "# environment of every rank"]
     lines += [f"{key}={shlex.quote(value)}" for key, value in plan.env.items()]
-    for local_rank in range(r.ranks_per_node):
-        env = plan.rank_env(0, local_rank, "127.0.0.1", CHOSEN_LATER)
+    for env in _rank_envs(plan):
         lines += ["", f"# environment of rank {env['RANK']}"] + [f"{k}={v}" for k, v in env.items()]
+    if r.nodes > 1:
+        lines += ["", f"# and so on, to rank {r.ranks - 1} of {r.nodes} nodes"]
     for path, text in plan.files.items():
         lines += ["", f"# file {path}", text.rstrip("\n")]
-    lines += ["", "# the same by hand, once these files are there", plan.equivalent]
+    lines += ["", "# the same by hand" + (", on each node" if r.nodes > 1 else "") + ", once these files are there",
+              plan.equivalent]
     return "\n".join(lines) + "\n"
 
 
+def _rank_envs(plan: Plan) -> list[dict[str, str]]:
+    """Of the first node's ranks."""
+    address = "127.0.0.1" if plan.resources.nodes == 1 else HEAD
+    return [plan.rank_env(0, local_rank, address, CHOSEN_LATER) for local_rank in range(plan.resources.ranks_per_node)]
+
+
 def as_json(plan: Plan) -> dict:
-    ranks = [plan.rank_env(0, i, "127.0.0.1", CHOSEN_LATER) for i in range(plan.resources.ranks_per_node)]
-    return {**asdict(plan), "rank_env": ranks}
+    return {**asdict(plan), "rank_env": _rank_envs(plan)}

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Mapping
+from typing import TYPE_CHECKING, Literal, Mapping
 
 from trainers.errors import UserError
+
+if TYPE_CHECKING:
+    from launch.cluster import ClusterConfig
 
 
 @dataclass(frozen=True)
 class Resources:
-    """`ranks` in all, over `nodes` nodes; `threads`: CPU threads of one rank."""
+    """`ranks` in all, over `nodes` nodes; `threads`: CPU threads of one rank; `gpus`: asked of SLURM, in all."""
 
     device: Literal["cuda", "cpu"]
     ranks: int
     nodes: int = 1
     threads: int = 1
+    gpus: int = 0
 
     @property
     def ranks_per_node(self) -> int:
@@ -59,6 +63,50 @@ def local_resources(gpus: int | None, procs: int | None, env: Mapping[str, str] 
         raise UserError(f"--gpus {gpus} was asked for; this machine has {there} NVIDIA GPU(s) to give{masked}",
                         f"use --procs {gpus} for as many CPU ranks" + (f", or --gpus {there}" if there else ""))
     return Resources("cuda", gpus, threads=threads or _threads(gpus, env))
+
+
+def slurm_resources(cluster: ClusterConfig, gpus: int | None, procs: int | None, nodes: int | None) -> Resources:
+    """Resources of a cluster: as few nodes as hold the ranks evenly, unless `nodes` says how many; `nodes` alone
+    takes whole nodes. One GPU, or on a cluster of CPUs one rank, if nothing is given.
+
+    Raises:
+        UserError: it does not fit the cluster as its file describes it.
+    """
+    what, a_node = ("gpus", cluster.gpus_per_node) if procs is None else ("procs", None)
+    if procs is None and gpus is None and not cluster.gpus_per_node and cluster.device == "cpu":
+        what = "procs"
+    if what == "procs" and cluster.cpus_per_node:
+        a_node = cluster.cpus_per_node // cluster.cpus_per_rank
+    count = gpus if what == "gpus" else procs
+    field = "gpus_per_node" if what == "gpus" else "cpus_per_node"
+    if count is None and nodes is not None:
+        if a_node is None:
+            raise UserError(f"--nodes {nodes} alone takes whole nodes, and cluster `{cluster.name}` does not say how "
+                            f"large they are", f"give --{what} too, or `{field}` in its file")
+        count = nodes * a_node
+    count = count or 1
+    if nodes is None:
+        nodes = 1 if a_node is None else _fewest(count, a_node)
+    if count % nodes:
+        near = [n for n in (count // nodes * nodes, (count // nodes + 1) * nodes) if n]
+        raise UserError(f"--{what} {count} cannot be spread evenly over --nodes {nodes}",
+                        f"use --{what} {' or '.join(map(str, near))}")
+    if a_node is not None and count // nodes > a_node:
+        raise UserError(f"--{what} {count} on --nodes {nodes} is {count // nodes} a node; a node of cluster "
+                        f"`{cluster.name}` has {a_node}", f"use --nodes {-(-count // a_node)} or more")
+    if cluster.max_nodes is not None and nodes > cluster.max_nodes:
+        raise UserError(f"--{what} {count} needs {nodes} nodes; cluster `{cluster.name}` has {cluster.max_nodes}"
+                        + (f" of {a_node} {'GPUs' if what == 'gpus' else 'ranks'}" if a_node else ""),
+                        f"use --{what} {cluster.max_nodes * a_node} or fewer" if a_node else None)
+    if what == "gpus":
+        return Resources(cluster.device, count, nodes, cluster.cpus_per_gpu or 1, count)
+    return Resources("cpu", count, nodes, cluster.cpus_per_rank)
+
+
+def _fewest(count: int, a_node: int) -> int:
+    """The fewest nodes that hold `count` evenly, unless that scatters them: then too few, which is refused."""
+    least = -(-count // a_node)
+    return next((n for n in range(least, 2 * least + 1) if count % n == 0), least)
 
 
 def _threads(ranks: int, env: Mapping[str, str]) -> int:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.errors import UserError
-from trainers.spec import config_class, holds, mapping, read_text, validate
+from trainers.spec import config_class, holds, mapping, read_spec, read_text, validate
 
 if TYPE_CHECKING:
     from launch.cluster import ClusterConfig
     from trainers.config import RunConfig, ScriptConfig
+    from trainers.paths import RunPaths
     from trainers.yaml12 import Key
 
     Layer = dict[Key, tuple[Any, str]]  # a value, and where it was given, by place
@@ -68,9 +69,7 @@ def load_spec(word: str | Path, overrides: Sequence[str] = (), *, cluster: Clust
     """
     built_in = tasks().get(str(word))
     path = built_in or Path(word)
-    layers = [_file(path, path.name if built_in else str(path)),
-              _layer(cluster.defaults, lambda key: f"cluster {cluster.name}"),
-              _wandb(environment)]
+    layers = [_file(path, path.name if built_in else str(path)), *_cluster(cluster), _wandb(environment)]
     if config_file is not None:
         layers.append(_file(Path(config_file), str(config_file)))
     layers.append(_command_line(overrides))
@@ -96,9 +95,24 @@ def script_spec(path: str | Path, args: Sequence[str] = (), overrides: Sequence[
     given: Layer = {("name",): (_name(path), "default"), ("script",): (str(path.absolute()), "command line")}
     if args:
         given["args",] = list(args), "command line"
-    run = {key: value for key, value in cluster.defaults.items() if key.partition(".")[0] == "run"}
-    defaults = _layer(run, lambda key: f"cluster {cluster.name}")
-    return _spec(ScriptConfig, _merge([given, defaults, _command_line(overrides)]))
+    defaults = [{key: value for key, value in layer.items() if key[0] == "run"} for layer in _cluster(cluster)]
+    return _spec(ScriptConfig, _merge([given, *defaults, _command_line(overrides)]))
+
+
+def spec_of(paths: RunPaths) -> Spec:
+    """The spec that a run directory holds. Raises: UserError."""
+    config = read_spec(paths.spec)
+    return Spec(name=config.name, config=config, values=config.model_dump(mode="json"), origins={},
+                text=paths.spec.read_text(encoding="utf-8"))
+
+
+def with_values(spec: Spec, changes: Mapping[str, Any]) -> Spec:
+    """The spec with other values of some top-level keys."""
+    from trainers import yaml12
+
+    values = {**spec.values, **changes}
+    return replace(spec, config=validate(type(spec.config), values, lambda key: None), values=values,
+                   text=yaml12.dump(values))
 
 
 def for_debugging(overrides: Sequence[str]) -> list[str]:
@@ -169,6 +183,10 @@ def _file(path: Path, name: str) -> Layer:
 
     document = yaml12.read(read_text(path), name)
     return _layer(mapping(document.value, name), lambda key: f"{name}:{document.lines[key]}")
+
+
+def _cluster(cluster: ClusterConfig) -> list[Layer]:
+    return [_layer(layer, lambda key: f"cluster {cluster.name}") for layer in cluster.layers]
 
 
 def _command_line(overrides: Sequence[str]) -> Layer:

@@ -11,19 +11,18 @@ import time
 from functools import partial
 from pathlib import Path
 
-from launch import local
+from launch import local, record
 from launch import runs as records
 from launch.cluster import ClusterConfig, load_cluster
 from launch.node import Outcome
 from launch.plan import Plan, as_json, make_plan, show
 from launch.resources import Resources, local_resources
-from launch.spec import Spec
+from launch.spec import Spec, spec_of
 from launch.view import View, make_view
 from trainers.errors import UserError
 from trainers.events import duration
 from trainers.files import read_json
 from trainers.paths import RunPaths
-from trainers.spec import read_spec
 
 
 def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, debug: bool, dry_run: bool, json: bool,
@@ -44,8 +43,8 @@ def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, debug:
         print(jsonlib.dumps(as_json(plan), indent=1, ensure_ascii=False) if json else show(plan), end="\n" * json)
         return 0
     view = make_view(json)
-    paths = local.create_run(plan)
-    view.notice(f"run {plan.run_id} in {_shown(paths.root)}: {_on(resources)}")
+    paths = record.create_run(plan)
+    view.notice(f"run {plan.run_id} in {shown(paths.root)}: {_on(resources)}")
     return _run(plan_of, paths, 1, view, plan.max_restarts, debug)
 
 
@@ -57,23 +56,21 @@ def resume(run: records.Run, *, gpus: int | None, procs: int | None, json: bool,
         UserError: it is running, or its record cannot be read.
     """
     paths, view = run.paths, make_view(json)
-    number = local.next_attempt(paths)  # before the state is read: whoever else read the same one gets this number too
-    working = number > 1 and local.at_work(paths, number - 1)
+    number = record.next_attempt(paths)  # before the state is read: whoever else read the same one gets this number too
+    working = number > 1 and record.at_work(paths, number - 1)
     run = run.again()
     state, job = run.state, run.record["job"] or {}
     elsewhere = job.get("host") not in (None, socket.gethostname())
     if working or state == "running" and not (take_over and elsewhere):
         where = f" on host {job['host']}" if elsewhere else ""
         raise UserError(f"run {paths.id} is running{where}",
-                        f"if that host or process is gone: `launch resume {_named(paths)} --take-over`" if elsewhere else
-                        f"see `launch status {_named(paths)}`, or stop it: `launch cancel {_named(paths)}`")
+                        f"if that host or process is gone: `launch resume {named(paths)} --take-over`" if elsewhere else
+                        f"see `launch status {named(paths)}`, or stop it: `launch cancel {named(paths)}`")
     if state == "finished":
         view.notice(f"run {paths.id} is finished: nothing to resume")
         view.close()
         return 0
-    config = read_spec(paths.spec)
-    text = paths.spec.read_text(encoding="utf-8")
-    spec = Spec(name=config.name, config=config, values={}, origins={}, text=text)
+    spec = spec_of(paths)
     before = _last_attempt(paths)
     if gpus is None and procs is None and before:
         gpus, procs = (before["ranks"], None) if before["device"] == "cuda" else (None, before["ranks"])
@@ -83,7 +80,7 @@ def resume(run: records.Run, *, gpus: int | None, procs: int | None, json: bool,
     resources = local_resources(gpus, procs, threads=before.get("threads") if same else None)
     plan_of = partial(_plan, paths.id, spec, load_cluster("local"), resources, paths.root.parent, cwd)
     plan = plan_of(number)
-    view.notice(f"run {paths.id} in {_shown(paths.root)}, attempt {plan.attempt}: {_on(resources)}")
+    view.notice(f"run {paths.id} in {shown(paths.root)}, attempt {plan.attempt}: {_on(resources)}")
     return _run(plan_of, paths, number, view, plan.max_restarts, debug=False)
 
 
@@ -120,10 +117,10 @@ def _ending(outcome: Outcome, paths: RunPaths, seconds: float) -> list[str]:
     if outcome.kind == "finished":
         model = [paths.checkpoint(record["checkpoint"])] if record["checkpoint"] is not None else []
         figures = sorted(paths.figures.glob("*.png"))
-        return [*(f"model   {_shown(path)}" for path in model), *(f"figure  {_shown(path)}" for path in figures),
+        return [*(f"model   {shown(path)}" for path in model), *(f"figure  {shown(path)}" for path in figures),
                 f"took    {duration(seconds)}"]
     kept = f", checkpoint {record['checkpoint']}" if record["checkpoint"] is not None else ", without a checkpoint"
-    return [f"stopped at step {record['step']}{kept}; go on with `launch resume {_named(paths)}`"]
+    return [f"stopped at step {record['step']}{kept}; go on with `launch resume {named(paths)}`"]
 
 
 def _print_failure(outcome: Outcome, paths: RunPaths) -> None:
@@ -132,9 +129,9 @@ def _print_failure(outcome: Outcome, paths: RunPaths) -> None:
     # Rank 0's own words were on the terminal already.
     if failure.traceback and failure.rank != 0:
         print(failure.traceback, file=sys.stderr)
-    log = _shown(paths.log(paths.attempt_numbers()[-1], failure.rank))
+    log = shown(paths.log(paths.attempt_numbers()[-1], failure.rank))
     checkpoint = read_json(paths.record)["checkpoint"]
-    onward = f"; `launch resume {_named(paths)}` goes on from checkpoint {checkpoint}" if checkpoint is not None else ""
+    onward = f"; `launch resume {named(paths)}` goes on from checkpoint {checkpoint}" if checkpoint is not None else ""
     hint = failure.hint or f"its log is {log}{onward}"
     print(UserError(failure.message, hint), file=sys.stderr)
 
@@ -153,13 +150,13 @@ def _on(resources: Resources) -> str:
     return f"{resources.ranks} {what}{'s' if resources.ranks > 1 else ''}"
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """Relative where that is shorter."""
     relative = os.path.relpath(path)
     return relative if len(relative) < len(str(path)) else str(path)
 
 
-def _named(paths: RunPaths) -> str:
+def named(paths: RunPaths) -> str:
     """What to call the run in the next command: its id where `launch` looks for it, else its path."""
     default = Path(os.environ.get("LAUNCH_RUNS", "runs")).absolute()
-    return paths.id if paths.root.parent == default else _shown(paths.root)
+    return paths.id if paths.root.parent == default else shown(paths.root)

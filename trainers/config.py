@@ -9,7 +9,9 @@ A task adds its own keys by a subclass that gives `model` and `data` a type::
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -165,6 +167,10 @@ class RunConfig(Section):
 
     def check(self) -> None:
         """What can be refused before a rank starts; reads the file system; raises UserError."""
+
+    def missing(self, environment: Mapping[str, str] = os.environ) -> list[str]:
+        """What ranks with this environment would have to download, in words. Asks the file system, and nobody else."""
+        return []
 
 
 class ScriptConfig(Section):

@@ -42,6 +42,19 @@ class RunPaths:
         return self.root / "figures"
 
     @property
+    def code(self) -> Path:
+        """The user's code as it was at submission."""
+        return self.root / "code"
+
+    def submission(self, number: int) -> Path:
+        """What was handed to SLURM, and what its node processes say."""
+        return self.root / "submissions" / str(number)
+
+    def submission_numbers(self) -> list[int]:
+        """The submissions so far, oldest first."""
+        return _numbers(self.root / "submissions")
+
+    @property
     def attempts(self) -> Path:
         return self.root / "attempts"
 
@@ -72,10 +85,7 @@ class RunPaths:
 
     def attempt_numbers(self) -> list[int]:
         """The attempts taken so far, oldest first; an attempt is taken by making its folder."""
-        try:
-            return sorted(int(name) for name in os.listdir(self.attempts) if name.isdigit())
-        except FileNotFoundError:
-            return []
+        return _numbers(self.attempts)
 
     def checkpoint_steps(self) -> list[int]:
         """Steps whose checkpoint was committed, oldest first. Whether one is whole, its manifest says."""
@@ -84,3 +94,11 @@ class RunPaths:
         except FileNotFoundError:
             return []
         return sorted(int(m[1]) for m in (re.fullmatch(r"step_(\d+)", name) for name in names) if m)
+
+
+def _numbers(folder: Path) -> list[int]:
+    """The folders in it that are named by a number."""
+    try:
+        return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
+    except FileNotFoundError:
+        return []

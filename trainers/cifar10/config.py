@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,9 @@ from trainers.config import Fraction, RunConfig, Section
 from trainers.errors import UserError
 
 OWN_MODELS = ("vgg", "resnet18")
+# What torchvision's CIFAR10 reads of its root: importing it to ask takes seconds.
+CIFAR10_FILES = [f"cifar-10-batches-py/{name}"
+                 for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")]
 
 
 class Model(Section):
@@ -57,9 +61,9 @@ class Data(Section):
             raise ValueError(f"data.pad is {self.pad}: a reflected border must be narrower than data.size, {self.size}")
         return self
 
-    def download_root(self) -> Path:
-        """Where downloads go, with the environment of this process."""
-        return Path(self.root or os.environ.get("LAUNCH_DATA") or "~/.cache/launch").expanduser()
+    def download_root(self, environment: Mapping[str, str] = os.environ) -> Path:
+        """Where downloads go: by default, with the environment of this process."""
+        return Path(self.root or environment.get("LAUNCH_DATA") or "~/.cache/launch").expanduser()
 
 
 class Cifar10Config(RunConfig):
@@ -79,6 +83,12 @@ class Cifar10Config(RunConfig):
         if self.data.source not in ("cifar10", "sample"):
             from trainers.data.folders import list_images
             list_images(Path(self.data.source), self.data.eval_fraction)
+
+    def missing(self, environment: Mapping[str, str] = os.environ) -> list[str]:
+        root = self.data.download_root(environment)
+        if self.data.source != "cifar10" or all(os.path.isfile(root / file) for file in CIFAR10_FILES):
+            return []
+        return [f"CIFAR-10 in {root}"]
 
 
 def torchvision_models() -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainers.cifar10.config import Cifar10Config
 from trainers.cifar10.model import make_model
 from trainers.data.augment import Augment
-from trainers.data.images import Images, load_cifar10, load_folder, resident
+from trainers.data.images import Images, fetch_cifar10, load_cifar10, load_folder, resident
 from trainers.engine.task import Loss, Measures, Task
 from trainers.engine.world import World
 
@@ -23,6 +23,12 @@ Batch = tuple[Tensor, Tensor]  # images float32 [n, 3, S, S], labels int64 [n]
 class Cifar10(Task):
     unit = "images"
     config: Cifar10Config
+
+    def prefetch(self) -> list[str]:
+        if self.config.data.source != "cifar10":
+            return []
+        root = self.config.data.download_root()
+        return [f"CIFAR-10: {'fetched into' if fetch_cifar10(root) else 'already in'} {root}"]
 
     def data(self, world: World) -> tuple[Images, Images | None]:
         data = self.config.data

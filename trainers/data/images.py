@@ -123,6 +123,11 @@ def load_cifar10(root: Path, world: World) -> RawSets:
     return sets
 
 
+def fetch_cifar10(root: Path) -> bool:
+    """As `load_cifar10`, for ranks that cannot download. Whether it was not in `root`, or not whole, before."""
+    return _read_cifar10(root) is None and _download_cifar10(root) is not None
+
+
 def _read_cifar10(root: Path) -> RawSets | None:
     """None if it is not there, or not whole."""
     from torchvision.datasets import CIFAR10

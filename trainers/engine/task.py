@@ -66,6 +66,11 @@ class Task:
     def __init__(self, config: RunConfig):
         self.config = config
 
+    def prefetch(self) -> list[str]:
+        """Download what `data` and `model` would, for ranks that cannot; what is where now, a line each. It runs
+        alone, before any rank starts; `config.missing` says whether it need. Raises UserError."""
+        return []
+
     def data(self, world: World) -> tuple[Dataset, Dataset | None]:
         """(training set, evaluation set or None), on `world.device`. Raises UserError for bad input."""
         raise TypeError(f"{type(self).__name__} must define data(self, world)")

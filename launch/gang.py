@@ -1,0 +1,232 @@
+"""How the node processes of one job find each other and agree: lines of JSON over TCP, all to the head and back.
+
+The head is the process of node 0. It writes where it listens into the job's folder, on storage that all nodes
+share, with a token that a newcomer must give. From then on a process that dies is noticed at once, by its
+connection, and not by a timeout.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainers.files import read_json, replace_json
+
+MEETING_S = 300.0   # for all to come: modules load slowly on a cluster's file system
+CONNECT_S = 5.0
+POLL_S = 0.1
+
+
+class Absent(Exception):
+    """Not all node processes have come in time."""
+
+
+@dataclass
+class Link:
+    """One connection, a word a line."""
+
+    socket: socket.socket
+    open: bool = True
+    _rest: bytes = b""
+
+    def say(self, word: Mapping[str, Any]) -> None:
+        if self.open:
+            try:
+                self.socket.sendall(json.dumps(word).encode() + b"\n")
+            except OSError:
+                pass  # the next reading finds it closed
+
+    def words(self) -> list[dict[str, Any]]:
+        """What has come; afterwards `open` says whether more can."""
+        while self.open:
+            try:
+                data = self.socket.recv(1 << 16, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except OSError:
+                data = b""
+            self.open = bool(data)
+            self._rest += data
+        *whole, self._rest = self._rest.split(b"\n")
+        return [json.loads(line) for line in whole]
+
+
+@dataclass
+class Gang:
+    """One node process's links to the others: the head has one to each, by node; the others one, to the head."""
+
+    node: int
+    address: str               # of the head, as the others have reached it; rank 0's store listens there
+    interface: str | None      # of this node, by which it reaches the others, where that is known
+    links: dict[int, Link] = field(default_factory=dict)
+    hosts: dict[int, str] = field(default_factory=dict)
+    said: list[dict[str, Any]] = field(default_factory=list)  # by the others since this attempt began
+    _kept: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Whether nobody has gone."""
+        return all(link.open for link in self.links.values())
+
+    def sockets(self) -> list[socket.socket]:
+        return [link.socket for link in self.links.values() if link.open]
+
+    def tell(self, word: Mapping[str, Any]) -> None:
+        for link in self.links.values():
+            link.say({**word, "node": self.node})
+
+    def heard(self) -> list[dict[str, Any]]:
+        """What the others have said since, in the order in which it came, and {"lost", "node"} for one that has gone.
+        The head passes on to the others what concerns all."""
+        words, self._kept = self._kept, []
+        for node, link in self.links.items():
+            if not link.open:
+                continue
+            found = link.words()
+            if not link.open:
+                found.append({"lost": self.hosts.get(node, str(node)), "node": node})
+            for word in found:
+                if self.node == 0 and word.keys() & {"failure", "lost", "signal"}:
+                    for other, each in self.links.items():
+                        if other != node:
+                            each.say(word)
+            words += found
+        self.said += words
+        return words
+
+    def keep(self, words: list[dict[str, Any]]) -> None:
+        """Give back what was heard too early: the next `heard` begins with it."""
+        self._kept = words
+
+    def close(self) -> None:
+        for link in self.links.values():
+            link.socket.close()
+
+
+def meet(folder: Path, name: str, node: int, nodes: int, interface: str | None = None,
+         stopped: Callable[[], bool] = lambda: False) -> Gang:
+    """Wait for the node processes of all `nodes`, each of which calls this with the same `name`.
+
+    Args:
+        folder: shared by all nodes.
+        interface: the network interface between nodes; None: whichever works.
+        stopped: asked now and then whether to give up.
+
+    Raises:
+        Absent: some did not come.
+    """
+    deadline = time.monotonic() + MEETING_S
+    if nodes == 1:
+        return Gang(0, "127.0.0.1", "lo")
+    file = folder / f"meeting-{name}.json"
+    if node == 0:
+        return _gather(file, nodes, interface, deadline, stopped)
+    while time.monotonic() < deadline and not stopped():
+        try:
+            # Looking through the folder makes a network file system look anew for what was not there before.
+            there = file in folder.iterdir() and read_json(file)
+        except (OSError, ValueError):
+            there = False
+        if there and (gang := _join(there, node, interface)):
+            return gang
+        time.sleep(POLL_S)
+    raise Absent("the head node's process could not be reached")
+
+
+def _gather(file: Path, nodes: int, interface: str | None, deadline: float, stopped: Callable[[], bool]) -> Gang:
+    token = secrets.token_hex(16)
+    addresses = _addresses(interface)
+    gang = Gang(0, addresses[0], interface, hosts={0: socket.gethostname()})
+    with closing(socket.socket()) as listening:
+        # With one address all come by that; else whichever of them the others can reach.
+        listening.bind((addresses[0] if len(addresses) == 1 else "", 0))
+        listening.listen(nodes)
+        listening.settimeout(POLL_S)
+        replace_json(file, {"addresses": addresses, "port": listening.getsockname()[1], "token": token})
+        file.chmod(0o600)
+        while len(gang.links) < nodes - 1:
+            if time.monotonic() > deadline or stopped():
+                missing = sorted(set(range(1, nodes)) - set(gang.links))
+                raise Absent(f"the process of node {', '.join(map(str, missing))} of {nodes} did not come")
+            try:
+                new, _ = listening.accept()
+            except TimeoutError:
+                continue
+            hello = _hello(new)
+            if hello is None or hello.get("token") != token or hello.get("node") in gang.links:
+                new.close()
+                continue
+            gang.links[hello["node"]], gang.hosts[hello["node"]] = Link(new), hello["host"]
+            gang.address = hello["reached"]
+            gang.interface = interface or _interface(new.getsockname()[0])
+    file.unlink(missing_ok=True)
+    gang.tell({"address": gang.address})
+    return gang
+
+
+def _hello(new: socket.socket) -> dict[str, Any] | None:
+    """A newcomer's first line."""
+    new.settimeout(CONNECT_S)
+    try:
+        word = json.loads(new.makefile("rb").readline(4096))
+        new.settimeout(None)
+        return word if isinstance(word, dict) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _join(there: Mapping[str, Any], node: int, interface: str | None) -> Gang | None:
+    for address in there["addresses"]:
+        try:
+            link = socket.create_connection((address, there["port"]), timeout=CONNECT_S)
+            link.settimeout(MEETING_S)  # the head answers when all have come
+            link.sendall(json.dumps({"token": there["token"], "node": node, "host": socket.gethostname(),
+                                     "reached": address}).encode() + b"\n")
+            word = json.loads(_line(link))
+            link.settimeout(None)
+        except (OSError, ValueError):
+            continue
+        return Gang(node, word["address"], interface or _interface(link.getsockname()[0]), {0: Link(link)})
+    return None
+
+
+def _line(link: socket.socket) -> bytes:
+    """Up to the line's end and not a byte more: what follows is for later."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = link.recv(1)
+        if not byte:
+            raise ConnectionError
+        line += byte
+    return line
+
+
+def _addresses(interface: str | None) -> list[str]:
+    """This host's IPv4 addresses, the likeliest first."""
+    import psutil
+
+    by_interface = {name: [a.address for a in found if a.family == socket.AF_INET]
+                    for name, found in psutil.net_if_addrs().items()}
+    if interface is not None:
+        if not by_interface.get(interface):
+            raise Absent(f"this host has no interface `{interface}` with an IPv4 address ({', '.join(by_interface)})")
+        return by_interface[interface][:1]
+    try:
+        named = [info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
+    except OSError:
+        named = []
+    found = [*named, *(address for addresses in by_interface.values() for address in addresses)]
+    return sorted(dict.fromkeys(found), key=lambda address: address.startswith("127."))
+
+
+def _interface(address: str) -> str | None:
+    import psutil
+
+    return next((name for name, found in psutil.net_if_addrs().items() if any(a.address == address for a in found)), None)

@@ -1,0 +1,193 @@
+"""From a spec to a run on SLURM, and from a run that has stopped to its next job."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch import record, runs, slurm, snapshot
+from launch.batch import Request, node_process, setup, srun_args
+from launch.cluster import load_cluster
+from launch.node import stop_signals
+from launch.plan import Plan, as_json, show
+from launch.prefetch import prefetch
+from launch.processes import alive, identity
+from launch.resources import Resources, slurm_resources
+from launch.spec import Spec, spec_of
+from launch.start import named, new_run_id, shown
+from launch.submission import read_submission
+from launch.submit import code_of, hand_over, make_submission, submit, try_out
+from trainers.errors import UserError
+from trainers.files import replace_text, update_json
+from trainers.paths import RunPaths
+
+
+def start(*, spec: Spec, root: Path, request: Request, gpus: int | None, procs: int | None, nodes: int | None,
+          dry_run: bool, json: bool, follow: bool, here: bool) -> int:
+    """Submit a new run (`here`: run it in the allocation one stands in). Returns the exit code.
+
+    Raises:
+        UserError: something the user must mend; nothing was written or submitted.
+    """
+    resources = slurm_resources(request.cluster, gpus, procs, nodes)
+    _check(spec, request, dry_run)
+    run_id = new_run_id(spec.name)
+    copy = None if here else snapshot.survey(code_of(spec), RunPaths(root / run_id).code)
+    plan = make_submission(run_id, spec, request, resources, runs=root, cwd=Path.cwd(), copy=copy, here=here)
+    if dry_run:
+        print(jsonlib.dumps(as_json(plan), indent=1, ensure_ascii=False) if json else show(plan), end="\n" * json)
+        return 0
+    if here:
+        return _here(plan, request, resources, json)
+    paths, ids, left_out = submit(plan, spec, request.cluster.name)
+    for name in left_out[:5]:
+        print(f"warning: not copied with the code: {name}", file=sys.stderr)
+    _say(paths, ids, request, resources, json)
+    return _follow(paths) if follow else 0
+
+
+def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: int | None, nodes: int | None,
+           json: bool, follow: bool) -> int:
+    """Submit a run anew that has stopped. What is not given is as it was submitted last.
+
+    Raises:
+        UserError: it is at work or in the queue, or its spec cannot be read.
+    """
+    paths, job = run.paths, run.record.get("job") or {}
+    if job.get("kind") == "slurm" and not job["ids"]:
+        if found := _half_submitted(paths, job):
+            update_json(paths.record, job={**job, "ids": found})
+            print(f"run {paths.id}: its submission had broken off, but job {', '.join(found)} is in the queue")
+            return _follow(paths) if follow else 0
+    elif job.get("kind") == "slurm" and slurm.queue(job["ids"]):
+        raise UserError(f"run {paths.id} is {run.state}: job {', '.join(job['ids'])} is in SLURM's queue",
+                        f"see `launch status {named(paths)}`, or `launch cancel {named(paths)}`")
+    elif run.state in runs.ACTIVE and job.get("kind") == "local":
+        raise UserError(f"run {paths.id} is running on host {job['host']}", f"`launch cancel {named(paths)}` stops it")
+    if run.state == "finished":
+        print(f"run {paths.id} is finished: nothing to resume")
+        return 0
+    numbers = paths.submission_numbers()
+    before = read_submission(paths.submission(numbers[-1])) if numbers else None
+    if request is None:
+        request = Request(before.cluster, before.time, before.options) if before else Request(load_cluster("slurm"))
+    given = gpus is not None or procs is not None or nodes is not None
+    if before and not given and before.cluster.name == request.cluster.name:
+        resources = before.resources
+    else:
+        if not given:
+            gpus = before.resources.gpus if before else 1
+        resources = slurm_resources(request.cluster, gpus, procs, nodes)
+    spec = spec_of(paths)
+    _check(spec, request, dry_run=False)
+    number = (numbers[-1] if numbers else 0) + 1
+    copy = snapshot.load(paths.code)
+    plan = make_submission(paths.id, spec, request, resources, runs=paths.root.parent, number=number,
+                           cwd=Path(before.cwd) if before else Path.cwd(), copy=copy)
+    try_out(plan.job, resources)
+    job = {"kind": "slurm", "cluster": request.cluster.name, "submission": number}
+    was = {key: run.record[key] for key in ("state", "job")}
+    update_json(paths.record, state="submitted", updated=record.now(),
+                job={**job, "ids": [], **record.me(), "started": identity(os.getpid())})
+    try:
+        ids = hand_over(plan.job, {name: text for name, text in plan.files.items() if name != "run.yaml"}, paths.root)
+    except BaseException:
+        update_json(paths.record, **was)
+        raise
+    update_json(paths.record, job={**job, "ids": ids}, updated=record.now())
+    _say(paths, ids, request, resources, json)
+    return _follow(paths) if follow else 0
+
+
+def _half_submitted(paths: RunPaths, job: dict[str, Any]) -> list[str]:
+    """The jobs of a submission that broke off before it could note them. Raises: UserError if it is under way."""
+    if job["host"] == socket.gethostname() and alive(job["pid"], job["started"]):
+        raise UserError(f"run {paths.id} is being submitted by process {job['pid']}", "wait a moment")
+    script = str(paths.submission(job["submission"]) / "job.sh")
+    return sorted(each.id for each in slurm.queue().values() if each.script == script)
+
+
+def jobs_of(run: runs.Run) -> tuple[str, ...]:
+    """The jobs that must end well for this run to be finished; none if it is.
+
+    Raises:
+        UserError: it will not finish by itself.
+    """
+    job = run.record.get("job") or {}
+    if run.state == "finished":
+        return ()
+    if job.get("kind") == "slurm" and (queued := slurm.queue(job["ids"])):
+        return tuple(sorted(queued))
+    raise UserError(f"run {run.id} is {run.state}: nothing to wait for",
+                    f"`launch resume {run.id}` goes on with it" if job.get("kind") != "local" or run.state not in runs.ACTIVE
+                    else "SLURM can wait for SLURM's jobs alone")
+
+
+def _check(spec: Spec, request: Request, dry_run: bool) -> None:
+    """What can be found out before anything is queued; fetches what the nodes cannot."""
+    config = spec.config
+    if hasattr(config, "check"):
+        config.check()
+    if hasattr(config, "missing") and not request.cluster.internet and not dry_run and config.missing():
+        if prefetch(spec):
+            raise UserError("the data could not be fetched, and the nodes cannot download it", "see above")
+
+
+def _say(paths: RunPaths, ids: Sequence[str], request: Request, resources: Resources, json: bool) -> None:
+    nexts = [f"launch {word} {named(paths)}" for word in ("status", "logs -f", "cancel")]
+    if json:
+        print(jsonlib.dumps({"id": paths.id, "jobs": list(ids), "path": str(paths.root), "next": nexts}))
+        return
+    ranks = f"{resources.gpus} GPU(s)" if resources.gpus else f"{resources.ranks} CPU rank(s)"
+    jobs = f"job {ids[0]}" + (f" and {', '.join(ids[1:])} after it" if ids[1:] else "")
+    print(f"run {paths.id} submitted to {request.cluster.name} as {jobs}: {ranks} on {resources.nodes} node(s)\n"
+          f"folder  {shown(paths.root)}\nnext    {nexts[0]}\n        {nexts[1]}\n        {nexts[2]}")
+
+
+def _here(plan: Plan, request: Request, resources: Resources, json: bool) -> int:
+    """Run the job's node processes in the allocation one stands in, and stay until they end."""
+    allocation = os.environ.get("SLURM_JOB_ID")
+    if not allocation:
+        raise UserError("--here runs in the allocation one stands in, and this is none",
+                        "`salloc` gives one; without --here the run is submitted")
+    paths = record.create_run(plan, job={"kind": "slurm", "cluster": request.cluster.name, "ids": [], "submission": 1,
+                                         **record.me(), "started": identity(os.getpid())})
+    for name, text in plan.files.items():
+        (paths.root / name).parent.mkdir(parents=True, exist_ok=True)
+        replace_text(paths.root / name, text)
+    folder = str(paths.submission(1))
+    words = ["srun", "--unbuffered", *srun_args(request.cluster, resources),
+             *node_process(request.cluster, plan.command[0], folder)]
+    lines = [*setup(request.cluster, None), f"exec {shlex.join(words)}"]
+    print(f"run {paths.id} in {shown(paths.root)}, in allocation {allocation}", flush=True)
+    with stop_signals() as stop:
+        # A session of its own: srun would take the terminal's Ctrl-C for itself. What it gets as TERM it passes on.
+        srun = subprocess.Popen(["bash", "-c", "\n".join(lines)], start_new_session=True, stdin=subprocess.DEVNULL,
+                                env={**slurm.environment(), "SLURM_JOB_ID": allocation})
+        while srun.poll() is None:
+            select.select([stop.wakeup], [], [], 1.0)
+            while stop.received:
+                stop.received.pop()
+                srun.send_signal(signal.SIGTERM)
+    state = runs.read_run(paths.root).record["state"]
+    print(f"run {paths.id} is {state}" + ("" if state == "finished" else f"; go on with `launch resume {named(paths)}`"))
+    return srun.returncode
+
+
+def _follow(paths: RunPaths) -> int:
+    """Show the log until the run has ended. Ctrl-C leaves it alone."""
+    from launch import logs
+
+    logs.follow(runs.read_run(paths.root), follow=True, write=lambda text: print(text, end="", flush=True))
+    state = runs.read_run(paths.root).state
+    print(f"run {paths.id} is {state}")
+    return {"finished": 0, "preempted": 75, "cancelled": 75, "submitted": 0, "running": 0}.get(state, 1)

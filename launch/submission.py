@@ -1,0 +1,47 @@
+"""What a submission leaves for its job: submission.json, from which every node makes the same plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.cluster import ClusterConfig
+from launch.plan import Plan, make_plan
+from launch.resources import Resources
+from launch.spec import spec_of
+from trainers.files import read_json
+from trainers.paths import RunPaths
+
+
+@dataclass(frozen=True)
+class Submission:
+    number: int                 # of the run, from 1
+    runs: list[str]             # run directories, absolute; several for an array, by element
+    cluster: ClusterConfig
+    resources: Resources
+    python: str
+    cwd: str
+    max_restarts: int           # new attempts after failures, all jobs of this submission together
+    time: str | None            # as asked for, over the cluster's
+    options: dict[str, Any]     # of sbatch, over the cluster's
+    here: bool = False          # in an allocation that is not ours
+
+    def text(self) -> str:
+        return json.dumps({**asdict(self), "cluster": self.cluster.model_dump(mode="json")}, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_submission(folder: Path) -> Submission:
+    found = read_json(folder / "submission.json")
+    return Submission(**{**found, "cluster": ClusterConfig(**found["cluster"]), "resources": Resources(**found["resources"])})
+
+
+def plan_of(submission: Submission, paths: RunPaths, attempt: int) -> Plan:
+    """The plan of an attempt of one of its runs.
+
+    Raises:
+        UserError: the run's spec cannot be read, or does not fit the resources.
+    """
+    return make_plan(paths.id, spec_of(paths), submission.cluster, submission.resources, runs=paths.root.parent,
+                     python=submission.python, cwd=Path(submission.cwd), attempt=attempt)

@@ -1,0 +1,171 @@
+"""Hand runs to SLURM: plan the submission, let SLURM look at it, write the run directory, submit."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from launch import record, slurm, snapshot
+from launch.batch import Job, Request, make_job, slurm_time
+from launch.cluster import seconds
+from launch.plan import Plan, make_plan
+from launch.processes import identity
+from launch.resources import Resources
+from launch.spec import Spec, with_values
+from launch.submission import Submission
+from trainers.errors import UserError
+from trainers.files import replace_text, update_json
+from trainers.paths import RunPaths
+
+OWN = Path(__file__).parents[1]
+OWN_MAY_CHANGE = not {"site-packages", "dist-packages"} & set(OWN.parts)  # a clone, not an installed package
+
+
+def code_of(spec: Spec) -> list[Path]:
+    """What a run that waits in a queue must find as it was: the user's code, and launch's own where it may change."""
+    theirs = getattr(spec.config, "script", None) or getattr(spec.config, "path", None)
+    return [*([Path(theirs)] if theirs else []), *([OWN] if OWN_MAY_CHANGE else [])]
+
+
+def make_submission(run_id: str, spec: Spec, request: Request, resources: Resources, *, runs: Path, cwd: Path,
+                    copy: snapshot.Snapshot | None, number: int = 1, here: bool = False) -> Plan:
+    """The plan of a run that SLURM is asked to run: its job, and a spec that names the code as it is in `copy`.
+
+    Raises:
+        UserError: something in it cannot be.
+    """
+    moved = copy.moved if copy else Path
+    for key in ("script", "path"):
+        if path := getattr(spec.config, key, None):
+            spec = with_values(spec, {key: str(moved(path))})
+    own = moved(OWN)
+    paths, python = RunPaths(runs / run_id), request.cluster.python or sys.executable
+    submission = Submission(number, [str(paths.root)], request.cluster, resources, python, str(cwd),
+                            spec.config.run.max_restarts, request.time, dict(request.options), here)
+    folder = paths.submission(number)
+    job = make_job(request, resources, name=run_id, folder=str(folder), python=python, grace_s=spec.config.run.grace_s,
+                   code=str(own) if own != OWN else None)
+    return make_plan(run_id, spec, request.cluster, resources, runs=runs, python=python, cwd=cwd, job=job,
+                     files={f"{folder.relative_to(paths.root)}/submission.json": submission.text()})
+
+
+def submit(plan: Plan, spec: Spec, cluster: str) -> tuple[RunPaths, list[str], tuple[str, ...]]:
+    """Make the run directory and hand its job to SLURM.
+
+    Args:
+        spec: with the user's code where it is now.
+
+    Returns:
+        the run, the ids of its jobs (several for a chain), and what was left out of the copied code.
+
+    Raises:
+        UserError: SLURM would not take it: nothing was written then.
+    """
+    try_out(plan.job, plan.resources)
+    paths = record.create_run(plan, job={"kind": "slurm", "cluster": cluster, "ids": [], "submission": 1,
+                                         **record.me(), "started": identity(os.getpid())})
+    try:
+        copy = snapshot.take(code_of(spec), paths.code)
+        ids = hand_over(plan.job, {name: text for name, text in plan.files.items() if name != "run.yaml"}, paths.root)
+    except BaseException:
+        shutil.rmtree(paths.root, ignore_errors=True)  # made just now, and never run
+        raise
+    update_json(paths.record, job={"kind": "slurm", "cluster": cluster, "ids": ids, "submission": 1}, updated=record.now())
+    return paths, ids, copy.left_out
+
+
+def hand_over(job: Job, files: dict[str, str], root: Path) -> list[str]:
+    """Write a job's files under `root` and submit it, link by link. Returns the ids. Raises: UserError."""
+    try:
+        for name, text in {**files, os.path.relpath(job.file, root): job.script}.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(path, text)
+    except OSError as error:
+        raise UserError(f"{root} cannot be written: {error.strerror}", "make room there") from error
+    ids: list[str] = []
+    try:
+        for _ in range(job.links):
+            follows = [f"--dependency=afternotok:{ids[-1]}", "--kill-on-invalid-dep=yes"] if ids else []
+            said = _sbatch(job, *job.command[:-1], *follows, job.command[-1])
+            ids.append(said.partition(";")[0].strip())  # a federation's cluster comes after it
+    except UserError:
+        if ids:
+            slurm.cancel(ids)
+        raise
+    return ids
+
+
+def try_out(job: Job, resources: Resources) -> None:
+    """Ask SLURM whether it could ever run this job, and submit nothing. Raises: UserError."""
+    _sbatch(job, "sbatch", "--test-only", stdin=job.script)
+    # What SLURM (22.05) takes all the same, and then lets wait for ever.
+    for partition in _of(job):
+        time_s = seconds(_asked(job)["time"])
+        if partition.time_s is not None and time_s > partition.time_s:
+            raise UserError(f"the time limit is {slurm_time(time_s)}; partition `{partition.name}` allows "
+                            f"{slurm_time(partition.time_s)}", f"--time {slurm_time(partition.time_s)} or less")
+        if resources.nodes > partition.nodes:
+            raise UserError(f"{resources.nodes} nodes are asked for; partition `{partition.name}` has {partition.nodes}",
+                            f"ask for fewer: {_has(partition)}")
+
+
+def _sbatch(job: Job, *words: str, stdin: str | None = None) -> str:
+    try:
+        return slurm.call(*words, stdin=stdin, timeout_s=60)
+    except UserError as error:
+        for pattern, advice in REFUSALS:
+            if re.search(pattern, error.message, re.IGNORECASE):
+                said = re.sub(r"^`sbatch` failed: ((allocation failure|Batch job submission failed): )?", "", error.message)
+                raise UserError(f"SLURM refuses this job: {said}", advice(job)) from None
+        raise
+
+
+def _asked(job: Job) -> dict[str, str]:
+    """The options in the job's script, by their long names."""
+    lines = [line[len("#SBATCH --"):] for line in job.script.splitlines() if line.startswith("#SBATCH --")]
+    return {key: "".join(shlex.split(value)) for key, _, value in (line.partition("=") for line in lines)}
+
+
+def _of(job: Job) -> list[slurm.Partition]:
+    """The partition that the job goes to."""
+    wanted = _asked(job).get("partition")
+    return [found for found in slurm.partitions() if found.name == wanted or wanted is None and found.default]
+
+
+def _has(partition: slurm.Partition) -> str:
+    gpus = " and ".join(f"{count} {kind or 'GPU(s)'}" for kind, count in partition.gpus.items()) or "no GPU"
+    return (f"partition `{partition.name}` has {partition.nodes} node(s) of {partition.cpus} cores, "
+            f"{partition.memory_mib // 1024} GiB and {gpus}")
+
+
+def _there_are(job: Job) -> str:
+    names = [partition.name for partition in slurm.partitions()]
+    near = difflib.get_close_matches(_asked(job).get("partition", ""), names, n=1)
+    return (f"did you mean sbatch.partition={near[0]}? " if near else "") + f"there is {', '.join(names)}"
+
+
+def _fits(job: Job) -> str:
+    """What was asked for, and what there is."""
+    asked = _asked(job)
+    wanted = ", ".join(f"{key}={asked[key]}" for key in ("nodes", "gpus-per-node", "gres", "cpus-per-task", "mem",
+                                                         "mem-per-cpu", "constraint", "exclude", "nodelist") if key in asked)
+    return "; ".join([f"asked for: {wanted}", *map(_has, _of(job))])
+
+
+# What SLURM says, and the advice.
+REFUSALS: tuple[tuple[str, Callable[[Job], str]], ...] = (
+    (r"invalid partition", _there_are),
+    (r"invalid account", lambda job: f"sbatch.account=NAME, not `{_asked(job).get('account', '')}`; "
+                                     "`sacctmgr show assoc user=$USER` lists yours"),
+    (r"invalid qos", lambda job: f"sbatch.qos=NAME, not `{_asked(job).get('qos', '')}`"),
+    (r"generic resource|gres|node configuration|node count|more processors|memory|feature|node name", _fits),
+    (r"time limit", lambda job: f"asked for {_asked(job)['time']}: a shorter --time; {_fits(job)}"),
+    (r"unrecognized option", lambda job: "see `man sbatch` for its options"),
+)

@@ -1,0 +1,375 @@
+"""A real SLURM cluster on this host, for tests: munged, slurmctld and a slurmd for each node, all of them private.
+
+    with cluster(nodes=3, gpus=8) as slurm:
+        slurm.run("sbatch", "--wrap", "hostname")
+
+Everything lies in one temporary folder. The daemons descend from a keeper process, which outlives them: when `with`
+ends, or the process that entered it is gone by whatever way, the keeper ends all its descendants by pid, the jobs'
+processes among them, and removes the folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import pwd
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "sinfo", "scancel")
+SBIN = "/usr/sbin:/usr/local/sbin"  # where the daemons are, which is not on everyone's PATH
+ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE", "BOOT_FAIL"}
+
+# NodeHostname: slurmctld reaches every node at its own port of this host.  config_overrides: a node has what its line
+# says, not what this host has.  cred_expire: also how long a requeued job waits before it may start again (default
+# 120 s).  NoInAddrAny, NoCtldInAddrAny: listen on loopback only.
+CONF = """\
+ClusterName=private
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire={requeue_wait_s}
+CredType=cred/munge
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/%n.log
+SlurmdPidFile={folder}/%n.pid
+SlurmdSpoolDir={folder}/%n
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+GresTypes=gpu
+DefMemPerCPU=500
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+MailProg=/bin/true
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+ReturnToService=2
+KillWait=20
+SlurmdTimeout=12
+{extra}
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=1-00:00:00 DefaultTime=30:00 PriorityTier=1
+PartitionName=short Nodes=ALL MaxTime=3:00 DefaultTime=1:00 PriorityTier=1
+PartitionName=urgent Nodes=ALL MaxTime=1-00:00:00 DefaultTime=30:00 PriorityTier=2 PreemptMode=OFF
+"""
+
+
+def missing() -> list[str]:
+    """The programs that a cluster needs and this host lacks."""
+    return [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
+
+
+@dataclass
+class Cluster:
+    """A running cluster. `env` is what a command needs to find it."""
+
+    folder: Path
+    nodes: list[str]
+    keeper: subprocess.Popen
+    pids: dict[str, int] = field(default_factory=dict)  # daemon -> pid; a slurmd goes by its node's name
+
+    @property
+    def conf(self) -> Path:
+        return self.folder / "slurm.conf"
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {"SLURM_CONF": str(self.conf)}
+
+    def run(self, *args: object, check: bool = True, timeout_s: float = 60, cwd: Path | None = None, **env: str) -> str:
+        """Standard output of a SLURM command; a failure raises with what it said, unless `check` is False."""
+        done = self.ask(*args, timeout_s=timeout_s, cwd=cwd, **env)
+        if check and done.returncode:
+            raise RuntimeError(f"`{' '.join(map(str, args))}` ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def ask(
+        self, *args: object, timeout_s: float = 60, cwd: Path | None = None, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*map(str, args)], env=outside(os.environ) | self.env | env, cwd=cwd or self.folder, text=True,
+            capture_output=True, timeout=timeout_s, stdin=subprocess.DEVNULL,
+        )
+
+    def job(self, job_id: object) -> dict[str, str]:
+        """`scontrol show job` of a job or of an array element (`12_3`), by field; empty when SLURM knows it no more."""
+        done = self.ask("scontrol", "show", "job", "-o", job_id)
+        return _fields(done.stdout) if done.returncode == 0 else {}
+
+    def jobs(self) -> list[dict[str, str]]:
+        """Every job that slurmctld remembers."""
+        lines = self.run("scontrol", "show", "job", "-o").splitlines()
+        return [_fields(line) for line in lines if line.startswith("JobId=")]
+
+    def node(self, name: str) -> dict[str, str]:
+        """`scontrol show node`, by field."""
+        return _fields(self.run("scontrol", "show", "node", "-o", name))
+
+    def wait(self, job_id: object, *states: str, timeout_s: float = 120) -> dict[str, str]:
+        """The job once its state is one of `states`; any state in which it has ended, when none is named."""
+        wanted = states or tuple(ENDED)
+        return self._wait(lambda: (job := self.job(job_id)).get("JobState") in wanted and job, timeout_s,
+                          lambda: f"job {job_id} is not {' or '.join(wanted)}: {self.job(job_id)}")
+
+    def start_now(self, job_id: object) -> None:
+        """A requeued job waits; this one no longer."""
+        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+
+    def wait_idle(self, timeout_s: float = 120) -> None:
+        """Until no job is queued or running and every node is free."""
+        self._wait(lambda: not self.run("squeue", "-h") and self._states() <= {"idle"}, timeout_s,
+                   lambda: f"not idle: {self.run('squeue')}{self.run('sinfo', '-N', '-l')}")
+
+    def clean(self, timeout_s: float = 120) -> None:
+        """Cancels every job, starts the daemons that are down, and waits until all nodes are free."""
+        for name in self.nodes:
+            if not _alive(self.pids.get(name)):
+                self.start_slurmd(name, wait=False)
+        ids = self.run("squeue", "-h", "-o", "%A").split()
+        if ids:
+            self.ask("scancel", *ids)
+            self.ask("scancel", "-s", "KILL", *ids)
+            self.ask("scancel", "-b", "-s", "KILL", *ids)
+        for name in self.nodes:
+            if "DRAIN" in (state := self.node(name)["State"]) or "DOWN" in state:
+                self.ask("scontrol", "update", f"NodeName={name}", "State=RESUME")
+        self.wait_idle(timeout_s)
+
+    def kill_slurmd(self, node: str, steps: bool = False) -> None:
+        """kill -9 of a node's slurmd; `steps`: of its slurmstepds and all that these started, too, as when a host dies."""
+        pid = self.pids[node]
+        victims = [pid, *(p for stepd in self.stepds(node) for p in [stepd, *descendants(stepd)])] if steps else [pid]
+        for victim in victims:
+            _kill(victim)
+        self._wait(lambda: not any(map(_alive, victims)), 20, lambda: f"{victims} live on after kill -9")
+
+    def start_slurmd(self, node: str, *before: str, wait: bool = True) -> None:
+        """Starts a node's slurmd; `before`: a command to start it under, as `unshare -m`."""
+        self.pids[node] = self._start(node, *before, _which("slurmd"), "-D", "-N", node, "-f", str(self.conf))
+        if wait:
+            self.wait_up([node])
+
+    def stepds(self, node: str) -> list[int]:
+        """Pids of a node's slurmstepds: they outlive their slurmd."""
+        found = []
+        for path in (self.folder / node).glob(f"{node}_*"):  # each listens on a socket of its own
+            inode = next((line.split()[6] for line in Path("/proc/net/unix").read_text().splitlines()
+                          if line.endswith(f" {path}")), None)
+            found += [pid for pid in descendants(self.keeper.pid) if inode and f"socket:[{inode}]" in _open_files(pid)]
+        return sorted(set(found))
+
+    def wait_up(self, nodes: Iterable[str], timeout_s: float = 60) -> None:
+        wanted = set(nodes)
+        ready = ("idle", "mixed", "allocated", "completing")
+        self._wait(lambda: {name for name, state in self._by_node().items() if state in ready} >= wanted, timeout_s,
+                   lambda: f"not up: {self.run('sinfo', '-N', '-l')}{self._logs()}")
+
+    def _by_node(self) -> dict[str, str]:
+        """Long state of each node; one that does not answer has a `*`."""
+        done = self.ask("sinfo", "-h", "-N", "-o", "%N %T")
+        return dict(line.split() for line in done.stdout.splitlines())
+
+    def _states(self) -> set[str]:
+        return set(self._by_node().values())
+
+    def _start(self, name: str, *argv: str) -> int:
+        """A daemon, as a child of the keeper: its pid."""
+        order = {"argv": argv, "env": {**outside(os.environ), **self.env}, "log": f"{self.folder}/log/{name}.err"}
+        print(json.dumps(order), file=self.keeper.stdin, flush=True)
+        return int(self.keeper.stdout.readline())
+
+    def _wait(self, condition, timeout_s: float, told):
+        end = time.monotonic() + timeout_s
+        while not (value := condition()):
+            if time.monotonic() > end:
+                raise TimeoutError(f"not within {timeout_s} s: {told()}")
+            time.sleep(0.1)
+        return value
+
+    def _logs(self) -> str:
+        """The ends of all daemons' logs."""
+        logs = sorted(self.folder.glob("log/*.err"))
+        return "".join(f"\n--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in logs if log.stat().st_size)
+
+
+@contextmanager
+def cluster(
+    nodes: int = 3, gpus: int = 8, cpus: int = 16, extra: str = "", requeue_wait_s: int = 10, folder: Path | None = None
+) -> Iterator[Cluster]:
+    """Nodes n1, n2, ...; `extra`: more lines of slurm.conf; `folder`: where, instead of a new temporary one."""
+    names = [f"n{i + 1}" for i in range(nodes)]
+    with ExitStack() as stack:
+        folder = folder or Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # short: it holds unix sockets
+        keeper = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True,  # Ctrl-C in the terminal is not for it
+        )
+        stack.callback(keeper.wait)
+        stack.callback(keeper.stdout.close)
+        stack.callback(keeper.stdin.close)  # what it waits for
+        slurm = Cluster(folder, names, keeper)
+        _lay_out(slurm, gpus, cpus, extra, requeue_wait_s)
+        munge = folder / "munge"
+        slurm.pids["munged"] = slurm._start(
+            "munged", _which("munged"), "--foreground", "--force", f"--socket={munge}/socket", f"--key-file={munge}/key",
+            f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed", "--num-threads=4",
+        )
+        slurm._wait((munge / "socket").exists, 20, lambda: f"no munged:{slurm._logs()}")
+        slurm.pids["slurmctld"] = slurm._start(
+            "slurmctld", _which("slurmctld"), "-D", "-f", str(slurm.conf)
+        )
+        for name in names:
+            slurm.start_slurmd(name, wait=False)
+        slurm._wait(lambda: slurm.ask("scontrol", "ping").returncode == 0, 30, lambda: f"no slurmctld:{slurm._logs()}")
+        slurm.wait_up(names, timeout_s=60 + 4 * nodes)
+        yield slurm
+
+
+def _lay_out(slurm: Cluster, gpus: int, cpus: int, extra: str, requeue_wait_s: int) -> None:
+    """The files that the daemons need."""
+    folder, names = slurm.folder, slurm.nodes
+    folder.chmod(0o755)
+    for path in (folder / "munge", folder / "state", folder / "gpus", folder / "log", *(folder / name for name in names)):
+        path.mkdir()
+    (folder / "munge" / "key").write_bytes(os.urandom(128))
+    (folder / "munge" / "key").chmod(0o600)
+    for i in range(gpus):
+        (folder / "gpus" / f"gpu{i}").symlink_to("/dev/null")  # SLURM wants a device
+    gres = f" Gres=gpu:{gpus}" if gpus else ""
+    port, *ports = free_ports(1 + len(names))
+    lines = [
+        f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=64000{gres}"
+        for name, port in zip(names, ports)
+    ]
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpus/gpu[0-{gpus - 1}]\n" if gpus else "")
+    slurm.conf.write_text(CONF.format(
+        host=socket.gethostname().split(".")[0], port=port, user=pwd.getpwuid(os.getuid()).pw_name, folder=folder,
+        requeue_wait_s=requeue_wait_s, extra=extra, nodes="\n".join(lines),
+    ))
+
+
+def free_ports(count: int) -> list[int]:
+    """Below the range from which the kernel hands out ports, so that a slurmd that starts again finds its own free."""
+    with ExitStack() as stack:
+        ports: list[int] = []
+        while len(ports) < count:
+            holder = stack.enter_context(socket.socket())
+            try:
+                holder.bind(("127.0.0.1", random.randrange(12000, 32000)))
+            except OSError:
+                continue
+            ports.append(holder.getsockname()[1])
+        return ports
+
+
+def outside(env: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what SLURM commands read, and with the folders where the daemons are."""
+    return {k: v for k, v in env.items() if not k.startswith(("SLURM", "SBATCH_", "SRUN_", "SALLOC_"))} | {"PATH": _path()}
+
+
+def descendants(pid: int) -> list[int]:
+    """Pids of a process's children, their children and so on."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    found, todo = [], [pid]
+    while todo:
+        todo += (more := children.get(todo.pop(), []))
+        found += more
+    return found
+
+
+def _fields(line: str) -> dict[str, str]:
+    """`A=1 B=x y C=2`, where values hold spaces, but the word before `=` never does."""
+    fields: dict[str, str] = {}
+    key = ""
+    for word in line.strip().split(" "):
+        name, equals, value = word.partition("=")
+        if equals and name.replace(":", "").replace("/", "").isalnum() and name[:1].isupper():
+            key = name
+            fields[key] = value
+        elif key:
+            fields[key] += f" {word}"
+    return fields
+
+
+def _path() -> str:
+    return f"{os.environ.get('PATH', os.defpath)}:{SBIN}"
+
+
+def _which(program: str) -> str:
+    return shutil.which(program, path=_path()) or program
+
+
+def _open_files(pid: int) -> list[str]:
+    try:
+        return [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:
+        return []
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _alive(pid: int | None) -> bool:
+    try:
+        return pid is not None and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def keep(folder: Path) -> None:
+    """The keeper: starts what each line of standard input says; at its end, ends all that descends from it."""
+    ctypes.CDLL(None, use_errno=True).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans below become its children
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the dead are not waited for
+
+    def defaults() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+
+    for line in sys.stdin:
+        order = json.loads(line)
+        with open(order["log"], "ab") as log:
+            child = subprocess.Popen(order["argv"], env=order["env"], cwd=folder, stdin=subprocess.DEVNULL, stdout=log,
+                                     stderr=log, preexec_fn=defaults)
+        print(child.pid, flush=True)
+    while pids := descendants(os.getpid()):
+        for pid in pids:
+            _kill(pid)
+        time.sleep(0.02)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    keep(Path(sys.argv[1]))

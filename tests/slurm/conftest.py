@@ -1,0 +1,55 @@
+"""One private SLURM cluster for all tests here, and `launch` on its login node."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import Command
+from slurm.cluster import Cluster, cluster, missing, outside
+
+
+@pytest.fixture(scope="session")
+def needs_slurm() -> None:
+    """Skips where SLURM is not installed; in CI that is a failure."""
+    if lacking := missing():
+        told = f"not installed: {', '.join(lacking)} (Debian: slurm-wlm, munge)"
+        if os.environ.get("CI"):
+            pytest.fail(told, pytrace=False)
+        pytest.skip(told)
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(needs_slurm: None) -> Iterator[Cluster]:
+    """Nodes n1, n2, n3 of 16 CPUs and eight stand-in GPUs each."""
+    with cluster() as slurm:
+        yield slurm
+
+
+@pytest.fixture
+def slurm(shared_cluster: Cluster) -> Iterator[Cluster]:
+    """The session's cluster, to do anything with: afterwards its jobs are cancelled and its nodes made whole."""
+    yield shared_cluster
+    shared_cluster.clean()
+
+
+@dataclass
+class LoginCommand(Command):
+    """`launch` as on a cluster's login node: it finds the cluster, and nothing of an enclosing job."""
+
+    slurm: Cluster
+
+    def start(self, *args: object, ignoring: tuple[int, ...] = (), **env: str) -> subprocess.Popen:
+        return super().start(*args, ignoring=ignoring, **self.slurm.env | env)
+
+
+@pytest.fixture
+def slurm_launch(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoginCommand:
+    """`launch` in a folder of its own. Variables given to a call win over all else."""
+    for name in set(os.environ) - set(outside(os.environ)):
+        monkeypatch.delenv(name)
+    return LoginCommand(tmp_path, slurm)
