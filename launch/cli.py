@@ -203,7 +203,7 @@ def _root(context: click.Context, root: Path, cluster: Any) -> Path:
     """Where runs lie: what was given, else what the cluster's file says."""
     by_default = context.get_parameter_source("root") is click.core.ParameterSource.DEFAULT
     if by_default and cluster.runs:
-        root = Path(os.path.expandvars(cluster.runs)).expanduser()
+        root = Path(cluster.runs)
     return root.absolute()
 
 

@@ -49,8 +49,13 @@ def seconds(text: str) -> int:
     return total
 
 
+def _path(text: str) -> str:
+    return os.path.expanduser(os.path.expandvars(text))
+
+
 Size = Annotated[str, AfterValidator(_size)]
 Time = Annotated[str, AfterValidator(_time)]
+Place = Annotated[str, AfterValidator(_path)]
 
 
 class ClusterConfig(Section):
@@ -87,8 +92,8 @@ class ClusterConfig(Section):
     chain: PositiveInt = Field(4, description="jobs in such a chain")
     interface: str | None = Field(None, description="the network interface between nodes, such as ib0; null: whichever works")
     internet: bool = Field(True, description="whether nodes can download; if not, data is fetched where one submits")
-    runs: str | None = Field(None, description="where runs lie, on storage that all nodes share; $USER and ~ are expanded")
-    data: str | None = Field(None, description="LAUNCH_DATA: where downloaded data lies")
+    runs: Place | None = Field(None, description="where runs lie, on storage that all nodes share; ~ and $USER are expanded")
+    data: Place | None = Field(None, description="LAUNCH_DATA: where downloaded data lies")
 
     defaults: dict[str, Any] = Field(default_factory=dict, description="keys of a spec, over those of a task's file")
     env: dict[str, str] = Field(default_factory=dict, description="variables that ranks get")

@@ -101,7 +101,7 @@ class Watch:
         if not self.follow:
             return False
         truth = self._look()
-        return truth.state in ACTIVE or bool(truth.jobs)
+        return truth.state in ACTIVE or bool(truth.jobs) or truth.stale
 
     def working(self, attempt: int) -> bool:
         """Whether this attempt may still be at work."""

@@ -19,7 +19,7 @@ from launch.batch import Request, node_process, setup, srun_args
 from launch.cluster import load_cluster
 from launch.node import stop_signals
 from launch.plan import Plan, as_json, show
-from launch.prefetch import prefetch
+from launch.prefetch import missing, prefetch
 from launch.processes import alive, identity
 from launch.resources import Resources, slurm_resources
 from launch.spec import Spec, spec_of
@@ -137,9 +137,11 @@ def _check(spec: Spec, request: Request, dry_run: bool) -> None:
     config = spec.config
     if hasattr(config, "check"):
         config.check()
-    if hasattr(config, "missing") and not request.cluster.internet and not dry_run and config.missing():
-        if prefetch(spec):
-            raise UserError("the data could not be fetched, and the nodes cannot download it", "see above")
+    if not request.cluster.internet and not dry_run and missing(spec, request.cluster):
+        # Said on standard error: --json owns the other.
+        if prefetch(spec, request.cluster, sys.stderr):
+            raise UserError("the data could not be fetched, and the nodes cannot download it (see above)",
+                            "`launch prefetch` tries again")
 
 
 def _say(paths: RunPaths, ids: Sequence[str], request: Request, resources: Resources, json: bool) -> None:

@@ -13,7 +13,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +35,7 @@ SWEEP = "sweep.json"  # in a sweep's folder, which lies among those of runs
 GONE = {"CANCELLED": "cancelled", "FAILED": "failed", "OUT_OF_MEMORY": "failed", "TIMEOUT": "preempted",
         "DEADLINE": "preempted", "PREEMPTED": "preempted"}
 NOT_SUBMITTED = "its submission did not finish"
+PREEMPTED = 75         # the exit code of a job whose ranks stopped with a checkpoint
 BEYOND_GRACE_S = 15.0  # from the end of a run's grace to the end of its patience with a cancelled one
 NEEDED = ("id", "task", "state", "step", "attempt", "created")
 TAIL_BYTES = 64 * 1024  # of metrics.jsonl: some hundred logged steps
@@ -188,9 +189,9 @@ def state(record: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Seen:
-    """What SLURM said when it was asked of some jobs."""
+    """What SLURM said when it was asked of some runs."""
 
-    ids: frozenset[str] = frozenset()
+    stages: Mapping[str, tuple] = field(default_factory=dict)  # by run id: what its record said before SLURM was asked
     queued: Mapping[str, Queued] = field(default_factory=dict)
     ended: Mapping[str, Ended] = field(default_factory=dict)
     problem: str | None = None  # why it said nothing
@@ -202,30 +203,39 @@ class Truth:
     note: str | None = None           # what there is to say of the state
     jobs: tuple[Queued, ...] = ()     # those of its jobs that SLURM has before it
     blind: bool = False               # whether SLURM could not be asked
+    stale: bool = False               # whether its record has changed since SLURM was asked: it alone counts
 
 
 def look(runs: Sequence[Run]) -> list[tuple[Run, Truth]]:
     """The runs as they are now, and the truth of each; SLURM is asked once for all, if at all."""
-    seen = ask(run.record for run in runs)
+    found = _look(runs)
+    if stale := {run.id: run for run, truth in found if truth.stale}:
+        again = {run.id: (run, truth) for run, truth in _look(list(stale.values()))}
+        found = [again.get(run.id, (run, truth)) for run, truth in found]
+    return found
+
+
+def _look(runs: Sequence[Run]) -> list[tuple[Run, Truth]]:
+    seen = ask([run.record for run in runs])
     # Records are read again after SLURM was asked: a run that has ended meanwhile says so before its job goes.
-    now = [run.again() if seen.ids and _on_slurm(run.record) else run for run in runs]
+    now = [run.again() if run.id in seen.stages else run for run in runs]
     return [(run, truth_of(run, seen)) for run in now]
 
 
-def ask(records: Iterable[Mapping[str, Any]]) -> Seen:
+def ask(records: Sequence[Mapping[str, Any]]) -> Seen:
     """Ask SLURM of the jobs of those runs that have not ended by their own record."""
-    jobs = [record["job"]["ids"] for record in records if _on_slurm(record)]
-    ids = frozenset(id for job in jobs for id in job)
-    if not ids:
+    asked = [record for record in records if _on_slurm(record) and record["job"]["ids"]]
+    if not asked:
         return Seen()
     from launch import slurm
 
+    stages = {record["id"]: _stage(record) for record in asked}
     try:
-        queued = slurm.queue(ids)
-        gone = [id for job in jobs if not queued.keys() & set(job) for id in job]
-        return Seen(ids, queued, slurm.history(gone) if gone else {})
+        queued = slurm.queue(id for record in asked for id in record["job"]["ids"])
+        gone = [id for record in asked if not queued.keys() & set(record["job"]["ids"]) for id in record["job"]["ids"]]
+        return Seen(stages, queued, slurm.history(gone) if gone else {})
     except UserError as error:
-        return Seen(ids, problem=error.message)
+        return Seen(stages, problem=error.message)
 
 
 def truth_of(run: Run, seen: Seen) -> Truth:
@@ -236,21 +246,25 @@ def truth_of(run: Run, seen: Seen) -> Truth:
     recorded, job = record["state"], record["job"]
     if not job["ids"]:
         return Truth(recorded, _submitting(job))
-    if not seen.ids >= set(job["ids"]):  # submitted after SLURM was asked
-        return Truth(recorded)
+    if seen.stages.get(run.id) != _stage(record):
+        return Truth(recorded, stale=True)
     if seen.problem:
         return Truth(recorded, f"SLURM cannot be asked here: {seen.problem}", blind=True)
     jobs = tuple(seen.queued[id] for id in job["ids"] if id in seen.queued)
     if strangers := [queued.id for queued in jobs if not _ours(queued, record)]:
         return Truth(recorded, f"job {strangers[0]} is not this run's here: it was submitted to cluster `{job['cluster']}`",
                      blind=True)
-    if all(queued.waiting for queued in jobs) and jobs:
+    if not jobs:
+        return _gone(run, [seen.ended[id] for id in job["ids"] if id in seen.ended])
+    if all(queued.waiting for queued in jobs):
         return Truth("submitted" if recorded == "submitted" else "preempted", None, jobs)
-    if jobs:
-        # Its record was preempted, its job runs: the next attempt is being started, unless the job is just ending.
-        starting = recorded == "preempted" and any(queued.state != "COMPLETING" for queued in jobs if not queued.waiting)
-        return Truth("running" if starting else recorded, None, jobs)
-    return _gone(run, [seen.ended[id] for id in job["ids"] if id in seen.ended])
+    # Its record was preempted, its job runs: the next attempt is being started, unless the job is just ending.
+    starting = recorded == "preempted" and any(queued.state != "COMPLETING" for queued in jobs if not queued.waiting)
+    return Truth("running" if starting else recorded, None, jobs)
+
+
+def _stage(record: Mapping[str, Any]) -> tuple:
+    return record["state"], record["attempt"], record["job"]["ids"]
 
 
 def _gone(run: Run, ended: Sequence[Ended]) -> Truth:
@@ -259,7 +273,9 @@ def _gone(run: Run, ended: Sequence[Ended]) -> Truth:
     said = "; ".join(f"job {end.id} ended as {end.state}" + (f" on {end.node_list}" if end.node_list else "") for end in ended)
     note = f"by SLURM {said}" if said else "SLURM knows its job no more"
     if record["state"] == "preempted":  # its last attempt said how it ended
-        return Truth("cancelled", note) if any(end.state == "CANCELLED" for end in ended) else Truth("preempted")
+        if any(end.state == "CANCELLED" for end in ended):
+            return Truth("cancelled", note)
+        return Truth("preempted", note if ended and ended[-1].exit_code != PREEMPTED else None)
     if not ended:
         cancelled = record["state"] == "running" and run.paths.cancellation(record["attempt"]).exists()
         return Truth("cancelled" if cancelled else "lost", note)

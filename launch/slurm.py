@@ -224,8 +224,9 @@ def cancel(ids: Iterable[str], signal: str | None = None) -> None:
         try:
             call("scancel", "--quiet", *([f"--signal={signal}"] if signal else []), *chunk.split(","))
         except UserError as error:
-            # What --quiet does not hold back: of a step that is gone, and of a job that cannot be signalled any more.
-            if not all(re.search(r"Invalid job id|[Aa]lready comple", part) for part in error.message.split("; ")):
+            # What --quiet does not hold back: of a step that is gone, of a job that cannot be signalled any more, or not yet.
+            over = r"Invalid job id|[Aa]lready comple|can not be altered now"
+            if not all(re.search(over, part) for part in error.message.split("; ")):
                 raise
 
 

@@ -1,5 +1,7 @@
 """A task for the tests: small images whose class is their mean's sign; BatchNorm and dropout if asked for."""
 
+import time
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -8,8 +10,8 @@ from trainers.engine.task import Loss, Task
 
 
 class Blobs:
-    def __init__(self, count, seed, device, noise=0.0):
-        self.noise = noise
+    def __init__(self, count, seed, device, noise=0.0, pause_s=0.0):
+        self.noise, self.pause_s = noise, pause_s
         generator = torch.Generator().manual_seed(seed)
         self.images = torch.randn(count, 3, 6, 6, generator=generator).to(device)
         self.labels = (self.images.mean((1, 2, 3)) > 0).long()
@@ -18,6 +20,7 @@ class Blobs:
         return len(self.labels)
 
     def batch(self, share):
+        time.sleep(self.pause_s)
         rows = torch.from_numpy(share.indices)
         noise = share.generator().normal(scale=0.1, size=share.size)[share.slots]
         images = self.images[rows] + torch.from_numpy(noise).float().view(-1, 1, 1, 1)
@@ -27,7 +30,8 @@ class Blobs:
 class BlobsTask(Task):
     def data(self, world):
         noise = 0.0 if self.exact else 0.1
-        return Blobs(300, 1, world.device, noise), Blobs(101, 2, world.device, noise)
+        pause_s = self.config.model.get("pause_s", 0.0)  # for runs that something is to happen to
+        return Blobs(300, 1, world.device, noise, pause_s), Blobs(101, 2, world.device, noise)
 
     @property
     def exact(self):

@@ -145,7 +145,7 @@ def test_status_gathers_what_is_known(tmp_path, gone):
     assert status["failure"] == LAST
     assert status["log"] == str(paths.log(2, 0))
     assert status["checkpoint_path"] == str(paths.checkpoint(100))
-    assert status["next"] == ["launch resume cifar10-1"]
+    assert status["next"] == ["launch explain cifar10-1", "launch logs cifar10-1", "launch resume cifar10-1"]
     shown = details(status)
     for text in ("lost", "120/1000", "rank 1 was ended by SIGKILL: killed", "was memory short?", "took 10:00",
                  "launch resume cifar10-1", str(paths.checkpoint(100)), "top1 0.5"):

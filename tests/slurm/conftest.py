@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,19 @@ class LoginCommand(Command):
     slurm: Cluster
 
     def start(self, *args: object, ignoring: tuple[int, ...] = (), **env: str) -> subprocess.Popen:
-        return super().start(*args, ignoring=ignoring, **self.slurm.env | env)
+        config = {"XDG_CONFIG_HOME": str(self.folder / "config")}
+        return super().start(*args, ignoring=ignoring, **self.slurm.env | config | env)
+
+
+@pytest.fixture(scope="session")
+def login(shared_cluster: Cluster) -> Callable[[Path], LoginCommand]:
+    """`launch` in a folder, with a config `here` of the test cluster."""
+
+    def at(folder: Path) -> LoginCommand:
+        write_cluster(folder)
+        return LoginCommand(folder, shared_cluster)
+
+    return at
 
 
 @pytest.fixture
@@ -52,4 +65,13 @@ def slurm_launch(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """`launch` in a folder of its own. Variables given to a call win over all else."""
     for name in set(os.environ) - set(outside(os.environ)):
         monkeypatch.delenv(name)
+    write_cluster(tmp_path)
     return LoginCommand(tmp_path, slurm)
+
+
+def write_cluster(folder: Path, **more: object) -> None:
+    """The config `here` of the test cluster in `folder`, where LoginCommand looks for it."""
+    values = {"kind": "slurm", "device": "cpu", "interface": "lo", "gpus_per_node": 8, "cpus_per_gpu": 1, "time": "30m", **more}
+    path = folder / "config/launch/clusters/here.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values))  # JSON is YAML

@@ -1,0 +1,158 @@
+"""The promise on SLURM: whatever interrupts a run, it is the run it would have been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import time
+
+import pytest
+from conftest import BLOBS, alive, attempt, record, rows, wait_until
+
+pytestmark = pytest.mark.slow
+
+STEPS = 700
+KEYS = (BLOBS, f"train.steps={STEPS}", "eval.every=100", "checkpoint.every=50", "run.grace_s=10")
+SLOWLY = "model.pause_s=0.04"
+WHERE = ("--cluster", "here", "--gpus", 4, "--nodes", 2)
+
+
+def told(run) -> tuple[list, list]:
+    evaluations = [{k: v for k, v in row.items() if k != "time"} for row in rows(run, "eval")]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(run)], evaluations
+
+
+def submit(launch, *args) -> tuple:
+    """(the run's folder, its job's id)"""
+    done = launch(*args, "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    return launch.folder / "runs" / said["id"], said["jobs"][0]
+
+
+def state(run) -> str:
+    return record(run)["state"]
+
+
+def step(run) -> int:
+    try:
+        return (run / "metrics.jsonl").read_text().count('"train"')
+    except FileNotFoundError:
+        return 0
+
+
+def reach(run, at: int) -> None:
+    wait_until(lambda: step(run) >= at or state(run) == "failed", timeout_s=180)
+    assert state(run) != "failed", attempt(run, record(run)["attempt"])
+
+
+def finish(run, slurm, job) -> None:
+    """Let the job go on, past SLURM's wait after a requeue, until the run has ended."""
+    def ended():
+        if slurm.job(job).get("Reason") == "BeginTime":
+            slurm.start_now(job)
+        return state(run) in ("finished", "failed", "cancelled")
+
+    wait_until(ended, timeout_s=240)
+    assert state(run) == "finished", job_log(run)
+
+
+def job_log(run) -> str:
+    return "\n".join(path.read_text() for path in sorted(run.glob("submissions/*/*_log.out")))
+
+
+@pytest.fixture(scope="module")
+def whole(shared_cluster, login, tmp_path_factory):
+    """What the run is when nothing interrupts it, on the same nodes."""
+    run, job = submit(login(tmp_path_factory.mktemp("whole")), *KEYS, *WHERE)
+    finish(run, shared_cluster, job)
+    return told(run)
+
+
+def test_a_time_limit_a_requeue_and_a_cancellation(slurm, slurm_launch, whole):
+    seed = random.randrange(2**32)
+    print(f"random.seed({seed})")
+    random.seed(seed)
+    run, job = submit(slurm_launch, *KEYS, SLOWLY, *WHERE, "--time", "1m", "--wandb", "offline")
+
+    wait_until(lambda: attempt(run, 1)["outcome"] != "running" if (run / "attempts/1/attempt.json").exists() else False,
+               timeout_s=150)
+    at = record(run)["step"]
+    print(f"time limit (USR2) at step {at}: {attempt(run, 1)['outcome']}")
+    assert attempt(run, 1)["outcome"] == "preempted" and record(run)["checkpoint"] == at
+    wait_until(lambda: slurm.job(job)["Reason"] == "BeginTime", timeout_s=60)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    slurm.start_now(job)
+
+    reach(run, at + random.randint(20, 100))
+    slurm.run("scontrol", "requeue", job)
+    wait_until(lambda: attempt(run, 2)["outcome"] != "running", timeout_s=60)
+    print(f"requeue (TERM) at step {record(run)['step']}: {attempt(run, 2)['outcome']}")
+    assert attempt(run, 2)["outcome"] == "preempted" and record(run)["checkpoint"] == record(run)["step"]
+    wait_until(lambda: slurm.job(job)["Reason"] == "BeginTime", timeout_s=60)
+    slurm.start_now(job)
+
+    reach(run, record(run)["step"] + random.randint(20, 100))
+    cancelled = slurm_launch("cancel", run.name)
+    assert cancelled.returncode == 0, cancelled.stderr
+    print(f"launch cancel at step {record(run)['step']}: {cancelled.stdout.strip()}")
+    assert state(run) == "cancelled" and record(run)["checkpoint"] == record(run)["step"]
+    wait_until(lambda: slurm.job(job)["JobState"] == "CANCELLED", timeout_s=60)
+    resumed = slurm_launch("resume", run.name, "--time", "10m", "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    (again,) = json.loads(resumed.stdout)["jobs"]
+    finish(run, slurm, again)
+
+    assert told(run) == whole
+    assert record(run)["attempt"] == 4 and [attempt(run, n)["restart"] for n in (1, 2, 3, 4)] == [0, 1, 2, 0]
+    logs = [f"attempts/{n}/logs/{rank}.log" for n in (1, 2, 3, 4) for rank in range(4)]
+    assert all((run / log).exists() for log in logs)
+    folders = list((run / "wandb").glob("offline-run-*"))
+    assert len(folders) == 4 and {re.split(r"-\d{8}_\d{6}-", folder.name)[1] for folder in folders} == {run.name}
+
+
+@pytest.mark.parametrize("what", ["rank", "node process", "head node process"])
+def test_a_kill(slurm, slurm_launch, whole, what):
+    run, job = submit(slurm_launch, *KEYS, SLOWLY, *WHERE)
+    at = random.randint(60, 200)
+    reach(run, at)
+    pid, about = victim(run, what)
+    os.kill(pid, signal.SIGKILL)
+    began, killed_at = time.monotonic(), step(run)
+    wait_until(lambda: record(run)["attempt"] >= 2 or (slurm.job(job).get("Reason") == "BeginTime" and slurm.start_now(job)),
+               timeout_s=60)
+    wait_until(lambda: (run / "attempts/2/logs/0.log").exists()
+               and "resuming at step" in (run / "attempts/2/logs/0.log").read_text(), timeout_s=60)
+    seconds = time.monotonic() - began
+    finish(run, slurm, job)
+    resumed = int(re.search(r"resuming at step (\d+)", (run / "attempts/2/logs/0.log").read_text())[1])
+    print(f"kill -9 of {about} at step {killed_at}: training went on after {seconds:.1f} s from step {resumed}; "
+          f"attempt 1: {attempt(run, 1)['outcome']}: {attempt(run, 1)['failure']['message']}")
+    assert killed_at - resumed <= 50 + 5 and told(run) == whole
+    restarts = [attempt(run, n)["restart"] for n in (1, 2)]
+    assert restarts == ([0, 0] if what == "rank" else [0, 1])  # a rank's end needs no new job
+
+
+def victim(run, what: str) -> tuple[int, str]:
+    """The process to kill, by its command and place."""
+    me = attempt(run, 1)
+    if what == "head node process":
+        return me["pid"], what
+    found = []
+    for entry in os.listdir("/proc"):
+        try:
+            words = open(f"/proc/{entry}/cmdline", "rb").read().split(b"\0")
+            env = dict(word.split(b"=", 1) for word in open(f"/proc/{entry}/environ", "rb").read().split(b"\0") if b"=" in word)
+        except OSError:
+            continue
+        if what == "rank" and b"trainers.run" in words and str(run).encode() in words and env[b"RANK"] == b"3":
+            found.append(int(entry))
+        node = b"launch.job" in words and str(run / "submissions/1").encode() in words and b"-u" in words
+        if what == "node process" and node and env.get(b"SLURM_PROCID") == b"1" and b"srun" not in words[0]:
+            found.append(int(entry))
+    (pid,) = found
+    assert alive(pid)
+    return pid, what
