@@ -46,7 +46,8 @@ class Job:
     folder: str          # the submission's, absolute
     script: str
     links: int = 1
-    elements: int | None = None
+    elements: tuple[int, ...] | None = None
+    held: bool = True    # until it is released: the run's record must hold its id first, whose writer it is from then on
 
     @property
     def file(self) -> str:
@@ -54,18 +55,18 @@ class Job:
 
     @property
     def command(self) -> tuple[str, ...]:
-        return ("sbatch", "--parsable", self.file)
+        return ("sbatch", "--parsable", *(["--hold"] if self.held else []), self.file)
 
 
 def make_job(request: Request, resources: Resources, *, name: str, folder: str, python: str, grace_s: float,
-             code: str | None = None, elements: int | None = None, parallel: int | None = None) -> Job:
+             code: str | None = None, elements: Sequence[int] | None = None, parallel: int | None = None) -> Job:
     """The job of a run, or of a sweep's runs.
 
     Args:
         name: the job's, unless an option names it.
         folder: the submission's: it holds submission.json and gets the log of each node.
         code: a folder in which launch's own packages lie as they were at submission.
-        elements: of an array; at most `parallel` at once.
+        elements: of an array, in order; at most `parallel` at once.
 
     Raises:
         UserError: an option is not for the user to set, or cannot be said to sbatch.
@@ -85,17 +86,19 @@ def make_job(request: Request, resources: Resources, *, name: str, folder: str, 
     if time_s <= lead_s:
         raise UserError(f"the time limit is {time_s} s, of which the last {lead_s} s are for the checkpoint at its end "
                         f"(run.grace_s is {grace_s:g})", "give a longer --time, or a shorter run.grace_s")
+    if elements:
+        options["array"] = _ranges(elements) + (f"%{parallel}" if parallel else "")
     script = _make_sbatch_string(
         command=shlex.join(node_process(cluster, python, folder)),
         folder=folder.replace("%", "%%"), job_name=None, time=None, wckey=None, nodes=resources.nodes, ntasks_per_node=1,
-        signal_delay_s=lead_s, stderr_to_stdout=True, map_count=elements, array_parallelism=parallel or elements or 1,
+        signal_delay_s=lead_s, stderr_to_stdout=True, map_count=elements and len(elements),
         # sbatch takes a backslash for an escape inside single quotes too (seen in 22.05).
         additional_parameters={key: value.replace("\\", r"\\") if isinstance(value, str) else value
                                for key, value in options.items() if value is not False},
         setup=setup(cluster, code), teardown=_teardown(folder, cluster.requeue), srun_args=srun_args(cluster, resources),
     )
-    links = 1 if cluster.requeue or elements is not None else cluster.chain
-    return Job(folder, script + "\n", links, elements)
+    links = 1 if cluster.requeue or elements else cluster.chain
+    return Job(folder, script + "\n", links, tuple(elements) if elements else None)
 
 
 def node_process(cluster: ClusterConfig, python: str, folder: str) -> list[str]:
@@ -184,10 +187,24 @@ def _teardown(folder: str, requeue: bool) -> list[str]:
         f'if [ -e {shlex.quote(folder)}/"requeue-$name" ] && '
         'scontrol show job "$job" | grep -q " Restarts=${SLURM_RESTART_COUNT:-0} "; then',
         f'    mv {shlex.quote(folder)}/"requeue-$name" {shlex.quote(folder)}/"again-$name"',
-        '    scontrol requeue "$job"',
+        # The requeue signals this shell too; what it excludes can be said only once the job is back in the queue.
+        "    trap '' TERM CONT",
+        f'    scontrol requeue "$job" && [ -s {shlex.quote(folder)}/"exclude-$job" ] && '
+        f'scontrol update JobId="$job" ExcNodeList="$(cat {shlex.quote(folder)}/"exclude-$job")"',
         "fi",
         'exit "$code"',
     ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2,5'."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
 
 
 def slurm_time(total_s: int) -> str:

@@ -72,6 +72,8 @@ def _usage(error: click.UsageError) -> UserError:
                 hint = f"options come after the command or task: `launch TASK {error.option_name} ...`"
             elif isinstance(context.command, Script):
                 hint = f"what is the script's comes after `--`: `{path} -- {error.option_name} ...`"
+            elif "--slurm" in [f"--{name}" for name in _options(context)]:
+                hint += f"; an option of sbatch is set by sbatch.{error.option_name.lstrip('-')}=VALUE"
             return UserError(f"`{path}` has no option `{error.option_name}`", hint)
         case click.MissingParameter():
             return UserError(f"`{path}` needs {error.param.make_metavar(context)}", hint)
@@ -375,6 +377,40 @@ def show(context: click.Context, task: str, json: bool, slurm: bool, cluster: st
 def schema(task: str | None) -> None:
     """Print the JSON Schema of specs, for editors."""
     _print_json(specs.schema(task))
+
+
+@command
+@click.option("--detect", is_flag=True, help="Draft a file for the SLURM cluster one stands on.")
+@json_option
+def clusters(detect: bool, json: bool) -> None:
+    """List the clusters that runs can go to."""
+    from launch import detect as found
+
+    if detect:
+        return print(found.draft(), end="")
+    rows = found.listing()
+    if json:
+        return _print_json(rows)
+    from launch.cluster import folders
+
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        about = f"error: {row['problem']}" if row["problem"] else row["description"]
+        print(f"{row['name']:<{width}}  {about}" + ("  (your own)" if row["own"] else ""))
+    print(f"\nyour own go to {folders()[0]}/NAME.yaml; `launch clusters --detect` drafts one")
+
+
+@command
+@click.argument("task")
+@spec_options
+@click.option("--cluster", metavar="NAME", help="For this cluster: where it says that data lies.")
+@click.pass_context
+def prefetch(context: click.Context, task: str, cluster: str | None, **given: Any) -> int:
+    """Download a task's data, and what else its ranks would download."""
+    where = _cluster(False, cluster)
+    from launch.prefetch import prefetch as fetch
+
+    return fetch(_load(context, task, cluster=where, **given), where)
 
 
 @command

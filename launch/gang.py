@@ -22,6 +22,7 @@ from trainers.files import read_json, replace_json
 MEETING_S = 300.0   # for all to come: modules load slowly on a cluster's file system
 CONNECT_S = 5.0
 POLL_S = 0.1
+ALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}  # gone after a minute without an answer
 
 
 class Absent(Exception):
@@ -66,7 +67,6 @@ class Gang:
     address: str               # of the head, as the others have reached it; rank 0's store listens there
     interface: str | None      # of this node, by which it reaches the others, where that is known
     links: dict[int, Link] = field(default_factory=dict)
-    hosts: dict[int, str] = field(default_factory=dict)
     said: list[dict[str, Any]] = field(default_factory=list)  # by the others since this attempt began
     _kept: list[dict[str, Any]] = field(default_factory=list)
 
@@ -91,7 +91,7 @@ class Gang:
                 continue
             found = link.words()
             if not link.open:
-                found.append({"lost": self.hosts.get(node, str(node)), "node": node})
+                found.append({"lost": True, "node": node})
             for word in found:
                 if self.node == 0 and word.keys() & {"failure", "lost", "signal"}:
                     for other, each in self.links.items():
@@ -143,7 +143,7 @@ def meet(folder: Path, name: str, node: int, nodes: int, interface: str | None =
 def _gather(file: Path, nodes: int, interface: str | None, deadline: float, stopped: Callable[[], bool]) -> Gang:
     token = secrets.token_hex(16)
     addresses = _addresses(interface)
-    gang = Gang(0, addresses[0], interface, hosts={0: socket.gethostname()})
+    gang = Gang(0, addresses[0], interface)
     with closing(socket.socket()) as listening:
         # With one address all come by that; else whichever of them the others can reach.
         listening.bind((addresses[0] if len(addresses) == 1 else "", 0))
@@ -163,12 +163,21 @@ def _gather(file: Path, nodes: int, interface: str | None, deadline: float, stop
             if hello is None or hello.get("token") != token or hello.get("node") in gang.links:
                 new.close()
                 continue
-            gang.links[hello["node"]], gang.hosts[hello["node"]] = Link(new), hello["host"]
+            gang.links[hello["node"]] = Link(_watched(new))
             gang.address = hello["reached"]
             gang.interface = interface or _interface(new.getsockname()[0])
     file.unlink(missing_ok=True)
     gang.tell({"address": gang.address})
     return gang
+
+
+def _watched(link: socket.socket) -> socket.socket:
+    """A host that loses power closes no connection: it is asked now and then whether it is there."""
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ALIVE.items():
+        if hasattr(socket, option):
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return link
 
 
 def _hello(new: socket.socket) -> dict[str, Any] | None:
@@ -187,13 +196,12 @@ def _join(there: Mapping[str, Any], node: int, interface: str | None) -> Gang | 
         try:
             link = socket.create_connection((address, there["port"]), timeout=CONNECT_S)
             link.settimeout(MEETING_S)  # the head answers when all have come
-            link.sendall(json.dumps({"token": there["token"], "node": node, "host": socket.gethostname(),
-                                     "reached": address}).encode() + b"\n")
+            link.sendall(json.dumps({"token": there["token"], "node": node, "reached": address}).encode() + b"\n")
             word = json.loads(_line(link))
             link.settimeout(None)
         except (OSError, ValueError):
             continue
-        return Gang(node, word["address"], interface or _interface(link.getsockname()[0]), {0: Link(link)})
+        return Gang(node, word["address"], interface or _interface(link.getsockname()[0]), {0: Link(_watched(link))})
     return None
 
 

@@ -35,6 +35,7 @@ from trainers.paths import RunPaths
 FINAL = ("finished", "cancelled")
 DOWN = ("DOWN", "FAIL", "DRAIN", "NO_RESPOND", "UNKNOWN", "NOT_RESPONDING")
 COLLECT_S = 60.0     # beyond the grace: for the other nodes to say how their ranks ended
+REASONS = {"SIGUSR2": "time limit", "SIGTERM": "requeued, preempted or cancelled by SLURM"}
 CAUSES = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL")  # a rank that lost its peers ends in other ways
 
 
@@ -75,11 +76,11 @@ def attend(folder: Path, stop: StopSignals, view: View) -> int:
     paths = RunPaths(Path(submission.runs[place.element or 0]))
     name = f"{place.job}-{place.restart}"
     requeue = folder / f"requeue-{name}"
+    state = read_json(paths.record)["state"]
+    if state in FINAL:  # asked by all nodes alike: the head changes it only once all have met
+        view.notice(f"run {paths.id} is {state}: nothing to do")
+        return 0
     if place.node == 0:
-        state = read_json(paths.record)["state"]
-        if state in FINAL:
-            view.notice(f"run {paths.id} is {state}: nothing to do")
-            return 0
         _close_lost(paths, place, folder)
         _set(requeue, _failures(paths, submission) < submission.max_restarts)  # if this process should be killed
     try:
@@ -93,6 +94,9 @@ def attend(folder: Path, stop: StopSignals, view: View) -> int:
             return _lead(submission, place, paths, gang, requeue, stop, view)
         return _follow(submission, place, paths, gang, stop, view)
     finally:
+        if not gang.whole:  # whoever is left says it: it may be the head that has gone
+            hosts = _hosts(place)
+            _exclude(folder, place, [hosts[node] for node, link in gang.links.items() if not link.open])
         gang.close()
 
 
@@ -117,10 +121,12 @@ def _lead(submission: Submission, place: Place, paths: RunPaths, gang: Gang, req
                 mine = supervise(plan, paths, view, address=gang.address, port=port, peers=gang, stop=stop,
                                  more=_own(gang), kill_wait_s=_kill_wait_s())
                 outcome = _together(mine, gang, plan, hosts)
-                state = ended(outcome)
+                down = _down(hosts) if outcome.signal == "SIGTERM" else {}
+                state = ended(outcome, reason=_reason(outcome, down))
         except (OSError, UserError) as error:
             view.notice(str(error) if isinstance(error, UserError) else f"error: {error}")
             outcome, state = Outcome("failed", Failure(None, None, None, str(error), None, None, False)), "failed"
+            down = {}
         failure = outcome.failure
         if failure:
             view.event({"event": "failure", **failure.as_dict()})
@@ -135,6 +141,8 @@ def _lead(submission: Submission, place: Place, paths: RunPaths, gang: Gang, req
         else:        # a time limit is ours to follow by a requeue; TERM comes from who has decided that already
             anew = state == "preempted" and outcome.signal == "SIGUSR2"
         _set(requeue, anew)
+        if down and state == "preempted":
+            _exclude(Path(requeue.parent), place, list(down), requeued=True)
         view.notice(f"run {paths.id}: {state}" + ("; the job is requeued" if anew and submission.cluster.requeue else ""))
         code = record.EXIT_CODES[outcome.kind]
         if not anew and not submission.cluster.requeue and state != "preempted":
@@ -199,8 +207,7 @@ def _close_lost(paths: RunPaths, place: Place, folder: Path) -> None:
         if attempt is None or attempt["outcome"] != "running":
             continue
         nodes = attempt.get("nodes", [])
-        down = {node: f"{state.lower()}{f', {reason}' if reason not in ('', 'none') else ''}"
-                for node, (state, reason) in _node_states(nodes).items() if state.startswith(DOWN)}
+        down = _down(nodes)
         if down:
             said = ", ".join(f"node {node} went down ({why})" for node, why in down.items())
         elif again:
@@ -211,11 +218,36 @@ def _close_lost(paths: RunPaths, place: Place, folder: Path) -> None:
         replace_json(paths.attempt_record(number), {**attempt, "outcome": "lost", "failure": failure.as_dict()})
 
 
-def _node_states(nodes: list[str]) -> dict[str, tuple[str, str]]:
+def _down(nodes: list[str]) -> dict[str, str]:
+    """Which of these nodes SLURM holds to be down, and why; none where it cannot be asked."""
     try:
-        return slurm.node_states(nodes) if nodes else {}
+        states = slurm.node_states(nodes)
     except UserError:  # in a container there may be no sinfo
         return {}
+    return {node: f"{state}{f', {reason}' if reason else ''}" for node, (state, reason) in states.items()
+            if state.upper().startswith(DOWN)}
+
+
+def _reason(outcome: Outcome, down: Mapping[str, str]) -> str | None:
+    """Why it was stopped, as far as the signal tells."""
+    if down:
+        return ", ".join(f"node {node} went down ({why})" for node, why in down.items())
+    return REASONS.get(outcome.signal)
+
+
+def _exclude(folder: Path, place: Place, nodes: list[str], requeued: bool = False) -> None:
+    """Let the job begin anew without these nodes, unless too few would be left. Before it is requeued (by the batch
+    shell, which reads the file) SLURM would not hear of it; after a requeue of SLURM's own it must be told at once."""
+    file = folder / f"exclude-{place.job}"
+    try:
+        excluded = {*nodes, *(file.read_text().split(",") if file.exists() else [])}
+        partition = next(found for found in slurm.partitions() if found.name == os.environ.get("SLURM_JOB_PARTITION"))
+        if partition.nodes - len(excluded) >= place.nodes:
+            file.write_text(",".join(sorted(excluded)))
+            if requeued:
+                slurm.exclude(place.job, sorted(excluded))
+    except (OSError, UserError, StopIteration) as error:
+        print(f"warning: {', '.join(nodes)} could not be excluded: {error}", file=sys.stderr)
 
 
 def _kill_wait_s() -> float | None:

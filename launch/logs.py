@@ -51,6 +51,8 @@ def lines(run: Run, *, rank: int | None = None, attempt: int | None = None, node
     """
     watch = Watch(run, follow)
     if node is not None:
+        if rank is not None or attempt is not None:
+            raise UserError("a node's log is of all its ranks and attempts", "leave out either `--node` or the others")
         yield from _node_lines(run, node, watch)
         return
     rank = 0 if rank is None else rank
@@ -71,7 +73,7 @@ def lines(run: Run, *, rank: int | None = None, attempt: int | None = None, node
                 yield {"attempt": number, "rank": rank, "line": line}
         if attempt is not None:
             return
-        told = False
+        told = over = False
         while True:
             # The state is read before the attempts: one that is not at work begins no other.
             going = watch.going()
@@ -82,8 +84,9 @@ def lines(run: Run, *, rank: int | None = None, attempt: int | None = None, node
                 told = True
                 ended = f"attempt {number} ended: {watch.run.record['state']}; " if number else ""
                 yield {"attempt": number, "waiting": ended + why}
-            if not going:
+            if not going and (over or not watch.follow):
                 return
+            over = not going  # and still so at the next look: after a failure another attempt may begin at once
             time.sleep(POLL_S)
         number = later[0]
 

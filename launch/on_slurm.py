@@ -25,7 +25,7 @@ from launch.resources import Resources, slurm_resources
 from launch.spec import Spec, spec_of
 from launch.start import named, new_run_id, shown
 from launch.submission import read_submission
-from launch.submit import code_of, hand_over, make_submission, submit, try_out
+from launch.submit import code_of, hand_over, make_submission, release, submit, try_out
 from trainers.errors import UserError
 from trainers.files import replace_text, update_json
 from trainers.paths import RunPaths
@@ -66,6 +66,7 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
     if job.get("kind") == "slurm" and not job["ids"]:
         if found := _half_submitted(paths, job):
             update_json(paths.record, job={**job, "ids": found})
+            release(found)
             print(f"run {paths.id}: its submission had broken off, but job {', '.join(found)} is in the queue")
             return _follow(paths) if follow else 0
     elif job.get("kind") == "slurm" and slurm.queue(job["ids"]):
@@ -104,6 +105,7 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
         update_json(paths.record, **was)
         raise
     update_json(paths.record, job={**job, "ids": ids}, updated=record.now())
+    release(ids)
     _say(paths, ids, request, resources, json)
     return _follow(paths) if follow else 0
 

@@ -49,6 +49,8 @@ class Plan:
         if not self.batch and (ours := taken.pop("LAUNCH_CODE", None)):  # a script's `import trainers` is its own
             rest = [folder for folder in taken.get("PYTHONPATH", "").split(os.pathsep) if folder != ours]
             taken["PYTHONPATH"] = os.pathsep.join(rest)
+            if not rest:
+                del taken["PYTHONPATH"]
         return taken
 
     def rank_env(self, node: int, local_rank: int, address: str, port: int | str) -> dict[str, str]:
@@ -155,6 +157,7 @@ def show(plan: Plan) -> str:
     if plan.job:
         lines += ["", "# handed to SLURM" + (f", {plan.job.links} times, each to begin if the one before ends badly"
                                             if plan.job.links > 1 else ""), shlex.join(plan.job.command)]
+        lines += ["scontrol release ID  # once the run's record holds the job's id"]
         lines += ["", f"# file {plan.job.file}", plan.job.script.rstrip("\n")]
     lines += ["", f"# each rank, in {plan.cwd}", shlex.join(plan.command), "", "# environment of every rank"]
     lines += [f"{key}={shlex.quote(value)}" for key, value in plan.env.items()]

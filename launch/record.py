@@ -85,7 +85,7 @@ def take_attempt(paths: RunPaths, number: int) -> None:
 
 @contextmanager
 def recorded(plan: Plan, paths: RunPaths, view: View, worker: Mapping[str, Any] | None = None, **more: Any
-             ) -> Iterator[Callable[[Outcome], str]]:
+             ) -> Iterator[Callable[..., str]]:
     """Write the attempt's files and records before it, and after it what the function that this gives is told;
     that returns the run's new state.
 
@@ -101,17 +101,18 @@ def recorded(plan: Plan, paths: RunPaths, view: View, worker: Mapping[str, Any] 
     attempt: dict[str, Any] = {
         "attempt": plan.attempt, **me(), "process_started": identity(os.getpid()), "cwd": plan.cwd,
         "device": plan.resources.device, "ranks": plan.resources.ranks, "threads": plan.resources.threads, **more,
-        "began": now(), "ended": None, "outcome": "running", "exit_code": None, "failure": None, "checkpoint_s": None,
+        "began": now(), "ended": None, "outcome": "running", "exit_code": None, "failure": None,
+        "reason": None, "checkpoint_s": None,
     }
     replace_json(paths.attempt_record(plan.attempt), attempt)
     update_json(paths.record, state="running", attempt=plan.attempt, updated=now(), **({"job": dict(worker)} if worker else {}))
 
-    def ended(outcome: Outcome) -> str:
+    def ended(outcome: Outcome, reason: str | None = None) -> str:
         cancelled = outcome.signal is not None and paths.cancellation(plan.attempt).exists()
         state = "cancelled" if cancelled else STATES[outcome.kind]
         failure = outcome.failure and outcome.failure.as_dict()
         changes = {"ended": now(), "outcome": state, "exit_code": EXIT_CODES[outcome.kind], "failure": failure,
-                   "checkpoint_s": outcome.checkpoint_s}
+                   "reason": reason, "checkpoint_s": outcome.checkpoint_s}
         try:
             replace_json(paths.attempt_record(plan.attempt), {**attempt, **changes})
             if next_attempt(paths) == plan.attempt + 1:  # else the record is that of a newer attempt

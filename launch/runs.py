@@ -270,8 +270,7 @@ def _stage(record: Mapping[str, Any]) -> tuple:
 def _gone(run: Run, ended: Sequence[Ended]) -> Truth:
     """Its record has not ended, but its jobs have."""
     record = run.record
-    said = "; ".join(f"job {end.id} ended as {end.state}" + (f" on {end.node_list}" if end.node_list else "") for end in ended)
-    note = f"by SLURM {said}" if said else "SLURM knows its job no more"
+    note = "; ".join(map(_said, ended)) or "SLURM knows its job no more"
     if record["state"] == "preempted":  # its last attempt said how it ended
         if any(end.state == "CANCELLED" for end in ended):
             return Truth("cancelled", note)
@@ -284,6 +283,14 @@ def _gone(run: Run, ended: Sequence[Ended]) -> Truth:
     if last.state in ("TIMEOUT", "DEADLINE") and record.get("checkpoint") is None:
         state = "failed"
     return Truth(state, note)
+
+
+def _said(end: Ended) -> str:
+    from launch import slurm
+
+    why = slurm.words(end.reason)
+    return (f"by SLURM, job {end.id} ended as {end.state}" + (f" on {end.node_list}" if end.node_list else "")
+            + (f": {why}" if why != end.reason and end.reason != "None" else ""))
 
 
 def _on_slurm(record: Mapping[str, Any]) -> bool:
@@ -458,6 +465,8 @@ def _cancel_on_slurm(looked: Sequence[tuple[Run, Truth]], wait_s: float | None) 
         if truth.blind:
             raise UserError(f"run `{run.id}` cannot be cancelled from here: {truth.note}",
                             "use a host of its cluster that has SLURM's commands")
+        if truth.stale:
+            raise UserError(f"run `{run.id}` is just changing its state", "try again in a moment")
         if run in unfinished and truth.note != NOT_SUBMITTED and run.record["job"].get("host") == socket.gethostname():
             raise UserError(f"run `{run.id}` is being submitted just now", "try again in a moment")
     jobs = {run.id: truth.jobs for run, truth in looked}

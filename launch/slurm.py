@@ -54,7 +54,7 @@ WORDS = (
     (r"(QOSMax\w*PerUser|AssocMax)", "you use as much at once as your account or QOS allows a user"),
     (r"(QOSGrp|QOS\w*Limit|Max\w+PerAccount|AssocGrp|Association|AccountingPolicy)",
      "your account or QOS uses as much as it may at once"),
-    (r"JobLaunchFailure", "a node could not start it"),
+    (r"JobLaunchFailure", "a node could not start it: it may not see the run's folder"),
     (r"PowerNotAvail|PowerReserved", "it waits for electric power"),
     (r"BurstBuffer", "it waits for the burst buffer"),
     (r"Prolog", "its nodes are being prepared"),
@@ -228,6 +228,15 @@ def cancel(ids: Iterable[str], signal: str | None = None) -> None:
             over = r"Invalid job id|[Aa]lready comple|can not be altered now"
             if not all(re.search(over, part) for part in error.message.split("; ")):
                 raise
+
+
+def exclude(job: str, nodes: Iterable[str]) -> None:
+    """Let a job that waits, or is on its way back into the queue, never start on these nodes.
+
+    Raises:
+        UserError: see `call`; it runs, for instance.
+    """
+    call("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
 
 
 def node_states(names: Iterable[str]) -> dict[str, tuple[str, str]]:

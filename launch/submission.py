@@ -37,6 +37,14 @@ def read_submission(folder: Path) -> Submission:
     return Submission(**{**found, "cluster": ClusterConfig(**found["cluster"]), "resources": Resources(**found["resources"])})
 
 
+def last_submission(paths: RunPaths, sweep: str | None) -> Submission | None:
+    """A run's last one: its own, else its sweep's; None if there was none."""
+    for home in (paths, *([RunPaths(paths.root.parent / sweep)] if sweep else [])):
+        if numbers := home.submission_numbers():
+            return read_submission(home.submission(numbers[-1]))
+    return None
+
+
 def plan_of(submission: Submission, paths: RunPaths, attempt: int) -> Plan:
     """The plan of an attempt of one of its runs.
 

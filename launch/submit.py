@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch import record, slurm, snapshot
@@ -33,6 +33,16 @@ def code_of(spec: Spec) -> list[Path]:
     return [*([Path(theirs)] if theirs else []), *([OWN] if OWN_MAY_CHANGE else [])]
 
 
+def as_copied(spec: Spec, copy: snapshot.Snapshot | None) -> tuple[Spec, str | None]:
+    """The spec with the user's code where its copy lies, and where that of launch's own packages does, if there is one."""
+    moved = copy.moved if copy else Path
+    for key in ("script", "path"):
+        if path := getattr(spec.config, key, None):
+            spec = with_values(spec, {key: str(moved(path))})
+    own = moved(OWN)
+    return spec, str(own) if own != OWN else None
+
+
 def make_submission(run_id: str, spec: Spec, request: Request, resources: Resources, *, runs: Path, cwd: Path,
                     copy: snapshot.Snapshot | None, number: int = 1, here: bool = False) -> Plan:
     """The plan of a run that SLURM is asked to run: its job, and a spec that names the code as it is in `copy`.
@@ -40,17 +50,13 @@ def make_submission(run_id: str, spec: Spec, request: Request, resources: Resour
     Raises:
         UserError: something in it cannot be.
     """
-    moved = copy.moved if copy else Path
-    for key in ("script", "path"):
-        if path := getattr(spec.config, key, None):
-            spec = with_values(spec, {key: str(moved(path))})
-    own = moved(OWN)
+    spec, own = as_copied(spec, copy)
     paths, python = RunPaths(runs / run_id), request.cluster.python or sys.executable
     submission = Submission(number, [str(paths.root)], request.cluster, resources, python, str(cwd),
                             spec.config.run.max_restarts, request.time, dict(request.options), here)
     folder = paths.submission(number)
     job = make_job(request, resources, name=run_id, folder=str(folder), python=python, grace_s=spec.config.run.grace_s,
-                   code=str(own) if own != OWN else None)
+                   code=own)
     return make_plan(run_id, spec, request.cluster, resources, runs=runs, python=python, cwd=cwd, job=job,
                      files={f"{folder.relative_to(paths.root)}/submission.json": submission.text()})
 
@@ -77,7 +83,13 @@ def submit(plan: Plan, spec: Spec, cluster: str) -> tuple[RunPaths, list[str], t
         shutil.rmtree(paths.root, ignore_errors=True)  # made just now, and never run
         raise
     update_json(paths.record, job={"kind": "slurm", "cluster": cluster, "ids": ids, "submission": 1}, updated=record.now())
+    release(ids)
     return paths, ids, copy.left_out
+
+
+def release(ids: Sequence[str]) -> None:
+    """Let jobs that were submitted on hold go: from now on the run's record is theirs to write. Raises: UserError."""
+    slurm.call("scontrol", "release", ",".join(ids))
 
 
 def hand_over(job: Job, files: dict[str, str], root: Path) -> list[str]:
@@ -166,6 +178,8 @@ REFUSALS: tuple[tuple[str, Callable[[Job], str]], ...] = (
                                      "`sacctmgr show assoc user=$USER` lists yours"),
     (r"invalid qos", lambda job: f"sbatch.qos=NAME, not `{_asked(job).get('qos', '')}`"),
     (r"generic resource|gres|node configuration|node count|more processors|memory|feature|node name", _fits),
+    (r"job array", lambda job: f"{len(job.elements or ())} points are more than an array may have here "
+                               "(`scontrol show config | grep MaxArraySize`): sweep a part of them at a time"),
     (r"time limit", lambda job: f"asked for {_asked(job)['time']}: a shorter --time; {_fits(job)}"),
     (r"unrecognized option", lambda job: "see `man sbatch` for its options"),
 )

@@ -26,6 +26,11 @@ def hold() -> None:
     _holding = True
 
 
+def request_stop() -> None:
+    """As a signal does once `hold` was called."""
+    _received.append(signal.SIGTERM)
+
+
 def stop_requested() -> bool:
     return bool(_received)
 

@@ -101,6 +101,28 @@ def test_follow_goes_on_into_new_attempts_until_the_end(run, monkeypatch):
     assert "".join(said) == "one\nhalf\n中文\n--- attempt 2 ---\ntwo\nlast words\n"
 
 
+def test_follow_goes_on_when_a_failed_attempt_is_followed_by_another(run, monkeypatch):
+    monkeypatch.setattr(logs, "POLL_S", 0.01)
+    said, looks = [], []
+    going = logs.Watch.going
+
+    def look(watch):
+        looks.append(going(watch))
+        if looks[-1] is False and len(said) == 1:  # seen between the two
+            update_json(run.paths.record, state="running", attempt=2)
+            say(run, 2, 0, "two\n")
+        return looks[-1]
+
+    def write(text):
+        said.append(text)
+        update_json(run.paths.record, state="failed" if text == "one\n" else "finished")
+
+    monkeypatch.setattr(logs.Watch, "going", look)
+    say(run, 1, 0, "one\n")
+    logs.follow(run, follow=True, write=write)
+    assert "".join(said) == "one\n--- attempt 2 ---\ntwo\n" and False in looks[:2]
+
+
 def test_follow_of_an_ended_run_prints_and_ends(run):
     say(run, 1, 0, "x\n")
     update_json(run.paths.record, state="failed")

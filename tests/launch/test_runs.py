@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from launch import runs
+from launch import runs, slurm
 from launch.processes import alive, identity
 from launch.show_runs import details, table
 from trainers.errors import UserError
@@ -233,3 +233,108 @@ def test_the_table_fits_and_aligns(tmp_path):
     column = shown[0].index("STATE")
     assert [line.index("finished") + 2 * ("语料" in line) for line in shown[1:]] == [column, column]
     assert table([]) == "no runs"
+
+
+# On SLURM: what its commands say is made up here; tests/slurm/test_reading.py asks a real one
+
+
+def job_at(*ids):
+    return {"kind": "slurm", "cluster": "c", "ids": list(ids), "submission": 1}
+
+
+def queued(id, state, script=None):
+    return slurm.Queued(id, state, "Priority", None, 1, 1, "", "main", script, None)
+
+
+def ended(id, state, code=None, nodes="n1"):
+    return slurm.Ended(id, state, code, None, "None", nodes, None)
+
+
+@pytest.mark.parametrize("recorded, checkpoint, found, true", [
+    ("submitted", None, [queued("7", "PENDING")], "submitted"),
+    ("submitted", None, [queued("7", "RUNNING")], "submitted"),
+    ("running", None, [queued("7", "PENDING")], "preempted"),
+    ("running", None, [queued("7", "COMPLETING")], "running"),
+    ("preempted", 5, [queued("7", "REQUEUE_HOLD")], "preempted"),
+    ("preempted", 5, [queued("7", "RUNNING")], "running"),
+    ("preempted", 5, [queued("7", "COMPLETING")], "preempted"),
+    ("preempted", 5, [queued("7", "COMPLETING"), queued("8", "PENDING")], "preempted"),
+    ("running", 5, [queued("7", "RUNNING"), queued("8", "PENDING")], "running"),
+    ("running", None, [], "lost"),
+    ("submitted", None, [], "lost"),
+    ("preempted", 5, [], "preempted"),
+    ("running", 5, [ended("7", "CANCELLED")], "cancelled"),
+    ("preempted", 5, [ended("7", "CANCELLED")], "cancelled"),
+    ("preempted", 5, [ended("7", "FAILED", 75), ended("8", "CANCELLED", nodes="")], "cancelled"),
+    ("preempted", 5, [ended("7", "FAILED", 75)], "preempted"),
+    ("running", 5, [ended("7", "OUT_OF_MEMORY")], "failed"),
+    ("submitted", None, [ended("7", "FAILED", 1)], "failed"),
+    ("running", 5, [ended("7", "TIMEOUT")], "preempted"),
+    ("running", None, [ended("7", "TIMEOUT")], "failed"),
+    ("running", 5, [ended("7", "NODE_FAIL")], "lost"),
+    ("running", 5, [ended("7", "FAILED", 75), ended("8", "OUT_OF_MEMORY"), ended("9", "CANCELLED", nodes="")], "failed"),
+    ("finished", 5, [queued("7", "COMPLETING")], "finished"),
+    ("failed", 5, [ended("7", "CANCELLED")], "failed"),
+])
+def test_truth_by_queue_then_history_then_record(tmp_path, monkeypatch, recorded, checkpoint, found, true):
+    paths = make_run(tmp_path, state=recorded, checkpoint=checkpoint, job=job_at("7", "8", "9"))
+    asked = []
+
+    def queue(ids):
+        asked.extend(ids)
+        return {job.id: job for job in found if isinstance(job, slurm.Queued)}
+
+    monkeypatch.setattr(slurm, "queue", queue)
+    monkeypatch.setattr(slurm, "history", lambda ids: {job.id: job for job in found if isinstance(job, slurm.Ended)})
+    run = runs.read_run(paths.root)
+    assert run.state == true
+    assert asked == ([] if recorded in runs.FINAL else ["7", "8", "9"])
+    assert runs.list_runs(tmp_path)[0]["state"] == true
+
+
+def test_a_record_that_changes_while_slurm_is_asked_wins(tmp_path, monkeypatch):
+    """The job is gone from the queue because the run has just ended."""
+    paths = make_run(tmp_path, state="running", job=job_at("7"))
+
+    def queue(ids):
+        replace_json(paths.record, {**runs.read_run(paths.root).record, "state": "finished"})
+        return {}
+
+    monkeypatch.setattr(slurm, "queue", queue)
+    monkeypatch.setattr(slurm, "history", lambda ids: {})
+    assert runs.read_run(paths.root).state == "finished"
+
+
+def test_a_sweep_is_found_and_compared(tmp_path):
+    sweep = tmp_path / "lr-1"
+    sweep.mkdir()
+    points = [{"run": f"cifar10-2026-{i}", "overrides": [f"optim.lr=1e-{i}", f"model.lr={i}", "train.seed=7"]} for i in (3, 1)]
+    replace_json(sweep / "sweep.json", {"id": "lr-1", "points": [*points, {"run": "not-made-yet", "overrides": []}]})
+    for point in points:
+        make_run(tmp_path, point["run"], sweep="lr-1", metrics={"top1": 0.123456, "loss": 1.25, "class/ship": 0.5, "top5": 0.75})
+    make_run(tmp_path, "other")
+    assert runs.find_sweep(tmp_path, "lr-1") == runs.find_sweep(tmp_path, "lr") == runs.find_sweep(tmp_path, str(sweep)) == sweep
+    assert runs.find_sweep(tmp_path, "cifar10-2026-3") is runs.find_sweep(tmp_path, "") is None
+    rows = runs.list_runs(tmp_path, sweep="lr-1")
+    assert [row["id"] for row in rows] == ["cifar10-2026-3", "cifar10-2026-1"]
+    lines = table(rows, width=80).splitlines()
+    assert lines[0].split() == ["optim.lr", "model.lr", "STATE", "STEP", "top1", "loss", "top5", "RUN"]
+    assert lines[1].split() == ["1e-3", "3", "finished", "120/1000", "0.1235", "1.25", "0.75", "cifar10-2026-3"]
+    with pytest.raises(UserError, match="is a sweep and no run"):
+        runs.find_run(tmp_path, "lr-1")
+    with pytest.raises(UserError, match="there is no sweep `nothing`"):
+        runs.list_runs(tmp_path, sweep="nothing")
+    with pytest.raises(UserError, match="no run of sweep `lr-1` waits or is at work"):
+        runs.cancel_sweep(tmp_path, "lr-1")
+    (tmp_path / "lr-2").mkdir()
+    replace_json(tmp_path / "lr-2" / "sweep.json", {"id": "lr-2", "points": []})
+    with pytest.raises(UserError, match="begins the ids of 2 sweeps"):
+        runs.find_sweep(tmp_path, "lr")
+
+
+def test_what_never_said_how_it_ended_is_shown_as_lost(tmp_path, gone):
+    paths = make_run(tmp_path, state="running", job=job_of(gone))
+    make_attempt(paths, 1, outcome="running", ended=None, exit_code=None, nodes=["n1", "n2"], job="7")
+    status = runs.status(runs.find_run(tmp_path, "cifar10-1"))
+    assert status["attempts"][0]["outcome"] == "lost"
+    assert "lost, 2 rank(s) on cpu, job 7 on n1, n2" in details(status)

@@ -49,14 +49,8 @@ def reach(run, at: int) -> None:
     assert state(run) != "failed", attempt(run, record(run)["attempt"])
 
 
-def finish(run, slurm, job) -> None:
-    """Let the job go on, past SLURM's wait after a requeue, until the run has ended."""
-    def ended():
-        if slurm.job(job).get("Reason") == "BeginTime":
-            slurm.start_now(job)
-        return state(run) in ("finished", "failed", "cancelled")
-
-    wait_until(ended, timeout_s=240)
+def finish(run) -> None:
+    wait_until(lambda: state(run) in ("finished", "failed", "cancelled"), timeout_s=240)
     assert state(run) == "finished", job_log(run)
 
 
@@ -65,10 +59,10 @@ def job_log(run) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(shared_cluster, login, tmp_path_factory):
+def whole(login, tmp_path_factory):
     """What the run is when nothing interrupts it, on the same nodes."""
-    run, job = submit(login(tmp_path_factory.mktemp("whole")), *KEYS, *WHERE)
-    finish(run, shared_cluster, job)
+    run, _ = submit(login(tmp_path_factory.mktemp("whole")), *KEYS, *WHERE)
+    finish(run)
     return told(run)
 
 
@@ -84,16 +78,13 @@ def test_a_time_limit_a_requeue_and_a_cancellation(slurm, slurm_launch, whole):
     print(f"time limit (USR2) at step {at}: {attempt(run, 1)['outcome']}")
     assert attempt(run, 1)["outcome"] == "preempted" and record(run)["checkpoint"] == at
     wait_until(lambda: slurm.job(job)["Reason"] == "BeginTime", timeout_s=60)
-    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
-    slurm.start_now(job)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")  # it begins again when SLURM's wait is over
 
     reach(run, at + random.randint(20, 100))
     slurm.run("scontrol", "requeue", job)
     wait_until(lambda: attempt(run, 2)["outcome"] != "running", timeout_s=60)
     print(f"requeue (TERM) at step {record(run)['step']}: {attempt(run, 2)['outcome']}")
     assert attempt(run, 2)["outcome"] == "preempted" and record(run)["checkpoint"] == record(run)["step"]
-    wait_until(lambda: slurm.job(job)["Reason"] == "BeginTime", timeout_s=60)
-    slurm.start_now(job)
 
     reach(run, record(run)["step"] + random.randint(20, 100))
     cancelled = slurm_launch("cancel", run.name)
@@ -103,8 +94,7 @@ def test_a_time_limit_a_requeue_and_a_cancellation(slurm, slurm_launch, whole):
     wait_until(lambda: slurm.job(job)["JobState"] == "CANCELLED", timeout_s=60)
     resumed = slurm_launch("resume", run.name, "--time", "10m", "--json")
     assert resumed.returncode == 0, resumed.stderr
-    (again,) = json.loads(resumed.stdout)["jobs"]
-    finish(run, slurm, again)
+    finish(run)
 
     assert told(run) == whole
     assert record(run)["attempt"] == 4 and [attempt(run, n)["restart"] for n in (1, 2, 3, 4)] == [0, 1, 2, 0]
@@ -115,20 +105,16 @@ def test_a_time_limit_a_requeue_and_a_cancellation(slurm, slurm_launch, whole):
 
 
 @pytest.mark.parametrize("what", ["rank", "node process", "head node process"])
-def test_a_kill(slurm, slurm_launch, whole, what):
-    run, job = submit(slurm_launch, *KEYS, SLOWLY, *WHERE)
+def test_a_kill(slurm_launch, whole, what):
+    run, _ = submit(slurm_launch, *KEYS, SLOWLY, *WHERE)
     at = random.randint(60, 200)
     reach(run, at)
     pid, about = victim(run, what)
     os.kill(pid, signal.SIGKILL)
     began, killed_at = time.monotonic(), step(run)
-    wait_until(lambda: record(run)["attempt"] >= 2 or (slurm.job(job).get("Reason") == "BeginTime" and slurm.start_now(job)),
-               timeout_s=60)
-    wait_until(lambda: (run / "attempts/2/logs/0.log").exists()
-               and "resuming at step" in (run / "attempts/2/logs/0.log").read_text(), timeout_s=60)
+    resumed = resumed_at(run, 2)
     seconds = time.monotonic() - began
-    finish(run, slurm, job)
-    resumed = int(re.search(r"resuming at step (\d+)", (run / "attempts/2/logs/0.log").read_text())[1])
+    finish(run)
     print(f"kill -9 of {about} at step {killed_at}: training went on after {seconds:.1f} s from step {resumed}; "
           f"attempt 1: {attempt(run, 1)['outcome']}: {attempt(run, 1)['failure']['message']}")
     assert killed_at - resumed <= 50 + 5 and told(run) == whole
@@ -156,3 +142,48 @@ def victim(run, what: str) -> tuple[int, str]:
     (pid,) = found
     assert alive(pid)
     return pid, what
+
+
+@pytest.mark.parametrize("node", ["n2", "n1"])
+def test_a_dead_node(slurm, slurm_launch, whole, node):
+    """The node of ranks 2 and 3; the head node, with the batch shell."""
+    run, job = submit(slurm_launch, *KEYS, SLOWLY, *WHERE)
+    reach(run, random.randint(60, 200))
+    assert attempt(run, 1)["nodes"] == ["n1", "n2"]
+    slurm.kill_slurmd(node, steps=True)
+    began, killed_at = time.monotonic(), step(run)
+    resumed = resumed_at(run, 2)
+    print(f"node {node} dead at step {killed_at}: training went on after {time.monotonic() - began:.1f} s from step {resumed}; "
+          f"attempt 1: {attempt(run, 1)['outcome']}: {attempt(run, 1)['failure']['message']}")
+    finish(run)
+    assert killed_at - resumed <= 50 + 5 and told(run) == whole
+    assert node not in attempt(run, 2)["nodes"] and attempt(run, 2)["job"] == job
+
+
+def resumed_at(run, number: int, timeout_s: float = 150) -> int:
+    """The step at which an attempt has gone on."""
+    log = run / f"attempts/{number}/logs/0.log"
+    found = wait_until(lambda: log.exists() and re.search(r"resuming at step (\d+)", log.read_text()), timeout_s=timeout_s)
+    return int(found[1])
+
+
+def test_ranks_that_outlive_their_attempt_commit_nothing(slurm, slurm_launch):
+    """slurmd dies, its ranks do not: SLURM begins the job anew elsewhere beside them."""
+    where = ("--cluster", "here", "--gpus", 2)
+    whole, _ = submit(slurm_launch, *KEYS, *where)
+    finish(whole)
+    run, _ = submit(slurm_launch, *KEYS, "model.pause_s=0.15", *where)
+    reach(run, random.randint(60, 90))
+    (node,) = attempt(run, 1)["nodes"]
+    slurm.kill_slurmd(node)
+    began, killed_at = time.monotonic(), step(run)
+    resumed = resumed_at(run, 2)
+    print(f"slurmd of {node} killed at step {killed_at}: a second attempt after {time.monotonic() - began:.1f} s, "
+          f"from step {resumed}")
+    assert resumed >= killed_at - 50 and node not in attempt(run, 2)["nodes"]
+    log = run / "attempts/1/logs/0.log"
+    wait_until(lambda: "taken the run over" in log.read_text(), timeout_s=60)
+    print(f"the first attempt's last words: {log.read_text().splitlines()[-2:]}")
+    finish(run)
+    assert told(run) == told(whole)
+    assert [row["step"] for row in rows(run)] == list(range(1, STEPS + 1))

@@ -123,7 +123,8 @@ def test_states_by_the_queue_then_by_its_memory_then_by_the_record(slurm, runs_o
     rows = {row["id"]: row for row in runs.list_runs(held.paths.root.parent)}
     assert {id: row["state"] for id, row in rows.items()} == {
         "held": "submitted", "waits": "preempted", "died": "preempted", "working": "running", "failed": "failed",
-        "killed": "cancelled", "dropped": "cancelled", "silent": "lost", "stopped": "preempted", "unlucky": "preempted", "forgotten": "lost",
+        "killed": "cancelled", "dropped": "cancelled", "silent": "lost", "stopped": "preempted", "unlucky": "preempted",
+        "forgotten": "lost",
         "marked": "cancelled", "over": "failed", "chain": "preempted", "another": "running"}
     assert calls == {"squeue": 2, "sacct": 1}, "one for the queue, one for what it remembers, one for what it does not"
     assert rows["working"]["step"] == 10
@@ -199,6 +200,7 @@ def test_cancel_takes_all_of_a_chain(slurm, runs_of):
     assert slurm.job(next)["JobState"] == "CANCELLED"
 
 
+@pytest.mark.slow
 def test_cancel_ends_a_job_that_does_not_stop(slurm, runs_of):
     run = runs_of("run", manner="deaf")
     wait_until(lambda: run.again().record["state"] == "running", timeout_s=60)
@@ -280,6 +282,7 @@ def test_without_slurm_the_record_speaks(slurm, runs_of, monkeypatch):
     slurm.run("scancel", run.record["job"]["ids"][0])
 
 
+@pytest.mark.slow
 def test_follow_goes_on_through_a_requeue(slurm, runs_of, monkeypatch):
     monkeypatch.setattr(logs, "ASK_OFTEN_S", 1.0)
     run = runs_of("run", "--requeue", "--hold", manner="twice")

@@ -122,7 +122,8 @@ class Loop:
                 self.evaluated = False  # once more: for the pictures that the end draws
             self._saved = (self.step, self.evaluated)
         if self.world.main:
-            self.tracker = Tracker(self.config, self.paths, self.step, self.total, self.metrics, self.evaluated)
+            self.tracker = Tracker(self.config, self.paths, self.step, self.total, self.metrics, self.evaluated,
+                                   self.checkpoints.attempt)
             self.tracker.checkpoint = found
         self.tracker.say({
             "event": "start", "step": self.step, "total": self.total, "world_size": self.world.size,

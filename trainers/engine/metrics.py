@@ -37,11 +37,11 @@ class MetricsFile:
         self._waiting: list[str] = []
         self._failing = False
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self.kept = [row for row in whole_rows(text) 
+        self.kept = [row for row in whole_rows(text)
                      if row["step"] < step or row["step"] == step and (evaluated or row.get("split") != "eval")]
-        kept = "".join(map(_line, self.kept))
-        if kept != text:
-            replace_text(path, kept)
+        # A new file even if all stays: an attempt that has outlived its job elsewhere writes on into the old one.
+        if path.exists():
+            replace_text(path, "".join(map(_line, self.kept)))
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def append(self, row: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from trainers.engine.wandb_run import WandbRun
 from trainers.errors import TrainingError
 from trainers.files import update_json
 from trainers.paths import RunPaths
+from trainers.signals import request_stop
 
 RECORD_EVERY_S = 1.0
 
@@ -32,14 +33,14 @@ class NoTracker:
 
 class Tracker(NoTracker):
     def __init__(self, config: RunConfig, paths: RunPaths, step: int, total: int, metrics: Mapping[str, float],
-                 evaluated: bool):
+                 evaluated: bool, attempt: int | None):
         """Where the run begins or resumes: its `step`, its last evaluation's `metrics`, and whether that of this
-        step was done.
+        step was done. `attempt`: this one's number; once there is a newer one, the record is that one's.
 
         Raises:
             TrainingError: the run directory cannot be written.
         """
-        self.paths = paths
+        self.paths, self.attempt = paths, attempt
         self.metrics = dict(metrics)
         self.checkpoint: int | None = None
         self._recording = threading.Lock()  # checkpoints commit in a thread of their own
@@ -108,6 +109,9 @@ class Tracker(NoTracker):
         """run.json, if this run has one (ranks started by hand need none)."""
         with self._recording:
             self._recorded_at = time.monotonic()
+            if self.attempt is not None and max(self.paths.attempt_numbers(), default=0) > self.attempt:
+                request_stop()  # which ends in an error: nothing can be saved any more
+                return
             try:
                 update_json(self.paths.record, **changes, updated=datetime.now(timezone.utc).isoformat())
                 self._record_fails = False

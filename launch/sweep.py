@@ -1,0 +1,552 @@
+"""Sweeps: a run for each point of a grid, as one array on SLURM, or in turn on this machine.
+
+    runs/<sweep>/sweep.json          its points, in order; written when all of its runs are there
+    runs/<sweep>/submissions/<n>/    submission.json lists its runs, by element of the array
+    runs/<sweep>/code/               one copy for all of them
+    runs/<sweep>-<i>/                the run of point i, from 0: one like any other
+
+Where jobs may not be requeued, each run gets a chain of jobs of its own: an array could wait for the whole of another
+only, or (aftercorr) for each element's success.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json as jsonlib
+import math
+import os
+import re
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from launch import record, runs, slurm, snapshot
+from launch import start as one
+from launch.batch import Job, Request, make_job
+from launch.node import stop_signals
+from launch.on_slurm import _check as check
+from launch.plan import Plan, as_json, make_plan, show
+from launch.processes import alive, identity
+from launch.resources import Resources, local_resources, slurm_resources
+from launch.spec import Spec, spec_of
+from launch.submission import Submission, last_submission, plan_of
+from launch.submit import as_copied, code_of, hand_over, make_submission, try_out
+from launch.view import make_view
+from trainers.errors import UserError
+from trainers.files import read_json, replace_json, replace_text, update_json
+from trainers.paths import RunPaths
+
+MAX_POINTS = 1000  # SLURM's own default for an array
+HELD = "JobHeldUser"
+
+# A quote opens only where a value can begin: not in `it's`.
+TOKEN = re.compile(r"""(?<![^\s,:\[{])(?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|(?P<open>["']))|.""", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Point:
+    words: tuple[str, ...]      # key=value, of all keys that were given
+    overrides: tuple[str, ...]  # those by which it differs from other points
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is submitted, or run, of a sweep: data, as a run's Plan is."""
+
+    id: str
+    folder: str                          # absolute
+    points: tuple[Mapping[str, Any], ...]  # of all its runs: {"run", "overrides"}
+    elements: tuple[int, ...]            # the points that are to be run now
+    plans: tuple[Plan, ...]              # their runs
+    submission: Submission
+    array: Job | None                    # of all of them; None: each has jobs of its own, or runs on this machine
+    parallel: int | None
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [self.array] if self.array else [plan.job for plan in self.plans if plan.job]
+
+
+# The grid
+
+
+def grid(words: Sequence[str]) -> list[Point]:
+    """The points of `key=value` words, of which some give several values: the last such key changes fastest.
+
+    Raises:
+        UserError: no key has several values, one is given twice, the points are too many, or a list is no list.
+    """
+    choices, seen = [], set()
+    for word in words:
+        key, equals, text = word.partition("=")
+        if equals and key in seen:
+            raise UserError(f"`{key}` is given twice", f"give all of its values at once: {key}=a,b,c")
+        seen.add(key)
+        choices.append([f"{key}={value}" for value in values(text, word)] if equals else [word])
+    varied = [place for place, choice in enumerate(choices) if len(choice) > 1]
+    if not varied:
+        raise UserError("no key has several values: there is nothing to sweep",
+                        "write, for instance, optim.lr=0.1,0.01; a value that holds a comma itself needs quotes")
+    if (count := math.prod(map(len, choices))) > MAX_POINTS:
+        raise UserError(f"these lists make {count:,} points; a sweep has {MAX_POINTS:,} at most", "sweep a part of them")
+    return [Point(words, tuple(words[place] for place in varied)) for words in product(*choices)]
+
+
+def values(text: str, word: str) -> list[str]:
+    """The values of a list: what commas outside brackets and quotes separate, as text.
+
+    Raises:
+        UserError: an empty value; a bracket or quote that is not closed.
+    """
+    if "," not in text:
+        return [text]
+    parts, depth = [""], 0
+    for token in TOKEN.finditer(text):
+        depth = max(0, depth + (token[0] in ("[", "{")) - (token[0] in ("]", "}")))
+        if token["open"]:
+            raise UserError(f"`{word}`: a quote is not closed", "a value that holds a quote itself goes into the other quotes")
+        if token[0] == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += token[0]
+    if depth:
+        raise UserError(f"`{word}`: a bracket is not closed", "a value that holds one itself needs quotes")
+    if len(parts) == 1:
+        return parts
+    if not all(part.strip() for part in parts):
+        raise UserError(f"`{word}` has an empty value", 'write null or "" for one, or leave the comma out')
+    return [part.strip() for part in parts]
+
+
+def load_specs(points: Sequence[Point], load: Callable[[Sequence[str]], Spec]) -> list[Spec]:
+    """The spec of each point.
+
+    Raises:
+        UserError: of some point there is none, or two points are the same run.
+    """
+    specs, first = [], {}
+    for point in points:
+        with _at(point.overrides):
+            specs.append(load(point.words))
+        twin = first.setdefault(specs[-1].text, point)
+        if twin is not point:
+            raise UserError(f"two points are the same run: {_said(twin.overrides)} and {_said(point.overrides)}",
+                            "give each value once; `train.seed` makes runs differ that are else alike")
+    return specs
+
+
+@contextmanager
+def _at(overrides: Sequence[str]) -> Iterator[None]:
+    """Errors in it name the point."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"at {_said(overrides)}: {error.message}", error.hint) from error
+
+
+def _said(overrides: Sequence[str]) -> str:
+    return " ".join(overrides)
+
+
+# The plan
+
+
+def make_sweep(sweep_id: str, points: Sequence[Mapping[str, Any]], specs: Mapping[int, Spec], request: Request,
+               resources: Resources, *, root: Path, cwd: Path, copy: snapshot.Snapshot | None, number: int = 1,
+               parallel: int | None = None) -> Sweep:
+    """The plan of those runs of a sweep whose specs are given, by their points' places.
+
+    Raises:
+        UserError: something in it cannot be.
+    """
+    cluster, paths = request.cluster, RunPaths(root / sweep_id)
+    here = cluster.kind == "local"
+    python = (not here and cluster.python) or sys.executable
+    first, array = next(iter(specs.values())), None
+    submission = Submission(number, [str(root / point["run"]) for point in points], cluster, resources, python, str(cwd),
+                            first.config.run.max_restarts, request.time, dict(request.options))
+    if parallel and (here or not cluster.requeue):
+        raise UserError("--max-parallel is for arrays on SLURM", "on this machine runs go one after another" if here else
+                        f"cluster `{cluster.name}` forbids requeueing, so each run has jobs of its own")
+    if not here and cluster.requeue:
+        if any(spec.config.run != first.config.run for spec in specs.values()):
+            raise UserError("`run.*` differs between points, and the jobs of an array have all the same",
+                            "start a sweep for each value of it")
+        array = make_job(request, resources, name=sweep_id, folder=str(paths.submission(number)), python=python,
+                         grace_s=first.config.run.grace_s, code=as_copied(first, copy)[1], elements=tuple(specs),
+                         parallel=parallel)
+    plans = []
+    for element, spec in specs.items():
+        with _at(points[element]["overrides"]):
+            if here or array:
+                plan = make_plan(points[element]["run"], as_copied(spec, copy)[0], cluster, resources, runs=root,
+                                 python=python, cwd=cwd)
+            else:
+                plan = make_submission(points[element]["run"], spec, request, resources, runs=root, cwd=cwd, copy=copy,
+                                       number=number)
+                plan = replace(plan, job=replace(plan.job, held=True))
+        plans.append(plan)
+    return Sweep(sweep_id, str(paths.root), tuple(points), tuple(specs), tuple(plans), submission,
+                 array and replace(array, held=True), parallel)
+
+
+def show_sweep(sweep: Sweep) -> str:
+    """The sweep for a person: all of the first run's plan, and where the others' differ."""
+    first = sweep.plans[0]
+    lines = [f"sweep      {sweep.id}", f"directory  {sweep.folder}", f"points     {_many(len(sweep.plans), 'point')}"]
+    lines += [f"           {plan.run_id}  {_said(sweep.points[element]['overrides'])}"
+              for plan, element in zip(sweep.plans, sweep.elements)]
+    if sweep.array:
+        lines += ["", "# handed to SLURM", shlex.join(sweep.array.command), "", f"# file {sweep.array.file}",
+                  sweep.array.script.rstrip("\n")]
+    if sweep.jobs:
+        lines += ["", "# once each run's record holds the id of its job", "scontrol release ID"]
+    lines += ["", f"# file {sweep.folder}/{_submission_file(sweep)}", sweep.submission.text().rstrip("\n")]
+    shown = show(first)
+    lines += ["", f"# the run {first.run_id}", shown.rstrip("\n")]
+    for plan in sweep.plans[1:]:
+        lines += ["", f"# the run {plan.run_id}, where it differs by more than its id",
+                  *_differences(shown, show(plan).replace(plan.run_id, first.run_id))]
+    return "\n".join(lines) + "\n"
+
+
+def _differences(before: str, after: str) -> list[str]:
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
+    return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+
+
+def sweep_json(sweep: Sweep) -> dict[str, Any]:
+    return {"id": sweep.id, "folder": sweep.folder, "points": list(sweep.points), "elements": sweep.elements,
+            "job": sweep.array and {**asdict(sweep.array), "command": sweep.array.command},
+            "files": {_submission_file(sweep): sweep.submission.text()}, "plans": [as_json(plan) for plan in sweep.plans]}
+
+
+def _submission_file(sweep: Sweep) -> str:
+    return str(RunPaths(Path()).submission(sweep.submission.number) / "submission.json")
+
+
+# Starting one
+
+
+def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], request: Request, root: Path, gpus: int | None,
+          procs: int | None, nodes: int | None, parallel: int | None, dry_run: bool, json: bool) -> int:
+    """Run a new sweep, or submit it. Returns the exit code.
+
+    Args:
+        words: `key=value`, some with several values.
+        load: makes the spec of one point's words.
+        request: of which only the cluster counts on this machine.
+        parallel: how many of the array's elements may run at once.
+
+    Raises:
+        UserError: something the user must mend; nothing was written or submitted.
+    """
+    grid_points, here = grid(words), request.cluster.kind == "local"
+    specs = load_specs(grid_points, load)
+    resources = local_resources(gpus, procs) if here else slurm_resources(request.cluster, gpus, procs, nodes)
+    for point, spec in zip(grid_points, specs):
+        with _at(point.overrides):
+            check(spec, request, dry_run)
+    sweep_id, digits = one.new_run_id(f"{specs[0].name}-sweep"), len(str(len(specs) - 1))
+    points = [{"run": f"{sweep_id}-{place:0{digits}d}", "overrides": list(point.overrides)}
+              for place, point in enumerate(grid_points)]
+    sources = [] if here else list(dict.fromkeys(path for spec in specs for path in code_of(spec)))
+    copy = None if here else snapshot.survey(sources, RunPaths(root / sweep_id).code)
+    sweep = make_sweep(sweep_id, points, dict(enumerate(specs)), request, resources, root=root, cwd=Path.cwd(), copy=copy,
+                       parallel=parallel)
+    if dry_run:
+        print(jsonlib.dumps(sweep_json(sweep), indent=1, ensure_ascii=False) if json else show_sweep(sweep), end="\n" * json)
+        return 0
+    if here:
+        _write(sweep, specs[0].name, _here(), sources)
+        return _in_turn(sweep, json)
+    try_out(sweep.jobs[0], resources)
+    for name in _write(sweep, specs[0].name, _submitting(sweep), sources)[:5]:
+        print(f"warning: not copied with the code: {name}", file=sys.stderr)
+    try:
+        ids = _hand_over(sweep)
+    except BaseException:
+        _remove(sweep)
+        raise
+    _say(sweep, ids, json)
+    return 0
+
+
+def _here() -> dict[str, Any]:
+    return {"kind": "local", **record.me(), "started": identity(os.getpid())}
+
+
+def _submitting(sweep: Sweep) -> dict[str, Any]:
+    return {"kind": "slurm", "cluster": sweep.submission.cluster.name, "ids": [], "submission": sweep.submission.number,
+            **record.me(), "started": identity(os.getpid())}
+
+
+def _write(sweep: Sweep, task: str, job: Mapping[str, Any], sources: Sequence[Path]) -> tuple[str, ...]:
+    """Make the folders of a new sweep and of its runs. Returns what was left out of the code's copy. Nothing stays if it
+    cannot be done. Raises: UserError."""
+    paths = RunPaths(Path(sweep.folder))
+    try:
+        _write_submission(sweep)
+        left_out = snapshot.take(sources, paths.code).left_out if sources else ()
+        for plan in sweep.plans:
+            record.create_run(plan, sweep=sweep.id, job=dict(job))
+        _write_json(paths.root / runs.SWEEP, {"id": sweep.id, "task": task, "created": record.now(), "job": dict(job),
+                                              "max_parallel": sweep.parallel, "points": list(sweep.points)})
+    except BaseException:
+        _remove(sweep)
+        raise
+    return left_out
+
+
+def _write_submission(sweep: Sweep) -> None:
+    file = Path(sweep.folder) / _submission_file(sweep)
+    try:
+        file.parent.mkdir(parents=True)
+        replace_text(file, sweep.submission.text())
+    except OSError as error:
+        raise UserError(f"{file.parent} cannot be written: {error.strerror}",
+                        "make room there, or choose another place with --runs DIR or LAUNCH_RUNS") from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    try:
+        replace_json(path, value)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}", "make room there") from error
+
+
+def _remove(sweep: Sweep) -> None:
+    for folder in (sweep.folder, *(plan.folder for plan in sweep.plans)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# On SLURM
+
+
+def _hand_over(sweep: Sweep) -> list[str]:
+    """Submit its jobs, which are held until each run's record holds the ids of its own: from then on a record is
+    written by its node process alone. Returns the ids. No job stays if it cannot be done. Raises: UserError."""
+    root, cluster = Path(sweep.folder), sweep.submission.cluster
+    job = {key: value for key, value in _submitting(sweep).items() if key in ("kind", "cluster", "submission")}
+    try:
+        if sweep.array:
+            given = hand_over(sweep.array, {}, root)
+            of_runs = [[f"{given[0]}_{element}"] for element in sweep.elements]
+        else:
+            of_runs = [hand_over(plan.job, _own_files(plan), Path(plan.folder)) for plan in sweep.plans]
+            given = [id for ids in of_runs for id in ids]
+        for plan, ids in zip(sweep.plans, of_runs):
+            update_json(RunPaths(Path(plan.folder)).record, job={**job, "ids": ids}, updated=record.now())
+        update_json(root / runs.SWEEP, job={**job, "ids": given})
+        if not {**cluster.sbatch, **sweep.submission.options}.get("hold"):
+            release(given)
+    except BaseException:
+        _withdraw(sweep)
+        raise
+    return given
+
+
+def _own_files(plan: Plan) -> dict[str, str]:
+    """What its submission needs; an attempt writes its own."""
+    return {name: text for name, text in plan.files.items() if name.startswith("submissions/")}
+
+
+def _withdraw(sweep: Sweep) -> None:
+    """Cancel those of its jobs that were submitted, also one whose id was not heard."""
+    files = {job.file for job in sweep.jobs}
+    try:
+        slurm.cancel(id for id, job in slurm.queue().items() if job.script in files)
+    except UserError:  # SLURM does not answer, which is being said
+        pass
+
+
+def release(ids: Sequence[str]) -> None:
+    """Let held jobs go. Raises: UserError."""
+    if ids:
+        slurm.call("scontrol", "release", ",".join(ids))
+
+
+def _say(sweep: Sweep, ids: Sequence[str], json: bool) -> None:
+    paths, resources = RunPaths(Path(sweep.folder)), sweep.submission.resources
+    name = one.named(paths)
+    nexts = [f"launch runs --sweep {name}", f"launch cancel {name}"]
+    if json:
+        print(jsonlib.dumps({"id": sweep.id, "jobs": list(ids), "path": sweep.folder,
+                             "runs": [plan.run_id for plan in sweep.plans], "next": nexts}))
+        return
+    ranks = f"{resources.gpus} GPU(s)" if resources.gpus else f"{resources.ranks} CPU rank(s)"
+    jobs = f"array {ids[0]}" if sweep.array else f"{len(ids)} jobs, {len(ids) // len(sweep.plans)} for each run"
+    most = f", {sweep.parallel} at once" if sweep.parallel else ""
+    print(f"sweep {sweep.id} submitted to {sweep.submission.cluster.name} as {jobs}: {_many(len(sweep.plans), 'run')} of "
+          f"{ranks} on {resources.nodes} node(s){most}\nfolder  {one.shown(paths.root)}\n"
+          f"next    {nexts[0]}\n        {nexts[1]}")
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+# On this machine
+
+
+def _in_turn(sweep: Sweep, json: bool) -> int:
+    """Run what waits in it, one after another. A run that fails ends only itself; a signal ends the run with its
+    checkpoint, and the sweep. Returns the exit code."""
+    job, codes, stopped = _here(), [], False
+    files = [RunPaths(Path(plan.folder)).record for plan in sweep.plans]
+
+    def waiting(file: Path) -> bool:
+        """Unless it was cancelled meanwhile, or taken by somebody else."""
+        now = read_json(file)
+        return (now["state"], now["job"]) == ("submitted", job)
+
+    with stop_signals() as stop:
+        for element, plan, file in zip(sweep.elements, sweep.plans, files):
+            if stopped := stopped or bool(stop.received):
+                break
+            if not waiting(file):
+                continue
+            paths, view = RunPaths(Path(plan.folder)), make_view(json)
+            view.notice(f"point {element + 1} of {len(sweep.points)}, {_said(sweep.points[element]['overrides'])}: "
+                        f"run {paths.id} in {one.shown(paths.root)}")
+            try:
+                codes.append(one._run(partial(plan_of, sweep.submission, paths), paths, record.next_attempt(paths), view,
+                                      plan.max_restarts, debug=False))
+            except UserError as error:
+                view.close()
+                print(error, file=sys.stderr)
+                codes.append(error.exit_code)
+            stopped = codes[-1] == record.EXIT_CODES["killed"] or read_json(file)["state"] == "preempted"
+        for file in filter(waiting, files if stopped else ()):
+            update_json(file, state="preempted", updated=record.now())
+    _tell(_ending(sweep), json)
+    if stopped:
+        return record.EXIT_CODES["killed" if codes[-1:] == [record.EXIT_CODES["killed"]] else "preempted"]
+    failed = any(code not in (0, record.EXIT_CODES["preempted"]) for code in codes)
+    return record.EXIT_CODES["failed"] if failed else max(codes, default=0)
+
+
+def _ending(sweep: Sweep) -> str:
+    states = [read_json(RunPaths(Path(folder)).record)["state"] for folder in sweep.submission.runs]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    name = one.named(RunPaths(Path(sweep.folder)))
+    onward = "" if set(states) == {"finished"} else f"; go on with `launch sweep --resume {name}`"
+    return f"sweep {sweep.id}: {counts}; compare them with `launch runs --sweep {name}`{onward}"
+
+
+def _tell(message: str, json: bool) -> None:
+    view = make_view(json)
+    view.notice(message)
+    view.close()
+
+
+# Going on with one
+
+
+def resume(root: Path, word: str, *, request: Request | None, gpus: int | None, procs: int | None, nodes: int | None,
+           parallel: int | None, json: bool) -> int:
+    """Go on with those runs of a sweep that have not finished, where it was last (`request`: there). Returns the exit code.
+
+    Raises:
+        UserError: there is no such sweep, it is just being submitted, or something else that the user must mend.
+    """
+    found = runs.read_sweep(root, word)
+    paths, points = RunPaths(Path(found["path"])), found["points"]
+    members = [runs.read_run(paths.root.parent / point["run"]) for point in points]
+    before = last_submission(paths, None)
+    _adopt(paths, members)
+    members = [run.again() for run in members]
+    going = _going(members)
+    left = [element for element, run in enumerate(members) if run.id not in going and run.record["state"] != "finished"]
+    if going:
+        _tell(f"sweep {paths.id}: {_many(len(going), 'run')} at work or waiting, left alone", json)
+    if not left:
+        _tell(f"sweep {paths.id}: all {'others' if going else 'runs'} are finished: nothing to resume", json)
+        return 0
+    if request is None:
+        request = Request(before.cluster, before.time, before.options)
+    here = request.cluster.kind == "local"
+    resources = _resources(before, request, gpus, procs, nodes)
+    specs = {element: spec_of(members[element].paths) for element in left}
+    for element, spec in specs.items():
+        with _at(points[element]["overrides"]):
+            check(spec, request, False)
+    # A run that was resumed alone counts its own submissions on from the sweep's.
+    number = max([*paths.submission_numbers(), *((run.record["job"] or {}).get("submission", 0) for run in members),
+                  *(number for run in members for number in run.paths.submission_numbers())]) + 1
+    sweep = make_sweep(paths.id, points, specs, request, resources, root=paths.root.parent, cwd=Path(before.cwd),
+                       copy=None if here else snapshot.load(paths.code), number=number,
+                       parallel=parallel or (None if here else found.get("max_parallel")))
+    if not here:
+        try_out(sweep.jobs[0], resources)
+    _write_submission(sweep)
+    job = _here() if here else _submitting(sweep)
+    was = [(members[element].paths.record, {key: members[element].record[key] for key in ("state", "job")}) for element in left]
+    for file, _ in was:
+        update_json(file, state="submitted", job=job, updated=record.now())
+    if here:
+        update_json(paths.root / runs.SWEEP, job=job)
+        return _in_turn(sweep, json)
+    try:
+        ids = _hand_over(sweep)
+    except BaseException:
+        for file, changes in was:
+            update_json(file, **changes)
+        raise
+    _say(sweep, ids, json)
+    return 0
+
+
+def _resources(before: Submission, request: Request, gpus: int | None, procs: int | None, nodes: int | None) -> Resources:
+    given, last = (gpus, procs, nodes) != (None, None, None), before.resources
+    if not given and before.cluster.name == request.cluster.name:
+        return last
+    if not given:
+        gpus, procs = (last.gpus or last.ranks, None) if last.gpus or last.device == "cuda" else (None, last.ranks)
+    if request.cluster.kind == "local":
+        return local_resources(gpus, procs)
+    return slurm_resources(request.cluster, gpus, procs, nodes)
+
+
+def _adopt(sweep: RunPaths, members: Sequence[runs.Run]) -> None:
+    """Note the jobs of a submission that broke off before it could, and let them go.
+
+    Raises:
+        UserError: it is under way; SLURM does not answer.
+    """
+    on_slurm = {element: run for element, run in enumerate(members)
+                if run.record["state"] != "finished" and (run.record["job"] or {}).get("kind") == "slurm"}
+    if not on_slurm:
+        return
+    queued = list(slurm.queue().values())
+    held = []
+    for element, run in on_slurm.items():
+        job, number = run.record["job"], run.record["job"]["submission"]
+        if not job["ids"] and job["host"] == socket.gethostname() and alive(job["pid"], job["started"]):
+            raise UserError(f"sweep {sweep.id} is being submitted by process {job['pid']}", "wait a moment")
+        its = {f"{paths.submission(number)}/job.sh" for paths in (sweep, run.paths)}
+        mine = [each for each in queued if each.script in its and ("_" not in each.id or each.id.endswith(f"_{element}"))]
+        if not job["ids"] and mine:
+            update_json(run.paths.record, job={**{key: job[key] for key in ("kind", "cluster", "submission")},
+                                               "ids": sorted(each.id for each in mine)})
+        held += [each.id for each in mine if each.reason == HELD]
+    release(held)
+
+
+def _going(members: Sequence[runs.Run]) -> set[str]:
+    """The ids of those runs that are at work, or wait to be."""
+    jobs = {run.id: run.record["job"] or {} for run in members if run.record["state"] != "finished"}
+    ids = [id for job in jobs.values() for id in job.get("ids", ())]
+    queued = slurm.queue(ids) if ids else {}
+    going = {run for run, job in jobs.items() if queued.keys() & set(job.get("ids", ()))}
+    # Waiting for its turn here, or at work anywhere; one that waits on another host is whose of the two begins it.
+    return going | {run.id for run in members if jobs.get(run.id, {}).get("kind") == "local"
+                    and (run.state == "running" or run.state == "submitted" and jobs[run.id]["host"] == socket.gethostname())}
