@@ -23,6 +23,7 @@ DECIDED = {
     "cpus-per-task": "it follows from `cpus_per_gpu` or `cpus_per_rank` in the cluster's file",
     "signal": "it follows from run.grace_s", "requeue": "`requeue` in the cluster's file says so",
     "no-requeue": "`requeue` in the cluster's file says so",
+    "hold": "`scontrol hold JOB` holds a job that was submitted",
     **dict.fromkeys(("output", "error", "open-mode"), "logs lie in the run directory: `launch logs RUN`"),
     **dict.fromkeys(("wrap", "wait", "parsable", "test-only", "export", "export-file", "get-user-env", "chdir"),
                     "launch needs its own setting of it"),

@@ -61,17 +61,13 @@ class Place:
 
 def main(argv: list[str]) -> int:
     with stop_signals() as stop:
-        view = make_view(json=False)
-        try:
-            return attend(Path(argv[0]), stop, view)
-        except Absent as error:
-            print(f"error: {error}", file=sys.stderr)
-            return record.EXIT_CODES["failed"]
+        return attend(Path(argv[0]), stop)
 
 
-def attend(folder: Path, stop: StopSignals, view: View) -> int:
+def attend(folder: Path, stop: StopSignals) -> int:
     """This node's part in the job of a submission. Returns the exit code."""
     submission = read_submission(folder)
+    view = make_view(json=False, ranks=submission.here)
     place = Place.from_env(os.environ, submission.here)
     paths = RunPaths(Path(submission.runs[place.element or 0]))
     name = f"{place.job}-{place.restart}"
@@ -85,10 +81,15 @@ def attend(folder: Path, stop: StopSignals, view: View) -> int:
         _set(requeue, _failures(paths, submission) < submission.max_restarts)  # if this process should be killed
     try:
         gang = meet(folder, name, place.node, place.nodes, submission.cluster.interface, lambda: bool(stop.received))
-    except Absent:
-        if stop.received and place.node == 0:
-            requeue.unlink(missing_ok=True)
-        raise
+    except (Absent, OSError) as error:
+        view.notice(f"error: {error}")
+        if place.node == 0 and not stop.received:
+            number = record.next_attempt(paths)
+            record.take_attempt(paths, number)
+            _never_began(paths, number, str(error), retry=True, **_about(submission, place))
+        if place.node == 0:
+            _set(requeue, not stop.received and _failures(paths, submission) <= submission.max_restarts)
+        return record.EXIT_CODES["failed"]
     try:
         if place.node == 0:
             return _lead(submission, place, paths, gang, requeue, stop, view)
@@ -108,11 +109,11 @@ def _lead(submission: Submission, place: Place, paths: RunPaths, gang: Gang, req
     hosts = _hosts(place)
     if submission.here:
         update_json(paths.record, job={**read_json(paths.record)["job"], "ids": [place.job]})
-    about = {"job": place.job, "restart": place.restart, "nodes": hosts, "submission": submission.number}
+    about = _about(submission, place)
     while True:
+        number = record.next_attempt(paths)
+        record.take_attempt(paths, number)
         try:
-            number = record.next_attempt(paths)
-            record.take_attempt(paths, number)
             plan = plan_of(submission, paths, number)
             with record.recorded(plan, paths, view, **about) as ended, reserved_port() as port:
                 gang.said.clear()
@@ -124,9 +125,9 @@ def _lead(submission: Submission, place: Place, paths: RunPaths, gang: Gang, req
                 down = _down(hosts) if outcome.signal == "SIGTERM" else {}
                 state = ended(outcome, reason=_reason(outcome, down))
         except (OSError, UserError) as error:
-            view.notice(str(error) if isinstance(error, UserError) else f"error: {error}")
-            outcome, state = Outcome("failed", Failure(None, None, None, str(error), None, None, False)), "failed"
-            down = {}
+            message, hint = (error.message, error.hint) if isinstance(error, UserError) else (str(error), None)
+            failure = _never_began(paths, number, message, hint, **about)
+            outcome, state, down = Outcome("failed", failure), "failed", {}
         failure = outcome.failure
         if failure:
             view.event({"event": "failure", **failure.as_dict()})
@@ -141,6 +142,8 @@ def _lead(submission: Submission, place: Place, paths: RunPaths, gang: Gang, req
         else:        # a time limit is ours to follow by a requeue; TERM comes from who has decided that already
             anew = state == "preempted" and outcome.signal == "SIGUSR2"
         _set(requeue, anew)
+        if failure and anew:
+            update_json(paths.record, state="preempted")  # it is not over
         if down and state == "preempted":
             _exclude(Path(requeue.parent), place, list(down), requeued=True)
         view.notice(f"run {paths.id}: {state}" + ("; the job is requeued" if anew and submission.cluster.requeue else ""))
@@ -149,6 +152,18 @@ def _lead(submission: Submission, place: Place, paths: RunPaths, gang: Gang, req
             code = 0  # the next job of the chain begins only after one that ended badly
         gang.tell({"end": code})
         return code
+
+
+def _about(submission: Submission, place: Place) -> dict[str, Any]:
+    """What the record of an attempt says of its job."""
+    return {"job": place.job, "restart": place.restart, "nodes": _hosts(place), "submission": submission.number}
+
+
+def _never_began(paths: RunPaths, number: int, message: str, hint: str | None = None, retry: bool = False, **about: Any
+                 ) -> Failure:
+    failure = Failure(None, None, None, f"attempt {number} could not begin: {message}", hint, None, retry)
+    record.never_began(paths, number, failure, **about)
+    return failure
 
 
 def _set(file: Path, there: bool) -> None:

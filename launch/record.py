@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from launch.node import Outcome
+from launch.node import Failure, Outcome
 from launch.plan import Plan
 from launch.processes import alive, identity
 from launch.view import View
@@ -81,6 +81,16 @@ def take_attempt(paths: RunPaths, number: int) -> None:
                         f"see `launch status {paths.id}`") from None
     except OSError as error:
         raise UserError(f"{paths.attempt(number)} cannot be made: {error.strerror}", "make room there") from error
+
+
+def never_began(paths: RunPaths, number: int, failure: Failure, **more: Any) -> None:
+    """Record an attempt, taken already, whose ranks could not be started, and the run's failure with it."""
+    replace_json(paths.attempt_record(number), {
+        "attempt": number, **me(), "process_started": identity(os.getpid()), **more, "began": now(), "ended": now(),
+        "outcome": "failed", "exit_code": EXIT_CODES["failed"], "failure": failure.as_dict(), "reason": None,
+        "checkpoint_s": None,
+    })
+    update_json(paths.record, state="failed", attempt=number, updated=now())
 
 
 @contextmanager

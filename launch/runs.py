@@ -380,18 +380,23 @@ class NodeLog:
 def node_logs(run: Run) -> list[NodeLog]:
     """The logs that node processes have left, oldest job first. Those of a sweep's job lie in the sweep's folder."""
     found = []
-    if sweep := run.record.get("sweep"):
-        folder = run.paths.root.parent / sweep
-        try:
-            element = [point["run"] for point in read_json(folder / SWEEP)["points"]].index(run.id)
-        except (OSError, ValueError, KeyError):
-            element = None
-        found += [(0, path) for path in RunPaths(folder).submission(1).glob(f"*_{element}_*_log.out")]
+    if (element := _element(run)) is not None:
+        folder = RunPaths(run.paths.root.parent / run.record["sweep"]).submission(1)
+        found += [(0, path) for path in folder.glob(f"*_{element}_*_log.out")]
     found += [(number, path) for number in run.paths.submission_numbers()
               for path in run.paths.submission(number).glob("*_log.out")]
     logs = [NodeLog(number or 1, named[1], int(named[2]), path) for number, path in found
             if (named := re.fullmatch(r"(\d+(?:_\d+)?)_(\d+)_log\.out", path.name))]
     return sorted(logs, key=lambda log: (log.submission, [int(part) for part in log.job.split("_")], log.node))
+
+
+def _element(run: Run) -> int | None:
+    """Which of its sweep's points it is, and so which element of the sweep's array."""
+    try:
+        sweep = read_json(run.paths.root.parent / run.record["sweep"] / SWEEP) if run.record.get("sweep") else {"points": []}
+        return [point["run"] for point in sweep["points"]].index(run.id)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def cancel(run: Run, wait_s: float | None = None) -> str:
@@ -472,7 +477,7 @@ def _cancel_on_slurm(looked: Sequence[tuple[Run, Truth]], wait_s: float | None) 
     jobs = {run.id: truth.jobs for run, truth in looked}
     if unfinished:  # whose job may be there all the same: its script tells
         there = [job for job in slurm.queue().values() if job.script]
-        jobs |= {run.id: tuple(job for job in there if _ours(job, run.record)) for run in unfinished}
+        jobs |= {run.id: _by_script(run, there) for run in unfinished}
     stopping = [run for run, _ in looked if jobs[run.id] or run in unfinished]
     at_work = {run.id: number for run in stopping if any(not job.waiting for job in jobs[run.id])
                and (number := _attempt_at_work(run))}
@@ -501,6 +506,13 @@ def _cancel_on_slurm(looked: Sequence[tuple[Run, Truth]], wait_s: float | None) 
     return _after(stopping, waiting | running)
 
 
+def _by_script(run: Run, there: Sequence[Queued]) -> tuple[Queued, ...]:
+    """The jobs that run its own script, or as its element that of its sweep."""
+    sweep, element = run.record.get("sweep"), _element(run)
+    return tuple(job for job in there if f"/{run.id}/" in job.script
+                 or sweep and f"/{sweep}/" in job.script and job.id.endswith(f"_{element}"))
+
+
 def _wait_for(runs: Sequence[Run], ids: set[str], wait_s: float) -> None:
     """Until the attempts at work have ended, by the runs' records, or their jobs are gone."""
     from launch import slurm
@@ -523,6 +535,7 @@ def _after(runs: Sequence[Run], ids: set[str]) -> dict[str, str]:
     while left := slurm.queue(ids) if ids else {}:
         if time.monotonic() > deadline:
             break
+        slurm.cancel(id for id, job in left.items() if job.waiting)  # it was on its way back into the queue
         time.sleep(0.25)
     said = {}
     for run in runs:

@@ -37,12 +37,12 @@ def read_submission(folder: Path) -> Submission:
     return Submission(**{**found, "cluster": ClusterConfig(**found["cluster"]), "resources": Resources(**found["resources"])})
 
 
-def last_submission(paths: RunPaths, sweep: str | None) -> Submission | None:
-    """A run's last one: its own, else its sweep's; None if there was none."""
-    for home in (paths, *([RunPaths(paths.root.parent / sweep)] if sweep else [])):
-        if numbers := home.submission_numbers():
-            return read_submission(home.submission(numbers[-1]))
-    return None
+def last_submission(paths: RunPaths, sweep: str | None = None) -> Submission | None:
+    """The last one of a run, which may be that of its sweep, or of a sweep; None if there was none. A run and its sweep
+    count theirs together."""
+    homes = [paths, *([RunPaths(paths.root.parent / sweep)] if sweep else [])]
+    number, home = max(((home.submission_numbers()[-1:], home) for home in homes), key=lambda found: found[0])
+    return read_submission(home.submission(number[0])) if number else None
 
 
 def plan_of(submission: Submission, paths: RunPaths, attempt: int) -> Plan:

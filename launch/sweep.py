@@ -22,7 +22,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -38,7 +38,7 @@ from launch.processes import alive, identity
 from launch.resources import Resources, local_resources, slurm_resources
 from launch.spec import Spec, spec_of
 from launch.submission import Submission, last_submission, plan_of
-from launch.submit import as_copied, code_of, hand_over, make_submission, try_out
+from launch.submit import as_copied, code_of, hand_over, make_submission, release, try_out
 from launch.view import make_view
 from trainers.errors import UserError
 from trainers.files import read_json, replace_json, replace_text, update_json
@@ -192,10 +192,8 @@ def make_sweep(sweep_id: str, points: Sequence[Mapping[str, Any]], specs: Mappin
             else:
                 plan = make_submission(points[element]["run"], spec, request, resources, runs=root, cwd=cwd, copy=copy,
                                        number=number)
-                plan = replace(plan, job=replace(plan.job, held=True))
         plans.append(plan)
-    return Sweep(sweep_id, str(paths.root), tuple(points), tuple(specs), tuple(plans), submission,
-                 array and replace(array, held=True), parallel)
+    return Sweep(sweep_id, str(paths.root), tuple(points), tuple(specs), tuple(plans), submission, array, parallel)
 
 
 def show_sweep(sweep: Sweep) -> str:
@@ -205,10 +203,9 @@ def show_sweep(sweep: Sweep) -> str:
     lines += [f"           {plan.run_id}  {_said(sweep.points[element]['overrides'])}"
               for plan, element in zip(sweep.plans, sweep.elements)]
     if sweep.array:
-        lines += ["", "# handed to SLURM", shlex.join(sweep.array.command), "", f"# file {sweep.array.file}",
-                  sweep.array.script.rstrip("\n")]
-    if sweep.jobs:
-        lines += ["", "# once each run's record holds the id of its job", "scontrol release ID"]
+        lines += ["", "# handed to SLURM", shlex.join(sweep.array.command),
+                  "scontrol release ID  # once each run's record holds its element's id",
+                  "", f"# file {sweep.array.file}", sweep.array.script.rstrip("\n")]
     lines += ["", f"# file {sweep.folder}/{_submission_file(sweep)}", sweep.submission.text().rstrip("\n")]
     shown = show(first)
     lines += ["", f"# the run {first.run_id}", shown.rstrip("\n")]
@@ -332,9 +329,9 @@ def _remove(sweep: Sweep) -> None:
 
 
 def _hand_over(sweep: Sweep) -> list[str]:
-    """Submit its jobs, which are held until each run's record holds the ids of its own: from then on a record is
-    written by its node process alone. Returns the ids. No job stays if it cannot be done. Raises: UserError."""
-    root, cluster = Path(sweep.folder), sweep.submission.cluster
+    """Submit its jobs, and let them go once each run's record holds the ids of its own. Returns the ids. No job stays if
+    it cannot be done. Raises: UserError."""
+    root = Path(sweep.folder)
     job = {key: value for key, value in _submitting(sweep).items() if key in ("kind", "cluster", "submission")}
     try:
         if sweep.array:
@@ -346,8 +343,7 @@ def _hand_over(sweep: Sweep) -> list[str]:
         for plan, ids in zip(sweep.plans, of_runs):
             update_json(RunPaths(Path(plan.folder)).record, job={**job, "ids": ids}, updated=record.now())
         update_json(root / runs.SWEEP, job={**job, "ids": given})
-        if not {**cluster.sbatch, **sweep.submission.options}.get("hold"):
-            release(given)
+        release(given)
     except BaseException:
         _withdraw(sweep)
         raise
@@ -366,12 +362,6 @@ def _withdraw(sweep: Sweep) -> None:
         slurm.cancel(id for id, job in slurm.queue().items() if job.script in files)
     except UserError:  # SLURM does not answer, which is being said
         pass
-
-
-def release(ids: Sequence[str]) -> None:
-    """Let held jobs go. Raises: UserError."""
-    if ids:
-        slurm.call("scontrol", "release", ",".join(ids))
 
 
 def _say(sweep: Sweep, ids: Sequence[str], json: bool) -> None:
@@ -461,7 +451,7 @@ def resume(root: Path, word: str, *, request: Request | None, gpus: int | None, 
     found = runs.read_sweep(root, word)
     paths, points = RunPaths(Path(found["path"])), found["points"]
     members = [runs.read_run(paths.root.parent / point["run"]) for point in points]
-    before = last_submission(paths, None)
+    before = last_submission(paths)
     _adopt(paths, members)
     members = [run.again() for run in members]
     going = _going(members)
@@ -538,7 +528,8 @@ def _adopt(sweep: RunPaths, members: Sequence[runs.Run]) -> None:
             update_json(run.paths.record, job={**{key: job[key] for key in ("kind", "cluster", "submission")},
                                                "ids": sorted(each.id for each in mine)})
         held += [each.id for each in mine if each.reason == HELD]
-    release(held)
+    if held:
+        release(held)
 
 
 def _going(members: Sequence[runs.Run]) -> set[str]:

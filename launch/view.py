@@ -34,10 +34,13 @@ class View(Protocol):
         """Leave the terminal in order. Nothing is drawn after it."""
 
 
-def make_view(json: bool, stream: IO[str] | None = None) -> View:
-    """JSON lines if asked for, a progress line on a terminal that can draw, else plain lines."""
+def make_view(json: bool, stream: IO[str] | None = None, ranks: bool = True) -> View:
+    """JSON lines if asked for, a progress line on a terminal that can draw, else plain lines; without `ranks` of what
+    the launcher itself says alone."""
     stream = sys.stdout if stream is None else stream
     outlet = Outlet(stream)
+    if not ranks:
+        return NoticeView(outlet)
     if json:
         return JsonView(outlet)
     if outlet.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
@@ -115,6 +118,13 @@ class PlainView:
 
     def close(self) -> None:
         self._outlet.flush()
+
+
+class NoticeView(PlainView):
+    """What the launcher says, and no word of the ranks: those have logs of their own."""
+
+    def event(self, event: dict[str, Any]) -> None: ...
+    def text(self, line: str) -> None: ...
 
 
 class JsonView:

@@ -41,7 +41,7 @@ def script(name: str, **given: int | None) -> tuple[set[str], str, str]:
 
 def test_the_generic_one_asks_for_no_more_than_it_must():
     flags, _, command = script("slurm", gpus=4)
-    decided = {"--job-name=job", "--nodes=1", "--ntasks-per-node=1", "--open-mode=append", "--requeue", "--signal=USR2@90",
+    decided = {"--job-name=job", "--nodes=1", "--ntasks-per-node=1", "--open-mode=append", "--requeue", "--signal=USR2@105",
                "--output=/runs/r/%j_0_log.out"}
     assert flags - decided == {"--gpus-per-node=4", "--time=1-00:00:00"}
     assert " /venv/python -P " in command

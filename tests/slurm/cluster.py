@@ -15,6 +15,7 @@ import json
 import os
 import pwd
 import random
+import re
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "sinfo", "scancel")
+DAEMONS = {"munged", "slurmctld", "slurmscriptd", "slurmd", "slurmstepd"}
 SBIN = "/usr/sbin:/usr/local/sbin"  # where the daemons are, which is not on everyone's PATH
 ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE", "BOOT_FAIL"}
 
@@ -88,7 +90,8 @@ class Cluster:
     folder: Path
     nodes: list[str]
     keeper: subprocess.Popen
-    pids: dict[str, int] = field(default_factory=dict)  # daemon -> pid; a slurmd goes by its node's name
+    ports: dict[str, int]  # daemon -> port; a slurmd goes by its node's name
+    pids: dict[str, int] = field(default_factory=dict)  # likewise
 
     @property
     def conf(self) -> Path:
@@ -115,12 +118,11 @@ class Cluster:
 
     def job(self, job_id: object) -> dict[str, str]:
         """`scontrol show job` of a job or of an array element (`12_3`), by field; empty when SLURM knows it no more."""
-        done = self.ask("scontrol", "show", "job", "-o", job_id)
-        return _fields(done.stdout) if done.returncode == 0 else {}
+        return next(iter(self.jobs(job_id)), {})
 
-    def jobs(self) -> list[dict[str, str]]:
-        """Every job that slurmctld remembers."""
-        lines = self.run("scontrol", "show", "job", "-o").splitlines()
+    def jobs(self, *job_id: object) -> list[dict[str, str]]:
+        """Every job that slurmctld remembers, or every element of one array."""
+        lines = self.ask("scontrol", "show", "job", "-o", *job_id).stdout.splitlines()
         return [_fields(line) for line in lines if line.startswith("JobId=")]
 
     def node(self, name: str) -> dict[str, str]:
@@ -139,46 +141,61 @@ class Cluster:
 
     def wait_idle(self, timeout_s: float = 120) -> None:
         """Until no job is queued or running and every node is free."""
-        self._wait(lambda: not self.run("squeue", "-h") and self._states() <= {"idle"}, timeout_s,
-                   lambda: f"not idle: {self.run('squeue')}{self.run('sinfo', '-N', '-l')}")
+        self._wait(self._idle, timeout_s, self._not_idle)
 
-    def clean(self, timeout_s: float = 120) -> None:
-        """Cancels every job, starts the daemons that are down, and waits until all nodes are free."""
+    def clean(self, timeout_s: float = 60) -> None:
+        """Ends every job, starts the daemons that are down, and waits until all nodes are free."""
+        if not _alive(self.pids["slurmctld"]):
+            self.start_slurmctld()
         for name in self.nodes:
-            if not _alive(self.pids.get(name)):
-                self.start_slurmd(name, wait=False)
-        ids = self.run("squeue", "-h", "-o", "%A").split()
-        if ids:
-            self.ask("scancel", *ids)
-            self.ask("scancel", "-s", "KILL", *ids)
-            self.ask("scancel", "-b", "-s", "KILL", *ids)
-        for name in self.nodes:
-            if "DRAIN" in (state := self.node(name)["State"]) or "DOWN" in state:
+            if not _alive(self.pids[name]):
+                self.start_slurmd(name)
+        for name, state in self._by_node().items():
+            if state.startswith(("down", "drain")):
                 self.ask("scontrol", "update", f"NodeName={name}", "State=RESUME")
-        self.wait_idle(timeout_s)
+
+        def over() -> bool:
+            if queued := self.run("squeue", "-h", "-o", "%A").split():
+                self.ask("scancel", *queued)
+            names = {pid: _name(pid) for pid in descendants(self.keeper.pid)}
+            jobs = [pid for pid in names if names[pid] not in DAEMONS]
+            for pid in [pid for pid in jobs if names[pid] != "srun"] or jobs:  # slurmstepd waits for its srun
+                _kill(pid)
+            return self._idle()
+
+        self._wait(over, timeout_s, self._not_idle)
 
     def kill_slurmd(self, node: str, steps: bool = False) -> None:
         """kill -9 of a node's slurmd; `steps`: of its slurmstepds and all that these started, too, as when a host dies."""
         pid = self.pids[node]
-        victims = [pid, *(p for stepd in self.stepds(node) for p in [stepd, *descendants(stepd)])] if steps else [pid]
-        for victim in victims:
-            _kill(victim)
-        self._wait(lambda: not any(map(_alive, victims)), 20, lambda: f"{victims} live on after kill -9")
+        self._end(pid, *(p for stepd in self.stepds(node) for p in [stepd, *descendants(stepd)] if steps))
 
     def start_slurmd(self, node: str, *before: str, wait: bool = True) -> None:
         """Starts a node's slurmd; `before`: a command to start it under, as `unshare -m`."""
         self.pids[node] = self._start(node, *before, _which("slurmd"), "-D", "-N", node, "-f", str(self.conf))
         if wait:
+            self._wait(lambda: _listens(self.ports[node]), 30, lambda: f"{node} does not listen:{self._logs()}")
             self.wait_up([node])
 
+    def kill_slurmctld(self) -> None:
+        """kill -9 of the controller: jobs run on, commands do not answer. It may forget its last five seconds."""
+        self._end(self.pids["slurmctld"])
+
+    def start_slurmctld(self) -> None:
+        """With the jobs that it knew."""
+        pid = self.pids["slurmctld"] = self._start("slurmctld", _which("slurmctld"), "-D", "-f", str(self.conf))
+
+        def answers() -> bool:
+            if not _alive(pid):
+                raise RuntimeError(f"slurmctld ended:{self._logs()}")
+            return _listens(self.ports["slurmctld"]) and self.ask("scontrol", "ping").returncode == 0
+
+        self._wait(answers, 30, lambda: f"slurmctld does not answer:{self._logs()}")
+
     def stepds(self, node: str) -> list[int]:
-        """Pids of a node's slurmstepds: they outlive their slurmd."""
-        found = []
-        for path in (self.folder / node).glob(f"{node}_*"):  # each listens on a socket of its own
-            inode = next((line.split()[6] for line in Path("/proc/net/unix").read_text().splitlines()
-                          if line.endswith(f" {path}")), None)
-            found += [pid for pid in descendants(self.keeper.pid) if inode and f"socket:[{inode}]" in _open_files(pid)]
-        return sorted(set(found))
+        """Pids of a node's slurmstepds, which outlive their slurmd."""
+        log = f"{self.folder}/log/{node}.log"  # where each of them writes
+        return [pid for pid in descendants(self.keeper.pid) if _name(pid) == "slurmstepd" and log in _open_files(pid)]
 
     def wait_up(self, nodes: Iterable[str], timeout_s: float = 60) -> None:
         wanted = set(nodes)
@@ -191,16 +208,27 @@ class Cluster:
         done = self.ask("sinfo", "-h", "-N", "-o", "%N %T")
         return dict(line.split() for line in done.stdout.splitlines())
 
-    def _states(self) -> set[str]:
-        return set(self._by_node().values())
+    def _idle(self) -> bool:
+        return not self.run("squeue", "-h") and set(self._by_node().values()) == {"idle"}
+
+    def _not_idle(self) -> str:
+        return f"not idle: {self.run('squeue')}{self.run('sinfo', '-N', '-l')}"
 
     def _start(self, name: str, *argv: str) -> int:
         """A daemon, as a child of the keeper: its pid."""
         order = {"argv": argv, "env": {**outside(os.environ), **self.env}, "log": f"{self.folder}/log/{name}.err"}
         print(json.dumps(order), file=self.keeper.stdin, flush=True)
-        return int(self.keeper.stdout.readline())
+        if not (pid := self.keeper.stdout.readline()):
+            raise RuntimeError(f"the keeper could not start {argv[0]}")
+        return int(pid)
+
+    def _end(self, *pids: int) -> None:
+        for pid in pids:
+            _kill(pid)
+        self._wait(lambda: not any(map(_alive, pids)), 20, lambda: f"{pids} live on after kill -9")
 
     def _wait(self, condition, timeout_s: float, told):
+        """The first true value of `condition()`."""
         end = time.monotonic() + timeout_s
         while not (value := condition()):
             if time.monotonic() > end:
@@ -229,7 +257,8 @@ def cluster(
         stack.callback(keeper.wait)
         stack.callback(keeper.stdout.close)
         stack.callback(keeper.stdin.close)  # what it waits for
-        slurm = Cluster(folder, names, keeper)
+        daemons = ["slurmctld", *names]
+        slurm = Cluster(folder, names, keeper, dict(zip(daemons, free_ports(len(daemons)))))
         _lay_out(slurm, gpus, cpus, extra, requeue_wait_s)
         munge = folder / "munge"
         slurm.pids["munged"] = slurm._start(
@@ -237,12 +266,9 @@ def cluster(
             f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed", "--num-threads=4",
         )
         slurm._wait((munge / "socket").exists, 20, lambda: f"no munged:{slurm._logs()}")
-        slurm.pids["slurmctld"] = slurm._start(
-            "slurmctld", _which("slurmctld"), "-D", "-f", str(slurm.conf)
-        )
+        slurm.start_slurmctld()
         for name in names:
             slurm.start_slurmd(name, wait=False)
-        slurm._wait(lambda: slurm.ask("scontrol", "ping").returncode == 0, 30, lambda: f"no slurmctld:{slurm._logs()}")
         slurm.wait_up(names, timeout_s=60 + 4 * nodes)
         yield slurm
 
@@ -258,16 +284,20 @@ def _lay_out(slurm: Cluster, gpus: int, cpus: int, extra: str, requeue_wait_s: i
     for i in range(gpus):
         (folder / "gpus" / f"gpu{i}").symlink_to("/dev/null")  # SLURM wants a device
     gres = f" Gres=gpu:{gpus}" if gpus else ""
-    port, *ports = free_ports(1 + len(names))
     lines = [
-        f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=64000{gres}"
-        for name, port in zip(names, ports)
+        f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={slurm.ports[name]} CPUs={cpus} "
+        f"RealMemory=64000{gres}" for name in names
     ]
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpus/gpu[0-{gpus - 1}]\n" if gpus else "")
     slurm.conf.write_text(CONF.format(
-        host=socket.gethostname().split(".")[0], port=port, user=pwd.getpwuid(os.getuid()).pw_name, folder=folder,
-        requeue_wait_s=requeue_wait_s, extra=extra, nodes="\n".join(lines),
+        host=socket.gethostname().split(".")[0], port=slurm.ports["slurmctld"], user=pwd.getpwuid(os.getuid()).pw_name,
+        folder=folder, requeue_wait_s=requeue_wait_s, extra=extra, nodes="\n".join(lines),
     ))
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_ports(count: int) -> list[int]:
@@ -310,7 +340,7 @@ def _fields(line: str) -> dict[str, str]:
     key = ""
     for word in line.strip().split(" "):
         name, equals, value = word.partition("=")
-        if equals and name.replace(":", "").replace("/", "").isalnum() and name[:1].isupper():
+        if equals and re.fullmatch(r"[\w:/]+", name) and name[:1].isupper():
             key = name
             fields[key] = value
         elif key:
@@ -333,6 +363,13 @@ def _open_files(pid: int) -> list[str]:
         return []
 
 
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
 def _kill(pid: int) -> None:
     try:
         os.kill(pid, signal.SIGKILL)
@@ -340,9 +377,9 @@ def _kill(pid: int) -> None:
         pass
 
 
-def _alive(pid: int | None) -> bool:
+def _alive(pid: int) -> bool:
     try:
-        return pid is not None and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
@@ -358,17 +395,20 @@ def keep(folder: Path) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
 
-    for line in sys.stdin:
-        order = json.loads(line)
-        with open(order["log"], "ab") as log:
-            child = subprocess.Popen(order["argv"], env=order["env"], cwd=folder, stdin=subprocess.DEVNULL, stdout=log,
-                                     stderr=log, preexec_fn=defaults)
-        print(child.pid, flush=True)
-    while pids := descendants(os.getpid()):
-        for pid in pids:
-            _kill(pid)
-        time.sleep(0.02)
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        for line in sys.stdin:
+            order = json.loads(line)
+            with open(order["log"], "ab") as log:
+                child = subprocess.Popen(order["argv"], env=order["env"], cwd=folder, stdin=subprocess.DEVNULL, stdout=log,
+                                         stderr=log, preexec_fn=defaults)
+            print(child.pid, flush=True)
+    finally:
+        for _ in range(2):  # one look at /proc can miss who gets a new parent meanwhile
+            while pids := descendants(os.getpid()):
+                for pid in pids:
+                    _kill(pid)
+                time.sleep(0.02)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from conftest import BLOBS, alive, attempt, record, rows, wait_until
 
 pytestmark = pytest.mark.slow
 
-STEPS = 700
+STEPS = 400
 KEYS = (BLOBS, f"train.steps={STEPS}", "eval.every=100", "checkpoint.every=50", "run.grace_s=10")
 SLOWLY = "model.pause_s=0.04"
 WHERE = ("--cluster", "here", "--gpus", 4, "--nodes", 2)
@@ -70,7 +70,7 @@ def test_a_time_limit_a_requeue_and_a_cancellation(slurm, slurm_launch, whole):
     seed = random.randrange(2**32)
     print(f"random.seed({seed})")
     random.seed(seed)
-    run, job = submit(slurm_launch, *KEYS, SLOWLY, *WHERE, "--time", "1m", "--wandb", "offline")
+    run, job = submit(slurm_launch, *KEYS, "model.pause_s=0.1", *WHERE, "--time", "1m", "--wandb", "offline")
 
     wait_until(lambda: attempt(run, 1)["outcome"] != "running" if (run / "attempts/1/attempt.json").exists() else False,
                timeout_s=150)
@@ -80,13 +80,13 @@ def test_a_time_limit_a_requeue_and_a_cancellation(slurm, slurm_launch, whole):
     wait_until(lambda: slurm.job(job)["Reason"] == "BeginTime", timeout_s=60)
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")  # it begins again when SLURM's wait is over
 
-    reach(run, at + random.randint(20, 100))
+    reach(run, at + random.randint(10, 40))
     slurm.run("scontrol", "requeue", job)
     wait_until(lambda: attempt(run, 2)["outcome"] != "running", timeout_s=60)
     print(f"requeue (TERM) at step {record(run)['step']}: {attempt(run, 2)['outcome']}")
     assert attempt(run, 2)["outcome"] == "preempted" and record(run)["checkpoint"] == record(run)["step"]
 
-    reach(run, record(run)["step"] + random.randint(20, 100))
+    reach(run, record(run)["step"] + random.randint(10, 40))
     cancelled = slurm_launch("cancel", run.name)
     assert cancelled.returncode == 0, cancelled.stderr
     print(f"launch cancel at step {record(run)['step']}: {cancelled.stdout.strip()}")
@@ -187,3 +187,16 @@ def test_ranks_that_outlive_their_attempt_commit_nothing(slurm, slurm_launch):
     finish(run)
     assert told(run) == told(whole)
     assert [row["step"] for row in rows(run)] == list(range(1, STEPS + 1))
+
+
+def test_a_preemption(slurm, slurm_launch, whole):
+    run, job = submit(slurm_launch, *KEYS, SLOWLY, *WHERE)
+    reach(run, random.randint(60, 150))
+    urgent = slurm.run("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3").strip()
+    wait_until(lambda: attempt(run, 1)["outcome"] != "running", timeout_s=60)
+    at = record(run)["step"]
+    began = time.monotonic()
+    assert resumed_at(run, 2) == at == record(run)["checkpoint"]
+    print(f"preempted at step {at}: training went on {time.monotonic() - began:.1f} s later, at that step")
+    finish(run)
+    assert told(run) == whole and slurm.job(urgent)["JobState"] == "COMPLETED" and attempt(run, 2)["job"] == job

@@ -150,7 +150,8 @@ def test_status_of_a_waiting_and_of_a_running_run(slurm, runs_of):
     wait_until(lambda: runs.status(first)["queue"]["state"] == "RUNNING")
     ahead = runs_of("ahead", "--exclusive", "--nodes=3")
     run = runs_of("run", "--exclusive", "--nodes=2")
-    status = wait_until(lambda: (status := runs.status(run))["queue"]["start"] and status["queue"]["reason"] != "None" and status)
+    status = wait_until(lambda: (status := runs.status(run))["queue"]["start"] and status["queue"]["reason"] == "Priority"
+                        and status)
     assert status["state"] == "submitted"
     assert status["queue"] == {"state": "PENDING", "reason": "Priority", "reason_words": "jobs of higher priority come first",
                                "position": 2, "of": 2, "start": status["queue"]["start"], "nodes": [], "partition": "main",
@@ -267,6 +268,36 @@ def test_a_submission_that_died_half_way(slurm, runs_of):
     assert "its submission did not finish" in details(status) and status["queue"] is None
     assert runs.cancel(run.again()) == "cancelled"
     assert slurm.job(id)["JobState"] == "CANCELLED", "its job was found by its script"
+
+
+def test_a_point_of_a_sweep_whose_submission_died_half_way(slurm, runs_of):
+    job = {"kind": "slurm", "cluster": "test", "ids": [], "submission": 1, "host": socket.gethostname(), "pid": 1,
+           "started": "another"}
+    points = [runs_of(f"p-{i}", ids=[], sweep="s") for i in range(2)]
+    for point in points:
+        update_json(point.paths.record, job=job)
+    root = points[0].paths.root.parent
+    folder = RunPaths(root / "s").submission(1)
+    folder.mkdir(parents=True)
+    (folder / "job.sh").write_text("#!/bin/bash\n")
+    replace_json(root / "s" / "sweep.json", {"id": "s", "points": [{"run": f"p-{i}", "overrides": []} for i in range(2)]})
+    id = slurm.run("sbatch", "--parsable", "--hold", "--array=0-1", "--output=/dev/null", folder / "job.sh").strip()
+    assert runs.cancel(points[1].again()) == "cancelled"
+    assert list(commands.queue([f"{id}_0", f"{id}_1"])) == [f"{id}_0"]
+    assert runs.cancel_sweep(root, "s") == [{"id": "p-0", "state": "cancelled"}, {"id": "p-1", "state": "cancelled"}]
+    assert not commands.queue([f"{id}_0", f"{id}_1"])
+
+
+@pytest.mark.slow
+def test_cancel_of_a_run_on_its_way_back_into_the_queue(slurm, runs_of):
+    run = runs_of("run", "--requeue", script="trap '' TERM; sleep 300 & wait; sleep 300", state="preempted", attempt=1)
+    (job,) = run.record["job"]["ids"]
+    slurm.wait(job, "RUNNING")
+    slurm.run("scontrol", "requeue", job)
+    slurm.wait(job, "COMPLETING", "PENDING")
+    runs.cancel(run)
+    assert run.again().record["state"] == "cancelled"
+    assert slurm.wait(job)["JobState"] == "CANCELLED"
 
 
 def test_without_slurm_the_record_speaks(slurm, runs_of, monkeypatch):
