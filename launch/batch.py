@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
@@ -13,6 +15,7 @@ from trainers.errors import UserError
 
 Option = str | int | bool
 
+PERCENT = "\ue000"  # for a folder's own %, until submitit has replaced %t and %j wherever they stand
 AFTER_GRACE_S = 45  # SLURM looks at time limits every 30 s, and records and requeueing take a moment
 
 # Options of sbatch that are decided elsewhere, and where.
@@ -77,10 +80,10 @@ def make_job(request: Request, resources: Resources, *, name: str, folder: str, 
     cluster = request.cluster
     options = {"job-name": name, **_asked(request, resources)}
     for key, value in options.items():
-        if not str(value).isprintable():
+        if not _one_line(str(value)):
             raise UserError(f"sbatch's option `{key}` is {str(value)!r}, which holds a line end or control character",
                             f"give sbatch.{key} another value")
-    if not folder.isprintable() or "\\" in folder:
+    if not _one_line(folder) or "\\" in folder:
         raise UserError(f"the run directory's path {folder!r} holds a backslash, a line end or a control character, which "
                         "srun cannot be told", "choose another place with --runs DIR or LAUNCH_RUNS")
     time_s, lead_s = seconds(str(options["time"])), ceil(grace_s) + AFTER_GRACE_S
@@ -91,7 +94,7 @@ def make_job(request: Request, resources: Resources, *, name: str, folder: str, 
         options["array"] = _ranges(elements) + (f"%{parallel}" if parallel else "")
     script = _make_sbatch_string(
         command=shlex.join(node_process(cluster, python, folder)),
-        folder=folder.replace("%", "%%"), job_name=None, time=None, wckey=None, nodes=resources.nodes, ntasks_per_node=1,
+        folder=folder.replace("%", PERCENT), job_name=None, time=None, wckey=None, nodes=resources.nodes, ntasks_per_node=1,
         signal_delay_s=lead_s, stderr_to_stdout=True, map_count=elements and len(elements),
         # sbatch takes a backslash for an escape inside single quotes too (seen in 22.05).
         additional_parameters={key: value.replace("\\", r"\\") if isinstance(value, str) else value
@@ -99,7 +102,7 @@ def make_job(request: Request, resources: Resources, *, name: str, folder: str, 
         setup=setup(cluster, code), teardown=_teardown(folder, cluster.requeue), srun_args=srun_args(cluster, resources),
     )
     links = 1 if cluster.requeue or elements else cluster.chain
-    return Job(folder, script + "\n", links, tuple(elements) if elements else None)
+    return Job(folder, script.replace(PERCENT, "%%") + "\n", links, tuple(elements) if elements else None)
 
 
 def node_process(cluster: ClusterConfig, python: str, folder: str) -> list[str]:
@@ -107,11 +110,13 @@ def node_process(cluster: ClusterConfig, python: str, folder: str) -> list[str]:
     return [*cluster.prefix, python, "-P", "-u", "-m", "launch.job", folder]
 
 
-def srun_args(cluster: ClusterConfig, resources: Resources) -> list[str]:
-    """What sbatch is told, srun is told too: since 22.05 it does not take it over. No binding: ranks share the cores."""
-    cores = _cpus(cluster, resources)
+def srun_args(cluster: ClusterConfig, resources: Resources, here: bool = False) -> list[str]:
+    """What sbatch is told, srun is told too: since 22.05 it does not take it over. No binding: ranks share the cores.
+    `here`: in an allocation of the user's own making, all that it has, beside the step of the shell that one stands in."""
+    cores = None if here else _cpus(cluster, resources)
     return [f"--nodes={resources.nodes}", "--ntasks-per-node=1", *([f"--cpus-per-task={cores}"] if cores else []),
-            "--cpu-bind=none", "--mpi=none", "--kill-on-bad-exit=0", "--export=ALL", *cluster.srun]
+            *(["--overlap"] if here else []), "--cpu-bind=none", "--mpi=none", "--kill-on-bad-exit=0", "--export=ALL",
+            *cluster.srun]
 
 
 def _asked(request: Request, resources: Resources) -> dict[str, Option]:
@@ -119,8 +124,10 @@ def _asked(request: Request, resources: Resources) -> dict[str, Option]:
     cluster, given = request.cluster, {}
     for key, value in {**cluster.sbatch, **request.options}.items():
         key = key.replace("_", "-")
-        if key in DECIDED:
-            raise UserError(f"sbatch's option `{key}` cannot be set", DECIDED[key])
+        if not re.fullmatch(r"[a-z][a-z-]+", key):
+            raise UserError(f"{key!r} is no option of sbatch", "write its long name: sbatch.partition=NAME, not sbatch.p")
+        if decided := next((name for name in DECIDED if name.startswith(key)), None):  # sbatch takes abbreviations
+            raise UserError(f"sbatch's option `{decided}` cannot be set", DECIDED[decided])
         given[key] = value
     asked: dict[str, Option | None] = {
         "partition": cluster.partition, "account": cluster.account, "qos": cluster.qos, "constraint": cluster.constraint,
@@ -195,6 +202,11 @@ def _teardown(folder: str, requeue: bool) -> list[str]:
         "fi",
         'exit "$code"',
     ]
+
+
+def _one_line(text: str) -> bool:
+    """Whether a #SBATCH line can hold it: no line ends, no control characters, nothing that is no text."""
+    return not any(unicodedata.category(character) in ("Cc", "Cs", "Co", "Zl", "Zp") for character in text)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

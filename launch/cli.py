@@ -414,14 +414,15 @@ def prefetch(context: click.Context, task: str, cluster: str | None, **given: An
 
 
 @command
+@click.option("--sweep", metavar="ID", help="Those of a sweep, compared.")
 @runs_option
 @json_option
-def runs(root: Path, json: bool) -> None:
+def runs(root: Path, json: bool, sweep: str | None) -> None:
     """List the runs."""
     from launch.runs import list_runs
     from launch.show_runs import table
 
-    rows = list_runs(root)
+    rows = list_runs(root, sweep)
     _print_json(rows) if json else print(table(rows))
 
 
@@ -444,19 +445,20 @@ def status(word: str, root: Path, json: bool) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
 @click.option("--rank", type=click.IntRange(min=0), metavar="K", help="Of this rank (0).")
 @click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Of this attempt alone.")
+@click.option("--node", type=click.IntRange(min=0), metavar="K", help="On SLURM: of the process on node K instead.")
 @runs_option
 @json_option
-def logs(word: str, root: Path, follow: bool, rank: int | None, attempt: int | None, json: bool) -> None:
+def logs(word: str, root: Path, follow: bool, rank: int | None, attempt: int | None, node: int | None, json: bool) -> None:
     """Print what a rank has printed."""
     from launch import logs as written
     from launch.runs import find_run
 
     run = find_run(root, word)
     if json:
-        for line in written.lines(run, rank=rank, attempt=attempt, follow=follow):
+        for line in written.lines(run, rank=rank, attempt=attempt, node=node, follow=follow):
             print(jsonlib.dumps(line, ensure_ascii=False), flush=True)
     else:
-        written.follow(run, rank=rank, attempt=attempt, follow=follow, write=_write)
+        written.follow(run, rank=rank, attempt=attempt, node=node, follow=follow, write=_write)
 
 
 def _write(text: str) -> None:
@@ -469,12 +471,20 @@ def _write(text: str) -> None:
 @runs_option
 @json_option
 def cancel(word: str, root: Path, json: bool) -> None:
-    """Stop a run, with a checkpoint."""
+    """Stop a run, with a checkpoint, or a whole sweep."""
     from launch import runs as running
 
-    run = running.find_run(root, word)
-    state = running.cancel(run)
-    _print_json({"id": run.id, "state": state}) if json else print(f"{run.id}: {state}")
+    sweep = running.find_sweep(root, word)
+    whole = sweep is not None and sweep.name == Path(word).name  # a beginning of its id may mean one of its runs
+    if whole:
+        rows = running.cancel_sweep(root, word)
+    else:
+        run = running.find_run(root, word)
+        rows = [{"id": run.id, "state": running.cancel(run)}]
+    if json:
+        return _print_json(rows if whole else rows[0])
+    for row in rows:
+        print(f"{row['id']}: {row['state']}")
 
 
 @command

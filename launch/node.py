@@ -368,8 +368,8 @@ def _end_others(ranks: list[Rank], plan: Plan) -> float:
 def _short(checkpoint_s: float, plan: Plan, kill_wait_s: float | None) -> str | None:
     """What is wrong if a checkpoint takes longer than ranks are given for the one at a stop."""
     if checkpoint_s > plan.grace_s:
-        return (f"a checkpoint took {checkpoint_s:.1f} s; a stop leaves run.grace_s = {plan.grace_s:g} s for one: "
-                f"resume with run.grace_s={max(60, round(3 * checkpoint_s))}")
+        return (f"a checkpoint took {checkpoint_s:.1f} s; a stop leaves run.grace_s = {plan.grace_s:g} s for one, "
+                f"and would lose the steps since the last: runs like this need run.grace_s={max(60, round(3 * checkpoint_s))}")
     if kill_wait_s is not None and checkpoint_s > kill_wait_s:
         return (f"a checkpoint took {checkpoint_s:.1f} s; preempted, requeued or cancelled by SLURM, this job is killed "
                 f"{kill_wait_s:g} s after the signal (KillWait): a lower checkpoint.every loses less")

@@ -6,11 +6,13 @@ import json as jsonlib
 import os
 import select
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +83,15 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
     before = read_submission(paths.submission(numbers[-1])) if numbers else None
     if request is None:
         request = Request(before.cluster, before.time, before.options) if before else Request(load_cluster("slurm"))
+    elif before and before.cluster.name == request.cluster.name:
+        request = replace(request, time=request.time or before.time, options={**before.options, **request.options})
     given = gpus is not None or procs is not None or nodes is not None
     if before and not given and before.cluster.name == request.cluster.name:
         resources = before.resources
     else:
         if not given:
-            gpus = before.resources.gpus if before else 1
+            gpus, procs = (before.resources.gpus or None, before.resources.ranks) if before else (1, None)
+            procs = None if gpus else procs
         resources = slurm_resources(request.cluster, gpus, procs, nodes)
     spec = spec_of(paths)
     _check(spec, request, dry_run=False)
@@ -115,7 +120,7 @@ def _half_submitted(paths: RunPaths, job: dict[str, Any]) -> list[str]:
     if job["host"] == socket.gethostname() and alive(job["pid"], job["started"]):
         raise UserError(f"run {paths.id} is being submitted by process {job['pid']}", "wait a moment")
     script = str(paths.submission(job["submission"]) / "job.sh")
-    return sorted(each.id for each in slurm.queue().values() if each.script == script)
+    return sorted((each.id for each in slurm.queue().values() if each.script == script), key=int)
 
 
 def jobs_of(run: runs.Run) -> tuple[str, ...]:
@@ -169,7 +174,7 @@ def _here(plan: Plan, request: Request, resources: Resources, json: bool) -> int
         (paths.root / name).parent.mkdir(parents=True, exist_ok=True)
         replace_text(paths.root / name, text)
     folder = str(paths.submission(1))
-    words = ["srun", "--unbuffered", *srun_args(request.cluster, resources),
+    words = ["srun", "--unbuffered", *srun_args(request.cluster, resources, here=True),
              *node_process(request.cluster, plan.command[0], folder)]
     lines = [*setup(request.cluster, None), f"exec {shlex.join(words)}"]
     print(f"run {paths.id} in {shown(paths.root)}, in allocation {allocation}", flush=True)
@@ -183,6 +188,10 @@ def _here(plan: Plan, request: Request, resources: Resources, json: bool) -> int
                 stop.received.pop()
                 srun.send_signal(signal.SIGTERM)
     state = runs.read_run(paths.root).record["state"]
+    if state == "submitted":  # srun has said why, just above
+        shutil.rmtree(paths.root)
+        raise UserError(f"srun could not start the run in allocation {allocation} (see above)",
+                        f"it needs {resources.nodes} node(s): `squeue --job {allocation}` shows what there is")
     print(f"run {paths.id} is {state}" + ("" if state == "finished" else f"; go on with `launch resume {named(paths)}`"))
     return srun.returncode
 

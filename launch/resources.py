@@ -77,6 +77,9 @@ def slurm_resources(cluster: ClusterConfig, gpus: int | None, procs: int | None,
         what = "procs"
     if what == "procs" and cluster.cpus_per_node:
         a_node = cluster.cpus_per_node // cluster.cpus_per_rank
+        if not a_node:
+            raise UserError(f"cluster `{cluster.name}` gives a rank {cluster.cpus_per_rank} cores (`cpus_per_rank`), and a node "
+                            f"has {cluster.cpus_per_node} (`cpus_per_node`)", "mend its file")
     count = gpus if what == "gpus" else procs
     field = "gpus_per_node" if what == "gpus" else "cpus_per_node"
     if count is None and nodes is not None:

@@ -378,16 +378,16 @@ class NodeLog:
 
 
 def node_logs(run: Run) -> list[NodeLog]:
-    """The logs that node processes have left, oldest job first. Those of a sweep's job lie in the sweep's folder."""
-    found = []
-    if (element := _element(run)) is not None:
-        folder = RunPaths(run.paths.root.parent / run.record["sweep"]).submission(1)
-        found += [(0, path) for path in folder.glob(f"*_{element}_*_log.out")]
-    found += [(number, path) for number in run.paths.submission_numbers()
-              for path in run.paths.submission(number).glob("*_log.out")]
-    logs = [NodeLog(number or 1, named[1], int(named[2]), path) for number, path in found
+    """The logs that node processes have left, oldest job first. Those of a sweep's array lie in the sweep's folder."""
+    element = _element(run)
+    folders = [(run.paths, "*_log.out")]
+    if element is not None:
+        folders.append((RunPaths(run.paths.root.parent / run.record["sweep"]), f"*_{element}_*_log.out"))
+    logs = [NodeLog(number, named[1], int(named[2]), path)
+            for paths, pattern in folders for number in paths.submission_numbers()
+            for path in paths.submission(number).glob(pattern)
             if (named := re.fullmatch(r"(\d+(?:_\d+)?)_(\d+)_log\.out", path.name))]
-    return sorted(logs, key=lambda log: (log.submission, [int(part) for part in log.job.split("_")], log.node))
+    return sorted(logs, key=lambda log: ([int(part) for part in log.job.split("_")], log.node))
 
 
 def _element(run: Run) -> int | None:
@@ -422,6 +422,9 @@ def cancel(run: Run, wait_s: float | None = None) -> str:
     if job["host"] != socket.gethostname():
         raise UserError(f"run `{run.id}` is at work on host `{job['host']}`, this is `{socket.gethostname()}`",
                         f"type `launch cancel {run.id}` there")
+    sweep = run.record.get("sweep")
+    if sweep and now == "submitted":  # it waits for its turn, before which the sweep's process looks at its record
+        return update_json(run.paths.record, state="cancelled", updated=_now())["state"]
     # The marker first: whoever sees the signal must already find the reason.
     attempt = max(run.paths.attempt_numbers(), default=run.record["attempt"])
     run.paths.cancellation(attempt).touch()
@@ -434,7 +437,7 @@ def cancel(run: Run, wait_s: float | None = None) -> str:
                         "ask them to cancel it") from None
     wait_s = 90.0 if wait_s is None else wait_s
     deadline = time.monotonic() + wait_s
-    while alive(job["pid"], job["started"]):
+    while alive(job["pid"], job["started"]) and not (sweep and run.again().record["state"] in FINAL):
         if time.monotonic() > deadline:
             return f"{now} (asked to stop, but process {job['pid']} still runs after {wait_s:.0f} s)"
         time.sleep(0.05)
@@ -454,7 +457,9 @@ def cancel_sweep(root: Path, sweep: str, wait_s: float | None = None) -> list[di
     looked = look([read_run(folder.parent / point["run"]) for point in found["points"]
                    if RunPaths(folder.parent / point["run"]).record.exists()])
     said = _cancel_on_slurm([(run, truth) for run, truth in looked if _on_slurm(run.record)], wait_s)
-    said |= {run.id: cancel(run, wait_s) for run, truth in looked if truth.state in ACTIVE and not _on_slurm(run.record)}
+    here = [run for run, truth in looked if truth.state in ACTIVE and not _on_slurm(run.record)]
+    # Those that wait first: else the next begins when the one at work ends.
+    said |= {run.id: cancel(run, wait_s) for run in sorted(here, key=lambda run: run.record["state"] != "submitted")}
     if not said:
         raise UserError(f"no run of sweep `{folder.name}` waits or is at work: there is nothing to cancel",
                         f"see `launch runs --sweep {folder.name}`")

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 
 from launch import record, slurm, snapshot
@@ -104,7 +105,8 @@ def hand_over(job: Job, files: dict[str, str], root: Path) -> list[str]:
     ids: list[str] = []
     try:
         for _ in range(job.links):
-            follows = [f"--dependency=afternotok:{ids[-1]}", "--kill-on-invalid-dep=yes"] if ids else []
+            # Of all before it: that the one before was struck off would be an end that was not good.
+            follows = [f"--dependency=afternotok:{':'.join(ids)}", "--kill-on-invalid-dep=yes"] if ids else []
             said = _sbatch(job, *job.command[:-1], *follows, job.command[-1])
             ids.append(said.partition(";")[0].strip())  # a federation's cluster comes after it
     except UserError:
@@ -118,14 +120,17 @@ def try_out(job: Job, resources: Resources) -> None:
     """Ask SLURM whether it could ever run this job, and submit nothing. Raises: UserError."""
     _sbatch(job, "sbatch", "--test-only", stdin=job.script)
     # What SLURM (22.05) takes all the same, and then lets wait for ever.
-    for partition in _of(job):
-        time_s = seconds(_asked(job)["time"])
-        if partition.time_s is not None and time_s > partition.time_s:
-            raise UserError(f"the time limit is {slurm_time(time_s)}; partition `{partition.name}` allows "
-                            f"{slurm_time(partition.time_s)}", f"--time {slurm_time(partition.time_s)} or less")
-        if resources.nodes > partition.nodes:
-            raise UserError(f"{resources.nodes} nodes are asked for; partition `{partition.name}` has {partition.nodes}",
-                            f"ask for fewer: {_has(partition)}")
+    if not (partitions := _of(job)):
+        return
+    time_s = seconds(_asked(job)["time"])
+    longest = max(partitions, key=lambda partition: partition.time_s or inf)
+    if time_s > (longest.time_s or inf):
+        raise UserError(f"the time limit is {slurm_time(time_s)}; partition `{longest.name}` allows "
+                        f"{slurm_time(longest.time_s)}", f"--time {slurm_time(longest.time_s)} or less")
+    largest = max(partitions, key=lambda partition: partition.nodes)
+    if resources.nodes > largest.nodes:
+        raise UserError(f"{resources.nodes} nodes are asked for; partition `{largest.name}` has {largest.nodes}",
+                        f"ask for fewer: {_has(largest)}")
 
 
 def _sbatch(job: Job, *words: str, stdin: str | None = None) -> str:
@@ -146,9 +151,10 @@ def _asked(job: Job) -> dict[str, str]:
 
 
 def _of(job: Job) -> list[slurm.Partition]:
-    """The partition that the job goes to."""
+    """The partition that the job goes to; several if it may run in any of them."""
     wanted = _asked(job).get("partition")
-    return [found for found in slurm.partitions() if found.name == wanted or wanted is None and found.default]
+    names = wanted.split(",") if wanted else []
+    return [found for found in slurm.partitions() if found.name in names or wanted is None and found.default]
 
 
 def _has(partition: slurm.Partition) -> str:

@@ -216,8 +216,8 @@ def show_sweep(sweep: Sweep) -> str:
 
 
 def _differences(before: str, after: str) -> list[str]:
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
-    return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+    _, _, *lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
+    return [line for line in lines if not line.startswith("@@")]
 
 
 def sweep_json(sweep: Sweep) -> dict[str, Any]:
@@ -295,8 +295,9 @@ def _write(sweep: Sweep, task: str, job: Mapping[str, Any], sources: Sequence[Pa
         left_out = snapshot.take(sources, paths.code).left_out if sources else ()
         for plan in sweep.plans:
             record.create_run(plan, sweep=sweep.id, job=dict(job))
-        _write_json(paths.root / runs.SWEEP, {"id": sweep.id, "task": task, "created": record.now(), "job": dict(job),
-                                              "max_parallel": sweep.parallel, "points": list(sweep.points)})
+        with _writing(paths.root):
+            replace_json(paths.root / runs.SWEEP, {"id": sweep.id, "task": task, "created": record.now(), "job": dict(job),
+                                                   "max_parallel": sweep.parallel, "points": list(sweep.points)})
     except BaseException:
         _remove(sweep)
         raise
@@ -304,20 +305,24 @@ def _write(sweep: Sweep, task: str, job: Mapping[str, Any], sources: Sequence[Pa
 
 
 def _write_submission(sweep: Sweep) -> None:
+    """Making its folder is what decides between two who try."""
     file = Path(sweep.folder) / _submission_file(sweep)
-    try:
-        file.parent.mkdir(parents=True)
+    with _writing(file.parent):
+        try:
+            file.parent.mkdir(parents=True)
+        except FileExistsError:
+            raise UserError(f"sweep {sweep.id} has just been resumed by another process",
+                            f"see `launch runs --sweep {sweep.id}`") from None
         replace_text(file, sweep.submission.text())
-    except OSError as error:
-        raise UserError(f"{file.parent} cannot be written: {error.strerror}",
-                        "make room there, or choose another place with --runs DIR or LAUNCH_RUNS") from error
 
 
-def _write_json(path: Path, value: Any) -> None:
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     try:
-        replace_json(path, value)
+        yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}", "make room there") from error
+        raise UserError(f"{folder} cannot be written: {error.strerror}",
+                        "make room there, or choose another place with --runs DIR or LAUNCH_RUNS") from error
 
 
 def _remove(sweep: Sweep) -> None:
@@ -395,7 +400,7 @@ def _in_turn(sweep: Sweep, json: bool) -> int:
 
     def waiting(file: Path) -> bool:
         """Unless it was cancelled meanwhile, or taken by somebody else."""
-        now = read_json(file)
+        now = _now(file)
         return (now["state"], now["job"]) == ("submitted", job)
 
     with stop_signals() as stop:
@@ -414,7 +419,7 @@ def _in_turn(sweep: Sweep, json: bool) -> int:
                 view.close()
                 print(error, file=sys.stderr)
                 codes.append(error.exit_code)
-            stopped = codes[-1] == record.EXIT_CODES["killed"] or read_json(file)["state"] == "preempted"
+            stopped = codes[-1] == record.EXIT_CODES["killed"] or _now(file)["state"] == "preempted"
         for file in filter(waiting, files if stopped else ()):
             update_json(file, state="preempted", updated=record.now())
     _tell(_ending(sweep), json)
@@ -425,11 +430,19 @@ def _in_turn(sweep: Sweep, json: bool) -> int:
 
 
 def _ending(sweep: Sweep) -> str:
-    states = [read_json(RunPaths(Path(folder)).record)["state"] for folder in sweep.submission.runs]
+    states = [_now(RunPaths(Path(folder)).record)["state"] for folder in sweep.submission.runs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     name = one.named(RunPaths(Path(sweep.folder)))
     onward = "" if set(states) == {"finished"} else f"; go on with `launch sweep --resume {name}`"
     return f"sweep {sweep.id}: {counts}; compare them with `launch runs --sweep {name}`{onward}"
+
+
+def _now(file: Path) -> dict[str, Any]:
+    """A run's record. Its folder may have been removed."""
+    try:
+        return read_json(file)
+    except (OSError, ValueError):
+        return {"state": "unreadable", "job": None}
 
 
 def _tell(message: str, json: bool) -> None:
@@ -450,46 +463,45 @@ def resume(root: Path, word: str, *, request: Request | None, gpus: int | None, 
     """
     found = runs.read_sweep(root, word)
     paths, points = RunPaths(Path(found["path"])), found["points"]
-    members = [runs.read_run(paths.root.parent / point["run"]) for point in points]
-    before = last_submission(paths)
-    _adopt(paths, members)
-    members = [run.again() for run in members]
-    going = _going(members)
-    left = [element for element, run in enumerate(members) if run.id not in going and run.record["state"] != "finished"]
+    _adopt(paths, _members(paths, points))
+    members = _members(paths, points)
+    going = _going(members.values())
+    left = {element: run for element, run in members.items() if run.id not in going and run.record["state"] != "finished"}
     if going:
         _tell(f"sweep {paths.id}: {_many(len(going), 'run')} at work or waiting, left alone", json)
     if not left:
         _tell(f"sweep {paths.id}: all {'others' if going else 'runs'} are finished: nothing to resume", json)
         return 0
+    before = last_submission(paths)
     if request is None:
         request = Request(before.cluster, before.time, before.options)
     here = request.cluster.kind == "local"
     resources = _resources(before, request, gpus, procs, nodes)
-    specs = {element: spec_of(members[element].paths) for element in left}
+    specs = {element: spec_of(run.paths) for element, run in left.items()}
     for element, spec in specs.items():
         with _at(points[element]["overrides"]):
             check(spec, request, False)
-    # A run that was resumed alone counts its own submissions on from the sweep's.
-    number = max([*paths.submission_numbers(), *((run.record["job"] or {}).get("submission", 0) for run in members),
-                  *(number for run in members for number in run.paths.submission_numbers())]) + 1
+    # Runs that were resumed alone have counted their own on from the sweep's.
+    number = max(number for each in (paths, *(run.paths for run in members.values())) for number in each.submission_numbers()) + 1
     sweep = make_sweep(paths.id, points, specs, request, resources, root=paths.root.parent, cwd=Path(before.cwd),
                        copy=None if here else snapshot.load(paths.code), number=number,
-                       parallel=parallel or (None if here else found.get("max_parallel")))
+                       parallel=parallel or (None if here else found["max_parallel"]))
     if not here:
         try_out(sweep.jobs[0], resources)
     _write_submission(sweep)
     job = _here() if here else _submitting(sweep)
-    was = [(members[element].paths.record, {key: members[element].record[key] for key in ("state", "job")}) for element in left]
-    for file, _ in was:
-        update_json(file, state="submitted", job=job, updated=record.now())
+    with _writing(paths.root.parent):
+        for run in left.values():
+            update_json(run.paths.record, state="submitted", job=job, updated=record.now())
     if here:
         update_json(paths.root / runs.SWEEP, job=job)
         return _in_turn(sweep, json)
     try:
         ids = _hand_over(sweep)
     except BaseException:
-        for file, changes in was:
-            update_json(file, **changes)
+        for run in left.values():
+            update_json(run.paths.record, state=run.record["state"], job=run.record["job"])
+        shutil.rmtree(paths.submission(number))
         raise
     _say(sweep, ids, json)
     return 0
@@ -506,38 +518,42 @@ def _resources(before: Submission, request: Request, gpus: int | None, procs: in
     return slurm_resources(request.cluster, gpus, procs, nodes)
 
 
-def _adopt(sweep: RunPaths, members: Sequence[runs.Run]) -> None:
+def _members(sweep: RunPaths, points: Sequence[Mapping[str, Any]]) -> dict[int, runs.Run]:
+    """Its runs by their points' places, but for those that were removed."""
+    folders = {element: sweep.root.parent / point["run"] for element, point in enumerate(points)}
+    return {element: runs.read_run(folder) for element, folder in folders.items() if folder.exists()}
+
+
+def _adopt(sweep: RunPaths, members: Mapping[int, runs.Run]) -> None:
     """Note the jobs of a submission that broke off before it could, and let them go.
 
     Raises:
         UserError: it is under way; SLURM does not answer.
     """
-    on_slurm = {element: run for element, run in enumerate(members)
-                if run.record["state"] != "finished" and (run.record["job"] or {}).get("kind") == "slurm"}
-    if not on_slurm:
-        return
-    queued = list(slurm.queue().values())
-    held = []
-    for element, run in on_slurm.items():
-        job, number = run.record["job"], run.record["job"]["submission"]
+    unfinished = {element: run for element, run in members.items()
+                  if run.record["state"] != "finished" and (run.record["job"] or {}).get("kind") == "slurm"}
+    queued = list(slurm.queue().values()) if unfinished else []
+    held, adopted = [], {}
+    for element, run in unfinished.items():
+        job = run.record["job"]
         if not job["ids"] and job["host"] == socket.gethostname() and alive(job["pid"], job["started"]):
             raise UserError(f"sweep {sweep.id} is being submitted by process {job['pid']}", "wait a moment")
-        its = {f"{paths.submission(number)}/job.sh" for paths in (sweep, run.paths)}
-        mine = [each for each in queued if each.script in its and ("_" not in each.id or each.id.endswith(f"_{element}"))]
-        if not job["ids"] and mine:
-            update_json(run.paths.record, job={**{key: job[key] for key in ("kind", "cluster", "submission")},
-                                               "ids": sorted(each.id for each in mine)})
+        scripts = {f"{paths.submission(job['submission'])}/job.sh" for paths in (sweep, run.paths)}
+        mine = [each for each in queued if each.script in scripts and ("_" not in each.id or each.id.endswith(f"_{element}"))]
         held += [each.id for each in mine if each.reason == HELD]
+        if mine and not job["ids"]:
+            adopted = {**{key: job[key] for key in ("kind", "cluster", "submission")}, "ids": sorted(each.id for each in mine)}
+            update_json(run.paths.record, job=adopted)
+    if adopted:
+        update_json(sweep.root / runs.SWEEP, job={**adopted, "ids": sorted({id.partition("_")[0] for id in held})})
     if held:
         release(held)
 
 
-def _going(members: Sequence[runs.Run]) -> set[str]:
+def _going(members: Iterable[runs.Run]) -> set[str]:
     """The ids of those runs that are at work, or wait to be."""
-    jobs = {run.id: run.record["job"] or {} for run in members if run.record["state"] != "finished"}
+    jobs = {run: run.record["job"] or {} for run in members if run.record["state"] != "finished"}
     ids = [id for job in jobs.values() for id in job.get("ids", ())]
     queued = slurm.queue(ids) if ids else {}
-    going = {run for run, job in jobs.items() if queued.keys() & set(job.get("ids", ()))}
-    # Waiting for its turn here, or at work anywhere; one that waits on another host is whose of the two begins it.
-    return going | {run.id for run in members if jobs.get(run.id, {}).get("kind") == "local"
-                    and (run.state == "running" or run.state == "submitted" and jobs[run.id]["host"] == socket.gethostname())}
+    return {run.id for run, job in jobs.items() if queued.keys() & set(job.get("ids", ()))
+            or job.get("kind") == "local" and (run.state == "running" or run.state == "submitted" and _is_here(job))}

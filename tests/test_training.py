@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BLOBS, Command, environment, logged_steps, record, rows, wait_until
+from conftest import BLOBS, Command, attempt, environment, logged_steps, record, rows, wait_until
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -284,3 +284,11 @@ def test_debug_shows_the_traceback_of_a_users_mistake(launch):
     (launch.folder / "blobs.yaml").write_text(BLOBS.read_text())
     done = launch("blobs.yaml", "--debug")
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "in loss" in done.stderr
+
+
+def test_a_grace_that_is_too_short_for_a_checkpoint_is_told(launch):
+    done = launch(BLOBS, "--procs", 1, "train.steps=20", "run.grace_s=0.001")
+    assert done.returncode == 0
+    assert re.search(r"warning: a checkpoint took \d\.\d s; a stop leaves run.grace_s = 0.001 s for one", done.stdout)
+    assert attempt(launch.run(), 1)["checkpoint_s"] > 0.001
+    assert "warning: a checkpoint took" not in launch(BLOBS, "--procs", 1, "train.steps=20").stdout

@@ -213,6 +213,22 @@ def test_cancel_does_not_wait_for_ever(tmp_path, node):
     assert re.match(r"running \(.*still runs after 0 s\)", said)
 
 
+def test_cancel_of_a_local_sweep_takes_those_that_wait_first(tmp_path, node):
+    working = make_run(tmp_path, "s-0", state="running", attempt=2, sweep="s")
+    make_attempt(working, 1)
+    make_attempt(working, 2)
+    process = node(working, "obedient")
+    replace_json(working.record, {**runs.read_run(working.root).record, "job": job_of(process.pid)})
+    for id in ("s-1", "s-2"):
+        make_run(tmp_path, id, state="submitted", attempt=0, sweep="s", job=job_of(process.pid))
+    (tmp_path / "s").mkdir()
+    replace_json(tmp_path / "s" / "sweep.json", {"id": "s", "points": [{"run": f"s-{i}", "overrides": []} for i in (0, 1, 2)]})
+    assert runs.cancel(runs.find_run(tmp_path, "s-1")) == "cancelled"
+    assert process.poll() is None, "the one at work goes on"
+    assert runs.cancel_sweep(tmp_path, "s") == [{"id": f"s-{i}", "state": "cancelled"} for i in (0, 1, 2)]
+    process.wait(10)
+
+
 def test_cancel_refuses_what_is_not_at_work_here(tmp_path, gone):
     make_run(tmp_path, "done")
     make_run(tmp_path, "lost", state="running", job=job_of(gone))

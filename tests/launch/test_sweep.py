@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -75,7 +74,7 @@ def blobs(words):
 
 
 def test_an_error_names_the_point():
-    with pytest.raises(UserError, match="^at optim.lr=zero: .*optim.lr"):
+    with pytest.raises(UserError, match="^error: at optim.lr=zero: .*`optim.lr` is `zero`"):
         load_specs(grid(["optim.lr=0.1,zero"]), blobs)
 
 
@@ -92,7 +91,7 @@ def planned(points: list[Point], cluster: ClusterConfig, ranks: int = 1, paralle
 
 
 def test_the_batch_must_divide_at_each_point():
-    with pytest.raises(UserError, match="^at train.batch_size=30: .*not a multiple of 4 ranks"):
+    with pytest.raises(UserError, match="^error: at train.batch_size=30: .*not a multiple of 4 ranks"):
         planned(grid(["train.batch_size=32,30"]), HERE, ranks=4)
 
 
@@ -272,9 +271,3 @@ def test_a_sweep_that_is_none(script):
     done = script("sweep", "--resume", "nope")
     assert done.returncode == 2 and "there is no sweep `nope`" in done.stderr
     assert script("sweep").returncode == 2
-
-
-def test_a_thousand_points_are_planned_in_seconds():
-    began = time.monotonic()
-    planned(grid(["train.seed=" + ",".join(map(str, range(1000)))]), HERE)
-    assert time.monotonic() - began < 20  # about 3 on an idle core

@@ -192,7 +192,8 @@ def test_ranks_that_outlive_their_attempt_commit_nothing(slurm, slurm_launch):
 def test_a_preemption(slurm, slurm_launch, whole):
     run, job = submit(slurm_launch, *KEYS, SLOWLY, *WHERE)
     reach(run, random.randint(60, 150))
-    urgent = slurm.run("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3").strip()
+    urgent = slurm.run("sbatch", "--parsable", "--partition=urgent", "-N3", "--exclusive", "--output=/dev/null",
+                       "--wrap", "sleep 3").strip()
     wait_until(lambda: attempt(run, 1)["outcome"] != "running", timeout_s=60)
     at = record(run)["step"]
     began = time.monotonic()

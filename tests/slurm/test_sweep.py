@@ -1,0 +1,200 @@
+"""Sweeps on a real cluster: one array, of which each element comes back alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BLOBS, attempt, environment, record, rows, wait_until
+from slurm.conftest import LoginCommand, write_cluster
+
+from launch import runs
+
+WORK = """
+import os, signal, sys, time
+word, again = sys.argv[1], os.environ["LAUNCH_ATTEMPT"] != "1"
+print("this is", word, flush=True)
+if word == "wait" and not again:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    print("up", flush=True)
+    time.sleep(120)
+sys.exit(3 if word == "fail" and not again else 0)
+"""
+WHERE = ("--cluster", "here", "--procs", 1)
+
+
+@pytest.fixture
+def script(slurm_launch) -> LoginCommand:
+    (slurm_launch.folder / "work.py").write_text(WORK)
+    return slurm_launch
+
+
+def submitted(launch, *words) -> dict:
+    done = launch("sweep", *words, *WHERE, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def states(launch, sweep: dict) -> list[str]:
+    return [record(launch.folder / "runs" / run)["state"] for run in sweep["runs"]]
+
+
+def finish(launch, sweep: dict) -> None:
+    wait_until(lambda: set(states(launch, sweep)) <= {"finished", "failed", "cancelled"}, timeout_s=120)
+    assert set(states(launch, sweep)) == {"finished"}, said(launch, sweep)
+
+
+def said(launch, sweep: dict) -> str:
+    return "\n".join(log.read_text() for log in sorted(launch.folder.glob("runs/*/submissions/*/*_log.out")))
+
+
+def losses(run: Path) -> list[tuple]:
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(run)]
+
+
+@pytest.mark.slow
+def test_an_element_that_is_requeued_goes_on_and_the_others_are_untouched(slurm, slurm_launch, monkeypatch):
+    words = ("train.steps=150", "checkpoint.every=50", "eval.every=50", "run.grace_s=10")
+    dry = slurm_launch("sweep", BLOBS, "train.seed=1,2,3", *words, "model.pause_s=0.05", *WHERE, "--max-parallel", 2,
+                       "--dry-run", "--json")
+    sweep = submitted(slurm_launch, BLOBS, "train.seed=1,2,3", *words, "model.pause_s=0.05", "--max-parallel", 2)
+    (job,), root = sweep["jobs"], slurm_launch.folder / "runs"
+    folder, of_2 = root / sweep["id"], root / sweep["runs"][1]
+    most = 0
+
+    def reached() -> bool:
+        nonlocal most
+        most = max(most, len(slurm.run("squeue", "-h", "-r", "-t", "RUNNING").splitlines()))
+        return (of_2 / "metrics.jsonl").exists() and len(rows(of_2)) >= 60
+
+    wait_until(reached)
+    slurm.run("scontrol", "requeue", f"{job}_1")
+    wait_until(lambda: attempt(of_2, 1)["outcome"] != "running", timeout_s=30)
+    assert attempt(of_2, 1)["outcome"] == "preempted" and record(of_2)["step"] == record(of_2)["checkpoint"] < 150
+    finish(slurm_launch, sweep)
+    assert most == 2
+
+    alone = json.loads(slurm_launch(BLOBS, "train.seed=2", *words, *WHERE, "--json").stdout)["id"]
+    wait_until(lambda: record(root / alone)["state"] == "finished", timeout_s=120)
+    assert losses(of_2) == losses(root / alone) and len(losses(of_2)) == 150
+    assert losses(root / sweep["runs"][0]) != losses(of_2)
+    assert [record(root / run)["attempt"] for run in sweep["runs"]] == [1, 2, 1]
+    assert [record(root / run)["job"]["ids"] for run in sweep["runs"]] == [[f"{job}_{element}"] for element in range(3)]
+    assert [attempt(of_2, number)["job"] for number in (1, 2)] == [f"{job}_1"] * 2
+    assert attempt(of_2, 2)["restart"] == 1
+
+    # What the dry run said is what was submitted, byte for byte.
+    plan = json.loads(dry.stdout)
+    text = plan["job"]["script"].replace(plan["id"], sweep["id"])
+    assert (folder / "submissions/1/job.sh").read_text() == text and f"--array=0-2%2\n" in text
+    for file, text in plan["files"].items():
+        assert (folder / file).read_text() == text.replace(plan["id"], sweep["id"])
+    for each, run in zip(plan["plans"], sweep["runs"]):
+        assert (root / run / "run.yaml").read_text() == each["files"]["run.yaml"].replace(plan["id"], sweep["id"])
+
+    # One copy of the code, one place for the logs.
+    assert (folder / "code/snapshot.json").exists() and not (of_2 / "code").exists()
+    assert str(folder / "code") in (of_2 / "run.yaml").read_text()
+    assert [path.name for path in (folder / "submissions/1").glob("*_log.out")].sort() == [
+        f"{job}_{element}_0_log.out" for element in range(3)].sort()
+    monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
+    table = runs.list_runs(root, sweep=sweep["id"])
+    assert [row["overrides"] for row in table] == [["train.seed=1"], ["train.seed=2"], ["train.seed=3"]]
+    assert [log.job for log in runs.node_logs(runs.read_run(of_2))] == [f"{job}_1"]
+
+
+def test_resume_goes_on_with_what_has_not_finished(slurm, script):
+    sweep = submitted(script, "work.py", "args=[one],[fail],[wait]", "run.max_restarts=0", "--max-parallel", 3)
+    wait_until(lambda: states(script, sweep) == ["finished", "failed", "running"], timeout_s=60)
+    wait_until(lambda: len(slurm.run("squeue", "-h", "-r").splitlines()) == 1, timeout_s=30)
+
+    again = script("sweep", "--resume", sweep["id"])
+    assert again.returncode == 0, again.stderr
+    assert "1 run at work or waiting, left alone" in again.stdout and ": 1 run of 1 CPU rank(s)" in again.stdout
+    folder = script.folder / "runs" / sweep["id"]
+    assert "#SBATCH --array=1%3\n" in (folder / "submissions/2/job.sh").read_text()
+    wait_until(lambda: states(script, sweep) == ["finished", "finished", "running"], timeout_s=60)
+    (second,) = json.loads((folder / "sweep.json").read_text())["job"]["ids"]
+    failed = script.folder / "runs" / sweep["runs"][1]
+    assert record(failed)["job"]["ids"] == [f"{second}_1"] and attempt(failed, 2)["submission"] == 2
+
+    waiting = script.folder / "runs" / sweep["runs"][2]
+    assert script("cancel", waiting.name).returncode == 0
+    assert states(script, sweep) == ["finished", "finished", "cancelled"]
+    alone = script("resume", waiting.name, "--json")  # in a job of its own, with the sweep's copy of the code
+    assert alone.returncode == 0, alone.stderr
+    finish(script, sweep)
+    assert attempt(waiting, 2)["submission"] == 2 and (waiting / "submissions/2/job.sh").exists()
+    assert f"LAUNCH_CODE={folder}/code/" in (waiting / "submissions/2/job.sh").read_text()
+    assert "nothing to resume" in script("sweep", "--resume", sweep["id"]).stdout
+
+
+DIES = """
+import os, sys
+from launch import cli, sweep
+def update_json(*_, **__): {how}
+sweep.update_json = update_json
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def dying(launch: LoginCommand, how: str, *words) -> int:
+    """The exit code of a command that dies after `sbatch`, before it can note a job's id."""
+    env = environment(**launch.slurm.env, XDG_CONFIG_HOME=str(launch.folder / "config"))
+    words = [sys.executable, "-P", "-c", DIES.format(how=how), *map(str, words)]
+    return subprocess.run(words, env=env, cwd=launch.folder, capture_output=True, timeout=60).returncode
+
+
+def test_a_submission_that_broke_off_is_taken_up_and_not_doubled(slurm, script):
+    assert dying(script, "os._exit(9)", "sweep", "work.py", "args=[one],[two]", *WHERE) == 9
+    assert len(slurm.run("squeue", "-h", "-r").splitlines()) == 2
+    (file,) = script.folder.glob("runs/*/sweep.json")
+    points = json.loads(file.read_text())["points"]
+    sweep = {"id": file.parent.name, "runs": [point["run"] for point in points]}
+    assert states(script, sweep) == ["submitted", "submitted"]
+    assert all(record(script.folder / "runs" / run)["job"]["ids"] == [] for run in sweep["runs"])
+
+    done = script("sweep", "--resume", sweep["id"])
+    assert done.returncode == 0 and "2 runs at work or waiting, left alone" in done.stdout, done.stderr
+    finish(script, sweep)
+    assert all(record(script.folder / "runs" / run)["attempt"] == 1 for run in sweep["runs"])
+    assert len(slurm.jobs()) == 2 or {job.get("ArrayTaskId") for job in slurm.jobs()} >= {"0", "1"}
+
+
+def test_a_submission_that_is_interrupted_leaves_nothing(slurm, script):
+    assert dying(script, "raise KeyboardInterrupt", "sweep", "work.py", "args=[one],[two]", *WHERE) == 130
+    assert not list(script.folder.glob("runs/*"))
+    wait_until(lambda: not slurm.run("squeue", "-h"), timeout_s=10)
+
+
+def test_where_jobs_cannot_be_requeued_each_run_has_a_chain(slurm, script):
+    write_cluster(script.folder, requeue=False, chain=2)
+    sweep = submitted(script, "work.py", "args=[one],[wait]")
+    assert len(sweep["jobs"]) == 4
+    folders = [script.folder / "runs" / run for run in sweep["runs"]]
+    assert [record(folder)["job"]["ids"] for folder in folders] == [sweep["jobs"][:2], sweep["jobs"][2:]]
+    wait_until(lambda: states(script, sweep) == ["finished", "running"] and "up" in
+               (folders[1] / "attempts/1/logs/0.log").read_text(), timeout_s=60)
+    slurm.run("scancel", "--signal=USR2", sweep["jobs"][2])  # as before a time limit: the next link goes on
+    finish(script, sweep)
+    assert [record(folder)["attempt"] for folder in folders] == [1, 2]
+    assert attempt(folders[1], 2)["job"] == sweep["jobs"][3]
+    wait_until(lambda: not slurm.run("squeue", "-h"), timeout_s=30)
+
+
+def test_what_slurm_refuses_writes_nothing(script):
+    done = script("sweep", "work.py", "args=[one],[two]", *WHERE, "sbatch.partition=nope")
+    assert done.returncode == 2 and "SLURM refuses this job" in done.stderr
+    assert not list(script.folder.glob("runs/*"))
+
+
+def test_more_points_than_the_cluster_takes(own_cluster, tmp_path):
+    write_cluster(tmp_path)
+    launch = LoginCommand(tmp_path, own_cluster(nodes=1, gpus=0, extra="MaxArraySize=3"))
+    (tmp_path / "work.py").write_text(WORK)
+    done = launch("sweep", "work.py", "args=[a],[b],[c],[d]", *WHERE)
+    assert done.returncode == 2 and "4 points are more than an array may have" in done.stderr
+    assert not list(tmp_path.glob("runs/*"))
