@@ -472,15 +472,17 @@ def _write(text: str) -> None:
 @json_option
 def cancel(word: str, root: Path, json: bool) -> None:
     """Stop a run, with a checkpoint, or a whole sweep."""
-    from launch import runs as running
+    from launch.cancel import cancel as stop
+    from launch.cancel import cancel_sweep
+    from launch.runs import find_run, find_sweep
 
-    sweep = running.find_sweep(root, word)
+    sweep = find_sweep(root, word)
     whole = sweep is not None and sweep.name == Path(word).name  # a beginning of its id may mean one of its runs
     if whole:
-        rows = running.cancel_sweep(root, word)
+        rows = cancel_sweep(root, word)
     else:
-        run = running.find_run(root, word)
-        rows = [{"id": run.id, "state": running.cancel(run)}]
+        run = find_run(root, word)
+        rows = [{"id": run.id, "state": stop(run)}]
     if json:
         return _print_json(rows if whole else rows[0])
     for row in rows:

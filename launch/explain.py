@@ -12,7 +12,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
-from launch.runs import NOT_SUBMITTED, Run, node_logs, status
+from launch.runs import Run, node_logs, status
+from launch.truth import ACTIVE
 from trainers.errors import UserError
 from trainers.events import duration
 from trainers.paths import RunPaths
@@ -20,15 +21,17 @@ from trainers.paths import RunPaths
 END_BYTES = 256 * 1024  # of a log, from its end
 BEGIN_BYTES = 64 * 1024
 TRACE_LINES = 15        # of a traceback, the last
-LOG_LINES = 12          # of a log that has none
-STILL_S = 300.0         # without a sign of life, at the least, until a run is said to be still
+LOG_LINES = 8           # of a log that has none
+SAID_LINES = 5          # of SLURM's
+STILL_S = 300.0         # without a word, until a run is said to be still
 
 BEGAN = re.compile(r"^(?:training from|resuming at) step (\d+) of ", re.MULTILINE)
 STEP = re.compile(r"^(?:step|eval|finished at step|preempted at step) (\d+)/\d+", re.MULTILINE)
 SPEED = re.compile(r"^step \d+/\d+ .*?([\d,]+ \w+/s) .*eta (\S+)$", re.MULTILINE)
-BY_SLURM = re.compile(r"^(?:srun|slurmstepd[^:]*|sbatch|.*/slurm_script): .*", re.MULTILINE)
-NOISE = re.compile(r"lacks support for cpu binding|Exited with exit code|got SIGCONT|Job step aborted|Terminating StepId"
-                   r"|SLURM_\w+ has been set|: going to /tmp")
+BY_SLURM = re.compile(r"^(?:srun|slurmstepd[^:]*|.*/slurm_script): .*", re.MULTILINE)
+NOISE = re.compile(r"lacks support for cpu binding|Exited with exit code|got SIGCONT|Job step aborted|Terminating StepId")
+UNFIT = ("DOWN", "FAIL", "DRAIN", "NOT_RESPONDING")  # how the states of nodes begin that do no work
+ENDED = {"running": "is at work", "preempted": "stopped with a checkpoint", "lost": "was lost", "cancelled": "was cancelled"}
 
 
 class Cause(NamedTuple):
@@ -42,491 +45,469 @@ class Cause(NamedTuple):
 
 
 RESUME = ("{resume}", "{onward}")
-NETWORK = ("launch doctor --cluster {cluster} --job", "tries whether its nodes reach each other; `interface:` in the cluster's "
-                                                      "file names the network to use")
-NODES = ("launch doctor --cluster {cluster} --job", "tries it on the nodes, in a job of a minute")
-ELSEWHERE = ("{resume} sbatch.exclude={node}", "if it was this node's fault: without it")
-LESS = (("{new} train.micro_batch_size={smaller}{where}", "a new run of the same spec: the same batch in smaller parts"),
-        ("{resume} {more}", "on twice as many ranks, each of which takes half as much of a batch"))
+MENDED = ("{resume}", "once that is mended: {onward}")
+NODES = ("launch doctor --cluster {cluster} --job", "tries its nodes and their network in a job of a minute, and names those "
+                                                    "that fail")
+ELSEWHERE = ("{resume} sbatch.exclude={node}", "without this node, if it was the node's fault")
+MEMORY = ("{resume} {memory}", "with more memory a node, if that was it")
+LESS = (("{resume} {more}", "on twice as many ranks, each of which takes half as much of a batch"),
+        ("{new} train.micro_batch_size={smaller}{where}", "a new run of the same spec, with its batches in smaller parts"))
 
-# The first that fits. What another rank's end brings with it comes last.
+# The first that fits: what another rank's end brings with it comes last.
 CAUSES = (
-    Cause(r"did not stop within ([\d.]+) s of (\w+)", "a step and its checkpoint took longer than run.grace_s, {0} s",
-          (RESUME, ("{new} run.grace_s={grace_s}{where}", "a new run that is given longer; for all runs on a cluster: "
-                                                          "`defaults: {{run: {{grace_s: ...}}}}` in its file"))),
-    Cause(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|ncclUnhandledCudaError.*out of memory",
-          "the GPU's memory was full", LESS),
-    Cause(r"oom[-_]kill|OUT_OF_MEMORY|Out Of Memory|OOM Killed|Exceeded (?:job|step) memory limit|Cannot allocate memory"
+    Cause(r"did not stop within ([\d.]+) s of \w+", "a step and a checkpoint took longer than run.grace_s, {0} s",
+          (RESUME, ("{new} run.grace_s={grace_s}{where}", "a new run that is given longer; `defaults: {{run: {{grace_s: "
+                                                          "{grace_s}}}}}` in a cluster's file gives it to all"))),
+    Cause(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED", "the GPU's memory was full", LESS),
+    Cause(r"oom[-_]kill|state OUT_OF_MEMORY|Out Of Memory|OOM Killed|Exceeded (?:job|step) memory limit|Cannot allocate memory"
           r"|(?<!Of)MemoryError|can't allocate memory|not enough memory: you tried",
-          "the host's memory, or the job's share of it, was full",
-          (("{resume} {memory}", "with more memory a node"), *LESS)),
-    Cause(r"the loss of update .* is \S+ at step|overflowed in \d+ steps in a row", "training diverged: it would again",
-          (("{new} optim.lr={lower}{where}", "a new run, with a lower learning rate"),
-           ("{new} optim.clip_norm=1{where}", "a new run, with gradients cut to a norm"))),
+          "the host's memory, or the job's share of it, was full", (("{resume} {memory}", "with more memory a node"), *LESS)),
+    Cause(r"the loss of update .* is \S+ at step|overflowed in \d+ steps in a row", "training diverged, and would again",
+          (("{new} optim.lr={lower}{where}", "a new run with a lower learning rate"),
+           ("{new} optim.clip_norm=1{where}", "a new run with a limit to its gradients' norm"))),
     Cause(r"No space left on device|Disk quota exceeded", "the disk, or your share of it, is full",
-          (("df -h {folder}", "how full it is; old checkpoints and runs may go"), RESUME)),
+          (("df -h {folder}", "how full it is; old runs and checkpoints may go"), MENDED)),
     Cause(r"No module named '([^']+)'", "the Python that ran it has no module `{0}`",
-          (("launch doctor --cluster {cluster}", "whether what is needed is installed"),
-           ("{resume}", "once it is; a module of your own must lie in the folder or git work tree of the task"))),
-    Cause(r"EADDRINUSE|[Aa]ddress already in use", "another process has taken the port",
-          (("{resume}", "a new attempt takes another port"),)),
-    Cause(r"needs GPU \d+; torch \S+ sees (\d+)", "torch sees {0} GPUs there: fewer than the run was given",
-          (NODES, ELSEWHERE, ("nvidia-smi", "whether the driver is there and fits torch's CUDA"))),
-    Cause(r"uncorrectable ECC|CUDA error: (?:unspecified launch failure|unknown error)|\bXid\b|CUDA-capable device|"
-          r"CUDA driver version is insufficient|fallen off the bus", "a GPU, or its driver, is not in order",
-          (ELSEWHERE, NODES, RESUME)),
-    Cause(r"SIGBUS|Bus error|bus error", "shared memory (/dev/shm) was full, or a file ended while it was mapped",
-          (("df -h /dev/shm", "on its node; in a container it may be small"), ELSEWHERE, RESUME)),
-    Cause(r"Permission denied", "a file or folder may not be read or written",
-          (("ls -ld {folder}", "who may write there"), RESUME)),
-    Cause(r"couldn't chdir to `([^']+)'", "{0} is not there on its node", (NODES,)),
-    Cause(r"JobLaunchFailure|signal 53\b|Slurmd could not connect IO",
-          "a node could not write into the run's folder {folder}: most likely nodes cannot see it",
-          (NODES, ("launch ... --runs DIR", "a folder on storage that this host and all nodes share; `runs:` in the cluster's "
-                                            "file sets it for good"), ELSEWHERE)),
+          (("launch doctor --cluster {cluster}", "whether what launch needs is installed"),
+           ("{resume}", "once it is; a module of your own must lie in the folder, or git work tree, of the task"))),
+    Cause(r"EADDRINUSE|[Aa]ddress already in use", "another process had taken the port",
+          (("{resume}", "a new attempt takes another port: {onward}"),)),
+    Cause(r"needs GPU \d+; torch \S+ sees (\d+)", "torch sees {0} GPU(s) there, fewer than the run was given",
+          (("nvidia-smi", "on that machine: whether the driver is there, and fits torch's CUDA"), NODES, ELSEWHERE, MENDED)),
+    Cause(r"uncorrectable ECC|CUDA error: (?:unspecified launch failure|unknown error)|\bXid\b|CUDA-capable device"
+          r"|CUDA driver version is insufficient|fallen off the bus", "a GPU, or its driver, is not in order",
+          (ELSEWHERE, NODES, MENDED)),
+    Cause(r"SIGBUS|[Bb]us error", "shared memory (/dev/shm) was full, or a file was cut while it was mapped",
+          (("df -h /dev/shm", "on its machine; a container may have little"), ELSEWHERE, RESUME)),
+    Cause(r"signal 53\b|Slurmd could not connect IO",  # 53: SLURM's own, for an output file that it could not open
+          "a node could not write into {folder}: most likely it cannot see that folder",
+          (NODES, ("{new}{where} --runs DIR", "a new run, in a folder that this host and all nodes share; `runs: DIR` in the "
+                                              "cluster's file sets it for all"), ELSEWHERE)),
     Cause(r"execve\(\): (?:bad interpreter\()?([^\n]+?)\)?: (?:No such file|Permission denied)",
-          "`{0}` is not there on the node, or may not be run",
-          (NODES, ("{resume}", "once `python:`, `prefix:` or `setup:` in the file of cluster {cluster} is right"))),
-    Cause(r"process of node ([\d, ]+) of \d+ did not come|head node's process could not be reached|has no interface `",
-          "the nodes' processes did not find each other", (NETWORK, ELSEWHERE, RESUME)),
-    Cause(r"SLURM ended the job before|DUE TO NODE FAILURE|Node failure on|NODE_FAIL|node (?:\S+) went down",
+          "there is no `{0}` on the node, or it may not be run",
+          (NODES, ("{resume}", "once `python:`, `prefix:` or `setup:` in the file of cluster {cluster} is right: {onward}"))),
+    Cause(r"slurm_script: line \d+: ([^\n]*)", "a line of `setup:` in the file of cluster {cluster} failed: {0}", (MENDED,)),
+    Cause(r"couldn't chdir to `([^']+)'", "the node cannot see {0}", (NODES, MENDED)),
+    Cause(r"of \d+ did not come|head node's process could not be reached|has no interface `",
+          "the nodes' processes did not find each other: `interface:` in the cluster's file names the network between them",
+          (NODES, ELSEWHERE, RESUME)),
+    Cause(r"DUE TO NODE FAILURE|Node failure on|state NODE_FAIL|node \S+ (?:went|is) down|SLURM ended the job before",
           "a node of its job failed", (RESUME, ("sinfo -R", "which nodes are down, and why"))),
-    Cause(r"DUE TO TIME LIMIT|\bTIMEOUT\b|\bDEADLINE\b", "the job's time was over before there was a checkpoint at its end",
-          (("{resume} --time {time}", "with more time; or a new run with a lower checkpoint.every"),)),
-    Cause(r"DUE TO PREEMPTION|\bPREEMPTED\b", "another job took the nodes", (RESUME,)),
+    Cause(r"DUE TO TIME LIMIT|state (?:TIMEOUT|DEADLINE)", "the job's time was over before a checkpoint was written at its end",
+          (("{resume} --time {time}", "with more time: {onward}"),)),
+    Cause(r"DUE TO PREEMPTION|state PREEMPTED", "another job took its nodes", (RESUME,)),
     Cause(r"node process on (\S+) (?:is gone|was killed)",
-          "something killed launch's own process there: the kernel for want of memory, an administrator, a failing node",
-          (RESUME, ("{resume} {memory}", "with more memory a node, if that was it"), ELSEWHERE)),
-    Cause(r"SIGKILL", "it was killed from outside without a word: by the kernel for want of memory, or by somebody",
-          (RESUME, ("{resume} {memory}", "with more memory a node, if that was it"), ELSEWHERE)),
-    Cause(r"SIGSEGV|SIGILL|SIGABRT|SIGFPE", "it crashed in native code, not in Python",
-          (("PYTHONFAULTHANDLER=1 {resume}", "the next crash shows where in Python it was"), ELSEWHERE)),
-    Cause(r"unhandled (?:system|cuda) error|nccl(?:System|UnhandledCuda|Internal|InvalidUsage)Error",
-          "NCCL could not use the network, or a GPU, between ranks",
-          (NETWORK, ("NCCL_DEBUG=INFO {resume}", "its log then names the failing call"))),
-    Cause(r"taken the run over", "a newer attempt has taken the run over", consequence=True),
-    Cause(r"Watchdog caught collective operation timeout|collective operation timeout|Timed out waiting \d+ms",
-          "a rank waited for others that did not come: one of them hung, or went another way",
-          (("launch logs {run} --rank K", "what each rank said last: look for the one that differs"), NETWORK, RESUME),
-          consequence=True),
+          "something killed launch's own process there: the kernel for want of memory, somebody, or a failing node",
+          (RESUME, MEMORY, ELSEWHERE)),
+    Cause(r"SIGKILL", "it was killed from outside: by the kernel for want of memory, or by somebody",
+          (RESUME, MEMORY, ELSEWHERE)),
+    Cause(r"SIGSEGV|SIGILL|SIGABRT|SIGFPE", "it crashed in native code",
+          (("PYTHONFAULTHANDLER=1 {resume}", "another crash then shows where in Python it was"), ELSEWHERE)),
+    Cause(r"unhandled (?:system|cuda) error|nccl(?:System|UnhandledCuda|Internal)Error",
+          "NCCL could not use a GPU, or the network between ranks",
+          (NODES, ("NCCL_DEBUG=INFO {resume}", "its logs then name the call that fails"))),
+    Cause(r"Permission denied", "a file or folder may not be read or written",
+          (("ls -ld {folder}", "who may write there"), MENDED)),
+    Cause(r"before the first attempt began", "launch did not come to start a rank: a line of `setup:` in the file of cluster "
+          "{cluster} may have ended the job", (NODES, MENDED)),
+    Cause(r"taken the run over", "a newer attempt had taken the run over", (RESUME,), consequence=True),
+    Cause(r"collective operation timeout|Timed out waiting \d+ms|Socket Timeout",
+          "a rank waited for others that did not come: one hung, or went another way",
+          (("launch logs {run} --rank K", "the last words of each rank: which differs?"), NODES, RESUME), consequence=True),
     Cause(r"Connection (?:closed|reset) by peer|Broken pipe|Connection refused|remote process exited|ncclRemoteError"
-          r"|recvValue failed|Socket Timeout|failed to recv", "it lost another rank, of whose end nothing is known",
-          (("launch logs {run} --rank K", "what each rank said last"), RESUME), consequence=True),
+          r"|recvValue failed|failed to recv", "it had lost another rank, of whose end nothing is known",
+          (("launch logs {run} --rank K", "the last words of each rank"), RESUME), consequence=True),
 )
+# What a job that waits may need, by SLURM's reason.
+WAITING = (
+    (r"JobHeldUser|JobHoldMaxRequeue|.*[Hh]eld$", ("scontrol release {jobs}", "lets it start")),
+    (r"Partition\w+Limit|BadConstraints|DependencyNeverSatisfied",
+     ("launch cancel {run}", "it will never start as it is; `{resume}` then submits it anew, with other options")),
+    (r"ReqNodeNotAvail|NodeDown", ("sinfo -R", "which nodes are down, and why")),
+)
+GOING = (("launch logs {run} --follow", "shows it as it goes on"),
+         ("launch cancel {run}", "stops it, with a checkpoint if it is at work"))
+
+Found = Mapping[str, Any]  # what `launch.runs.status` gives
 
 
 def explain(run: Run) -> dict[str, Any]:
     """What became of a run, and why:
 
-    - `id`, `state`, `sentence` (all of it in one), `note` (what there is to say of the state, or None)
-    - `cause`: None, or the first rank that failed, or what else did: {"attempt", "rank", "node", "exit_code", "signal",
-      "message", "hint", "meaning" (None if the failure is of no known kind), "traceback" and "log_end" (lists of lines),
-      "log" (a path)}; all but `message` may be None
-    - `slurm`: {"problem" (why it could not be asked, or None), "jobs": what it remembers of each of the run's that is
-      over, "forgotten": the ids of others, "said": lines in the job's logs, "queue": as in `launch.runs.status`}
-    - `attempts`: each {"attempt", "outcome", "why", "nodes", "seconds", "from_step", "to_step", "lost_steps" (of its
-      steps, those that the next one did again), "again_s" (until the next one), ...}; None where it is not known
+    - `id`, `state`, `step`, `total`, `note` (what there is to say of the state, or None), and all in one `sentence`
+    - `cause`: None, or of the first rank that failed, or what else did: {"message", "meaning", "attempt", "rank", "node",
+      "exit_code", "signal", "hint", "log" (a path), "traceback" or "log_end" (lines)}, None where there is none
+    - `slurm`: {"problem" (why it could not be asked, or None), "jobs" (what it remembers of the run's that are over),
+      "forgotten" (ids of others), "nodes" (of a lost attempt: those that are down, and their states), "said" (its lines
+      in the job's logs), "queue" (as in `launch.runs.status`)}
+    - `attempts`: of each {"attempt", "outcome", "why", "nodes", "job", "began", "ended", "seconds", "from_step", "to_step",
+      "next_step" (at which the next one went on), "lost_steps" (that it did again), "next_s" (until it began)}; None where
+      that is not known
     - `next`: [{"command", "why"}, ...]
+
+    Nothing is raised because SLURM cannot be asked.
     """
     found = status(run)
-    run = run.again()
-    records = found["attempts"]
-    attempts = _attempts(run, found)
-    slurm = _asked(run, found)
+    attempts = _attempts(run.paths, found)
+    slurm = _slurm(run, found)
     cause = _cause(run, found, slurm)
-    facts = _facts(run, found, cause)
-    kind = _kind(cause, slurm)
-    if cause and kind:
-        match, cause["meaning"] = kind[1], _filled(kind[0].meaning, facts, kind[1])
-        facts["node"] = facts["node"] or _node_in(match, records)
-    return {"id": run.id, "state": found["state"], "sentence": _sentence(run, found, attempts, cause), "note": found["note"],
-            "step": found["step"], "total": found["total"], "cause": cause, "slurm": slurm, "attempts": attempts,
-            "next": _next(found, cause, kind and kind[0], facts)}
+    facts = _facts(run, found, attempts, cause)
+    kind = None
+    if cause and (known := _match(_text(cause, slurm))):
+        kind, match = known
+        cause["meaning"] = _filled(kind.meaning, facts, match)
+    elif cause and found["state"] in ACTIVE:  # it has not begun yet, and that is all
+        cause = None
+    sentence = _sentence(run, found, attempts, cause)
+    return {"id": run.id, **{key: found[key] for key in ("state", "step", "total", "note")}, "sentence": sentence,
+            "cause": cause, "slurm": slurm, "attempts": attempts, "next": _next(found, cause, kind, facts)}
 
 
 def told(explanation: Mapping[str, Any]) -> str:
     """The same for a person."""
-    cause, slurm = explanation["cause"], explanation["slurm"]
-    rows: list[tuple[str, str]] = []
-    if cause:
-        rows += [("cause", cause["meaning"] or ""), ("hint", cause["hint"] or ""), ("log", cause["log"] or "")]
-        rows += [("", line) for line in cause["traceback"] or cause["log_end"] or []]
-    if slurm["problem"]:
-        rows.append(("slurm", f"cannot be asked here: {slurm['problem']}"))
-    for job in slurm["jobs"]:
-        rows.append(("slurm", _ended(job)))
-    if slurm["forgotten"]:
-        rows.append(("slurm", f"knows job {', '.join(slurm['forgotten'])} no more"))
-    rows += [("said", line) for line in slurm["said"]]
-    for attempt in explanation["attempts"]:
-        rows.append((f"attempt {attempt['attempt']}", _attempt_line(attempt)))
+    cause, slurm = explanation["cause"] or {}, explanation["slurm"]
+    last = cause.get("traceback") or cause.get("log_end") or []
+    rows = [("cause", cause.get("meaning")), ("hint", cause.get("hint")), ("log", cause.get("log"))]
+    rows += [("", f"  {line}") for line in last]
+    rows += [("slurm", slurm["problem"] and f"cannot be asked: {slurm['problem']}")]
+    rows += [("slurm", _ended(job)) for job in slurm["jobs"]]
+    rows += [("slurm", f"knows job {id} no more") for id in slurm["forgotten"]]
+    rows += [("slurm", f"node {node} is {state}") for node, state in slurm["nodes"].items()]
+    rows += [("said", line) for line in slurm["said"] if line not in last]
+    rows += [(f"attempt {attempt['attempt']}", _attempt(attempt)) for attempt in explanation["attempts"]]
     for step in explanation["next"]:
         rows += [("next", step["command"]), ("", f"  {step['why']}")]
-    shown = [(label if label != before else "", text) for (label, text), (before, _)
-             in zip(rows, [("", ""), *rows]) if text]
-    return "\n".join([f"{explanation['id']}: {explanation['sentence']}", "",
-                      *(f"{label:<12}{text}".rstrip() for label, text in shown)]).rstrip()
+    rows = [(label, text) for label, text in rows if text and text not in explanation["sentence"]]
+    shown = [(label if label not in [before for before, _ in rows[:i]] else "", text) for i, (label, text) in enumerate(rows)]
+    return "\n".join([f"{explanation['id']}: {explanation['sentence']}", *([""] if rows else []),
+                      *(f"{label:<12}{text}".rstrip() for label, text in shown)])
 
 
 # The attempts
 
 
-def _attempts(run: Run, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    paths, rows = run.paths, []
+def _attempts(paths: RunPaths, found: Found) -> list[dict[str, Any]]:
+    rows = []
     for record in found["attempts"]:
-        number = record["attempt"]
-        first, last = _steps(paths.log(number, 0))
-        if number == found["attempt"] and last is not None and (found["job"] or {}).get("kind"):
+        number, log = record["attempt"], paths.log(record["attempt"], 0)
+        first, last = _steps(log)
+        if last is not None and number == found["attempt"]:
             last = max(last, found["step"] or 0)
-        ended = record.get("ended") or _changed(paths.log(number, 0))
+        going = record["outcome"] == "running"
+        ended = record.get("ended") or (None if going else _changed(log))
+        failure = record.get("failure")
         rows.append({
-            "attempt": number, "outcome": record["outcome"], "why": _why(record), "reason": record.get("reason"),
-            "nodes": record.get("nodes") or [], "job": record.get("job"), "began": record.get("began"), "ended": record.get("ended"),
-            "seconds": _between(record.get("began"), ended) if record["outcome"] != "running" else None,
-            "from_step": first, "to_step": last, "lost_steps": None, "again_s": None,
+            "attempt": number, "outcome": record["outcome"], "why": _failed(failure) if failure else record.get("reason"),
+            "nodes": record.get("nodes") or [], "job": record.get("job"), "began": record.get("began"), "ended": ended,
+            "seconds": _between(record.get("began"), ended), "from_step": first, "to_step": last, "next_step": None,
+            "lost_steps": None, "next_s": None,
         })
     for row, later in zip(rows, rows[1:]):
-        row["again_s"] = _between(row["ended"], later["began"])
+        row |= {"next_step": later["from_step"], "next_s": _between(row["ended"], later["began"])}
         if row["to_step"] is not None and later["from_step"] is not None:
             row["lost_steps"] = max(0, row["to_step"] - later["from_step"])
-            row["again_step"] = later["from_step"]
     return rows
 
 
 def _steps(log: Path) -> tuple[int | None, int | None]:
-    """Of an attempt, by the log of its rank 0: the step at which it began, and the last one it told of."""
+    """Of an attempt, by the log of its rank 0: the step at which it began, and the last one that it told of."""
     began = BEGAN.search(_read(log, BEGIN_BYTES))
     first = int(began[1]) if began else None
     told = STEP.findall(_read(log, -END_BYTES))
     return first, int(told[-1]) if told else first
 
 
-def _why(record: Mapping[str, Any]) -> str | None:
-    if failure := record.get("failure"):
-        return _failed(failure)
-    return record.get("reason")
-
-
 def _failed(failure: Mapping[str, Any]) -> str:
     """'rank 3 on node n2 was ended by SIGKILL'"""
-    message, rank, node = failure.get("message") or "", failure.get("rank"), failure.get("node")
+    message, rank, node = failure.get("message") or "nobody said why", failure.get("rank"), failure.get("node")
     if rank is None:
-        return message or "nobody said why"
+        return message
     who = f"rank {rank}" + (f" on node {node}" if node else "")
     return who + message.removeprefix(f"rank {rank}") if message.startswith(f"rank {rank} ") else f"{who}: {message}"
 
 
-def _attempt_line(attempt: Mapping[str, Any]) -> str:
-    outcome = {"running": "at work", "preempted": "stopped with a checkpoint"}.get(attempt["outcome"], attempt["outcome"])
-    line = outcome + (f" after {duration(attempt['seconds'])}" if attempt["seconds"] is not None else "")
-    if attempt["to_step"] is not None:
-        line += f" at step {attempt['to_step']}, begun at {attempt['from_step']}" if attempt["from_step"] else (
-            f" at step {attempt['to_step']}")
-    line += f" on {', '.join(attempt['nodes'])}" if attempt["nodes"] else ""
-    line += f": {attempt['why']}" if attempt["why"] else ""
-    if attempt["lost_steps"] is not None:
-        line += f"; the next went on at step {attempt['again_step']}"
-        line += f", {duration(attempt['again_s'])} later" if attempt["again_s"] is not None else ""
-        line += f": {attempt['lost_steps']} step(s) done again" if attempt["lost_steps"] else ", nothing lost"
+def _attempt(row: Mapping[str, Any]) -> str:
+    line = ENDED.get(row["outcome"], row["outcome"])
+    line += f" after {duration(row['seconds'])}" if row["seconds"] is not None else ""
+    line += f" at step {row['to_step']}" if row["to_step"] is not None else ""
+    line += f", begun at {row['from_step']}," if row["from_step"] else ""
+    line += f" on {', '.join(row['nodes'])}" if row["nodes"] else ""
+    line += f": {row['why']}" if row["why"] else ""
+    if row["lost_steps"] is not None:
+        line += f"; the next went on at step {row['next_step']}"
+        line += f", {duration(row['next_s'])} later" if row["next_s"] is not None else ""
+        line += f", {row['lost_steps']} step(s) done again" if row["lost_steps"] else ", no step lost"
     return line
 
 
 # What SLURM says
 
 
-def _asked(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
-    said: dict[str, Any] = {"problem": None, "jobs": [], "forgotten": [], "said": [], "queue": found["queue"]}
-    job = found["job"] or {}
-    if job.get("kind") != "slurm":
-        return said
-    ids = list(dict.fromkeys([*(record["job"] for record in found["attempts"] if record.get("job")), *job["ids"]]))
-    if found["state"] in ("finished", "cancelled", "running") or not ids:
+def _slurm(run: Run, found: Found) -> dict[str, Any]:
+    said: dict[str, Any] = {"problem": None, "jobs": [], "forgotten": [], "nodes": {}, "said": [], "queue": found["queue"]}
+    attempts, ids = found["attempts"], _ids(found)
+    if not ids or found["state"] in ("finished", "running", "cancelled"):
         return said
     from launch import slurm
 
+    lines = [line for line in BY_SLURM.findall(_last_words(run, found)) if not NOISE.search(line)]
+    said["said"] = list(dict.fromkeys(lines))[-SAID_LINES:]
     try:
         ended = slurm.history(ids)
         said["jobs"] = [{**asdict(ended[id]), "words": slurm.words(ended[id].reason)} for id in ids if id in ended]
-        waiting = (found["queue"] or {"ids": []})["ids"]
-        said["forgotten"] = [id for id in ids if id not in ended and id not in waiting and id in job["ids"]]
+        said["forgotten"] = [id for id in ids if id not in ended and id not in (found["queue"] or {"ids": ()})["ids"]]
+        if attempts and attempts[-1]["outcome"] == "lost":
+            states = slurm.node_states(attempts[-1].get("nodes") or ())
+            said["nodes"] = {node: ", ".join(filter(None, state)) for node, state in states.items() if state[0].startswith(UNFIT)}
     except UserError as error:
         said["problem"] = error.message
-    if found["queue"] is None or found["attempts"]:
-        lines = BY_SLURM.findall(_job_text(run, found))
-        said["said"] = list(dict.fromkeys(line for line in lines if not NOISE.search(line)))[-5:]
     return said
 
 
-def _job_text(run: Run, found: Mapping[str, Any]) -> str:
-    """What the logs of the last job's node processes hold of the last attempt, or all if there was none: SLURM's own words
-    are among it."""
-    ids = (found["job"] or {}).get("ids") or []
-    logs = [log for log in node_logs(run) if log.job in ids]
-    text = "\n".join(_read(log.path, -END_BYTES) for log in logs if log.job == logs[-1].job)
-    if not found["attempts"]:
-        return text
-    marks = list(re.finditer(r"^attempt \d+ of ", text, re.MULTILINE))
-    return text[marks[-1].start():] if marks else text
+def _ids(found: Found) -> list[str]:
+    """The jobs of the last submission; none for a local run."""
+    return (found["job"] or {}).get("ids") or []
+
+
+def _last_words(run: Run, found: Found) -> str:
+    """What node processes have said in the last job, SLURM's own words among it: since the last attempt began."""
+    logs = [log for log in node_logs(run) if log.job in _ids(found)]
+    text = "\n".join(_read(log.path, -END_BYTES) for log in logs if log.job == logs[-1].job and log.node == 0)
+    return text[max((mark.start() for mark in re.finditer(r"^attempt \d+ of ", text, re.MULTILINE)), default=0):]
 
 
 def _ended(job: Mapping[str, Any]) -> str:
     line = f"job {job['id']} ended as {job['state']}" + (f" on {job['node_list']}" if job["node_list"] else "")
     line += f", exit code {job['exit_code']}" if job["exit_code"] else f", signal {job['signal']}" if job["signal"] else ""
-    known = job["reason"] not in ("None", "NonZeroExitCode", "")
-    return line + (f": {job['words']}" if known else "")
+    return line + (f": {job['words']}" if job["words"] != job["reason"] and job["reason"] != "None" else "")
 
 
 # The cause
 
 
-def _cause(run: Run, found: Mapping[str, Any], slurm: Mapping[str, Any]) -> dict[str, Any] | None:
-    cause: dict[str, Any] = dict.fromkeys(("attempt", "rank", "node", "exit_code", "signal", "message", "hint", "meaning",
-                                           "traceback", "log_end", "log"))
-    if found["state"] in ("finished", "running", "cancelled") or found["note"] == NOT_SUBMITTED:
+def _cause(run: Run, found: Found, slurm: Mapping[str, Any]) -> dict[str, Any] | None:
+    keys = ("message", "meaning", "attempt", "rank", "node", "exit_code", "signal", "hint", "log", "traceback", "log_end")
+    cause: dict[str, Any] = dict.fromkeys(keys)
+    if found["state"] in ("finished", "running", "cancelled"):
         return None
-    here = [record for record in found["attempts"] if record.get("submission") == (found["job"] or {}).get("submission")]
-    if not here:  # no attempt of this submission
-        if found["state"] not in ("failed", "lost"):
-            return None
-        cause["message"] = _no_attempt(slurm)
-        return cause | _job_end(run, found)
-    last = here[-1]
-    if last["outcome"] not in ("failed", "lost"):
+    number = (found["job"] or {}).get("submission")
+    attempts = [attempt for attempt in found["attempts"] if attempt.get("submission", number) == number]
+    if not attempts:
+        waits = found["queue"]["reason"] if found["queue"] else found["state"] in ACTIVE
+        return None if waits else cause | {"message": _no_attempt(slurm)} | _job_log(run, found)
+    attempt = attempts[-1]
+    if attempt["outcome"] not in ("failed", "lost"):
         return None
-    failure = last.get("failure") or {}
-    failure = {**failure, **(_first(run.paths, last, failure) or {})}
-    for key in ("rank", "exit_code", "signal", "hint"):
-        cause[key] = failure.get(key)
-    cause["attempt"], cause["message"] = last["attempt"], _failed(failure)
-    cause["node"] = failure.get("node") or _node_of(last, failure.get("rank"))
-    log = None if cause["rank"] is None else run.paths.log(last["attempt"], cause["rank"])
-    if log is None or not log.exists():
-        return cause | _job_end(run, found, cause["node"])
+    failure = attempt.get("failure") or {"message": _silent(slurm)}
+    failure = _first(run.paths, attempt, failure) or failure
+    rank = failure.get("rank")
+    node = failure.get("node") or _node(attempt, rank)
+    cause |= {key: failure.get(key) for key in ("rank", "exit_code", "signal")}
+    cause["hint"] = None if cause["signal"] else failure.get("hint")  # that of a signal is in CAUSES
+    cause |= {"attempt": attempt["attempt"], "node": node, "message": _failed({**failure, "node": node})}
+    log = run.paths.log(attempt["attempt"], rank or 0)
+    if not log.exists() or rank is None and _ids(found):
+        return cause | _job_log(run, found, node)
     text = _read(log, -END_BYTES)
-    cause["log"] = str(log)
-    if trace := failure.get("traceback") or _traceback(text):
-        cause["traceback"] = trace.rstrip().splitlines()[-TRACE_LINES:]
-    else:
-        cause["log_end"] = text.rstrip().splitlines()[-LOG_LINES // 2:]
-    return cause
+    trace = failure.get("traceback") or (_traceback(text) if rank is not None else None)
+    shown = {"traceback": trace.splitlines()[-TRACE_LINES:]} if trace else {"log_end": text.rstrip().splitlines()[-LOG_LINES:]}
+    return cause | {"log": str(log)} | shown
 
 
 def _first(paths: RunPaths, attempt: Mapping[str, Any], failure: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Another rank that failed, if the one that is recorded has only lost it."""
+    """Another rank that failed, if the one in the record has only lost it."""
     kind = _match(f"{failure.get('message')}\n{failure.get('traceback')}\n{failure.get('signal')}")
-    if failure.get("rank") is None or kind is None or not kind[0].consequence:
+    if failure.get("rank") is None or not kind or not kind[0].consequence:
         return None
     for rank, log in paths.logs(attempt["attempt"]).items():
         text = _read(log, -END_BYTES)
-        trace = _traceback(text) or next(iter(re.findall(r"^error: .*", text, re.MULTILINE)[-1:]), None)
-        other = _match(trace or "")
-        if trace and rank != failure["rank"] and not (other and other[0].consequence):
-            return {"rank": rank, "node": _node_of(attempt, rank), "exit_code": None, "signal": None, "hint": None,
-                    "traceback": trace, "message": f"rank {rank} ended first: {trace.rstrip().splitlines()[-1]}"}
+        trace = _traceback(text)
+        said = re.findall(r"^error: (.*)", text, re.MULTILINE)[-1:] or (trace or "").splitlines()[-1:]
+        other = _match(said[0]) if said else None
+        if rank != failure["rank"] and said and not (other and other[0].consequence):
+            return {"rank": rank, "message": f"rank {rank} ended with {said[0]}", "traceback": trace}
     return None
 
 
-def _node_of(attempt: Mapping[str, Any], rank: int | None) -> str | None:
-    nodes, ranks = attempt.get("nodes") or [], attempt.get("ranks")
-    return nodes[rank // (ranks // len(nodes))] if nodes and ranks and rank is not None else None
+def _node(attempt: Mapping[str, Any], rank: int | None) -> str | None:
+    nodes, ranks = attempt.get("nodes"), attempt.get("ranks")
+    return nodes[rank * len(nodes) // ranks] if nodes and ranks and rank is not None else None
 
 
 def _no_attempt(slurm: Mapping[str, Any]) -> str:
+    if queue := slurm["queue"]:
+        return f"job {', '.join(queue['ids'])} runs on {', '.join(queue['nodes'])}, and no attempt has begun"
     if not slurm["jobs"]:
-        return "its job ended before the first attempt, and SLURM knows it no more"
+        return "its job ended before the first attempt began"
     job = slurm["jobs"][-1]
-    how = f"with exit code {job['exit_code']}" if job["exit_code"] else f"as {job['state']}"
-    return f"job {job['id']} ended {how} on {job['node_list'] or 'no node'} before the first attempt began"
+    return f"{_ended({**job, 'reason': 'None'})}, before the first attempt began"
 
 
-def _job_end(run: Run, found: Mapping[str, Any], node: str | None = None) -> dict[str, Any]:
-    """The end of the newest log of a node process: of the node's, if there is one."""
-    ids = (found["job"] or {}).get("ids") or []
-    logs = [log for log in node_logs(run) if log.job in ids]
-    logs = [log for log in logs if log.job == logs[-1].job]
+def _silent(slurm: Mapping[str, Any]) -> str:
+    down = [f"node {node} is down ({state})" for node, state in slurm["nodes"].items()]
+    return ", ".join(down) or "its processes are gone and nobody said why"
+
+
+def _job_log(run: Run, found: Found, node: str | None = None) -> dict[str, Any]:
+    """The end of what a node process of the last job has said: that of `node`, or the head's."""
+    logs = [log for log in node_logs(run) if log.job in _ids(found)]
     nodes = (found["attempts"] or [{}])[-1].get("nodes") or []
+    logs = [log for log in logs if log.job == logs[-1].job]
     mine = [log for log in logs if node in nodes and log.node == nodes.index(node)] or logs
     if not mine:
-        return {"log_end": ["there is no log: no node could write into the run's folder"]} if ids else {}
+        return {"log_end": ["there is no log: no node could write one into the run's folder"]} if _ids(found) else {}
     lines = [line for line in _read(mine[0].path, -END_BYTES).splitlines() if not NOISE.search(line)]
-    return {"log": str(mine[0].path), "log_end": lines[-LOG_LINES:] or ["(nothing)"]}
+    return {"log": str(mine[0].path), "log_end": lines[-LOG_LINES:] or ["(it is empty)"]}
 
 
-def _kind(cause: Mapping[str, Any] | None, slurm: Mapping[str, Any]) -> tuple[Cause, re.Match[str]] | None:
-    if cause is None:
-        return None
-    parts = [cause["message"], cause["hint"] if cause["rank"] is not None else None, cause["signal"], *(cause["traceback"] or []),
-             *(cause["log_end"] or []), *slurm["said"],
-             *(f"{job['state']} {job['reason']} signal {job['signal']}" for job in slurm["jobs"][-1:])]
-    return _match("\n".join(filter(None, parts)))
+def _text(cause: Mapping[str, Any], slurm: Mapping[str, Any]) -> str:
+    """All in which a known kind of failure may show."""
+    states = [f"state {job['state']} signal {job['signal']}" for job in slurm["jobs"]]
+    parts = [cause["message"], cause["signal"], *(cause["traceback"] or cause["log_end"] or ()), *slurm["said"], *states]
+    return "\n".join(filter(None, parts))
 
 
 def _match(text: str) -> tuple[Cause, re.Match[str]] | None:
-    return next(((cause, found) for cause in CAUSES if (found := re.search(cause.pattern, text))), None)
-
-
-def _node_in(match: re.Match[str], records: Sequence[Mapping[str, Any]]) -> str | None:
-    nodes = (records[-1].get("nodes") or []) if records else []
-    return next((node for node in nodes if re.search(rf"\b{re.escape(node)}\b", match[0])), None)
+    return next(((cause, match) for cause in CAUSES if (match := re.search(cause.pattern, text))), None)
 
 
 # In words
 
 
-def _sentence(run: Run, found: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]], cause: Mapping[str, Any] | None) -> str:
-    last = attempts[-1] if attempts else None
-    state, queue, note = found["state"], found["queue"], found["note"]
-    at = f" at step {last['to_step']}" if last and last["to_step"] is not None else ""
-    where = f"{at} in attempt {last['attempt']}" if last else ""
-    if state == "finished":
-        return f"finished at step {found['step']}" + (f" in attempt {len(attempts)}" if len(attempts) > 1 else "")
-    if queue and queue["reason"]:
-        before = f"; attempt {last['attempt']} {last['outcome']}{at}" + (f": {last['why']}" if last["why"] else "") if last else ""
+def _sentence(run: Run, found: Found, attempts: Sequence[Mapping[str, Any]], cause: Mapping[str, Any] | None) -> str:
+    state, note, last = found["state"], found["note"], attempts[-1] if attempts else None
+    where = "" if last is None or last["to_step"] is None else f" at step {last['to_step']}"
+    where += f" in attempt {last['attempt']}" if last else ""
+    why = cause["message"] if cause else last["why"] if last else None
+    if found["queue"] and found["queue"]["reason"]:
+        before = f"; it {ENDED.get(last['outcome'], last['outcome'])}{where}{f': {why}' if why else ''}" if last else ""
         return _waits(run, found, last) + before
-    if state == "running":
-        return _runs(run, found, last)
-    if state == "submitted":
-        return f"is submitted{f': {note}' if note else ', and has not begun'}"
-    if state == "cancelled":
-        kept = found["checkpoint"]
-        return "was cancelled" + where + (f", with a checkpoint of step {kept}" if kept is not None else "")
+    match state:
+        case "finished":
+            return state + where
+        case "running":
+            return _runs(run, found, last)
+        case "submitted":
+            queue = found["queue"]
+            begun = f"job {', '.join(queue['ids'])} has started on {', '.join(queue['nodes'])}" if queue else "it is submitted"
+            return note or begun + (f", but {cause['meaning']}" if cause else ", and no attempt has begun yet")
+        case "cancelled":
+            kept = found["checkpoint"]
+            return state + where + (f", with a checkpoint of step {kept}" if kept is not None else "")
+        case "preempted" if cause is None:
+            told = f" ({why})" if why else ""
+            return f"stopped{where}{told}; nothing goes on with it by itself" + (f": {note}" if note else "")
     if cause and cause["attempt"] is None:
-        return f"{state} before its first attempt: {cause['meaning'] or cause['message']}"
-    if cause:
-        return f"{state}{where}: {cause['message']}"
-    if state == "preempted":
-        why = f" ({last['why']})" if last and last["why"] else ""
-        return f"stopped{where}{why}, and nothing goes on with it by itself" + (f": {note}" if note else "")
-    return f"{state}{where}: " + (note or "its processes are gone and nobody said why")
+        return f"{state} before its first attempt: {cause['meaning'] or why}"
+    return f"{state}{where}: {why or note}"
 
 
-def _waits(run: Run, found: Mapping[str, Any], last: Mapping[str, Any] | None) -> str:
-    queue = found["queue"]
-    text = "waits in SLURM's queue"
-    if since := _waiting_since(run, found, last):
-        text += f" since {_local(since)}"
-    place = f", place {queue['position']} of {queue['of']}" if queue["position"] else ""
-    text += f"{place}: {queue['reason_words']}"
-    text += f" ({queue['reason']})" if queue["reason_words"] != queue["reason"] else ""
-    return text + (f"; SLURM's estimate: {_local(queue['start'])}" if queue["start"] else "")
+def _waits(run: Run, found: Found, last: Mapping[str, Any] | None) -> str:
+    queue, submission = found["queue"], (found["job"] or {}).get("submission")
+    # SLURM forgets since when at each requeue.
+    again = last and found["attempts"][-1].get("submission") == submission
+    since = last["ended"] if again else _changed(run.paths.submission(submission) / "submission.json")
+    reason = queue["reason_words"] + (f" ({queue['reason']})" if queue["reason"] != queue["reason_words"] else "")
+    return ("waits in SLURM's queue" + (f" since {_local(since)}" if since else "")
+            + (f", at place {queue['position']} of {queue['of']}" if queue["position"] else "") + f": {reason}"
+            + (f"; by SLURM's estimate it starts at {_local(queue['start'])}" if queue["start"] else ""))
 
 
-def _waiting_since(run: Run, found: Mapping[str, Any], last: Mapping[str, Any] | None) -> str | None:
-    """The end of the attempt before, or its submission; SLURM forgets it when it requeues."""
-    number = (found["job"] or {}).get("submission")
-    if found["attempts"] and found["attempts"][-1].get("submission") == number:
-        return last["ended"]
-    return _changed(run.paths.submission(number) / "submission.json") or found["created"]
-
-
-def _runs(run: Run, found: Mapping[str, Any], last: Mapping[str, Any] | None) -> str:
-    if last is None:
-        return "is starting"
-    job = found["job"] or {}
-    if found["note"]:
-        return f"runs by its own record; {found['note']}"
+def _runs(run: Run, found: Found, last: Mapping[str, Any] | None) -> str:
+    if last is None or last["outcome"] != "running":
+        return f"attempt {last['attempt'] + 1 if last else 1} is being started"
     log = run.paths.log(last["attempt"], 0)
     speed = SPEED.findall(_read(log, -END_BYTES))
-    if last["to_step"] is None:
-        text = f"runs: attempt {last['attempt']} has not begun its first step"
-    else:
-        text = f"runs: attempt {last['attempt']} is at step {last['to_step']}" + (f" of {found['total']}" if found["total"] else "")
-        text += f", {speed[-1][0]}, done in about {speed[-1][1]}" if speed else ""
-    changed = _changed(log)
-    quiet_s = _between(changed, datetime.now(UTC).isoformat()) if changed else 0
-    if quiet_s > STILL_S and job:
-        return text + f"; but it has said nothing for {duration(quiet_s)}: it may hang"
-    return text + "; nothing is wrong"
+    text = f"attempt {last['attempt']} " + ("has not come to its first step" if last["to_step"] is None else
+                                            f"is at step {last['to_step']} of {found['total'] or '?'}")
+    text += f", {speed[-1][0]}, with {speed[-1][1]} to go" if speed else ""
+    quiet_s = _between(_changed(log), datetime.now(UTC).isoformat()) or 0
+    if found["note"]:
+        return f"{text}; {found['note']}"
+    return text + (f"; it has said nothing for {duration(quiet_s)}: it may hang" if quiet_s > STILL_S else "; nothing is wrong")
 
 
 # What to do
 
 
-def _facts(run: Run, found: Mapping[str, Any], cause: Mapping[str, Any] | None) -> dict[str, str | None]:
-    """What commands are made of; None where it is not known, or does not apply."""
+def _facts(run: Run, found: Found, attempts: Sequence[Mapping[str, Any]], cause: Mapping[str, Any] | None
+           ) -> dict[str, str | None]:
+    """What commands and reasons are made of; None where it is not known, or does not apply."""
     from launch.start import named, shown
     from launch.submission import last_submission
     from trainers import yaml12
 
-    paths, job = run.paths, found["job"] or {}
+    paths, on_slurm = run.paths, (found["job"] or {}).get("kind") == "slurm"
     try:
-        submission = last_submission(paths, found.get("sweep")) if job.get("kind") == "slurm" else None
-        spec = yaml12.read(paths.spec.read_text(encoding="utf-8"), paths.spec.name).value
-    except (OSError, ValueError, UserError):  # what is broken is told elsewhere
-        submission, spec = None, {}
-    train, ranks, kind = spec.get("train") or {}, None, "--procs"
-    begun = [record for record in found["attempts"] if record.get("ranks")]
+        spec = yaml12.read(paths.spec.read_text(encoding="utf-8"), paths.spec.name).value or {}
+        submission = last_submission(paths, found.get("sweep")) if on_slurm else None
+    except (OSError, ValueError, UserError):  # what is broken there is no part of this
+        spec, submission = {}, None
+    begun = next((attempt for attempt in reversed(found["attempts"]) if attempt.get("ranks")), None)
+    ranks, kind = (begun["ranks"], "--gpus" if begun["device"] == "cuda" else "--procs") if begun else (0, "--procs")
+    where = f" {kind} {ranks}" if begun else ""
     if submission:
         ranks, kind = submission.resources.ranks, "--gpus" if submission.resources.gpus else "--procs"
-    elif begun:
-        ranks, kind = begun[-1]["ranks"], "--gpus" if begun[-1]["device"] == "cuda" else "--procs"
-    share = train["batch_size"] // ranks if train and ranks else 0
+        where = f" {kind} {ranks} --nodes {submission.resources.nodes} --cluster {shlex.quote(submission.cluster.name)}"
+    train = spec.get("train") or {}
+    share = train["batch_size"] // ranks if train and ranks else 1
     micro = train.get("micro_batch_size") or share
-    where = f" {kind} {ranks}" if ranks else ""
-    if submission:
-        where += f" --nodes {submission.resources.nodes} --cluster {shlex.quote(submission.cluster.name)}"
-    name = shlex.quote(named(paths))
     kept = found["checkpoint"]
+    again = (attempts[-1]["to_step"] or 0) - kept if attempts and kept is not None else 0
+    name = shlex.quote(named(paths))
     return {
-        "run": name, "resume": f"launch resume {name}",
-        "onward": f"goes on from the checkpoint of step {kept}" if kept is not None else "begins anew: it has no checkpoint",
-        "new": f"launch {shlex.quote(shown(paths.spec))}" if train else None, "where": where,
+        "run": name, "resume": f"launch resume {name}", "folder": shlex.quote(shown(paths.root)), "where": where,
+        "onward": "it has no checkpoint, and begins anew" if kept is None else
+                  f"it goes on from its checkpoint of step {kept}" + (f" ({again} steps are done again)" if again > 0 else ""),
+        "new": f"launch {shlex.quote(shown(paths.spec))}" if train else None,
         "smaller": str(max(size for size in range(1, micro) if share % size == 0)) if micro > 1 else None,
-        "more": f"{kind} {2 * ranks}" if train and share % 2 == 0 and share and not train.get("micro_batch_size") else None,
-        "lower": f"{spec['optim']['lr'] / 3:.2g}" if train and spec.get("optim") else None,
-        "grace_s": str(round(3 * float(spec["run"]["grace_s"]))) if spec.get("run") else None,
-        "memory": _memory(submission), "time": _longer(submission),
+        "more": f"{kind} {2 * ranks}" if share % 2 == 0 and not train.get("micro_batch_size") else None,
+        "lower": f"{spec['optim']['lr'] / 3:.2g}" if train else None,
+        "grace_s": str(round(3 * spec["run"]["grace_s"])) if "run" in spec else None,
         "cluster": shlex.quote(submission.cluster.name) if submission else None,
-        "node": cause["node"] if cause and submission else None, "folder": shlex.quote(shown(paths.root)),
+        "node": cause["node"] if cause and on_slurm else None,
+        "memory": _memory(run, found) if submission else None, "time": _longer(submission) if submission else None,
+        "jobs": " ".join(_ids(found)),
     }
 
 
-def _memory(submission: Any) -> str | None:
-    """Twice the memory that was asked for."""
-    if submission is None:
-        return None
-    from launch.batch import options_of
-
-    asked = options_of(submission)
-    for key in ("mem", "mem-per-cpu"):
-        if found := re.fullmatch(r"(\d+)([KMGT]?)", str(asked.get(key, ""))):
-            return f"sbatch.{key}={2 * int(found[1])}{found[2]}"
-    return "sbatch.mem=SIZE"
+def _memory(run: Run, found: Found) -> str:
+    """Twice what the last submission asked for."""
+    homes = [run.paths, RunPaths(run.paths.root.parent / (found.get("sweep") or run.id))]
+    scripts = [_read(home.submission(found["job"]["submission"]) / "job.sh", END_BYTES) for home in homes]
+    asked = re.search(r"^#SBATCH --(mem|mem-per-cpu)=(\d+)([KMGT]?)$", "\n".join(scripts), re.MULTILINE)
+    return f"sbatch.{asked[1]}={2 * int(asked[2])}{asked[3]}" if asked else "sbatch.mem=SIZE"
 
 
-def _longer(submission: Any) -> str | None:
-    if submission is None:
-        return None
+def _longer(submission: Any) -> str:
     from launch.batch import slurm_time
     from launch.cluster import seconds
 
     return slurm_time(2 * seconds(submission.time or submission.cluster.time))
 
 
-def _next(found: Mapping[str, Any], cause: Mapping[str, Any] | None, kind: Cause | None,
-          facts: Mapping[str, str | None]) -> list[dict[str, str]]:
-    going = {"running": "--follow", "submitted": "--follow"}
-    state = found["state"]
-    if state == "finished":
-        return []
-    if found["queue"] or state == "running":
-        return [{"command": f"launch logs {facts['run']} {going['running']}", "why": "shows it as it goes on"},
-                {"command": f"launch cancel {facts['run']}", "why": "stops it, with a checkpoint if it is at work"}]
+def _next(found: Found, cause: Mapping[str, Any] | None, kind: Cause | None, facts: Mapping[str, str | None]
+          ) -> list[dict[str, str]]:
     advice = kind.advice if kind else ()
-    steps = [{"command": command, "why": _filled(why, facts)} for text, why in advice if (command := _filled(text, facts))]
-    if not any(step["command"].endswith(facts["resume"]) for step in steps):
-        mend = "once that is mended: " if cause else ""
-        steps.append({"command": facts["resume"], "why": mend + facts["onward"]})
-    return steps
+    if found["state"] == "finished":
+        return []
+    if not any(" resume " in command for command in found["next"]):  # it goes on by itself, or may
+        reason = (found["queue"] or {}).get("reason") or ""
+        advice = [*(step for pattern, step in WAITING if re.match(pattern, reason)), *GOING]
+    steps: dict[str, str] = {}
+    for command, why in advice:
+        if command := _filled(command, facts):
+            steps.setdefault(command, _filled(why, facts))
+    return [{"command": command, "why": why} for command, why in (steps or {
+        facts["resume"]: _filled((MENDED if cause else RESUME)[1], facts)}).items()]
 
 
 def _filled(template: str, facts: Mapping[str, str | None], match: re.Match[str] | None = None) -> str | None:
-    """None if a fact that it names is not known."""
-    groups = match.groups() if match else ()
-    names = [name for _, name, _, _ in Formatter().parse(template) if name]
-    if any(facts.get(name) is None for name in names if not name.isdigit()):
+    """None if it names a fact that is not known."""
+    names = [name for _, name, _, _ in Formatter().parse(template) if name and not name.isdigit()]
+    if any(facts.get(name) is None for name in names):
         return None
-    return template.format(*groups, **facts)
+    return template.format(*(match.groups() if match else ()), **facts)
 
 
 # Files and times
@@ -536,8 +517,7 @@ def _read(file: Path, size: int) -> str:
     """The first `size` bytes of a file, or the last if it is negative; "" if there is none."""
     try:
         with open(file, "rb") as opened:
-            if size < 0:
-                opened.seek(max(0, opened.seek(0, os.SEEK_END) + size))
+            opened.seek(max(0, opened.seek(0, os.SEEK_END) + size) if size < 0 else 0)
             return opened.read(abs(size)).decode("utf-8", "replace")
     except OSError:
         return ""
@@ -549,8 +529,8 @@ def _traceback(text: str) -> str | None:
     if start < 0:
         return None
     lines = text[start:].splitlines()
-    end = next((i for i, line in enumerate(lines[1:], 2) if line and not line.startswith(" ")), len(lines))
-    return "\n".join(lines[:end])
+    end = next((i for i, line in enumerate(lines) if i and not line.startswith(" ")), len(lines))
+    return "\n".join(lines[:end + 1])
 
 
 def _changed(file: Path) -> str | None:
@@ -561,6 +541,7 @@ def _changed(file: Path) -> str | None:
 
 
 def _between(first: str | None, second: str | None) -> float | None:
+    """Seconds."""
     if not first or not second:
         return None
     return max(0.0, (datetime.fromisoformat(second) - datetime.fromisoformat(first)).total_seconds())

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.runs import ACTIVE, Run, Seen, Truth, ask, node_logs, truth_of
+from launch.runs import Run, node_logs
+from launch.truth import ACTIVE, Seen, Truth, ask, truth_of
 from trainers.errors import UserError
 
 POLL_S = 0.2

@@ -28,6 +28,7 @@ from launch.spec import Spec, spec_of
 from launch.start import named, new_run_id, shown
 from launch.submission import read_submission
 from launch.submit import code_of, hand_over, make_submission, release, submit, try_out
+from launch.truth import ACTIVE
 from trainers.errors import UserError
 from trainers.files import replace_text, update_json
 from trainers.paths import RunPaths
@@ -74,7 +75,7 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
     elif job.get("kind") == "slurm" and slurm.queue(job["ids"]):
         raise UserError(f"run {paths.id} is {run.state}: job {', '.join(job['ids'])} is in SLURM's queue",
                         f"see `launch status {named(paths)}`, or `launch cancel {named(paths)}`")
-    elif run.state in runs.ACTIVE and job.get("kind") == "local":
+    elif run.state in ACTIVE and job.get("kind") == "local":
         raise UserError(f"run {paths.id} is running on host {job['host']}", f"`launch cancel {named(paths)}` stops it")
     if run.state == "finished":
         print(f"run {paths.id} is finished: nothing to resume")
@@ -135,7 +136,7 @@ def jobs_of(run: runs.Run) -> tuple[str, ...]:
     if job.get("kind") == "slurm" and (queued := slurm.queue(job["ids"])):
         return tuple(sorted(queued))
     raise UserError(f"run {run.id} is {run.state}: nothing to wait for",
-                    f"`launch resume {run.id}` goes on with it" if job.get("kind") != "local" or run.state not in runs.ACTIVE
+                    f"`launch resume {run.id}` goes on with it" if job.get("kind") != "local" or run.state not in ACTIVE
                     else "SLURM can wait for SLURM's jobs alone")
 
 

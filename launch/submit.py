@@ -139,7 +139,7 @@ def _sbatch(job: Job, *words: str, stdin: str | None = None) -> str:
     except UserError as error:
         for pattern, advice in REFUSALS:
             if re.search(pattern, error.message, re.IGNORECASE):
-                said = re.sub(r"^`sbatch` failed: ((allocation failure|Batch job submission failed): )?", "", error.message)
+                said = re.sub(r"^`sbatch` failed: |(allocation failure|Batch job submission failed): ", "", error.message)
                 raise UserError(f"SLURM refuses this job: {said}", advice(job)) from None
         raise
 

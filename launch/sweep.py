@@ -20,7 +20,7 @@ import shlex
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -470,7 +470,7 @@ def resume(root: Path, word: str, *, request: Request | None, gpus: int | None, 
     if going:
         _tell(f"sweep {paths.id}: {_many(len(going), 'run')} at work or waiting, left alone", json)
     if not left:
-        _tell(f"sweep {paths.id}: all {'others' if going else 'runs'} are finished: nothing to resume", json)
+        _tell(f"sweep {paths.id}: nothing {'else ' * bool(going)}to resume", json)
         return 0
     before = last_submission(paths)
     if request is None:
@@ -542,18 +542,29 @@ def _adopt(sweep: RunPaths, members: Mapping[int, runs.Run]) -> None:
         mine = [each for each in queued if each.script in scripts and ("_" not in each.id or each.id.endswith(f"_{element}"))]
         held += [each.id for each in mine if each.reason == HELD]
         if mine and not job["ids"]:
-            adopted = {**{key: job[key] for key in ("kind", "cluster", "submission")}, "ids": sorted(each.id for each in mine)}
+            ids = sorted((each.id for each in mine), key=_job_number)
+            adopted = {**{key: job[key] for key in ("kind", "cluster", "submission")}, "ids": ids}
             update_json(run.paths.record, job=adopted)
     if adopted:
-        update_json(sweep.root / runs.SWEEP, job={**adopted, "ids": sorted({id.partition("_")[0] for id in held})})
+        update_json(sweep.root / runs.SWEEP, job={**adopted, "ids": [str(id) for id in sorted(set(map(_job_number, held)))]})
     if held:
         release(held)
 
 
+def _job_number(id: str) -> int:
+    return int(id.partition("_")[0])
+
+
 def _going(members: Iterable[runs.Run]) -> set[str]:
     """The ids of those runs that are at work, or wait to be."""
-    jobs = {run: run.record["job"] or {} for run in members if run.record["state"] != "finished"}
-    ids = [id for job in jobs.values() for id in job.get("ids", ())]
+    jobs = {run.id: (run, run.record["job"] or {}) for run in members if run.record["state"] != "finished"}
+    ids = [id for _, job in jobs.values() for id in job.get("ids", ())]
     queued = slurm.queue(ids) if ids else {}
-    return {run.id for run, job in jobs.items() if queued.keys() & set(job.get("ids", ()))
-            or job.get("kind") == "local" and (run.state == "running" or run.state == "submitted" and _is_here(job))}
+
+    def going(run: runs.Run, job: Mapping[str, Any]) -> bool:
+        if job.get("kind") != "local":
+            return bool(queued.keys() & set(job.get("ids", ())))
+        # One that waits for its turn on another host is whose of the two begins it.
+        return run.state == "running" or run.state == "submitted" and job["host"] == socket.gethostname()
+
+    return {id for id, (run, job) in jobs.items() if going(run, job)}

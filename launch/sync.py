@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from launch.runs import ACTIVE, Run
+from launch.runs import Run
+from launch.truth import ACTIVE
 from trainers.errors import UserError
 
 

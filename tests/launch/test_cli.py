@@ -234,7 +234,7 @@ def test_resume_cancel_and_sync(called: Called, monkeypatch: pytest.MonkeyPatch,
     assert main(["resume", "my", "--procs", "2", "--json"]) == 75
     assert called["args"][0].id == RUN_ID
     assert (called["gpus"], called["procs"], called["json"]) == (None, 2, True)
-    monkeypatch.setattr("launch.runs.cancel", lambda run: "cancelled")
+    monkeypatch.setattr("launch.cancel.cancel", lambda run: "cancelled")
     assert main(["cancel", "my"]) == 0
     assert capsys.readouterr().out == f"{RUN_ID}: cancelled\n"
     assert main(["cancel", "my", "--json"]) == 0

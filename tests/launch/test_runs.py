@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from launch import runs, slurm
+from launch import runs, slurm, truth
+from launch.cancel import cancel, cancel_sweep
 from launch.processes import alive, identity
 from launch.show_runs import details, table
 from trainers.errors import UserError
@@ -118,7 +119,7 @@ def test_list_is_newest_first_and_survives_broken_records(tmp_path):
 
 def test_lost_is_running_on_this_host_without_its_process(tmp_path, gone):
     def state(recorded, job):
-        return runs.state({"state": recorded, "job": job})
+        return truth.state({"state": recorded, "job": job})
 
     assert state("running", job_of(os.getpid())) == "running"
     assert state("running", job_of(gone)) == "lost"
@@ -200,7 +201,7 @@ def test_cancel_leaves_the_reason_before_the_signal(tmp_path, node):
     make_attempt(paths, 2)
     process = node(paths, "obedient")
     replace_json(paths.record, {**runs.read_run(paths.root).record, "job": job_of(process.pid)})
-    assert runs.cancel(runs.find_run(tmp_path, "cifar10-1")) == "cancelled"
+    assert cancel(runs.find_run(tmp_path, "cifar10-1")) == "cancelled"
     assert not paths.cancellation(1).exists()
 
 
@@ -209,7 +210,7 @@ def test_cancel_does_not_wait_for_ever(tmp_path, node):
     make_attempt(paths, 2)
     process = node(paths, "deaf")
     replace_json(paths.record, {**runs.read_run(paths.root).record, "job": job_of(process.pid)})
-    said = runs.cancel(runs.find_run(tmp_path, "cifar10-1"), wait_s=0.2)
+    said = cancel(runs.find_run(tmp_path, "cifar10-1"), wait_s=0.2)
     assert re.match(r"running \(.*still runs after 0 s\)", said)
 
 
@@ -223,9 +224,9 @@ def test_cancel_of_a_local_sweep_takes_those_that_wait_first(tmp_path, node):
         make_run(tmp_path, id, state="submitted", attempt=0, sweep="s", job=job_of(process.pid))
     (tmp_path / "s").mkdir()
     replace_json(tmp_path / "s" / "sweep.json", {"id": "s", "points": [{"run": f"s-{i}", "overrides": []} for i in (0, 1, 2)]})
-    assert runs.cancel(runs.find_run(tmp_path, "s-1")) == "cancelled"
+    assert cancel(runs.find_run(tmp_path, "s-1")) == "cancelled"
     assert process.poll() is None, "the one at work goes on"
-    assert runs.cancel_sweep(tmp_path, "s") == [{"id": f"s-{i}", "state": "cancelled"} for i in (0, 1, 2)]
+    assert cancel_sweep(tmp_path, "s") == [{"id": f"s-{i}", "state": "cancelled"} for i in (0, 1, 2)]
     process.wait(10)
 
 
@@ -236,7 +237,7 @@ def test_cancel_refuses_what_is_not_at_work_here(tmp_path, gone):
     make_run(tmp_path, "new", state="submitted")
     for id, said in [("done", "is finished"), ("lost", "is lost"), ("far", "node17"), ("new", "no process")]:
         with pytest.raises(UserError, match=said):
-            runs.cancel(runs.find_run(tmp_path, id))
+            cancel(runs.find_run(tmp_path, id))
         assert not (tmp_path / id / "attempts").exists()
 
 
@@ -304,7 +305,7 @@ def test_truth_by_queue_then_history_then_record(tmp_path, monkeypatch, recorded
     monkeypatch.setattr(slurm, "history", lambda ids: {job.id: job for job in found if isinstance(job, slurm.Ended)})
     run = runs.read_run(paths.root)
     assert run.state == true
-    assert asked == ([] if recorded in runs.FINAL else ["7", "8", "9"])
+    assert asked == ([] if recorded in truth.FINAL else ["7", "8", "9"])
     assert runs.list_runs(tmp_path)[0]["state"] == true
 
 
@@ -341,7 +342,7 @@ def test_a_sweep_is_found_and_compared(tmp_path):
     with pytest.raises(UserError, match="there is no sweep `nothing`"):
         runs.list_runs(tmp_path, sweep="nothing")
     with pytest.raises(UserError, match="no run of sweep `lr-1` waits or is at work"):
-        runs.cancel_sweep(tmp_path, "lr-1")
+        cancel_sweep(tmp_path, "lr-1")
     (tmp_path / "lr-2").mkdir()
     replace_json(tmp_path / "lr-2" / "sweep.json", {"id": "lr-2", "points": []})
     with pytest.raises(UserError, match="begins the ids of 2 sweeps"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from conftest import BLOBS, Command, attempt, record, wait_until
 
 from launch import runs
 from launch.batch import Request
+from launch.cancel import cancel, cancel_sweep
 from launch.cluster import ClusterConfig
 from launch.resources import Resources
 from launch.spec import load_spec
@@ -157,6 +159,10 @@ def states(launch: Command) -> list[str]:
     return [record(launch.folder / "runs" / point["run"])["state"] for point in points]
 
 
+def said(text: str) -> list[str]:
+    return [line.removeprefix("this is ") for line in text.splitlines() if line.startswith("this is ")]
+
+
 def waits(launch: Command) -> bool:
     return any("up" in log.read_text() for log in launch.folder.glob("runs/*/attempts/1/logs/0.log"))
 
@@ -164,7 +170,7 @@ def waits(launch: Command) -> bool:
 def test_runs_go_in_turn_and_one_that_fails_ends_only_itself(script):
     done = script("sweep", "work.py", "args=[one],[fail],[three]", "--procs", 1)
     assert done.returncode == 1
-    assert [line for line in done.stdout.splitlines() if line.startswith("this is")] == ["this is one", "this is fail", "this is three"]
+    assert said(done.stdout) == ["one", "fail", "three"]
     assert "rank 0 ended with exit code 3" in done.stderr and "2 finished, 1 failed" in done.stdout
     sweep = json.loads((sweep_of(script) / "sweep.json").read_text())
     assert [point["overrides"] for point in sweep["points"]] == [["args=[one]"], ["args=[fail]"], ["args=[three]"]]
@@ -176,7 +182,7 @@ def test_runs_go_in_turn_and_one_that_fails_ends_only_itself(script):
 
     again = script("sweep", "--resume", sweep["id"])
     assert again.returncode == 0, again.stderr
-    assert [line for line in again.stdout.splitlines() if line.startswith("this is")] == ["this is fail"]
+    assert said(again.stdout) == ["fail"]
     assert states(script) == ["finished"] * 3 and record(script.folder / "runs" / f"{sweep['id']}-1")["attempt"] == 2
     assert "nothing to resume" in script("sweep", "--resume", sweep["id"]).stdout
 
@@ -189,13 +195,13 @@ def test_ctrl_c_stops_the_run_and_the_sweep(script):
     assert beside.returncode == 0 and "2 runs at work or waiting, left alone" in beside.stdout
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=30)
-    assert process.returncode == 75 and "this is three" not in out and "launch sweep --resume" in out
+    assert process.returncode == 75 and said(out) == ["one", "wait"] and "launch sweep --resume" in out
     assert states(script) == ["finished", "preempted", "preempted"]
     assert attempt(script.folder / "runs" / f"{sweep_of(script).name}-1", 1)["outcome"] == "preempted"
 
     again = script("sweep", "--resume", sweep_of(script).name)
     assert again.returncode == 0, again.stderr
-    assert states(script) == ["finished"] * 3 and "this is one" not in again.stdout
+    assert states(script) == ["finished"] * 3 and said(again.stdout) == ["wait", "three"]
 
 
 def test_a_sweep_that_was_killed_goes_on(script):
@@ -209,21 +215,30 @@ def test_a_sweep_that_was_killed_goes_on(script):
     assert states(script) == ["finished", "finished"]
 
 
+def test_runs_that_were_removed_are_passed_over(script):
+    assert script("sweep", "work.py", "args=[one],[fail],[three]", "--procs", 1).returncode == 1
+    folder = sweep_of(script)
+    shutil.rmtree(folder.parent / f"{folder.name}-0")
+    again = script("sweep", "--resume", folder.name)
+    assert again.returncode == 0 and said(again.stdout) == ["fail"], again.stderr
+    assert "1 unreadable, 2 finished" in again.stdout
+
+
 def test_a_run_that_is_cancelled_ends_only_itself(script):
     process = script.start("sweep", "work.py", "args=[wait],[two],[three]", "--procs", 1)
     wait_until(lambda: waits(script), process=process)
     root, name = script.folder / "runs", sweep_of(script).name
-    assert runs.cancel(runs.find_run(root, f"{name}-1")) == "cancelled"  # it waits for its turn
-    assert runs.cancel(runs.find_run(root, f"{name}-0")) == "cancelled"
+    assert cancel(runs.find_run(root, f"{name}-1")) == "cancelled"  # it waits for its turn
+    assert cancel(runs.find_run(root, f"{name}-0")) == "cancelled"
     out, _ = process.communicate(timeout=30)
-    assert process.returncode == 75 and "this is two" not in out and "this is three" in out
+    assert process.returncode == 75 and said(out) == ["wait", "three"]
     assert states(script) == ["cancelled", "cancelled", "finished"]
 
 
 def test_a_cancelled_sweep_ends(script):
     process = script.start("sweep", "work.py", "args=[one],[wait],[three],[four]", "--procs", 1)
     wait_until(lambda: waits(script), process=process)
-    runs.cancel_sweep(script.folder / "runs", sweep_of(script).name)
+    cancel_sweep(script.folder / "runs", sweep_of(script).name)
     process.communicate(timeout=30)
     assert process.returncode == 75
     assert states(script) == ["finished", "cancelled", "cancelled", "cancelled"]

@@ -13,8 +13,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from conftest import wait_until
 
-from launch import logs, runs
+from launch import logs, runs, truth
 from launch import slurm as commands
+from launch.cancel import cancel, cancel_sweep
 from launch.show_runs import details, table
 from trainers.errors import UserError
 from trainers.files import read_json, replace_json, update_json
@@ -114,7 +115,7 @@ def test_states_by_the_queue_then_by_its_memory_then_by_the_record(slurm, runs_o
         slurm.run("scancel", *run.record["job"]["ids"])
     state_of(failed, "failed")
     state_of(silent, "lost")
-    wait_until(lambda: not runs.look([stopped])[0][1].jobs and not runs.look([unlucky])[0][1].jobs)
+    wait_until(lambda: not truth.look([stopped])[0][1].jobs and not truth.look([unlucky])[0][1].jobs)
     wait_until(lambda: working.again().record["state"] == "running", timeout_s=60)
 
     calls = Counter()
@@ -134,7 +135,7 @@ def test_states_by_the_queue_then_by_its_memory_then_by_the_record(slurm, runs_o
     assert runs.status(died)["next"] == ["launch logs died --follow", "launch cancel died"]
     assert runs.status(forgotten)["next"][0] == "launch explain forgotten"
     with pytest.raises(UserError, match="cannot be cancelled from here"):
-        runs.cancel(another)
+        cancel(another)
     assert held.state == "submitted", "another cluster's job of the same number was left alone"
 
     calls.clear()
@@ -173,11 +174,11 @@ def test_status_of_a_waiting_and_of_a_running_run(slurm, runs_of):
 
 def test_cancel_of_a_waiting_run(slurm, runs_of):
     run = runs_of("run", "--hold")
-    assert runs.cancel(run) == "cancelled"
+    assert cancel(run) == "cancelled"
     assert run.again().record["state"] == "cancelled"
     assert not commands.queue(run.record["job"]["ids"])
     with pytest.raises(UserError, match="is cancelled: there is nothing to cancel"):
-        runs.cancel(run.again())
+        cancel(run.again())
 
 
 def test_cancel_of_a_running_run_leaves_the_reason_before_the_signal(slurm, runs_of):
@@ -186,7 +187,7 @@ def test_cancel_of_a_running_run_leaves_the_reason_before_the_signal(slurm, runs
     ids = [*run.record["job"]["ids"], *link.record["job"]["ids"]]
     wait_until(lambda: run.again().record["state"] == "running", timeout_s=60)
     update_json(run.paths.record, job={**run.record["job"], "ids": ids[:1]})
-    assert runs.cancel(run.again()) == "cancelled"
+    assert cancel(run.again()) == "cancelled"
     assert read_json(run.paths.attempt_record(1))["outcome"] == "cancelled", "it was asked, not killed"
     assert not commands.queue(ids[:1]) and commands.queue(ids[1:])
 
@@ -197,7 +198,7 @@ def test_cancel_takes_all_of_a_chain(slurm, runs_of):
     next = slurm.run("sbatch", "--parsable", "--hold", "--output=/dev/null", run.paths.submission(1) / "job.sh").strip()
     update_json(run.paths.record, job={**run.record["job"], "ids": [*run.record["job"]["ids"], next]})
     assert runs.status(run.again())["queue"]["ids"] == [*run.record["job"]["ids"], next]
-    assert runs.cancel(run.again()) == "cancelled"
+    assert cancel(run.again()) == "cancelled"
     assert slurm.job(next)["JobState"] == "CANCELLED"
 
 
@@ -205,7 +206,7 @@ def test_cancel_takes_all_of_a_chain(slurm, runs_of):
 def test_cancel_ends_a_job_that_does_not_stop(slurm, runs_of):
     run = runs_of("run", manner="deaf")
     wait_until(lambda: run.again().record["state"] == "running", timeout_s=60)
-    said = runs.cancel(run, wait_s=0.5)
+    said = cancel(run, wait_s=0.5)
     assert "SLURM was told to end job" in said
     state_of(run, "cancelled")
 
@@ -216,7 +217,7 @@ def test_cancel_of_a_step_leaves_its_allocation(slurm, runs_of, tmp_path):
     run = runs_of("run", ids=[f"{allocation.record['job']['ids'][0]}.0"])
     wait_until(lambda: run.again().record["state"] == "running", timeout_s=60)
     assert run.state == "running" and runs.status(run)["queue"]["nodes"] == ["n1"]
-    assert runs.cancel(run.again()) == "cancelled"
+    assert cancel(run.again()) == "cancelled"
     assert read_json(run.paths.attempt_record(1))["outcome"] == "cancelled"
     assert slurm.job(allocation.record["job"]["ids"][0])["JobState"] == "RUNNING"
 
@@ -250,12 +251,12 @@ def test_a_sweep_is_compared_and_cancelled_whole(slurm, runs_of, tmp_path):
 
     update_json(root / "s-1-2" / "run.json", state="cancelled")  # one by hand, before
     slurm.run("scancel", f"{job}_2")
-    said = runs.cancel_sweep(root, "s-1")
+    said = cancel_sweep(root, "s-1")
     assert said == [{"id": f"s-1-{i}", "state": "cancelled"} for i in range(4)]
     assert [read_json(root / f"s-1-{i}" / "attempts" / "1" / "attempt.json")["outcome"] for i in (0, 1)] == ["cancelled"] * 2
     assert not (root / "s-1-3" / "attempts").exists()
     with pytest.raises(UserError, match="nothing to cancel"):
-        runs.cancel_sweep(root, "s-1")
+        cancel_sweep(root, "s-1")
 
 
 def test_a_submission_that_died_half_way(slurm, runs_of):
@@ -266,7 +267,7 @@ def test_a_submission_that_died_half_way(slurm, runs_of):
     status = runs.status(run)
     assert status["state"] == "submitted" and status["next"] == ["launch resume run"]
     assert "its submission did not finish" in details(status) and status["queue"] is None
-    assert runs.cancel(run.again()) == "cancelled"
+    assert cancel(run.again()) == "cancelled"
     assert slurm.job(id)["JobState"] == "CANCELLED", "its job was found by its script"
 
 
@@ -282,9 +283,9 @@ def test_a_point_of_a_sweep_whose_submission_died_half_way(slurm, runs_of):
     (folder / "job.sh").write_text("#!/bin/bash\n")
     replace_json(root / "s" / "sweep.json", {"id": "s", "points": [{"run": f"p-{i}", "overrides": []} for i in range(2)]})
     id = slurm.run("sbatch", "--parsable", "--hold", "--array=0-1", "--output=/dev/null", folder / "job.sh").strip()
-    assert runs.cancel(points[1].again()) == "cancelled"
+    assert cancel(points[1].again()) == "cancelled"
     assert list(commands.queue([f"{id}_0", f"{id}_1"])) == [f"{id}_0"]
-    assert runs.cancel_sweep(root, "s") == [{"id": "p-0", "state": "cancelled"}, {"id": "p-1", "state": "cancelled"}]
+    assert cancel_sweep(root, "s") == [{"id": "p-0", "state": "cancelled"}, {"id": "p-1", "state": "cancelled"}]
     assert not commands.queue([f"{id}_0", f"{id}_1"])
 
 
@@ -295,7 +296,7 @@ def test_cancel_of_a_run_on_its_way_back_into_the_queue(slurm, runs_of):
     slurm.wait(job, "RUNNING")
     slurm.run("scontrol", "requeue", job)
     slurm.wait(job, "COMPLETING", "PENDING")
-    runs.cancel(run)
+    cancel(run)
     assert run.again().record["state"] == "cancelled"
     assert slurm.wait(job)["JobState"] == "CANCELLED"
 
@@ -307,7 +308,7 @@ def test_without_slurm_the_record_speaks(slurm, runs_of, monkeypatch):
     assert row["state"] == "submitted" and "`squeue` is not installed" in row["note"]
     assert "SLURM cannot be asked here" in table([row]) and "SLURM cannot be asked here" in details(runs.status(run))
     with pytest.raises(UserError, match="cannot be cancelled from here"):
-        runs.cancel(run)
+        cancel(run)
     assert run.again().record["state"] == "submitted"
     monkeypatch.undo()
     slurm.run("scancel", run.record["job"]["ids"][0])

@@ -184,10 +184,18 @@ class Loop:
         self.checkpoints.save(self.step, self.strategy.tensors(self.models, self._optimizers()), state,
                               self.metrics if self.evaluated else {})
         if self.checkpoints.superseded:
-            raise TrainingError(f"step {self.step}: {self.checkpoints.wait()}",
-                                f"`launch status {self.paths.id}` shows the attempt that goes on")
+            raise self._superseded()
         self._saved = (self.step, self.evaluated)
         self._discount(began)
+
+    def _superseded(self) -> TrainingError:
+        return TrainingError(f"step {self.step}: {self.checkpoints.wait()}",
+                             f"`launch status {self.paths.id}` shows the attempt that goes on")
+
+    def _committed(self, otherwise: str, hint: str) -> None:
+        """Wait for the last checkpoint. Raises: TrainingError if it was not committed."""
+        if reason := self.checkpoints.wait():
+            raise self._superseded() if self.checkpoints.superseded else TrainingError(f"{otherwise}: {reason}", hint)
 
     def _rank_checkpoint(self) -> None:
         """Note whether this step's evaluation is among the best so far; the same on all ranks."""
@@ -249,18 +257,16 @@ class Loop:
 
     def _finish(self) -> int:
         self._save()
-        if reason := self.checkpoints.wait():
-            raise TrainingError(f"training reached step {self.step}, but its last checkpoint could not be written: "
-                                f"{reason}", f"make room, then `launch resume {self.paths.id}`")
+        self._committed(f"training reached step {self.step}, but its last checkpoint could not be written",
+                        f"make room, then `launch resume {self.paths.id}`")
         self._draw()
         self._close("finished")
         return FINISHED
 
     def _stop(self) -> int:
         self._save()
-        if reason := self.checkpoints.wait():
-            raise TrainingError(f"stopped at step {self.step}, but its checkpoint could not be written: {reason}",
-                                f"make room, then `launch resume {self.paths.id}` goes on from the checkpoint before")
+        self._committed(f"stopped at step {self.step}, but its checkpoint could not be written",
+                        f"make room, then `launch resume {self.paths.id}` goes on from the checkpoint before")
         self._close("preempted")
         return STOPPED
 
