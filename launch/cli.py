@@ -119,10 +119,15 @@ def ranks_options(command: Callable) -> Callable:
 
 
 def slurm_options(command: Callable) -> Callable:
-    """Where and how on a cluster; `_where` reads them."""
+    """Where and how on a cluster."""
     for option in (click.option("--follow", is_flag=True, help="Stay, and show the log."),
-                   click.option("--here", is_flag=True, help="In the allocation one stands in (salloc)."),
-                   click.option("--after", metavar="RUN", help="Begin once that run has finished."),
+                   click.option("--here", is_flag=True, help="In the allocation one stands in (salloc).")):
+        command = option(command)
+    return queue_options(command)
+
+
+def queue_options(command: Callable) -> Callable:
+    for option in (click.option("--after", metavar="RUN", help="Begin once that run has finished."),
                    click.option("--time", metavar="TIME", help="Time limit of the job: 4h, 12:00:00, 2-00:00:00."),
                    click.option("--nodes", type=click.IntRange(min=1), metavar="N",
                                 help="Nodes; alone, whole ones. By default as few as hold the ranks evenly."),
@@ -266,7 +271,7 @@ class Words(click.Group):
         command = self.get_command(ctx, word)
         if command is None:
             raise _no_such(word, [*self.commands, *specs.tasks()])
-        if word in self.commands and word != "show":
+        if word in self.commands and word not in ("show", "sweep"):
             _refuse_script_args(ctx, word)
         return word, command, rest
 
@@ -532,3 +537,52 @@ def sync(word: str, root: Path) -> int:
     from launch.sync import sync as upload
 
     return upload(find_run(root, word))
+
+
+@command
+@click.argument("task", required=False)
+@spec_options
+@ranks_options
+@queue_options
+@click.option("--max-parallel", "parallel", type=click.IntRange(min=1), metavar="N", help="On SLURM, at most N runs at once.")
+@click.option("--resume", "again", metavar="SWEEP", help="Go on with those of its runs that have not finished.")
+@click.option("--dry-run", is_flag=True, help="Print what would run, and do nothing.")
+@json_option
+@runs_option
+@click.pass_context
+def sweep(context: click.Context, task: str | None, root: Path, gpus: int | None, procs: int | None, nodes: int | None,
+          slurm: bool, cluster: str | None, time: str | None, after: str | None, parallel: int | None, again: str | None,
+          dry_run: bool, json: bool, overrides: Sequence[str], config: str | None, **given: str | None) -> int:
+    """Run a task, or a script, for each point of a grid: key=a,b,c other=x,y makes six runs.
+
+    On SLURM they are one array; on this machine they run one after another. A value that holds a comma itself needs
+    quotes, which the shell must leave: 'name="a,b"'.
+    """
+    _one_kind(gpus, procs)
+    from launch import sweep as sweeps
+
+    words, options = _sbatch_options([*([task] if again and task else []), *overrides])
+    words += [f"{ALIASES[name]}={text}" for name, text in given.items() if text is not None]
+    if again:
+        from launch.runs import read_sweep
+
+        if words or config or dry_run or context.obj.script_args is not None:
+            raise UserError("--resume goes on with a sweep as it was started, and takes no task and no keys",
+                            f"launch sweep --resume {again}")
+        last = read_sweep(root, again)["job"]
+        where = _cluster(slurm, cluster or last.get("cluster")) if slurm or cluster or last["kind"] == "slurm" else None
+        if where is None or where.kind != "slurm":
+            _only_on_slurm(nodes=nodes, time=time, after=after, **options)
+        asked = slurm or cluster or time or after or options
+        return sweeps.resume(root, again, request=_request(where, root, time, after, options) if asked else None, gpus=gpus,
+                             procs=procs, nodes=nodes, parallel=parallel, json=json)
+    if task is None:
+        raise UserError("`launch sweep` needs a task, a spec or a script", "launch sweep TASK key=a,b, or --resume SWEEP")
+    where = _cluster(slurm, cluster)
+    if where.kind == "slurm":
+        root = _root(context, root, where)
+    else:
+        _only_on_slurm(nodes=nodes, time=time, after=after, **options)
+    return sweeps.start(words=words, load=lambda words: _load(context, task, config, words, where), root=root.absolute(),
+                        request=_request(where, root, time, after, options), gpus=gpus, procs=procs, nodes=nodes,
+                        parallel=parallel, dry_run=dry_run, json=json)

@@ -156,6 +156,8 @@ def explain(run: Run) -> dict[str, Any]:
     if cause and (known := _match(_text(cause, slurm))):
         kind, match = known
         cause["meaning"] = _filled(kind.meaning, facts, match)
+        if cause["exit_code"] is None:  # then the hint is no rank's own, and says the same
+            cause["hint"] = None
     elif cause and found["state"] in ACTIVE:  # it has not begun yet, and that is all
         cause = None
     sentence = _sentence(run, found, attempts, cause)
@@ -168,7 +170,7 @@ def told(explanation: Mapping[str, Any]) -> str:
     cause, slurm = explanation["cause"] or {}, explanation["slurm"]
     last = cause.get("traceback") or cause.get("log_end") or []
     rows = [("cause", cause.get("meaning")), ("hint", cause.get("hint")), ("log", cause.get("log"))]
-    rows += [("", f"  {line}") for line in last]
+    rows += [("log", f"  {line}") for line in last]
     rows += [("slurm", slurm["problem"] and f"cannot be asked: {slurm['problem']}")]
     rows += [("slurm", _ended(job)) for job in slurm["jobs"]]
     rows += [("slurm", f"knows job {id} no more") for id in slurm["forgotten"]]
@@ -230,7 +232,7 @@ def _attempt(row: Mapping[str, Any]) -> str:
     line = ENDED.get(row["outcome"], row["outcome"])
     line += f" after {duration(row['seconds'])}" if row["seconds"] is not None else ""
     line += f" at step {row['to_step']}" if row["to_step"] is not None else ""
-    line += f", begun at {row['from_step']}," if row["from_step"] else ""
+    line += f" (from {row['from_step']})" if row["from_step"] else ""
     line += f" on {', '.join(row['nodes'])}" if row["nodes"] else ""
     line += f": {row['why']}" if row["why"] else ""
     if row["lost_steps"] is not None:
@@ -302,16 +304,16 @@ def _cause(run: Run, found: Found, slurm: Mapping[str, Any]) -> dict[str, Any] |
     failure = _first(run.paths, attempt, failure) or failure
     rank = failure.get("rank")
     node = failure.get("node") or _node(attempt, rank)
-    cause |= {key: failure.get(key) for key in ("rank", "exit_code", "signal")}
-    cause["hint"] = None if cause["signal"] else failure.get("hint")  # that of a signal is in CAUSES
+    cause |= {key: failure.get(key) for key in ("rank", "exit_code", "signal", "hint")}
     cause |= {"attempt": attempt["attempt"], "node": node, "message": _failed({**failure, "node": node})}
     log = run.paths.log(attempt["attempt"], rank or 0)
-    if not log.exists() or rank is None and _ids(found):
-        return cause | _job_log(run, found, node)
     text = _read(log, -END_BYTES)
-    trace = failure.get("traceback") or (_traceback(text) if rank is not None else None)
-    shown = {"traceback": trace.splitlines()[-TRACE_LINES:]} if trace else {"log_end": text.rstrip().splitlines()[-LOG_LINES:]}
-    return cause | {"log": str(log)} | shown
+    cause["log"] = str(log) if text else None
+    if trace := failure.get("traceback") or (_traceback(text) if rank is not None else None):
+        return cause | {"traceback": trace.splitlines()[-TRACE_LINES:]}
+    if _ids(found) and (rank is None or not text):
+        return cause | _job_log(run, found, node)
+    return cause | {"log_end": text.rstrip().splitlines()[-LOG_LINES:]}
 
 
 def _first(paths: RunPaths, attempt: Mapping[str, Any], failure: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -406,8 +408,8 @@ def _waits(run: Run, found: Found, last: Mapping[str, Any] | None) -> str:
     queue, submission = found["queue"], (found["job"] or {}).get("submission")
     # SLURM forgets since when at each requeue.
     again = last and found["attempts"][-1].get("submission") == submission
-    since = last["ended"] if again else _changed(run.paths.submission(submission) / "submission.json")
-    reason = queue["reason_words"] + (f" ({queue['reason']})" if queue["reason"] != queue["reason_words"] else "")
+    since = found["attempts"][-1].get("ended") if again else _changed(run.paths.submission(submission) / "submission.json")
+    reason = queue["reason_words"] + (f" ({queue['reason']})" if queue["reason"] not in (queue["reason_words"], "None") else "")
     return ("waits in SLURM's queue" + (f" since {_local(since)}" if since else "")
             + (f", at place {queue['position']} of {queue['of']}" if queue["position"] else "") + f": {reason}"
             + (f"; by SLURM's estimate it starts at {_local(queue['start'])}" if queue["start"] else ""))

@@ -26,7 +26,7 @@ from launch.processes import alive, identity
 from launch.resources import Resources, slurm_resources
 from launch.spec import Spec, spec_of
 from launch.start import named, new_run_id, shown
-from launch.submission import read_submission
+from launch.submission import last_submission
 from launch.submit import code_of, hand_over, make_submission, release, submit, try_out
 from launch.truth import ACTIVE
 from trainers.errors import UserError
@@ -42,7 +42,7 @@ def start(*, spec: Spec, root: Path, request: Request, gpus: int | None, procs: 
         UserError: something the user must mend; nothing was written or submitted.
     """
     resources = slurm_resources(request.cluster, gpus, procs, nodes)
-    _check(spec, request, dry_run)
+    check(spec, request, dry_run)
     run_id = new_run_id(spec.name)
     copy = None if here else snapshot.survey(code_of(spec), RunPaths(root / run_id).code)
     plan = make_submission(run_id, spec, request, resources, runs=root, cwd=Path.cwd(), copy=copy, here=here)
@@ -66,22 +66,26 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
         UserError: it is at work or in the queue, or its spec cannot be read.
     """
     paths, job = run.paths, run.record.get("job") or {}
+    if run.record["state"] == "finished":
+        print(f"run {paths.id} is finished: nothing to resume")
+        return 0
     if job.get("kind") == "slurm" and not job["ids"]:
         if found := _half_submitted(paths, job):
             update_json(paths.record, job={**job, "ids": found})
             release(found)
             print(f"run {paths.id}: its submission had broken off, but job {', '.join(found)} is in the queue")
             return _follow(paths) if follow else 0
-    elif job.get("kind") == "slurm" and slurm.queue(job["ids"]):
+    elif job.get("kind") == "slurm" and (queued := slurm.queue(job["ids"])):
+        if all(each.reason == "JobHeldUser" for each in queued.values()):  # its submission broke off before it let them go
+            release(list(queued))
+            print(f"run {paths.id}: job {', '.join(job['ids'])} was on hold, and is let go")
+            return _follow(paths) if follow else 0
         raise UserError(f"run {paths.id} is {run.state}: job {', '.join(job['ids'])} is in SLURM's queue",
                         f"see `launch status {named(paths)}`, or `launch cancel {named(paths)}`")
     elif run.state in ACTIVE and job.get("kind") == "local":
         raise UserError(f"run {paths.id} is running on host {job['host']}", f"`launch cancel {named(paths)}` stops it")
-    if run.state == "finished":
-        print(f"run {paths.id} is finished: nothing to resume")
-        return 0
-    numbers = paths.submission_numbers()
-    before = read_submission(paths.submission(numbers[-1])) if numbers else None
+    sweep = run.record.get("sweep")
+    before = last_submission(paths, sweep)
     if request is None:
         request = Request(before.cluster, before.time, before.options) if before else Request(load_cluster("slurm"))
     elif before and before.cluster.name == request.cluster.name:
@@ -95,9 +99,9 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
             procs = None if gpus else procs
         resources = slurm_resources(request.cluster, gpus, procs, nodes)
     spec = spec_of(paths)
-    _check(spec, request, dry_run=False)
-    number = (numbers[-1] if numbers else 0) + 1
-    copy = snapshot.load(paths.code)
+    check(spec, request, dry_run=False)
+    number = before.number + 1 if before else 1
+    copy = snapshot.load(paths.code) or sweep and snapshot.load(RunPaths(paths.root.parent / sweep).code)
     plan = make_submission(paths.id, spec, request, resources, runs=paths.root.parent, number=number,
                            cwd=Path(before.cwd) if before else Path.cwd(), copy=copy)
     try_out(plan.job, resources)
@@ -106,7 +110,7 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
     update_json(paths.record, state="submitted", updated=record.now(),
                 job={**job, "ids": [], **record.me(), "started": identity(os.getpid())})
     try:
-        ids = hand_over(plan.job, {name: text for name, text in plan.files.items() if name != "run.yaml"}, paths.root)
+        ids = hand_over(plan.job, plan.files, paths.root)
     except BaseException:
         update_json(paths.record, **was)
         raise
@@ -140,7 +144,7 @@ def jobs_of(run: runs.Run) -> tuple[str, ...]:
                     else "SLURM can wait for SLURM's jobs alone")
 
 
-def _check(spec: Spec, request: Request, dry_run: bool) -> None:
+def check(spec: Spec, request: Request, dry_run: bool) -> None:
     """What can be found out before anything is queued; fetches what the nodes cannot."""
     config = spec.config
     if hasattr(config, "check"):
@@ -172,6 +176,8 @@ def _here(plan: Plan, request: Request, resources: Resources, json: bool) -> int
     paths = record.create_run(plan, job={"kind": "slurm", "cluster": request.cluster.name, "ids": [], "submission": 1,
                                          **record.me(), "started": identity(os.getpid())})
     for name, text in plan.files.items():
+        if not name.startswith("submissions/"):
+            continue  # an attempt's files come with the attempt
         (paths.root / name).parent.mkdir(parents=True, exist_ok=True)
         replace_text(paths.root / name, text)
     folder = str(paths.submission(1))

@@ -120,7 +120,7 @@ class Partition:
 
 def environment(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What SLURM's commands get of an environment, and with sbatch the jobs: nothing that would change them unasked."""
-    return {key: value for key, value in env.items() if key == "SLURM_CONF" or not DROPPED.match(key)}
+    return {key: value for key, value in env.items() if (value if key == "SLURM_CONF" else not DROPPED.match(key))}
 
 
 def available() -> bool:

@@ -45,7 +45,7 @@ def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, debug:
     view = make_view(json)
     paths = record.create_run(plan)
     view.notice(f"run {plan.run_id} in {shown(paths.root)}: {_on(resources)}")
-    return _run(plan_of, paths, 1, view, plan.max_restarts, debug)
+    return run_attempts(plan_of, paths, 1, view, plan.max_restarts, debug)
 
 
 def resume(run: records.Run, *, gpus: int | None, procs: int | None, json: bool, take_over: bool = False) -> int:
@@ -81,7 +81,7 @@ def resume(run: records.Run, *, gpus: int | None, procs: int | None, json: bool,
     plan_of = partial(_plan, paths.id, spec, load_cluster("local"), resources, paths.root.parent, cwd)
     plan = plan_of(number)
     view.notice(f"run {paths.id} in {shown(paths.root)}, attempt {plan.attempt}: {_on(resources)}")
-    return _run(plan_of, paths, number, view, plan.max_restarts, debug=False)
+    return run_attempts(plan_of, paths, number, view, plan.max_restarts, debug=False)
 
 
 def new_run_id(name: str) -> str:
@@ -94,7 +94,7 @@ def _plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resources,
     return make_plan(run_id, spec, cluster, resources, runs=runs, python=sys.executable, cwd=cwd, attempt=attempt)
 
 
-def _run(plan_of, paths: RunPaths, number: int, view: View, restarts: int, debug: bool) -> int:
+def run_attempts(plan_of, paths: RunPaths, number: int, view: View, restarts: int, debug: bool) -> int:
     began = time.monotonic()
     try:
         if debug:

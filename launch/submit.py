@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 from pathlib import Path
 
@@ -79,13 +79,23 @@ def submit(plan: Plan, spec: Spec, cluster: str) -> tuple[RunPaths, list[str], t
                                          **record.me(), "started": identity(os.getpid())})
     try:
         copy = snapshot.take(code_of(spec), paths.code)
-        ids = hand_over(plan.job, {name: text for name, text in plan.files.items() if name != "run.yaml"}, paths.root)
+        ids = hand_over(plan.job, plan.files, paths.root)
+        update_json(paths.record, job={"kind": "slurm", "cluster": cluster, "ids": ids, "submission": 1}, updated=record.now())
+        release(ids)
     except BaseException:
+        withdraw([plan.job])
         shutil.rmtree(paths.root, ignore_errors=True)  # made just now, and never run
         raise
-    update_json(paths.record, job={"kind": "slurm", "cluster": cluster, "ids": ids, "submission": 1}, updated=record.now())
-    release(ids)
     return paths, ids, copy.left_out
+
+
+def withdraw(jobs: Iterable[Job]) -> None:
+    """Cancel those of the jobs that were submitted, also one whose id was not heard."""
+    files = {job.file for job in jobs}
+    try:
+        slurm.cancel(id for id, job in slurm.queue().items() if job.script in files)
+    except UserError:  # SLURM does not answer, which is being said
+        pass
 
 
 def release(ids: Sequence[str]) -> None:
@@ -93,10 +103,12 @@ def release(ids: Sequence[str]) -> None:
     slurm.call("scontrol", "release", ",".join(ids))
 
 
-def hand_over(job: Job, files: dict[str, str], root: Path) -> list[str]:
-    """Write a job's files under `root` and submit it, link by link. Returns the ids. Raises: UserError."""
+def hand_over(job: Job, files: Mapping[str, str], root: Path) -> list[str]:
+    """Write what a job reads, of a plan's files, under `root`, and submit it, link by link. Returns the ids; they are on
+    hold. Raises: UserError."""
+    own = {name: text for name, text in files.items() if name.startswith("submissions/")}  # an attempt writes the rest
     try:
-        for name, text in {**files, os.path.relpath(job.file, root): job.script}.items():
+        for name, text in {**own, os.path.relpath(job.file, root): job.script}.items():
             path = root / name
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, text)
@@ -109,9 +121,8 @@ def hand_over(job: Job, files: dict[str, str], root: Path) -> list[str]:
             follows = [f"--dependency=afternotok:{':'.join(ids)}", "--kill-on-invalid-dep=yes"] if ids else []
             said = _sbatch(job, *job.command[:-1], *follows, job.command[-1])
             ids.append(said.partition(";")[0].strip())  # a federation's cluster comes after it
-    except UserError:
-        if ids:
-            slurm.cancel(ids)
+    except BaseException:
+        withdraw([job])
         raise
     return ids
 

@@ -32,13 +32,13 @@ from launch import record, runs, slurm, snapshot
 from launch import start as one
 from launch.batch import Job, Request, make_job
 from launch.node import stop_signals
-from launch.on_slurm import _check as check
+from launch.on_slurm import check
 from launch.plan import Plan, as_json, make_plan, show
 from launch.processes import alive, identity
 from launch.resources import Resources, local_resources, slurm_resources
 from launch.spec import Spec, spec_of
 from launch.submission import Submission, last_submission, plan_of
-from launch.submit import as_copied, code_of, hand_over, make_submission, release, try_out
+from launch.submit import as_copied, code_of, hand_over, make_submission, release, try_out, withdraw
 from launch.view import make_view
 from trainers.errors import UserError
 from trainers.files import read_json, replace_json, replace_text, update_json
@@ -343,30 +343,16 @@ def _hand_over(sweep: Sweep) -> list[str]:
             given = hand_over(sweep.array, {}, root)
             of_runs = [[f"{given[0]}_{element}"] for element in sweep.elements]
         else:
-            of_runs = [hand_over(plan.job, _own_files(plan), Path(plan.folder)) for plan in sweep.plans]
+            of_runs = [hand_over(plan.job, plan.files, Path(plan.folder)) for plan in sweep.plans]
             given = [id for ids in of_runs for id in ids]
         for plan, ids in zip(sweep.plans, of_runs):
             update_json(RunPaths(Path(plan.folder)).record, job={**job, "ids": ids}, updated=record.now())
         update_json(root / runs.SWEEP, job={**job, "ids": given})
         release(given)
     except BaseException:
-        _withdraw(sweep)
+        withdraw(sweep.jobs)
         raise
     return given
-
-
-def _own_files(plan: Plan) -> dict[str, str]:
-    """What its submission needs; an attempt writes its own."""
-    return {name: text for name, text in plan.files.items() if name.startswith("submissions/")}
-
-
-def _withdraw(sweep: Sweep) -> None:
-    """Cancel those of its jobs that were submitted, also one whose id was not heard."""
-    files = {job.file for job in sweep.jobs}
-    try:
-        slurm.cancel(id for id, job in slurm.queue().items() if job.script in files)
-    except UserError:  # SLURM does not answer, which is being said
-        pass
 
 
 def _say(sweep: Sweep, ids: Sequence[str], json: bool) -> None:
@@ -413,7 +399,7 @@ def _in_turn(sweep: Sweep, json: bool) -> int:
             view.notice(f"point {element + 1} of {len(sweep.points)}, {_said(sweep.points[element]['overrides'])}: "
                         f"run {paths.id} in {one.shown(paths.root)}")
             try:
-                codes.append(one._run(partial(plan_of, sweep.submission, paths), paths, record.next_attempt(paths), view,
+                codes.append(one.run_attempts(partial(plan_of, sweep.submission, paths), paths, record.next_attempt(paths), view,
                                       plan.max_restarts, debug=False))
             except UserError as error:
                 view.close()

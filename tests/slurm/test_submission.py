@@ -23,7 +23,7 @@ print(json.dumps({"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcw
 WHERE = ("--cluster", "here")
 LATER = "sbatch.begin=now+1hour"  # it waits until Cluster.start_now
 # No file name holds a slash, no folder of runs a backslash.
-HOSTILE = """it's "a" $(touch hacked) `touch hacked` %j%t%A%%, ; & | * ? # ~ = ! <b> 中文　é"""
+HOSTILE = """it's "a" $(touch hacked) `touch hacked` %t%j%A, ; & | * ? # ~ = ! <b> 中文　é"""
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR")
 
 
@@ -121,6 +121,7 @@ def test_hostile_words_arrive_and_execute_nothing(slurm, slurm_launch):
                          f"sbatch.job-name={HOSTILE}\\j", "--", *words, OF_USER=f"{HOSTILE}\\\n")
     wait_until(lambda: slurm.job(job)["Reason"] == "BeginTime", timeout_s=30)
     assert slurm.run("squeue", "-h", "-o", "%k", "-j", job) == f"{HOSTILE}\\n\\\n"
+    time.sleep(1.5)  # a node refuses what begins in the second in which it was told that the last one is over
     slurm.start_now(job)
     finish(run)
     for rank in (0, 1):
@@ -132,6 +133,16 @@ def test_hostile_words_arrive_and_execute_nothing(slurm, slurm_launch):
     assert attempt(run, 1)["nodes"][0] not in attempt(run, 2)["nodes"]
     assert [path.name for path in sorted((run / "submissions/1").glob("*.out"))] == [f"{job}_{n}_log.out" for n in (0, 1)]
     assert not [*slurm_launch.folder.rglob("hacked"), *slurm.folder.rglob("hacked"), *Path.cwd().glob("hacked")]
+
+
+@pytest.mark.parametrize("name", ["100% of %%", "%N%j"])
+def test_percent_signs_in_the_folder_of_runs(slurm, slurm_launch, name):
+    """srun has its own way with them."""
+    write(slurm_launch.folder, SHOW)
+    run, (job,) = submit(slurm_launch, "work.py", "--procs", 2, "--nodes", 2, "--runs", name)
+    finish(run)
+    assert run.parent == slurm_launch.folder / name and seen(run, 1)["env"]["LAUNCH_RUN_DIR"] == str(run)
+    assert {path.name for path in (run / "submissions/1").glob("*.out")} == {f"{job}_0_log.out", f"{job}_1_log.out"}
 
 
 @pytest.mark.parametrize("where", ["command line", "cluster"])
@@ -152,11 +163,12 @@ def test_a_line_in_the_place_of_an_option_is_refused(slurm_launch):
     nothing_was_done(slurm_launch)
 
 
-def test_a_backslash_in_the_folder_of_runs_is_refused(slurm_launch):
+@pytest.mark.parametrize("name", ["a\\b", "two\nlines", "my%20folder", "%j%t"])
+def test_a_folder_of_runs_that_srun_cannot_be_told_is_refused(slurm_launch, name):
     write(slurm_launch.folder, SHOW)
-    done = slurm_launch("work.py", "--procs", 1, *WHERE, "--runs", "a\\b")
-    assert done.returncode == 2 and "holds a backslash" in done.stderr and "--runs DIR" in done.stderr
-    assert not (slurm_launch.folder / "a\\b").exists()
+    done = slurm_launch("work.py", "--procs", 1, *WHERE, "--runs", name)
+    assert done.returncode == 2 and "cannot be told" in done.stderr and "--runs DIR" in done.stderr
+    assert not (slurm_launch.folder / name).exists()
     nothing_was_done(slurm_launch)
 
 
@@ -165,7 +177,8 @@ def test_a_backslash_in_the_folder_of_runs_is_refused(slurm_launch):
 
 # What is asked for, keys of the cluster's file, variables, and words of the error.
 REFUSED = {
-    "partition": (["sbatch.partition=nope"], {}, {}, r"refuses this job: invalid partition .*nope.*\n.*there is main, short, urgent"),
+    "partition": (["sbatch.partition=nope"], {}, {},
+                  "refuses this job: invalid partition .*nope.*\nhint: there is main, short, urgent"),
     "partition misspelt": (["sbatch.partition=mian"], {}, {}, "did you mean sbatch.partition=main?"),
     "GPU type": (["--gpus", 2], {"gpu_type": "a100"}, {}, "not available\n.*gpus-per-node=a100:2, .*main.* 8 GPU"),
     "GPU type by gres": (["--gpus", 2], {"gpu_type": "a100", "gpu_request": "gres"}, {}, "not available\n.*gres=gpu:a100:2"),
@@ -251,13 +264,14 @@ def picture(slurm, run: Path, ranks: int) -> dict:
     finish(run)
     assert record(run)["attempt"] == 1 and attempt(run, 1)["restart"] == 0
     job = slurm.job(attempt(run, 1)["job"])
-    keys = (*TORCHRUN, "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_CPU_BIND",
+    keys = (*TORCHRUN, "OMP_NUM_THREADS", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_CPU_BIND",
             "SLURM_GPUS_ON_NODE", "SLURM_ARRAY_TASK_ID", "SLURM_SUBMIT_DIR", "HOME")
     found = {rank: seen(run, rank) for rank in range(ranks)}
     assert all(rank["env"]["LAUNCH_RUN_DIR"] == str(run) and rank["env"]["SLURM_JOB_NAME"] == run.name
                and 20_000 <= int(rank["env"]["MASTER_PORT"]) < 32_000 for rank in found.values())
     return {"job": {key: job[key] for key in JOB},
-            **{rank: [said["argv"], said["cwd"], {key: said["env"].get(key) for key in keys}] for rank, said in found.items()}}
+            **{rank: [said["argv"], said["cwd"], len(said["env"]["CUDA_VISIBLE_DEVICES"].split(",")),
+                      {key: said["env"].get(key) for key in keys}] for rank, said in found.items()}}
 
 
 def test_habits_change_nothing(slurm, slurm_launch):
@@ -269,9 +283,9 @@ def test_habits_change_nothing(slurm, slurm_launch):
     expected = picture(slurm, submit(slurm_launch, *args)[0], ranks=4)
     assert expected["job"] == {"Partition": "main", "TimeLimit": "00:30:00", "Requeue": "1", "NumNodes": "2", "NumCPUs": "4",
                                "TresPerNode": "gres:gpu:2", "MinMemoryCPU": "500M", "OverSubscribe": "OK"}
-    variables = expected[3][2]
+    *_, gpus, variables = expected[3]
     assert [variables[key] for key in TORCHRUN] == ["3", "4", "1", "2", "1", "2", "127.0.0.1"]
-    assert variables["CUDA_VISIBLE_DEVICES"] == "0,1" and variables["SLURM_ARRAY_TASK_ID"] is None
+    assert gpus == 2 and variables["SLURM_ARRAY_TASK_ID"] is None
 
     assert picture(slurm, submit(slurm_launch, *args, **HABITS)[0], ranks=4) == expected
 
@@ -317,27 +331,35 @@ def test_in_an_allocation_with_cpu_binding(slurm, slurm_launch):
 
 @pytest.fixture
 def dying(slurm_launch):
-    """`launch` whose sbatch kills it before or after it has submitted."""
+    """`launch` that is killed before or after the first call of one of SLURM's commands that changes something."""
 
-    def submit(when: str, *args: object) -> Path:
-        real, folder = shutil.which("sbatch", path=environment()["PATH"]), slurm_launch.folder / "bin"
-        folder.mkdir(exist_ok=True)
-        wrapper = write(folder, f'#!/bin/sh\ncase "$*" in *--test-only*) exec {real} "$@";; esac\n'
-                                + (f'{real} "$@" > /dev/null\n' if when == "after" else "") + "kill -9 $PPID\n", "sbatch")
-        wrapper.chmod(0o755)
-        done = slurm_launch(*args, *WHERE, PATH=f"{folder}:{environment()['PATH']}")
-        assert done.returncode == -signal.SIGKILL
+    def submit(when: str, command: str, *args: object) -> Path:
+        kill = "kill -9 $PPID\n"
+        text = f"{kill}" if when == "before" else f'{found(command)} "$@" > /dev/null\n{kill}'
+        done = slurm_launch(*_before_dashes(args, *WHERE), PATH=wrapped(slurm_launch.folder, command, text))
+        assert done.returncode == -signal.SIGKILL, done.stderr
         (run,) = slurm_launch.runs()
-        assert record(run)["job"]["ids"] == []
         return run
 
     return submit
 
 
+def found(command: str) -> str:
+    return shutil.which(command, path=environment()["PATH"])
+
+
+def wrapped(folder: Path, command: str, text: str) -> str:
+    """A PATH on which a script takes the place of a command, but where that changes nothing."""
+    (folder / "bin").mkdir(exist_ok=True)
+    write(folder / "bin", f'#!/bin/sh\ncase "$*" in *--test-only*|show*) exec {found(command)} "$@";; esac\n{text}',
+          command).chmod(0o755)
+    return f"{folder}/bin:{environment()['PATH']}"
+
+
 def test_a_submission_that_died_before_sbatch_is_submitted_anew(slurm, slurm_launch, dying):
     write(slurm_launch.folder, SHOW)
-    run = dying("before", "work.py", "--procs", 1, "--", "a word")
-    assert slurm.jobs() == [] or slurm.run("squeue", "-h") == ""
+    run = dying("before", "sbatch", "work.py", "--procs", 1, "--", "a word")
+    assert slurm.run("squeue", "-h") == "" and record(run)["job"]["ids"] == []
     assert "did not finish" in slurm_launch("status", run.name).stdout
     resumed = slurm_launch("resume", run.name, "--json")
     assert resumed.returncode == 0, resumed.stderr
@@ -351,8 +373,9 @@ def test_a_submission_that_died_after_sbatch_is_found(slurm, slurm_launch, dying
     """While it waits and while it runs; a chain is as long as it had become."""
     write(slurm_launch.folder, "import os, time\nwhile not os.path.exists('go'): time.sleep(0.05)\n" + SHOW)
     write_cluster(slurm_launch.folder, requeue=links == 1, chain=links)
-    run = dying("after", "work.py", "--procs", 1, LATER)
+    run = dying("after", "sbatch", "work.py", "--procs", 1, LATER)
     (job,) = slurm.run("squeue", "-h", "-o", "%A").split()
+    assert record(run)["job"]["ids"] == []
     resumed = slurm_launch("resume", run.name)
     assert resumed.returncode == 0 and f"job {job} is in the queue" in resumed.stdout
     assert slurm.run("squeue", "-h", "-o", "%A").split() == [job] == record(run)["job"]["ids"]
@@ -367,26 +390,25 @@ def test_a_submission_that_died_after_sbatch_is_found(slurm, slurm_launch, dying
     assert record(run)["attempt"] == 1
 
 
-def test_a_run_that_its_dead_submission_has_begun_is_found(slurm, slurm_launch, dying):
-    write(slurm_launch.folder, "import os, time\nwhile not os.path.exists('go'): time.sleep(0.05)\n" + SHOW)
-    run = dying("after", "work.py", "--procs", 1)
-    wait_until(lambda: record(run)["state"] == "running", timeout_s=30)
-    (job,) = slurm.run("squeue", "-h", "-o", "%A").split()
+@pytest.mark.parametrize("links", [1, 2])
+def test_a_submission_that_died_before_it_let_its_job_go(slurm, slurm_launch, dying, links):
+    write(slurm_launch.folder, SHOW)
+    write_cluster(slurm_launch.folder, requeue=links == 1, chain=links)
+    run = dying("before", "scontrol", "work.py", "--procs", 1)
+    jobs = sorted(slurm.run("squeue", "-h", "-o", "%A").split(), key=int)
+    assert record(run)["job"]["ids"] == jobs and len(jobs) == links
+    assert {slurm.job(job)["Reason"] for job in jobs} == {"JobHeldUser"}
     resumed = slurm_launch("resume", run.name)
-    assert resumed.returncode == 0 and f"job {job} is in the queue" in resumed.stdout
-    assert slurm.run("squeue", "-h", "-o", "%A").split() == [job]
-    (slurm_launch.folder / "go").touch()
+    assert resumed.returncode == 0 and f"job {', '.join(jobs)}" in resumed.stdout, resumed.stderr
     finish(run)
+    assert attempt(run, 1)["job"] == jobs[0] and record(run)["job"]["ids"] == jobs
     assert slurm_launch("resume", run.name).stdout == f"run {run.name} is finished: nothing to resume\n"
 
 
 def test_a_submission_that_is_under_way_is_left_alone(slurm_launch):
     write(slurm_launch.folder, SHOW)
-    real, folder = shutil.which("sbatch", path=environment()["PATH"]), slurm_launch.folder / "bin"
-    folder.mkdir()
-    write(folder, f'#!/bin/sh\ncase "$*" in *--test-only*) ;; *) while [ ! -e go ]; do sleep 0.05; done;; esac\n'
-                  f'exec {real} "$@"\n', "sbatch").chmod(0o755)
-    submitting = slurm_launch.start("work.py", "--procs", 1, *WHERE, PATH=f"{folder}:{environment()['PATH']}")
+    path = wrapped(slurm_launch.folder, "sbatch", f'while [ ! -e go ]; do sleep 0.05; done\nexec {found("sbatch")} "$@"\n')
+    submitting = slurm_launch.start("work.py", "--procs", 1, *WHERE, PATH=path)
     run = wait_until(lambda: [run for run in slurm_launch.runs() if (run / "run.json").exists()], 20, submitting)[0]
     done = slurm_launch("resume", run.name)
     assert done.returncode == 2 and f"is being submitted by process {submitting.pid}" in done.stderr
@@ -399,12 +421,19 @@ def test_a_submission_that_is_under_way_is_left_alone(slurm_launch):
 def test_a_chain_whose_later_link_is_refused_leaves_nothing(slurm_launch):
     write(slurm_launch.folder, SHOW)
     write_cluster(slurm_launch.folder, requeue=False, chain=3)
-    real, folder = shutil.which("sbatch", path=environment()["PATH"]), slurm_launch.folder / "bin"
-    folder.mkdir()
-    write(folder, f'#!/bin/sh\ncase "$*" in *afternotok:*:*) echo "sbatch: error: no more" >&2; exit 1;; esac\n'
-                  f'exec {real} "$@"\n', "sbatch").chmod(0o755)
-    done = slurm_launch("work.py", "--procs", 1, LATER, *WHERE, PATH=f"{folder}:{environment()['PATH']}")
+    text = f'case "$*" in *afternotok:*:*) echo "sbatch: error: no more" >&2; exit 1;; esac\nexec {found("sbatch")} "$@"\n'
+    path = wrapped(slurm_launch.folder, "sbatch", text)
+    done = slurm_launch("work.py", "--procs", 1, LATER, *WHERE, PATH=path)
     assert done.returncode == 2 and "no more" in done.stderr
+    nothing_was_done(slurm_launch)
+
+
+def test_a_submission_that_is_interrupted_leaves_nothing(slurm_launch):
+    """Ctrl-C while sbatch is at work, which has submitted already."""
+    write(slurm_launch.folder, SHOW)
+    path = wrapped(slurm_launch.folder, "sbatch", f'{found("sbatch")} "$@"\nkill -INT $PPID\nsleep 2\n')
+    done = slurm_launch("work.py", "--procs", 1, *WHERE, PATH=path)
+    assert done.returncode == 130
     nothing_was_done(slurm_launch)
 
 
