@@ -447,6 +447,48 @@ def status(word: str, root: Path, json: bool) -> None:
 
 @command
 @run_argument
+@runs_option
+@json_option
+def explain(word: str, root: Path, json: bool) -> None:
+    """Say what became of a run, why, and what to do."""
+    from launch.explain import explain as explain_run
+    from launch.explain import told
+    from launch.runs import find_run
+
+    found = explain_run(find_run(root, word))
+    _print_json(found) if json else print(told(found))
+
+
+@command
+@click.option("--cluster", metavar="NAME", help="Of this cluster; by default of this machine.")
+@click.option("--slurm", is_flag=True, help="Of the SLURM cluster one stands on.")
+@click.option("--job", is_flag=True, help="Try it: a job of a minute that sees its GPUs and does one all-reduce.")
+@click.option("--nodes", type=click.IntRange(min=1), metavar="N", help="Nodes of that job (2, if there are as many).")
+@runs_option
+@json_option
+@click.pass_context
+def doctor(context: click.Context, root: Path, json: bool, slurm: bool, cluster: str | None, job: bool, nodes: int | None
+           ) -> int:
+    """Look for what would go wrong, before anything is queued."""
+    where = _cluster(slurm, cluster)
+    if nodes and not job:
+        raise UserError("--nodes is for --job", "add --job")
+    from dataclasses import asdict
+
+    from launch import doctor as looks
+
+    checks = []
+    for check in looks.doctor(where, _root(context, root, where), job, nodes, lambda text: print(text, file=sys.stderr)):
+        checks.append(check)
+        if not json:
+            print(looks.line(check), flush=True)
+    if json:
+        _print_json([asdict(check) for check in checks])
+    return int(any(check.ok == "error" for check in checks))
+
+
+@command
+@run_argument
 @click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
 @click.option("--rank", type=click.IntRange(min=0), metavar="K", help="Of this rank (0).")
 @click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Of this attempt alone.")

@@ -13,11 +13,11 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from launch import local, record, slurm, snapshot
 from launch.batch import Request, make_job, slurm_time
@@ -51,7 +51,7 @@ LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "vfat", "exfat",
          "squashfs", "iso9660", "devtmpfs", "ecryptfs"}
 UNFIT = ("DOWN", "FAIL", "DRAIN", "NOT_RESPONDING", "UNKNOWN", "MAINT")  # how the states of nodes begin that take no jobs
 COMPARE = {">=": operator.ge, "<=": operator.le, "<": operator.lt, ">": operator.gt, "==": operator.eq, "!=": operator.ne}
-MENDS = {
+MENDS = {  # by what has failed; those of the probes in their order
     "folder": "all nodes must see the folder of runs, and you must be allowed to write there: --runs DIR, or `runs:` in the "
               "cluster's file",
     "torch": "`python:` and `setup:` in the cluster's file say which Python the nodes run: is torch installed there?",
@@ -59,6 +59,9 @@ MENDS = {
     "all-reduce": "`interface:` in the cluster's file names the network between nodes; NCCL_DEBUG=INFO in its `env:` makes NCCL "
                   "say more",
 }
+START = "`setup:`, `prefix:`, `python:` and `interface:` in the cluster's file say how nodes start launch"
+COMPLAINT = re.compile(r"^(?:slurmstepd[^:]*: error: .*|.*/slurm_script: .*|error: .*|\S*Error: .*)$", re.MULTILINE)
+CONSEQUENCE = re.compile(r"CANCELLED AT|did not come|could not be reached")  # of what another node did
 
 
 @dataclass(frozen=True)
@@ -110,19 +113,20 @@ def _software() -> Iterator[Check]:
     here = ".".join(map(str, sys.version_info[:3]))
     if not fits(here, python):
         yield Check("Python", "error", f"{here}; {python} is needed", "install launch into a newer Python")
-    found, missing = [], []
-    for name, versions in wanted.items():
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            version = None
-        if version is None or not fits(version, versions):
-            missing.append(f"{name} {version or 'is not installed'}; {versions or 'any version'} is needed")
-        found.append(f"{name} {version}")
-    for what in missing:
-        yield Check("packages", "error", what, f"{sys.executable} -m pip install '{what.split()[0]}{what.split('; ')[1][:-10]}'")
-    if not missing:
-        yield Check("packages", "ok", f"Python {here}, " + ", ".join(found))
+    there = {name: _version(name) for name in wanted}
+    bad = [name for name, version in there.items() if version is None or not fits(version, wanted[name])]
+    for name in bad:
+        yield Check("packages", "error", f"{name} {there[name] or 'is not installed'}; {wanted[name] or 'any version'} is needed",
+                    f"{sys.executable} -m pip install '{name}{wanted[name]}'")
+    if not bad:
+        yield Check("packages", "ok", ", ".join([f"Python {here}", *(f"{name} {version}" for name, version in there.items())]))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def requirements(pyproject: Path = OWN / "pyproject.toml") -> tuple[str, dict[str, str]]:
@@ -368,31 +372,29 @@ def _job_on_slurm(cluster: ClusterConfig, runs: Path, nodes: int | None, say: Ca
         request = Request(cluster.model_copy(update={"chain": 1}), time=JOB_TIME)
         plan = make_submission(run_id, spec, request, resources, runs=runs, cwd=Path.cwd(), copy=copy)
         paths, (job,), _ = submit(plan, spec, cluster.name)
+        try:
+            if cluster.requeue and "Requeue=0" in slurm.call("scontrol", "show", "job", job):
+                yield Check("requeue", "warning", "this site does not let jobs be requeued, though they ask for it",
+                            "`requeue: false` in the cluster's file: a chain of jobs does the same")
+            hosts, problem = _wait(paths, job, say)
+        finally:
+            slurm.cancel([job])
+            _wait_gone(job)
     except UserError as error:
         yield Check("job", "error", error.message, error.hint)
         return
-    began = time.monotonic()
-    try:
-        hosts, problem = _wait(paths, job, say)
-    finally:
-        slurm.cancel([job])
     if problem and not hosts:
         shutil.rmtree(paths.root, ignore_errors=True)
         yield Check("job", "warning", problem, "try again when nodes are free, or with fewer: --nodes 1")
-        return
-    say(f"job {job} ended after {time.monotonic() - began:.0f} s")
-    yield from _found(paths, hosts, problem)
+    else:
+        yield from _found(paths, hosts, problem)
 
 
 def _wait(paths: RunPaths, job: str, say: Callable[[str], object]) -> tuple[list[str], str]:
     """Until the job has ended, or is not worth waiting for: (its nodes, what was the matter with it)."""
     said, hosts, problem = "", [], ""
     deadline = time.monotonic() + START_S
-    while True:
-        queued = slurm.queue([job]).get(job)
-        if queued is None:
-            hosts = hosts or [node for ended in slurm.history([job]).values() for node in ended.nodes]
-            return hosts, problem
+    while queued := slurm.queue([job]).get(job):
         if queued.node_list and not hosts:
             hosts, deadline = slurm.expand(queued.node_list), time.monotonic() + END_S
         now = f"job {job} runs on {', '.join(hosts)}" if hosts else f"job {job} waits: {slurm.words(queued.reason)}"
@@ -400,50 +402,74 @@ def _wait(paths: RunPaths, job: str, say: Callable[[str], object]) -> tuple[list
             said = now
             say(f"{now} (for {deadline - time.monotonic():.0f} s at most)")
         if not problem and hosts and not paths.attempt_numbers() and "srun: error: " in _read(_log(paths, job, 0)):
-            problem, deadline = "not all nodes could start their process", time.monotonic() + 2
+            problem, deadline = "not all nodes have started their process", time.monotonic() + 2  # for what else is said
         if time.monotonic() > deadline:
             return hosts, problem or (f"job {job} did not end within {END_S:.0f} s" if hosts else
                                       f"job {job} has not started within {START_S:.0f} s: {slurm.words(queued.reason)}")
         time.sleep(0.5)
+    return hosts or [node for ended in slurm.history([job]).values() for node in ended.nodes], problem
+
+
+def _wait_gone(job: str) -> None:
+    """What it still writes would be missed, or come after its folder is gone."""
+    deadline = time.monotonic() + GONE_S
+    while slurm.queue([job]) and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def _found(paths: RunPaths, hosts: Sequence[str], problem: str) -> Iterator[Check]:
     """What the probes have found; their run is removed if all is well."""
     run = read_run(paths.root)
-    ranks = {rank: list(_lines(log)) for rank, log in paths.logs(1).items()}
+    ranks = {rank: list(_findings(log)) for rank, log in paths.logs(1).items()}
     if run.record["state"] == "finished":
-        said = {finding["probe"]: finding["said"] for finding in ranks[0]}
-        yield Check("job", "ok", f"{len(ranks)} rank(s) on {', '.join(hosts)}: torch {said['torch']}; GPU: {said['GPU']}; "
-                    f"all-reduce {said['all-reduce']}")
+        said = "; ".join(f"{finding['probe']}: {finding['said']}" for finding in ranks[0] if finding["probe"] != "folder")
+        yield Check("job", "ok", f"{len(ranks)} rank(s) on {', '.join(hosts)}; of rank 0: {said}")
         shutil.rmtree(paths.root, ignore_errors=True)
         return
-    failed = dict(_failed_probes(paths, hosts, ranks) if ranks else _failed_starts(paths, hosts))
+    failed = _failed_probes(paths, hosts, ranks) if ranks else _failed_starts(paths, hosts, run.record["job"].get("ids"))
     for host, (probe, what) in failed.items():
-        yield Check("job", "error", f"node {host}: {probe}: {what}", f"{MENDS[probe]}; `launch explain {paths.root}`")
+        yield Check("job", "error", f"node {host}: {probe}: {what}", f"{MENDS.get(probe, START)}; see `launch explain {paths.root}`")
     if not failed:
-        told = problem or explain(run)["sentence"]
-        yield Check("job", "error", f"on {', '.join(hosts) or 'no node'}: {told}", f"`launch explain {paths.root}`")
+        where = ", ".join(hosts) or "no node"
+        yield Check("job", "error", f"on {where}: {problem or explain(run)['sentence']}", f"see `launch explain {paths.root}`")
 
 
-def _failed_probes(paths: RunPaths, hosts: Sequence[str], ranks: Mapping[int, Iterable[Mapping]]) -> Iterator[tuple]:
-    """(node, (probe, what it said)); those in which the ranks meet only if each rank was well by itself."""
-    bad = [(rank, finding) for rank, found in ranks.items() for finding in found if not finding["ok"]]
-    alone = [(rank, finding) for rank, finding in bad if finding["probe"] != "all-reduce"]
-    for rank, finding in reversed(alone or bad):  # of a node the first rank's
-        yield hosts[rank * len(hosts) // len(ranks)], (finding["probe"], f"rank {rank}: {finding['said']}")
+def _failed_probes(paths: RunPaths, hosts: Sequence[str], ranks: Mapping[int, Sequence[Mapping[str, Any]]]
+                   ) -> dict[str, tuple[str, str]]:
+    """By node: which probe failed, and how, in its first rank that failed. Where ranks were not well by themselves, it
+    does not count that others then waited for them."""
+    found = [(rank, finding["probe"], finding["said"]) for rank, findings in ranks.items() for finding in findings
+             if not finding["ok"]]
+    alone = [one for one in found if one[1] != "all-reduce"]
+    failure = read_json(paths.attempt_record(1))["failure"] or {}
+    if not alone and failure.get("signal"):
+        rank = failure["rank"]
+        alone = [(rank, _next_probe(ranks[rank]), failure["message"])]
+    hung = [(rank, _next_probe(findings), "it did not come to an end") for rank, findings in ranks.items()
+            if len(findings) < len(MENDS)]
+    return {hosts[rank * len(hosts) // len(ranks)]: (probe, f"rank {rank}: {said}")
+            for rank, probe, said in reversed(alone or found or hung)}
 
 
-def _failed_starts(paths: RunPaths, hosts: Sequence[str]) -> Iterator[tuple]:
-    """Nodes of which the process has left no log, or one that says why it ended."""
-    job = read_run(paths.root).record["job"]["ids"][0]
-    logs = [_log(paths, job, node) for node in range(len(hosts))]
-    missing = [host for host, log in zip(hosts, logs) if not log.exists()]
-    for host in missing if len(missing) < len(hosts) else hosts[:1]:  # without the first, no other was asked
-        yield host, ("folder", f"it could write nothing into {paths.root}")
-    for host, log in zip(hosts, logs):
-        own = [text for text in _read(log).splitlines() if text.startswith("slurmstepd") or "Error" in text or "error:" in text]
-        if own := [text for text in own if not text.startswith("srun:") and "CANCELLED AT" not in text]:
-            yield host, ("torch" if "No module" in own[-1] or "execve" in own[-1] else "all-reduce", own[-1])
+def _next_probe(findings: Sequence[Mapping[str, Any]]) -> str:
+    """The one that has not said how it went."""
+    return list(MENDS)[min(len(findings), len(MENDS) - 1)]
+
+
+def _failed_starts(paths: RunPaths, hosts: Sequence[str], jobs: Sequence[str] | None) -> dict[str, tuple[str, str]]:
+    """By node: why it has started no rank, where that is known."""
+    logs = {host: _log(paths, job, node) for job in jobs or () for node, host in enumerate(hosts)}
+    head = next(iter(hosts), "")
+    if logs and not logs[head].exists():  # then no other node was asked
+        return {head: ("folder", f"it could write nothing into {paths.root}")}
+    found = {}
+    for host, log in logs.items():
+        said = [line for line in COMPLAINT.findall(_read(log)) if not CONSEQUENCE.search(line)]
+        if said:
+            found[host] = ("start", said[-1])
+        elif not log.exists() and "launch failed" in _read(logs[head]):
+            found[host] = ("folder", f"it could write nothing into {paths.root}")
+    return found
 
 
 def _log(paths: RunPaths, job: str, node: int) -> Path:
@@ -457,7 +483,7 @@ def _read(file: Path) -> str:
         return ""
 
 
-def _lines(log: Path) -> Iterator[dict]:
+def _findings(log: Path) -> Iterator[dict[str, Any]]:
     for text in _read(log).splitlines():
         try:
             found = json.loads(text)

@@ -149,9 +149,21 @@ def _lead(submission: Submission, place: Place, paths: RunPaths, gang: Gang, req
         view.notice(f"run {paths.id}: {state}" + ("; the job is requeued" if anew and submission.cluster.requeue else ""))
         code = record.EXIT_CODES[outcome.kind]
         if not anew and not submission.cluster.requeue and state != "preempted":
-            code = 0  # the next job of the chain begins only after one that ended badly
+            code = _end_chain(paths, place, code)
         gang.tell({"end": code})
         return code
+
+
+def _end_chain(paths: RunPaths, place: Place, code: int) -> int:
+    """The exit code of a chain's last job to begin. The next begins after one that ended badly: where it cannot be
+    cancelled (in a container there may be no scancel), this one must end well. Else it may say how it ended to jobs that
+    wait for this run."""
+    jobs = read_json(paths.record)["job"]["ids"]
+    try:
+        slurm.cancel(jobs[jobs.index(place.job) + 1:])
+    except (UserError, ValueError):
+        return 0
+    return code
 
 
 def _about(submission: Submission, place: Place) -> dict[str, Any]:
