@@ -7,6 +7,7 @@ import json
 import operator
 import os
 import re
+import shlex
 import shutil
 import socket
 import sys
@@ -42,6 +43,7 @@ RECENT_RUNS = 50   # whose checkpoints are looked at
 LISTED = 8         # nodes by name
 START_S = 300.0    # for the small job to start
 END_S = 240.0      # and then to end
+TROUBLE_S = 20.0   # of these, once it has failed, or a node has complained and no rank has begun
 GONE_S = 30.0      # and then to leave the queue
 JOB_TIME = "5m"
 JOB_GRACE_S = 10
@@ -212,7 +214,8 @@ def _slurm(cluster: ClusterConfig, runs: Path) -> Iterator[Check]:
         controller = slurm.call("scontrol", "ping").strip().splitlines()[0]
         config = dict(re.findall(r"^(\S+)\s+= (.*?)\s*$", slurm.call("scontrol", "show", "config"), re.MULTILINE))
     except UserError as error:
-        yield Check("slurm", "error", error.message, error.hint)
+        mend = error.hint or "SLURM's controller is down, or cannot be reached from this host: ask your site, or try again later"
+        yield Check("slurm", "error", error.message.partition(";")[0], mend)
         return
     yield Check("slurm", "ok", f"SLURM {config.get('SLURM_VERSION')}, cluster {config.get('ClusterName')}: {controller}")
     for check in (_partition, _sizes, _ends):
@@ -392,7 +395,7 @@ def _job_on_slurm(cluster: ClusterConfig, runs: Path, nodes: int | None, say: Ca
 
 def _wait(paths: RunPaths, job: str, say: Callable[[str], object]) -> tuple[list[str], str]:
     """Until the job has ended, or is not worth waiting for: (its nodes, what was the matter with it)."""
-    said, hosts, problem = "", [], ""
+    said, hosts, troubled = "", [], None
     deadline = time.monotonic() + START_S
     while queued := slurm.queue([job]).get(job):
         if queued.node_list and not hosts:
@@ -401,13 +404,15 @@ def _wait(paths: RunPaths, job: str, say: Callable[[str], object]) -> tuple[list
         if now != said:
             said = now
             say(f"{now} (for {deadline - time.monotonic():.0f} s at most)")
-        if not problem and hosts and not paths.attempt_numbers() and "srun: error: " in _read(_log(paths, job, 0)):
-            problem, deadline = "not all nodes have started their process", time.monotonic() + 2  # for what else is said
+        failed = read_run(paths.root).record["state"] == "failed" or not paths.logs(1) and _failed_starts(paths, hosts, [job])
+        troubled = (troubled or time.monotonic()) if failed else None
+        if troubled and time.monotonic() > troubled + TROUBLE_S:
+            return hosts, "not all nodes have started launch"
         if time.monotonic() > deadline:
-            return hosts, problem or (f"job {job} did not end within {END_S:.0f} s" if hosts else
-                                      f"job {job} has not started within {START_S:.0f} s: {slurm.words(queued.reason)}")
+            return hosts, (f"job {job} did not end within {END_S:.0f} s" if hosts else
+                           f"job {job} has not started within {START_S:.0f} s: {slurm.words(queued.reason)}")
         time.sleep(0.5)
-    return hosts or [node for ended in slurm.history([job]).values() for node in ended.nodes], problem
+    return hosts or [node for ended in slurm.history([job]).values() for node in ended.nodes], ""
 
 
 def _wait_gone(job: str) -> None:
@@ -428,10 +433,12 @@ def _found(paths: RunPaths, hosts: Sequence[str], problem: str) -> Iterator[Chec
         return
     failed = _failed_probes(paths, hosts, ranks) if ranks else _failed_starts(paths, hosts, run.record["job"].get("ids"))
     for host, (probe, what) in failed.items():
-        yield Check("job", "error", f"node {host}: {probe}: {what}", f"{MENDS.get(probe, START)}; see `launch explain {paths.root}`")
-    if not failed:
-        where = ", ".join(hosts) or "no node"
-        yield Check("job", "error", f"on {where}: {problem or explain(run)['sentence']}", f"see `launch explain {paths.root}`")
+        yield Check("job", "error", f"node {host}: {probe}: {what}", MENDS.get(probe, START))
+    where, more = ", ".join(hosts) or "no node", f"`launch explain {shlex.quote(str(paths.root))}` tells more"
+    if failed:
+        yield Check("job", "error", f"failed on {', '.join(failed)}", more)
+    else:
+        yield Check("job", "error", f"on {where}: {problem or explain(run)['sentence']}", more)
 
 
 def _failed_probes(paths: RunPaths, hosts: Sequence[str], ranks: Mapping[int, Sequence[Mapping[str, Any]]]
@@ -460,7 +467,7 @@ def _failed_starts(paths: RunPaths, hosts: Sequence[str], jobs: Sequence[str] | 
     """By node: why it has started no rank, where that is known."""
     logs = {host: _log(paths, job, node) for job in jobs or () for node, host in enumerate(hosts)}
     head = next(iter(hosts), "")
-    if logs and not logs[head].exists():  # then no other node was asked
+    if logs and not logs[head].exists():  # no other node was asked then
         return {head: ("folder", f"it could write nothing into {paths.root}")}
     found = {}
     for host, log in logs.items():

@@ -153,6 +153,7 @@ def _gather(file: Path, nodes: int, interface: str | None, deadline: float, stop
         file.chmod(0o600)
         while len(gang.links) < nodes - 1:
             if time.monotonic() > deadline or stopped():
+                gang.close()  # those who have come need not wait for the rest
                 missing = sorted(set(range(1, nodes)) - set(gang.links))
                 raise Absent(f"the process of node {', '.join(map(str, missing))} of {nodes} did not come")
             try:

@@ -92,7 +92,7 @@ def slurm_resources(cluster: ClusterConfig, gpus: int | None, procs: int | None,
         nodes = 1 if a_node is None else _fewest(count, a_node)
     if count % nodes:
         near = [n for n in (count // nodes * nodes, (count // nodes + 1) * nodes) if n]
-        raise UserError(f"--{what} {count} cannot be spread evenly over --nodes {nodes}",
+        raise UserError(f"--{what} {count} cannot be spread evenly over {nodes} nodes",
                         f"use --{what} {' or '.join(map(str, near))}")
     if a_node is not None and count // nodes > a_node:
         raise UserError(f"--{what} {count} on --nodes {nodes} is {count // nodes} a node; a node of cluster "

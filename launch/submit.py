@@ -120,7 +120,9 @@ def hand_over(job: Job, files: Mapping[str, str], root: Path) -> list[str]:
             # Of all before it: that the one before was struck off would be an end that was not good.
             follows = [f"--dependency=afternotok:{':'.join(ids)}", "--kill-on-invalid-dep=yes"] if ids else []
             said = _sbatch(job, *job.command[:-1], *follows, job.command[-1])
-            ids.append(said.partition(";")[0].strip())  # a federation's cluster comes after it
+            if not (found := re.findall(r"^(\d+)(?:;.*)?$", said, re.MULTILINE)):  # a federation's cluster comes after it
+                raise UserError(f"sbatch gave no job id; it said: {said.strip()}", "is `sbatch` here SLURM's own?")
+            ids.append(found[-1])  # some sites' sbatch greets first
     except BaseException:
         withdraw([job])
         raise

@@ -16,10 +16,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-# Started as a script, Python puts this folder first, where modules of ours would shadow others.
-if not sys.flags.safe_path:
-    del sys.path[0]
-
 SIZE = 2**20              # numbers that are summed
 COLLECTIVE_S = 60.0
 OTHERS_S = 10.0           # for other ranks to say what they find: the first that ends, ends them all
@@ -92,6 +88,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path:  # Python put this folder first, where modules of ours would shadow torch's
+        del sys.path[0]
     code = main()
     sys.stdout.flush()
     os._exit(code)  # at once: a broken collective would be waited for

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 from slurm.cluster import cluster
 from slurm.conftest import write_cluster
 
-from launch.cluster import load_cluster
+from launch.cluster import ClusterConfig, load_cluster
 from launch.doctor import doctor, line
 
 
@@ -21,6 +19,7 @@ def examine(slurm, slurm_launch, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
     monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("launch.doctor.TROUBLE_S", 2.0)
 
     def one(job=False, nodes=None, **more):
         write_cluster(folder, **more)
@@ -30,9 +29,6 @@ def examine(slurm, slurm_launch, monkeypatch):
             print(line(check))
             found.setdefault(check.name, []).append(check)
         print(*said, sep="\n")
-        assert {check.name for checks in found.values() for check in checks if check.ok == "error"} == ({"job"} if job and
-               found["job"][0].ok == "error" else found.keys() & {"sbatch", "nodes"} - {
-                   name for name in found if all(check.ok != "error" for check in found[name])})
         return found
 
     return one
@@ -70,11 +66,11 @@ def test_no_controller(slurm, examine, monkeypatch, tmp_path):
     """The commands are here and find a cluster file; nobody answers."""
     text = slurm.conf.read_text()
     port = next(line for line in text.splitlines() if line.startswith("SlurmctldPort="))
-    (tmp_path / "slurm.conf").write_text(text.replace(port, "SlurmctldPort=1").replace("SlurmctldTimeout", "#") + "\nMessageTimeout=2\n")
+    (tmp_path / "slurm.conf").write_text(text.replace(port, "SlurmctldPort=1"))
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     checks = list(doctor(load_cluster("here"), tmp_path / "runs", job=True))
     (found,) = [check for check in checks if check.ok == "error"]
-    assert found.name == "slurm" and "controller" in f"{found.what} {found.mend}"
+    assert found.name == "slurm" and found.what.endswith("is DOWN") and found.mend.startswith("SLURM's controller is down")
 
 
 @pytest.mark.slow
@@ -94,11 +90,11 @@ def test_the_node_whose_torch_is_broken_is_named(examine, slurm_launch):
     wrapper = folder / "wrapper.sh"
     wrapper.write_text(f'#!/bin/sh\n[ "$SLURM_PROCID" = 1 ] && export PYTHONPATH={folder}/broken:$PYTHONPATH\nexec "$@"\n')
     wrapper.chmod(0o755)
-    (job,) = examine(job=True, prefix=[str(wrapper)])["job"]
+    job, all = examine(job=True, prefix=[str(wrapper)])["job"]
     assert job.ok == "error" and job.what == ("node n2: torch: rank 1: ImportError: libcudart.so.13: cannot open shared "
                                               "object file")
     (run,) = folder.glob("runs/doctor-*")
-    assert f"launch explain {run}" in job.mend
+    assert all.what == "failed on n2" and f"launch explain {run}" in all.mend
     told = slurm_launch("status", run)
     assert "failed" in told.stdout
 
@@ -109,7 +105,8 @@ def test_the_node_that_cannot_see_the_folder_of_runs_is_named(slurm, examine, tm
     slurm.kill_slurmd(node)
     slurm.start_slurmd(node, "unshare", "-m", "--propagation", "private", "sh", "-c",
                        f'mount -t tmpfs tmpfs {tmp_path} && exec "$@"', "sh")
-    (job,) = examine(job=True)["job"]
+    job, all = examine(job=True)["job"]
+    assert all.what == f"failed on {node}"
     assert job.ok == "error" and job.what.startswith(f"node {node}: folder: it could write nothing into {tmp_path}/runs/doctor-")
     assert not slurm.run("squeue", "-h")
 
@@ -131,8 +128,10 @@ def test_a_job_that_does_not_start(examine, slurm, slurm_launch, monkeypatch):
     assert not slurm.run("squeue", "-h") and not list(slurm_launch.folder.glob("runs/*"))
 
 
-@pytest.mark.slow
-def test_a_cluster_that_differs():
-    """No requeue by default, a preemption grace, and nodes that are elsewhere."""
-    pytest.importorskip("psutil")
-    assert cluster and sys and Path
+def test_a_site_that_does_not_requeue_by_default(needs_slurm, monkeypatch, tmp_path):
+    with cluster(nodes=1, gpus=0, cpus=1, extra="JobRequeue=0\nMinJobAge=60") as slurm:
+        monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
+        found = {check.name: check for check in doctor(ClusterConfig(name="here", kind="slurm", device="cpu"), tmp_path)}
+        assert "shared" not in found  # its only node is this host
+    assert found["requeue"].what == "jobs come back after time limits and preemption; not by default here, but jobs ask for it"
+    assert "known for 60 sec" in found["accounting"].what

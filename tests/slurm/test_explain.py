@@ -137,6 +137,18 @@ def test_a_dead_node(slurm, submit):
     assert second["nodes"] == ["n2", "n3"]
 
 
+def test_a_run_that_waits(slurm, submit):
+    run, job = submit(BLOBS, "--cluster", "here", "--gpus", 1, "sbatch.begin=now+1hour")
+    wait_until(lambda: slurm.job(job)["Reason"] == "BeginTime")
+    found = explained(run)
+    assert re.match(r"waits in SLURM's queue since [\d: -]{19}: its start time has not come .*; by SLURM's estimate it starts ",
+                    found["sentence"])
+    assert found["cause"] is None and commands(found) == [f"launch logs {run} --follow", f"launch cancel {run}"]
+    slurm.run("scontrol", "uhold", job)
+    found = explained(run)
+    assert "it was held by its owner" in found["sentence"] and commands(found)[0] == f"scontrol release {job}"
+
+
 def test_a_setup_line_that_fails(slurm, slurm_launch, submit):
     write_cluster(slurm_launch.folder, setup=["cd /nonexistent || exit 7"])
     run, job = submit(BLOBS, "--cluster", "here", "--gpus", 1)
