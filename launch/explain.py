@@ -308,12 +308,12 @@ def _cause(run: Run, found: Found, slurm: Mapping[str, Any]) -> dict[str, Any] |
     cause |= {"attempt": attempt["attempt"], "node": node, "message": _failed({**failure, "node": node})}
     log = run.paths.log(attempt["attempt"], rank or 0)
     text = _read(log, -END_BYTES)
-    cause["log"] = str(log) if text else None
+    cause["log"] = str(log) if log.exists() else None
     if trace := failure.get("traceback") or (_traceback(text) if rank is not None else None):
         return cause | {"traceback": trace.splitlines()[-TRACE_LINES:]}
-    if _ids(found) and (rank is None or not text):
+    if _ids(found) and (rank is None or not log.exists()):
         return cause | _job_log(run, found, node)
-    return cause | {"log_end": text.rstrip().splitlines()[-LOG_LINES:]}
+    return cause | {"log_end": text.rstrip().splitlines()[-LOG_LINES:] or ["(it is empty)"] * log.exists()}
 
 
 def _first(paths: RunPaths, attempt: Mapping[str, Any], failure: Mapping[str, Any]) -> dict[str, Any] | None:

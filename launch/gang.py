@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainers.files import read_json, replace_json
+from trainers.files import read_json, replace_json, replace_text
 
 MEETING_S = 300.0   # for all to come: modules load slowly on a cluster's file system
 CONNECT_S = 5.0
-POLL_S = 0.1
+POLL_S = 0.2
 ALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}  # gone after a minute without an answer
 
 
@@ -122,25 +122,44 @@ def meet(folder: Path, name: str, node: int, nodes: int, interface: str | None =
     Raises:
         Absent: some did not come.
     """
-    deadline = time.monotonic() + MEETING_S
     if nodes == 1:
         return Gang(0, "127.0.0.1", "lo")
-    file = folder / f"meeting-{name}.json"
-    if node == 0:
-        return _gather(file, nodes, interface, deadline, stopped)
-    while time.monotonic() < deadline and not stopped():
+    deadline = time.monotonic() + MEETING_S
+    file, absent = folder / f"meeting-{name}.json", f"absent-{name}-"
+
+    def given_up() -> bool:
+        """Raises: Absent if another node's process has said that it cannot come."""
+        # Looking through the folder makes a network file system look anew for what was not there before.
+        for path in folder.iterdir():
+            if path.name.startswith(absent):
+                raise Absent(f"node {path.stem.removeprefix(absent)}: {path.read_text(encoding='utf-8')}")
+        return stopped()
+
+    try:
+        if node == 0:
+            return _gather(file, nodes, interface, deadline, given_up)
+        return _come(file, node, interface, deadline, given_up)
+    except (Absent, OSError) as error:
+        if not any(path.name.startswith(absent) for path in folder.iterdir()):  # the others need not wait
+            replace_text(folder / f"{absent}{node}.txt", str(error))
+        raise
+
+
+def _come(file: Path, node: int, interface: str | None, deadline: float, given_up: Callable[[], bool]) -> Gang:
+    if interface is not None:
+        _addresses(interface)  # it must be there
+    while time.monotonic() < deadline and not given_up():
         try:
-            # Looking through the folder makes a network file system look anew for what was not there before.
-            there = file in folder.iterdir() and read_json(file)
+            there = read_json(file)
         except (OSError, ValueError):
-            there = False
+            there = None
         if there and (gang := _join(there, node, interface)):
             return gang
         time.sleep(POLL_S)
     raise Absent("the head node's process could not be reached")
 
 
-def _gather(file: Path, nodes: int, interface: str | None, deadline: float, stopped: Callable[[], bool]) -> Gang:
+def _gather(file: Path, nodes: int, interface: str | None, deadline: float, given_up: Callable[[], bool]) -> Gang:
     token = secrets.token_hex(16)
     addresses = _addresses(interface)
     gang = Gang(0, addresses[0], interface)
@@ -152,10 +171,13 @@ def _gather(file: Path, nodes: int, interface: str | None, deadline: float, stop
         replace_json(file, {"addresses": addresses, "port": listening.getsockname()[1], "token": token})
         file.chmod(0o600)
         while len(gang.links) < nodes - 1:
-            if time.monotonic() > deadline or stopped():
+            try:
+                if time.monotonic() > deadline or given_up():
+                    missing = sorted(set(range(1, nodes)) - set(gang.links))
+                    raise Absent(f"the process of node {', '.join(map(str, missing))} of {nodes} did not come")
+            except Absent:
                 gang.close()  # those who have come need not wait for the rest
-                missing = sorted(set(range(1, nodes)) - set(gang.links))
-                raise Absent(f"the process of node {', '.join(map(str, missing))} of {nodes} did not come")
+                raise
             try:
                 new, _ = listening.accept()
             except TimeoutError:

@@ -30,8 +30,10 @@ from launch.submission import last_submission
 from launch.submit import code_of, hand_over, make_submission, release, submit, try_out
 from launch.truth import ACTIVE
 from trainers.errors import UserError
-from trainers.files import replace_text, update_json
+from trainers.files import read_json, replace_text, update_json
 from trainers.paths import RunPaths
+
+EXIT_CODES = {"finished": 0, "preempted": 75, "cancelled": 75}  # by a run's state; of any other 1
 
 
 def start(*, spec: Spec, root: Path, request: Request, gpus: int | None, procs: int | None, nodes: int | None,
@@ -186,21 +188,33 @@ def _here(plan: Plan, request: Request, resources: Resources, json: bool) -> int
     lines = [*setup(request.cluster, None), f"exec {shlex.join(words)}"]
     print(f"run {paths.id} in {shown(paths.root)}, in allocation {allocation}", flush=True)
     with stop_signals() as stop:
-        # A session of its own: srun would take the terminal's Ctrl-C for itself. What it gets as TERM it passes on.
+        # A session of its own: srun would take the terminal's Ctrl-C for itself.
         srun = subprocess.Popen(["bash", "-c", "\n".join(lines)], start_new_session=True, stdin=subprocess.DEVNULL,
                                 env={**slurm.environment(), "SLURM_JOB_ID": allocation})
+        asked = False
         while srun.poll() is None:
-            select.select([stop.wakeup], [], [], 1.0)
+            if select.select([stop.wakeup], [], [], 1.0)[0]:
+                stop.wakeup.recv(4096)
             while stop.received:
                 stop.received.pop()
-                srun.send_signal(signal.SIGTERM)
-    state = runs.read_run(paths.root).record["state"]
+                asked = _stop(paths, srun, asked)
+    state = runs.read_run(paths.root).state
     if state == "submitted":  # srun has said why, just above
         shutil.rmtree(paths.root)
         raise UserError(f"srun could not start the run in allocation {allocation} (see above)",
                         f"it needs {resources.nodes} node(s): `squeue --job {allocation}` shows what there is")
     print(f"run {paths.id} is {state}" + ("" if state == "finished" else f"; go on with `launch resume {named(paths)}`"))
-    return srun.returncode
+    return EXIT_CODES.get(state, 1)
+
+
+def _stop(paths: RunPaths, srun: subprocess.Popen, asked: bool) -> bool:
+    """Ask the step to stop with a checkpoint. If it was asked before, or has not begun, end it: SIGTERM makes srun kill it."""
+    step = read_json(paths.record)["job"]["ids"]
+    if asked or not step:
+        srun.send_signal(signal.SIGTERM)
+    else:
+        slurm.cancel(step, signal="TERM")
+    return True
 
 
 def _follow(paths: RunPaths) -> int:
@@ -210,4 +224,4 @@ def _follow(paths: RunPaths) -> int:
     logs.follow(runs.read_run(paths.root), follow=True, write=lambda text: print(text, end="", flush=True))
     state = runs.read_run(paths.root).state
     print(f"run {paths.id} is {state}")
-    return {"finished": 0, "preempted": 75, "cancelled": 75, "submitted": 0, "running": 0}.get(state, 1)
+    return {**EXIT_CODES, "submitted": 0, "running": 0}.get(state, 1)

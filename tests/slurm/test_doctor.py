@@ -62,6 +62,7 @@ def test_nodes_that_take_no_jobs(slurm, examine):
     assert examine()["nodes"][0].ok == "error"
 
 
+@pytest.mark.slow
 def test_no_controller(slurm, examine, monkeypatch, tmp_path):
     """The commands are here and find a cluster file; nobody answers."""
     text = slurm.conf.read_text()
