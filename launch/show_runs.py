@@ -155,7 +155,10 @@ def _failure(failure: dict[str, Any]) -> str:
         return failure.get("message") or "unknown"
     rank = "a rank" if failure.get("rank") is None else f"rank {failure['rank']}"
     where = f" on {failure['node']}" if failure.get("node") else ""
-    return f"{rank}{where} {how}" + (f": {failure['message']}" if failure.get("message") else "")
+    message = failure.get("message") or ""
+    if message.startswith(f"{rank} "):  # it says how itself
+        return f"{rank}{where}{message.removeprefix(rank)}"
+    return f"{rank}{where} {how}" + (f": {message}" if message else "")
 
 
 def _local(time: str | None) -> str:

@@ -201,3 +201,20 @@ def test_a_run_folder_that_another_node_cannot_see(slurm, submit, hide):
     found = explained(run)
     assert found["sentence"].startswith(f"job {job} has started on n1, n2, but a node could not write into {run}")
     assert "srun: error: task 1 launch failed: Slurmd could not connect IO" in found["slurm"]["said"]
+
+
+@pytest.mark.slow
+def test_a_node_whose_slurmd_was_killed(slurm, submit):
+    """Its ranks live on; SLURM takes the node for dead and begins the job anew elsewhere."""
+    run, job = submit(*SLOWLY, *TWO_NODES)
+    wait_until(lambda: steps(run) >= 15)
+    slurm.kill_slurmd("n2")
+    wait_until(lambda: slurm.job(job)["Reason"] == "BeginTime", timeout_s=90)
+    found = explained(run)
+    at = record(run)["checkpoint"]
+    assert found["sentence"].endswith(f"; it stopped with a checkpoint at step {at} in attempt 1: node n2 went down (DOWN, Not "
+                                      "responding)")
+    assert "srun: error: Node failure on n2" in found["slurm"]["said"]
+    wait_until(lambda: steps(run) > at, timeout_s=90)
+    first, second = explained(run)["attempts"]
+    assert (first["lost_steps"], second["from_step"], second["nodes"]) == (0, at, ["n1", "n3"])

@@ -181,10 +181,8 @@ REFUSED = {
     "partition misspelt": (["sbatch.partition=mian"], {}, {}, "did you mean sbatch.partition=main?"),
     "GPU type": (["--gpus", 2], {"gpu_type": "a100"}, {}, "not available\n.*gpus-per-node=a100:2, .*main.* 8 GPU"),
     "GPU type by gres": (["--gpus", 2], {"gpu_type": "a100", "gpu_request": "gres"}, {}, "not available\n.*gres=gpu:a100:2"),
-    "GPUs of a node": (["--gpus", 16, "--nodes", 1], {}, {}, "is 16 a node; a node of cluster `here` has 8\n.*--nodes 2"),
     "GPUs of a real node": (["--gpus", 16], {"gpus_per_node": 16}, {}, "not available\n.*gpus-per-node=16.*8 GPU"),
     "nodes": (["--gpus", 32], {}, {}, "not available\n.*nodes=4, .*3 node"),
-    "nodes by the file": (["--gpus", 32], {"max_nodes": 3}, {}, "needs 4 nodes; cluster `here` has 3 .*\n.*--gpus 24"),
     "cores": (["--procs", 17], {}, {}, "not .*available\n.*cpus-per-task=17; .*16 cores"),
     "memory": (["--procs", 1, "sbatch.mem=900G"], {}, {}, "not .*available\n.*mem=900G; .*62 GiB"),
     "constraint": (["sbatch.constraint=nope"], {}, {}, "Invalid feature specification\n.*constraint=nope"),
@@ -195,7 +193,6 @@ REFUSED = {
     "a time": (["--time", "soon"], {}, {}, "--time is `soon`, which must be a time such as"),
     "nodes that divide": (["--gpus", 3, "--nodes", 2], {}, {}, "cannot be spread evenly over 2 nodes\n.*--gpus 2 or 4"),
     "an option of ours": (["sbatch.output=x"], {}, {}, "`output` cannot be set\n.*launch logs"),
-    "an option of ours in the file": ([], {"sbatch": {"ntasks_per_node": 4}}, {}, "`ntasks-per-node` cannot be set\n.*--gpus"),
     "an abbreviated option of ours": (["sbatch.arr=0-3"], {}, {}, "`array` cannot be set\n.*sweep"),
     "a short option": (["sbatch.p=short"], {}, {}, "'p' is no option of sbatch\n.*long name"),
     "an option": (["sbatch.nonsense=1"], {}, {}, "unrecognized option '--nonsense=1'"),
@@ -205,7 +202,6 @@ REFUSED = {
     "an allocation": (["--here"], {}, {}, "--here runs in the allocation one stands in, and this is none"),
     "a run to wait for": (["--after", "nope"], {}, {}, "there is no run `nope`"),
     "a debugger": (["--debug"], {}, {}, "--debug runs one rank in this process, not on SLURM"),
-    "a node's cores": (["--procs", 4], {"cpus_per_node": 2, "cpus_per_rank": 4}, {}, "a rank 4 cores .* a node has 2"),
 }
 
 

@@ -180,8 +180,9 @@ def test_where_jobs_cannot_be_requeued_each_run_has_a_chain(slurm, script):
     assert len(sweep["jobs"]) == 4
     folders = [script.folder / "runs" / run for run in sweep["runs"]]
     assert [record(folder)["job"]["ids"] for folder in folders] == [sweep["jobs"][:2], sweep["jobs"][2:]]
-    wait_until(lambda: states(script, sweep) == ["finished", "running"] and "up" in
-               (folders[1] / "attempts/1/logs/0.log").read_text(), timeout_s=60)
+    log = folders[1] / "attempts/1/logs/0.log"
+    wait_until(lambda: states(script, sweep) == ["finished", "running"] and log.exists() and "up" in log.read_text(),
+               timeout_s=60)
     slurm.run("scancel", "--signal=USR2", sweep["jobs"][2])  # as before a time limit: the next link goes on
     finish(script, sweep)
     assert [record(folder)["attempt"] for folder in folders] == [1, 2]
