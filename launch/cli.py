@@ -334,6 +334,8 @@ def _task_command(word: str, about: str, kind: type[click.Command] = click.Comma
                 raise UserError("--debug runs one rank in this process, not on SLURM", "leave out --slurm or --debug")
             from launch import on_slurm
 
+            if here and (follow or time or after or options):
+                raise UserError("--here takes the allocation as it is", "leave out --follow, --time, --after and sbatch.KEY")
             root = _root(context, root, where)
             return on_slurm.start(spec=spec, root=root, request=_request(where, root, time, after, options), gpus=gpus,
                                   procs=procs, nodes=nodes, dry_run=dry_run, json=json, follow=follow, here=here)
@@ -561,6 +563,8 @@ def resume(word: str, root: Path, gpus: int | None, procs: int | None, json: boo
         if where.kind == "slurm":
             from launch import on_slurm
 
+            if here:
+                raise UserError("a run is resumed by a job of its own", "leave out --here")
             asked = slurm or cluster or time or after or options
             return on_slurm.resume(run, request=_request(where, root, time, after, options) if asked else None, gpus=gpus,
                                    procs=procs, nodes=nodes, json=json, follow=follow)

@@ -88,7 +88,12 @@ def attend(folder: Path, stop: StopSignals) -> int:
             record.take_attempt(paths, number)
             _never_began(paths, number, str(error), retry=True, **_about(submission, place))
         if place.node == 0:
-            _set(requeue, not stop.received and _failures(paths, submission) <= submission.max_restarts)
+            anew = not stop.received and _failures(paths, submission) <= submission.max_restarts
+            _set(requeue, anew)
+            if anew:
+                update_json(paths.record, state="preempted")  # it is not over
+            elif not submission.cluster.requeue:
+                return _end_chain(paths, place, record.EXIT_CODES["failed"])
         return record.EXIT_CODES["failed"]
     try:
         if place.node == 0:
@@ -123,18 +128,20 @@ def _lead(submission: Submission, place: Place, paths: RunPaths, gang: Gang, req
                                  more=_own(gang), kill_wait_s=_kill_wait_s())
                 outcome = _together(mine, gang, plan, hosts)
                 down = _down(hosts) if outcome.signal == "SIGTERM" else {}
-                state = ended(outcome, reason=_reason(outcome, down))
+                failures = _failures(paths, submission) + (outcome.kind == "failed")
+                worth = outcome.kind == "failed" and outcome.failure.retry and not (outcome.signal or stop.received)
+                again = worth and failures <= submission.max_restarts and gang.whole
+                state = ended(outcome, _reason(outcome, down), again)
         except (OSError, UserError) as error:
             message, hint = (error.message, error.hint) if isinstance(error, UserError) else (str(error), None)
             failure = _never_began(paths, number, message, hint, **about)
             outcome, state, down = Outcome("failed", failure), "failed", {}
+            failures, worth, again = _failures(paths, submission), False, False
         failure = outcome.failure
         if failure:
             view.event({"event": "failure", **failure.as_dict()})
             view.notice(f"attempt {number} failed: {failure.message}")
-        failures = _failures(paths, submission)
-        worth = failure is not None and failure.retry and outcome.signal is None and not stop.received
-        if worth and failures <= submission.max_restarts and gang.whole:
+        if again:
             _set(requeue, failures < submission.max_restarts)
             continue
         if failure:  # with a node's process gone, the job begins anew; else the run has failed

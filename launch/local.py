@@ -35,12 +35,12 @@ def execute(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, view: 
         plan = plan_of(number)
         number += 1
         try:
-            outcome = _attempt(plan, paths, view)
+            outcome = _attempt(plan, paths, view, restarts)
         except OSError as error:
             raise UserError(f"attempt {plan.attempt} cannot run in {paths.root}: {error.strerror or error}",
                             f"mend that, then `launch resume {paths.id}`") from error
         failure = outcome.failure
-        if outcome.kind == "failed" and failure.retry and outcome.signal is None and restarts > 0:
+        if _again(outcome, restarts):
             restarts -= 1
             view.notice(f"attempt {plan.attempt} failed: {failure.message}; trying again ({restarts} more after this)")
             continue
@@ -50,11 +50,16 @@ def execute(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, view: 
         return outcome, code
 
 
-def _attempt(plan: Plan, paths: RunPaths, view: View) -> Outcome:
+def _again(outcome: Outcome, restarts: int) -> bool:
+    """Whether another attempt may fare better."""
+    return outcome.kind == "failed" and outcome.failure.retry and outcome.signal is None and restarts > 0
+
+
+def _attempt(plan: Plan, paths: RunPaths, view: View, restarts: int) -> Outcome:
     with recorded(plan, paths, view, _job()) as ended:
         with reserved_port() as port:
             outcome = supervise(plan, paths, view, port=port)
-        ended(outcome)
+        ended(outcome, again=_again(outcome, restarts))
     return outcome
 
 

@@ -97,7 +97,7 @@ def never_began(paths: RunPaths, number: int, failure: Failure, **more: Any) -> 
 def recorded(plan: Plan, paths: RunPaths, view: View, worker: Mapping[str, Any] | None = None, **more: Any
              ) -> Iterator[Callable[..., str]]:
     """Write the attempt's files and records before it, and after it what the function that this gives is told;
-    that returns the run's new state.
+    that returns how it ended. `again`: another attempt follows at once, so the run has not ended.
 
     Args:
         worker: who is at work, for run.json; None: as it says already (a SLURM job).
@@ -117,7 +117,7 @@ def recorded(plan: Plan, paths: RunPaths, view: View, worker: Mapping[str, Any] 
     replace_json(paths.attempt_record(plan.attempt), attempt)
     update_json(paths.record, state="running", attempt=plan.attempt, updated=now(), **({"job": dict(worker)} if worker else {}))
 
-    def ended(outcome: Outcome, reason: str | None = None) -> str:
+    def ended(outcome: Outcome, reason: str | None = None, again: bool = False) -> str:
         cancelled = outcome.signal is not None and paths.cancellation(plan.attempt).exists()
         state = "cancelled" if cancelled else STATES[outcome.kind]
         failure = outcome.failure and outcome.failure.as_dict()
@@ -126,7 +126,7 @@ def recorded(plan: Plan, paths: RunPaths, view: View, worker: Mapping[str, Any] 
         try:
             replace_json(paths.attempt_record(plan.attempt), {**attempt, **changes})
             if next_attempt(paths) == plan.attempt + 1:  # else the record is that of a newer attempt
-                update_json(paths.record, state=state, updated=now())
+                update_json(paths.record, state="running" if again else state, updated=now())
         except OSError as error:
             view.notice(f"warning: the record of {paths.id} cannot be written: {error.strerror}")
         return state

@@ -207,7 +207,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("args, cluster, env, said", REFUSED.values(), ids=REFUSED)
 def test_what_cannot_run_is_refused(slurm_launch, args, cluster, env, said):
-    if shutil.which("sbatch") and "no cluster" in said and Path("/etc/slurm/slurm.conf").exists():
+    if "configuration source" in said and Path("/etc/slurm/slurm.conf").exists():
         pytest.skip("this host is one of a cluster's")
     write(slurm_launch.folder, SHOW)
     write_cluster(slurm_launch.folder, **cluster)
