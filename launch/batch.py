@@ -191,14 +191,20 @@ def _teardown(folder: str, requeue: bool) -> list[str]:
         "code=$?",
         'job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"',
         'name="$job-${SLURM_RESTART_COUNT:-0}"',
-        # Not if SLURM has begun the job anew elsewhere: this shell may have outlived its node's slurmd.
-        f'if [ -e {shlex.quote(folder)}/"requeue-$name" ] && '
-        'scontrol show job "$job" | grep -q " Restarts=${SLURM_RESTART_COUNT:-0} "; then',
-        f'    mv {shlex.quote(folder)}/"requeue-$name" {shlex.quote(folder)}/"again-$name"',
+        f'if [ -e {shlex.quote(folder)}/"requeue-$name" ]; then',
         # The requeue signals this shell too; what it excludes can be said only once the job is back in the queue.
         "    trap '' TERM CONT",
-        f'    scontrol requeue "$job" && [ -s {shlex.quote(folder)}/"exclude-$job" ] && '
+        "    for pause in 0 2 4 8 8; do",  # SLURM's controller may be away for a moment
+        '        sleep "$pause"',
+        '        shown="$(scontrol show job "$job")" || continue',
+        # Not if SLURM has begun the job anew elsewhere: this shell may have outlived its node's slurmd.
+        '        case "$shown" in *" Restarts=${SLURM_RESTART_COUNT:-0} "*) ;; *) break ;; esac',
+        f'        touch {shlex.quote(folder)}/"again-$name"',
+        '        scontrol requeue "$job" || continue',
+        f'        [ -s {shlex.quote(folder)}/"exclude-$job" ] && '
         f'scontrol update JobId="$job" ExcNodeList="$(cat {shlex.quote(folder)}/"exclude-$job")"',
+        "        break",
+        "    done",
         "fi",
         'exit "$code"',
     ]

@@ -8,6 +8,7 @@ connection, and not by a timeout.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import socket
 import time
@@ -43,6 +44,10 @@ class Link:
                 self.socket.sendall(json.dumps(word).encode() + b"\n")
             except OSError:
                 pass  # the next reading finds it closed
+
+    def leave(self) -> None:
+        self.open = False
+        self.socket.close()
 
     def words(self) -> list[dict[str, Any]]:
         """What has come; afterwards `open` says whether more can."""
@@ -140,7 +145,7 @@ def meet(folder: Path, name: str, node: int, nodes: int, interface: str | None =
             return _gather(file, nodes, interface, deadline, given_up)
         return _come(file, node, interface, deadline, given_up)
     except (Absent, OSError) as error:
-        if not any(path.name.startswith(absent) for path in folder.iterdir()):  # the others need not wait
+        if not stopped() and not any(path.name.startswith(absent) for path in folder.iterdir()):  # the others need not wait
             replace_text(folder / f"{absent}{node}.txt", str(error))
         raise
 
@@ -168,8 +173,9 @@ def _gather(file: Path, nodes: int, interface: str | None, deadline: float, give
         listening.bind((addresses[0] if len(addresses) == 1 else "", 0))
         listening.listen(nodes)
         listening.settimeout(POLL_S)
+        umask = os.umask(0o077)  # the token is for this user's processes
         replace_json(file, {"addresses": addresses, "port": listening.getsockname()[1], "token": token})
-        file.chmod(0o600)
+        os.umask(umask)
         while len(gang.links) < nodes - 1:
             try:
                 if time.monotonic() > deadline or given_up():
@@ -204,13 +210,16 @@ def _watched(link: socket.socket) -> socket.socket:
 
 
 def _hello(new: socket.socket) -> dict[str, Any] | None:
-    """A newcomer's first line."""
-    new.settimeout(CONNECT_S)
+    """A newcomer's first line; anyone may connect, and has one time limit for all of it."""
+    deadline, line = time.monotonic() + CONNECT_S, b""
     try:
-        word = json.loads(new.makefile("rb").readline(4096))
+        while not line.endswith(b"\n") and len(line) < 4096:
+            new.settimeout(max(0.001, deadline - time.monotonic()))
+            line += new.recv(1) or b"\n"
         new.settimeout(None)
+        word = json.loads(line)
         return word if isinstance(word, dict) else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import sys
 import time
@@ -33,7 +34,7 @@ from trainers.files import read_json, replace_json, update_json
 from trainers.paths import RunPaths
 
 FINAL = ("finished", "cancelled")
-DOWN = ("DOWN", "FAIL", "DRAIN", "NO_RESPOND", "UNKNOWN", "NOT_RESPONDING")
+DOWN = ("DOWN", "FAIL", "NO_RESPOND", "UNKNOWN", "NOT_RESPONDING")
 COLLECT_S = 60.0     # beyond the grace: for the other nodes to say how their ranks ended
 REASONS = {"SIGUSR2": "time limit", "SIGTERM": "requeued, preempted or cancelled by SLURM"}
 CAUSES = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL")  # a rank that lost its peers ends in other ways
@@ -88,17 +89,22 @@ def attend(folder: Path, stop: StopSignals) -> int:
             record.take_attempt(paths, number)
             _never_began(paths, number, str(error), retry=True, **_about(submission, place))
         if place.node == 0:
-            anew = not stop.received and _failures(paths, submission) <= submission.max_restarts
+            anew = signal.SIGUSR2 in stop.received or (
+                not stop.received and _failures(paths, submission) <= submission.max_restarts)
             _set(requeue, anew)
             if anew:
                 update_json(paths.record, state="preempted")  # it is not over
-            elif not submission.cluster.requeue:
+            elif not submission.cluster.requeue and not stop.received:
                 return _end_chain(paths, place, record.EXIT_CODES["failed"])
         return record.EXIT_CODES["failed"]
     try:
         if place.node == 0:
             return _lead(submission, place, paths, gang, requeue, stop, view)
         return _follow(submission, place, paths, gang, stop, view)
+    except Exception:
+        if place.node == 0:  # a full disk, or a fault of ours: it would repeat
+            _set(requeue, False)
+        raise
     finally:
         if not gang.whole:  # whoever is left says it: it may be the head that has gone
             hosts = _hosts(place)
@@ -129,14 +135,19 @@ def _lead(submission: Submission, place: Place, paths: RunPaths, gang: Gang, req
                 outcome = _together(mine, gang, plan, hosts)
                 down = _down(hosts) if outcome.signal == "SIGTERM" else {}
                 failures = _failures(paths, submission) + (outcome.kind == "failed")
-                worth = outcome.kind == "failed" and outcome.failure.retry and not (outcome.signal or stop.received)
-                again = worth and failures <= submission.max_restarts and gang.whole
+                worth = outcome.kind == "failed" and outcome.failure.retry and failures <= submission.max_restarts
+                signals = {outcome.signal, *(signal.Signals(number).name for number in stop.received)} - {None}
+                again = worth and not signals and gang.whole
+                if _superseded(paths, number):
+                    return _give_way(paths, number, gang, requeue, view)
                 state = ended(outcome, _reason(outcome, down), again)
         except (OSError, UserError) as error:
+            if _superseded(paths, number):
+                return _give_way(paths, number, gang, requeue, view)
             message, hint = (error.message, error.hint) if isinstance(error, UserError) else (str(error), None)
             failure = _never_began(paths, number, message, hint, **about)
             outcome, state, down = Outcome("failed", failure), "failed", {}
-            failures, worth, again = _failures(paths, submission), False, False
+            failures, worth, again, signals = _failures(paths, submission), False, False, set()
         failure = outcome.failure
         if failure:
             view.event({"event": "failure", **failure.as_dict()})
@@ -144,13 +155,14 @@ def _lead(submission: Submission, place: Place, paths: RunPaths, gang: Gang, req
         if again:
             _set(requeue, failures < submission.max_restarts)
             continue
-        if failure:  # with a node's process gone, the job begins anew; else the run has failed
-            anew = worth and failures <= submission.max_restarts
+        if failure:  # with a node's process gone, or a time limit, the job begins anew; else the run has failed
+            anew = worth and signals <= {"SIGUSR2"} and state != "cancelled"
         else:        # a time limit is ours to follow by a requeue; TERM comes from who has decided that already
             anew = state == "preempted" and outcome.signal == "SIGUSR2"
         _set(requeue, anew)
-        if failure and anew:
-            update_json(paths.record, state="preempted")  # it is not over
+        # It is not over; also not if SLURM's TERM came first, which is followed by what SLURM does.
+        if failure and state != "cancelled" and (anew or worth and "SIGTERM" in signals and submission.cluster.requeue):
+            update_json(paths.record, state="preempted")
         if down and state == "preempted":
             _exclude(Path(requeue.parent), place, list(down), requeued=True)
         view.notice(f"run {paths.id}: {state}" + ("; the job is requeued" if anew and submission.cluster.requeue else ""))
@@ -159,6 +171,18 @@ def _lead(submission: Submission, place: Place, paths: RunPaths, gang: Gang, req
             code = _end_chain(paths, place, code)
         gang.tell({"end": code})
         return code
+
+
+def _superseded(paths: RunPaths, number: int) -> bool:
+    return record.next_attempt(paths) != number + 1
+
+
+def _give_way(paths: RunPaths, number: int, gang: Gang, requeue: Path, view: View) -> int:
+    """The end of a process that has outlived its job, which SLURM has begun anew elsewhere: it decides nothing more."""
+    view.notice(f"attempt {number} of {paths.id} has been taken over by a newer one")
+    _set(requeue, False)
+    gang.tell({"end": record.EXIT_CODES["failed"]})
+    return record.EXIT_CODES["failed"]
 
 
 def _end_chain(paths: RunPaths, place: Place, code: int) -> int:
@@ -206,6 +230,8 @@ def _together(mine: Outcome, gang: Gang, plan: Plan, hosts: list[str]) -> Outcom
     name = next((outcome.signal for outcome in outcomes.values() if outcome.signal), None)
     slowest = mine.checkpoint_s
     if silent:
+        for node in silent:  # one that hangs is as good as gone
+            gang.links[node].leave()
         names = ", ".join(hosts[node] for node in silent)
         what = "is gone" if len(silent) == 1 else "are gone"
         failure = Failure(None, None, None, f"the node process on {names} {what}",
@@ -221,9 +247,13 @@ def _together(mine: Outcome, gang: Gang, plan: Plan, hosts: list[str]) -> Outcom
 
 def _failures(paths: RunPaths, submission: Submission) -> int:
     """How many attempts of this submission have failed, or were killed. SLURM's own doings do not count."""
-    attempts = [attempt for number in paths.attempt_numbers() if (attempt := _attempt(paths, number))]
-    return sum(attempt["outcome"] == "failed" or attempt["outcome"] == "lost" and attempt["failure"]["retry"]
-               for attempt in attempts if attempt.get("submission") == submission.number)
+    def failed(attempt: dict[str, Any] | None) -> bool:
+        if attempt is None:  # it could not even be recorded
+            return True
+        counts = attempt["outcome"] == "failed" or attempt["outcome"] == "lost" and attempt["failure"]["retry"]
+        return counts and attempt.get("submission") == submission.number
+
+    return sum(failed(_attempt(paths, number)) for number in paths.attempt_numbers())
 
 
 def _attempt(paths: RunPaths, number: int) -> dict[str, Any] | None:
@@ -238,7 +268,7 @@ def _close_lost(paths: RunPaths, place: Place, folder: Path) -> None:
     again = (folder / f"again-{place.job}-{place.restart - 1}").exists()  # the batch shell was there to the end
     for number in paths.attempt_numbers():
         attempt = _attempt(paths, number)
-        if attempt is None or attempt["outcome"] != "running":
+        if attempt is None or attempt["outcome"] != "running" and not _died_with_node(attempt):
             continue
         nodes = attempt.get("nodes", [])
         down = _down(nodes)
@@ -250,6 +280,13 @@ def _close_lost(paths: RunPaths, place: Place, folder: Path) -> None:
             said = "SLURM ended the job before its ranks had stopped (a node failed, or the grace was too short)"
         failure = Failure(None, None, None, said, None, None, again and not down, next(iter(down), None))
         replace_json(paths.attempt_record(number), {**attempt, "outcome": "lost", "failure": failure.as_dict()})
+
+
+def _died_with_node(attempt: Mapping[str, Any]) -> bool:
+    """Whether an attempt that lost a node's process did so because the node went down, as is known only later."""
+    failure = attempt.get("failure") or {}
+    return attempt["outcome"] == "failed" and failure.get("rank") is None and bool(failure.get("node")) and bool(
+        _down(failure["node"].split(", ")))
 
 
 def _down(nodes: list[str]) -> dict[str, str]:
@@ -275,12 +312,12 @@ def _exclude(folder: Path, place: Place, nodes: list[str], requeued: bool = Fals
     file = folder / f"exclude-{place.job}"
     try:
         excluded = {*nodes, *(file.read_text().split(",") if file.exists() else [])}
-        partition = next(found for found in slurm.partitions() if found.name == os.environ.get("SLURM_JOB_PARTITION"))
-        if partition.nodes - len(excluded) >= place.nodes:
-            file.write_text(",".join(sorted(excluded)))
-            if requeued:
-                slurm.exclude(place.job, sorted(excluded))
-    except (OSError, UserError, StopIteration) as error:
+        # Refused if what is left could never run this job.
+        slurm.call("sbatch", "--test-only", f"--exclude={','.join(sorted(excluded))}", str(folder / "job.sh"))
+        file.write_text(",".join(sorted(excluded)))
+        if requeued:
+            slurm.exclude(place.job, sorted(excluded))
+    except (OSError, UserError) as error:
         print(f"warning: {', '.join(nodes)} could not be excluded: {error}", file=sys.stderr)
 
 
@@ -310,6 +347,8 @@ def _follow(submission: Submission, place: Place, paths: RunPaths, gang: Gang, s
     while True:
         word = _next_word(gang, view)
         if "end" in word:
+            gang.close()
+            gang.links.clear()  # the head goes now, and is not missed
             return word["end"]
         if "begin" not in word:
             return record.EXIT_CODES["failed"]
@@ -319,6 +358,7 @@ def _follow(submission: Submission, place: Place, paths: RunPaths, gang: Gang, s
                                 stop=stop, more=_own(gang), kill_wait_s=_kill_wait_s())
         except OSError as error:
             outcome = Outcome("failed", Failure(None, None, None, f"ranks cannot be started: {error}", None, None, True))
+            gang.tell({"failure": outcome.failure.as_dict()})
         gang.tell({"ended": asdict(outcome)})
 
 

@@ -308,6 +308,10 @@ def _watch(plan: Plan, ranks: list[Rank], selector, stop: StopSignals, peers: Pe
         if slowest is not None and not warned and (short := _short(slowest, plan, kill_wait_s)):
             warned = True
             view.notice(f"warning: {short}")
+        # Of ranks found dead together, one that a signal ended is likelier the cause than one that lost a peer.
+        gone = sorted((rank for rank in ranks if rank.code is None and rank.ended()), key=lambda rank: rank.code >= 0)
+        if asked is None and any(rank.code == -signal.SIGTERM for rank in gone):
+            time.sleep(0.5)  # SLURM's signals reach ranks directly: our own may be a moment behind
         heard = peers.heard()
         stop.received.extend(word["signal"] for word in heard if "signal" in word)
         while stop.received:  # before the ranks are looked at: SLURM's signals reach them directly too
@@ -326,9 +330,6 @@ def _watch(plan: Plan, ranks: list[Rank], selector, stop: StopSignals, peers: Pe
         if not elsewhere and any("failure" in word or "lost" in word for word in heard):
             elsewhere = True
             deadline = _end_others(ranks, plan)
-        running = [rank for rank in ranks if rank.code is None]
-        # Of ranks found dead together, one that a signal ended is likelier the cause than one that lost a peer.
-        gone = sorted((r for r in running if r.ended()), key=lambda r: r.code >= 0)
         for rank in gone:
             # One that was asked to stop before it could heed that, or that lost a peer which stopped so.
             early = rank.code in (-signal.SIGTERM, -signal.SIGUSR2) or any(r.code == PREEMPTED for r in ranks)
@@ -355,7 +356,9 @@ def _watch(plan: Plan, ranks: list[Rank], selector, stop: StopSignals, peers: Pe
         return Outcome("failed", first, name, slowest)
     if elsewhere:
         return Outcome("ended", None, name, slowest)
-    return Outcome("finished" if all(rank.code == 0 for rank in ranks) else "preempted", None, name, slowest)
+    # A task's ranks say by their code whether they are through; a script's 0 may mean that it has saved and stopped.
+    finished = all(rank.code == 0 for rank in ranks) and (asked is None or plan.batch is not None)
+    return Outcome("finished" if finished else "preempted", None, name, slowest)
 
 
 def _end_others(ranks: list[Rank], plan: Plan) -> float:
@@ -392,6 +395,7 @@ def _die_with(parent: int) -> Callable[[], None] | None:
 
     def before_exec() -> None:
         prctl(set_death_signal, signal.SIGKILL, 0, 0, 0)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # SLURM's reaches ranks too, which get SIGTERM from us
         if os.getppid() != parent:  # it died in between
             os._exit(1)
 

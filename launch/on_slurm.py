@@ -26,7 +26,7 @@ from launch.processes import alive, identity
 from launch.resources import Resources, slurm_resources
 from launch.spec import Spec, spec_of
 from launch.start import named, new_run_id, shown
-from launch.submission import last_submission
+from launch.submission import last_submission, next_submission
 from launch.submit import code_of, hand_over, make_submission, release, submit, try_out
 from launch.truth import ACTIVE
 from trainers.errors import UserError
@@ -102,12 +102,17 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
         resources = slurm_resources(request.cluster, gpus, procs, nodes)
     spec = spec_of(paths)
     check(spec, request, dry_run=False)
-    number = before.number + 1 if before else 1
+    number = next_submission(paths, sweep)
     copy = snapshot.load(paths.code) or sweep and snapshot.load(RunPaths(paths.root.parent / sweep).code)
     plan = make_submission(paths.id, spec, request, resources, runs=paths.root.parent, number=number,
                            cwd=Path(before.cwd) if before else Path.cwd(), copy=copy)
     try_out(plan.job, resources)
     job = {"kind": "slurm", "cluster": request.cluster.name, "submission": number}
+    try:
+        paths.submission(number).mkdir(parents=True)  # which decides between two who try
+    except FileExistsError:
+        raise UserError(f"run {paths.id} has just been resumed by another process",
+                        f"see `launch status {named(paths)}`") from None
     was = {key: run.record[key] for key in ("state", "job")}
     update_json(paths.record, state="submitted", updated=record.now(),
                 job={**job, "ids": [], **record.me(), "started": identity(os.getpid())})
@@ -115,6 +120,7 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
         ids = hand_over(plan.job, plan.files, paths.root)
     except BaseException:
         update_json(paths.record, **was)
+        shutil.rmtree(paths.submission(number), ignore_errors=True)
         raise
     update_json(paths.record, job={**job, "ids": ids}, updated=record.now())
     release(ids)

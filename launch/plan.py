@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from launch.spec import Spec
 from trainers.config import RunConfig
 from trainers.paths import RunPaths
 
+# What SLURM says of a node's process, one a node, is wrong of its ranks, which have torchrun's variables.
+NODES_OWN = re.compile(r"SLURM_(PROCID|LOCALID|NODEID|GTIDS|NTASKS\w*|NPROCS|TASKS_PER_NODE|STEP_\w+)$")
 CHOSEN_LATER = "<a free port, chosen when the attempt begins>"
 HEAD = "<the address by which the nodes reach the first of them>"
 
@@ -45,7 +48,7 @@ class Plan:
     def inherited(self, env: Mapping[str, str]) -> dict[str, str]:
         """What ranks take over from `env`: all; ranks of a task nothing that would change what accelerate does."""
         foreign = ("ACCELERATE_", "TORCHELASTIC_") if self.batch else ()
-        taken = {key: value for key, value in env.items() if not key.startswith(foreign)}
+        taken = {key: value for key, value in env.items() if not key.startswith(foreign) and not NODES_OWN.match(key)}
         if not self.batch and (ours := taken.pop("LAUNCH_CODE", None)):  # a script's `import trainers` is its own
             rest = [folder for folder in taken.get("PYTHONPATH", "").split(os.pathsep) if folder != ours]
             taken["PYTHONPATH"] = os.pathsep.join(rest)

@@ -124,8 +124,8 @@ def recorded(plan: Plan, paths: RunPaths, view: View, worker: Mapping[str, Any] 
         changes = {"ended": now(), "outcome": state, "exit_code": EXIT_CODES[outcome.kind], "failure": failure,
                    "reason": reason, "checkpoint_s": outcome.checkpoint_s}
         try:
-            replace_json(paths.attempt_record(plan.attempt), {**attempt, **changes})
-            if next_attempt(paths) == plan.attempt + 1:  # else the record is that of a newer attempt
+            if next_attempt(paths) == plan.attempt + 1:  # else the records are a newer attempt's to write
+                replace_json(paths.attempt_record(plan.attempt), {**attempt, **changes})
                 update_json(paths.record, state="running" if again else state, updated=now())
         except OSError as error:
             view.notice(f"warning: the record of {paths.id} cannot be written: {error.strerror}")

@@ -40,9 +40,18 @@ def read_submission(folder: Path) -> Submission:
 def last_submission(paths: RunPaths, sweep: str | None = None) -> Submission | None:
     """The last one of a run, which may be that of its sweep, or of a sweep; None if there was none. A run and its sweep
     count theirs together."""
-    homes = [paths, *([RunPaths(paths.root.parent / sweep)] if sweep else [])]
-    number, home = max(((home.submission_numbers()[-1:], home) for home in homes), key=lambda found: found[0])
-    return read_submission(home.submission(number[0])) if number else None
+    found = [home.submission(number) for home in _homes(paths, sweep) for number in home.submission_numbers()]
+    whole = [folder for folder in found if (folder / "submission.json").exists()]  # one may have broken off
+    return read_submission(max(whole, key=lambda folder: int(folder.name))) if whole else None
+
+
+def next_submission(paths: RunPaths, sweep: str | None = None) -> int:
+    """The number of a run's next submission: who makes its folder has it."""
+    return max((number for home in _homes(paths, sweep) for number in home.submission_numbers()), default=0) + 1
+
+
+def _homes(paths: RunPaths, sweep: str | None) -> list[RunPaths]:
+    return [paths, *([RunPaths(paths.root.parent / sweep)] if sweep else [])]
 
 
 def plan_of(submission: Submission, paths: RunPaths, attempt: int) -> Plan:
