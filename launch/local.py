@@ -8,13 +8,12 @@ import runpy
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 from launch.node import Failure, Outcome, supervise
 from launch.plan import Plan
 from launch.ports import reserved_port
-from launch.processes import identity
-from launch.record import EXIT_CODES, me, recorded, take_attempt
+from launch.record import EXIT_CODES, recorded, take_attempt, worker_here
 from launch.view import View
 from trainers.errors import UserError
 from trainers.paths import RunPaths
@@ -56,21 +55,17 @@ def _again(outcome: Outcome, restarts: int) -> bool:
 
 
 def _attempt(plan: Plan, paths: RunPaths, view: View, restarts: int) -> Outcome:
-    with recorded(plan, paths, view, _job()) as ended:
+    with recorded(plan, paths, view, worker_here()) as ended:
         with reserved_port() as port:
             outcome = supervise(plan, paths, view, port=port)
         ended(outcome, again=_again(outcome, restarts))
     return outcome
 
 
-def _job() -> dict[str, Any]:
-    return {"kind": "local", **me(), "started": identity(os.getpid())}
-
-
 def debug(plan: Plan, paths: RunPaths, view: View) -> int:
     """One rank in this very process, standard input attached, so that `breakpoint()` works."""
     take_attempt(paths, plan.attempt)
-    with recorded(plan, paths, view, _job()) as ended:
+    with recorded(plan, paths, view, worker_here()) as ended:
         with reserved_port() as port:
             for name in os.environ.keys() - plan.inherited(os.environ).keys():
                 del os.environ[name]

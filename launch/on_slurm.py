@@ -22,7 +22,7 @@ from launch.cluster import load_cluster
 from launch.node import stop_signals
 from launch.plan import Plan, as_json, show
 from launch.prefetch import missing, prefetch
-from launch.processes import alive, identity
+from launch.processes import alive
 from launch.resources import Resources, slurm_resources
 from launch.spec import Spec, spec_of
 from launch.start import named, new_run_id, shown
@@ -67,7 +67,10 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
     Raises:
         UserError: it is at work or in the queue, or its spec cannot be read.
     """
-    paths, job = run.paths, run.record.get("job") or {}
+    paths, sweep = run.paths, run.record.get("sweep")
+    number = next_submission(paths, sweep)  # before the state is read: whoever else read the same gets this number too
+    run = run.again()
+    job = run.record.get("job") or {}
     if run.record["state"] == "finished":
         print(f"run {paths.id} is finished: nothing to resume")
         return 0
@@ -86,7 +89,6 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
                         f"see `launch status {named(paths)}`, or `launch cancel {named(paths)}`")
     elif run.state in ACTIVE and job.get("kind") == "local":
         raise UserError(f"run {paths.id} is running on host {job['host']}", f"`launch cancel {named(paths)}` stops it")
-    sweep = run.record.get("sweep")
     before = last_submission(paths, sweep)
     if request is None:
         request = Request(before.cluster, before.time, before.options) if before else Request(load_cluster("slurm"))
@@ -102,12 +104,10 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
         resources = slurm_resources(request.cluster, gpus, procs, nodes)
     spec = spec_of(paths)
     check(spec, request, dry_run=False)
-    number = next_submission(paths, sweep)
     copy = snapshot.load(paths.code) or sweep and snapshot.load(RunPaths(paths.root.parent / sweep).code)
     plan = make_submission(paths.id, spec, request, resources, runs=paths.root.parent, number=number,
                            cwd=Path(before.cwd) if before else Path.cwd(), copy=copy)
     try_out(plan.job, resources)
-    job = {"kind": "slurm", "cluster": request.cluster.name, "submission": number}
     try:
         paths.submission(number).mkdir(parents=True)  # which decides between two who try
     except FileExistsError:
@@ -115,14 +115,15 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
                         f"see `launch status {named(paths)}`") from None
     was = {key: run.record[key] for key in ("state", "job")}
     update_json(paths.record, state="submitted", updated=record.now(),
-                job={**job, "ids": [], **record.me(), "started": identity(os.getpid())})
+                job=record.submitting(request.cluster.name, number))
     try:
         ids = hand_over(plan.job, plan.files, paths.root)
     except BaseException:
         update_json(paths.record, **was)
         shutil.rmtree(paths.submission(number), ignore_errors=True)
         raise
-    update_json(paths.record, job={**job, "ids": ids}, updated=record.now())
+    update_json(paths.record, updated=record.now(),
+                job={"kind": "slurm", "cluster": request.cluster.name, "ids": ids, "submission": number})
     release(ids)
     _say(paths, ids, request, resources, json)
     return _follow(paths) if follow else 0
@@ -181,8 +182,7 @@ def _here(plan: Plan, request: Request, resources: Resources, json: bool) -> int
     if not allocation:
         raise UserError("--here runs in the allocation one stands in, and this is none",
                         "`salloc` gives one; without --here the run is submitted")
-    paths = record.create_run(plan, job={"kind": "slurm", "cluster": request.cluster.name, "ids": [], "submission": 1,
-                                         **record.me(), "started": identity(os.getpid())})
+    paths = record.create_run(plan, job=record.submitting(request.cluster.name, 1))
     for name, text in plan.files.items():
         if not name.startswith("submissions/"):
             continue  # an attempt's files come with the attempt

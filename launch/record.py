@@ -33,6 +33,16 @@ def me() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
+def worker_here() -> dict[str, Any]:
+    """run.json's `job` of a run at which this process is at work."""
+    return {"kind": "local", **me(), "started": identity(os.getpid())}
+
+
+def submitting(cluster: str, number: int) -> dict[str, Any]:
+    """run.json's `job` while this process submits it: whoever finds it so can tell whether that goes on."""
+    return {"kind": "slurm", "cluster": cluster, "ids": [], "submission": number, **me(), "started": identity(os.getpid())}
+
+
 def create_run(plan: Plan, **more: Any) -> RunPaths:
     """Make the run directory with its spec and its record, which has `more` besides.
 

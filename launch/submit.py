@@ -16,7 +16,6 @@ from launch import record, slurm, snapshot
 from launch.batch import Job, Request, make_job, slurm_time
 from launch.cluster import seconds
 from launch.plan import Plan, make_plan
-from launch.processes import identity
 from launch.resources import Resources
 from launch.spec import Spec, with_values
 from launch.submission import Submission
@@ -75,8 +74,7 @@ def submit(plan: Plan, spec: Spec, cluster: str) -> tuple[RunPaths, list[str], t
         UserError: SLURM would not take it: nothing was written then.
     """
     try_out(plan.job, plan.resources)
-    paths = record.create_run(plan, job={"kind": "slurm", "cluster": cluster, "ids": [], "submission": 1,
-                                         **record.me(), "started": identity(os.getpid())})
+    paths = record.create_run(plan, job=record.submitting(cluster, 1))
     try:
         copy = snapshot.take(code_of(spec), paths.code)
         ids = hand_over(plan.job, plan.files, paths.root)

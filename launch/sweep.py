@@ -14,7 +14,6 @@ from __future__ import annotations
 import difflib
 import json as jsonlib
 import math
-import os
 import re
 import shlex
 import shutil
@@ -34,7 +33,7 @@ from launch.batch import Job, Request, make_job
 from launch.node import stop_signals
 from launch.on_slurm import check
 from launch.plan import Plan, as_json, make_plan, show
-from launch.processes import alive, identity
+from launch.processes import alive
 from launch.resources import Resources, local_resources, slurm_resources
 from launch.spec import Spec, spec_of
 from launch.submission import Submission, last_submission, plan_of
@@ -263,7 +262,7 @@ def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], reques
         print(jsonlib.dumps(sweep_json(sweep), indent=1, ensure_ascii=False) if json else show_sweep(sweep), end="\n" * json)
         return 0
     if here:
-        _write(sweep, specs[0].name, _here(), sources)
+        _write(sweep, specs[0].name, record.worker_here(), sources)
         return _in_turn(sweep, json)
     try_out(sweep.jobs[0], resources)
     for name in _write(sweep, specs[0].name, _submitting(sweep), sources)[:5]:
@@ -277,13 +276,8 @@ def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], reques
     return 0
 
 
-def _here() -> dict[str, Any]:
-    return {"kind": "local", **record.me(), "started": identity(os.getpid())}
-
-
 def _submitting(sweep: Sweep) -> dict[str, Any]:
-    return {"kind": "slurm", "cluster": sweep.submission.cluster.name, "ids": [], "submission": sweep.submission.number,
-            **record.me(), "started": identity(os.getpid())}
+    return record.submitting(sweep.submission.cluster.name, sweep.submission.number)
 
 
 def _write(sweep: Sweep, task: str, job: Mapping[str, Any], sources: Sequence[Path]) -> tuple[str, ...]:
@@ -381,7 +375,7 @@ def _many(count: int, what: str) -> str:
 def _in_turn(sweep: Sweep, json: bool) -> int:
     """Run what waits in it, one after another. A run that fails ends only itself; a signal ends the run with its
     checkpoint, and the sweep. Returns the exit code."""
-    job, codes, stopped = _here(), [], False
+    job, codes, stopped = record.worker_here(), [], False
     files = [RunPaths(Path(plan.folder)).record for plan in sweep.plans]
 
     def waiting(file: Path) -> bool:
@@ -475,7 +469,7 @@ def resume(root: Path, word: str, *, request: Request | None, gpus: int | None, 
     if not here:
         try_out(sweep.jobs[0], resources)
     _write_submission(sweep)
-    job = _here() if here else _submitting(sweep)
+    job = record.worker_here() if here else _submitting(sweep)
     with _writing(paths.root.parent):
         for run in left.values():
             update_json(run.paths.record, state="submitted", job=job, updated=record.now())
