@@ -74,8 +74,6 @@ def test_an_element_that_is_requeued_goes_on_and_the_others_are_untouched(slurm,
     slurm.run("scontrol", "requeue", f"{job}_1")
     wait_until(lambda: attempt(of_2, 1)["outcome"] != "running", timeout_s=30)
     assert attempt(of_2, 1)["outcome"] == "preempted" and record(of_2)["step"] == record(of_2)["checkpoint"] < 100
-    wait_until(lambda: slurm.job(f"{job}_1")["Reason"] == "BeginTime", timeout_s=30)
-    slurm.start_now(f"{job}_1")
     finish(slurm_launch, sweep)
     assert most == 2
 
