@@ -14,6 +14,8 @@ import pytest
 from conftest import alive, wait_until
 from slurm.cluster import cluster, descendants
 
+pytestmark = pytest.mark.slow  # not each, but together
+
 TESTS = Path(__file__).parent.parent
 STUBBORN = "trap : TERM; while :; do sleep 0.1; done"  # it takes SIGKILL
 

@@ -11,6 +11,8 @@ from slurm.conftest import write_cluster
 from launch.cluster import ClusterConfig, load_cluster
 from launch.doctor import doctor, line
 
+pytestmark = pytest.mark.slow  # not each, but together
+
 
 @pytest.fixture
 def examine(slurm, slurm_launch, monkeypatch):

@@ -21,6 +21,8 @@ from trainers.errors import UserError
 from trainers.files import read_json, replace_json, update_json
 from trainers.paths import RunPaths
 
+pytestmark = pytest.mark.slow  # not each, but together
+
 NODE = """
 import os, signal, sys, time
 from pathlib import Path

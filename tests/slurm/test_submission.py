@@ -15,6 +15,8 @@ import pytest
 from conftest import Command, attempt, environment, record, wait_until
 from slurm.conftest import LoginCommand, write_cluster
 
+pytestmark = pytest.mark.slow  # not each, but together
+
 # A rank that says what it sees.
 SHOW = """\
 import json, os, sys
