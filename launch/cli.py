@@ -336,6 +336,8 @@ def _task_command(word: str, about: str, kind: type[click.Command] = click.Comma
 
             if here and (follow or time or after or options):
                 raise UserError("--here takes the allocation as it is", "leave out --follow, --time, --after and sbatch.KEY")
+            if here and json and not dry_run:
+                raise UserError("--here shows what the ranks say as plain lines", "leave out --json")
             root = _root(context, root, where)
             return on_slurm.start(spec=spec, root=root, request=_request(where, root, time, after, options), gpus=gpus,
                                   procs=procs, nodes=nodes, dry_run=dry_run, json=json, follow=follow, here=here)

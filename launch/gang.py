@@ -174,8 +174,10 @@ def _gather(file: Path, nodes: int, interface: str | None, deadline: float, give
         listening.listen(nodes)
         listening.settimeout(POLL_S)
         umask = os.umask(0o077)  # the token is for this user's processes
-        replace_json(file, {"addresses": addresses, "port": listening.getsockname()[1], "token": token})
-        os.umask(umask)
+        try:
+            replace_json(file, {"addresses": addresses, "port": listening.getsockname()[1], "token": token})
+        finally:
+            os.umask(umask)
         while len(gang.links) < nodes - 1:
             try:
                 if time.monotonic() > deadline or given_up():
@@ -263,6 +265,8 @@ def _addresses(interface: str | None) -> list[str]:
     except OSError:
         named = []
     found = [*named, *(address for addresses in by_interface.values() for address in addresses)]
+    if not found:
+        raise Absent("this host has no IPv4 address by which other nodes could reach it")
     return sorted(dict.fromkeys(found), key=lambda address: address.startswith("127."))
 
 

@@ -84,6 +84,8 @@ def attend(folder: Path, stop: StopSignals) -> int:
         gang = meet(folder, name, place.node, place.nodes, submission.cluster.interface, lambda: bool(stop.received))
     except (Absent, OSError) as error:
         view.notice(f"error: {error}")
+        if place.node == 0:
+            _set(requeue, False)  # until it is decided: should even the record fail, on a full disk, that would repeat
         if place.node == 0 and not stop.received:
             number = record.next_attempt(paths)
             record.take_attempt(paths, number)

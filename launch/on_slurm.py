@@ -52,7 +52,7 @@ def start(*, spec: Spec, root: Path, request: Request, gpus: int | None, procs: 
         print(jsonlib.dumps(as_json(plan), indent=1, ensure_ascii=False) if json else show(plan), end="\n" * json)
         return 0
     if here:
-        return _here(plan, request, resources, json)
+        return _here(plan, request, resources)
     paths, ids, left_out = submit(plan, spec, request.cluster.name)
     for name in left_out[:5]:
         print(f"warning: not copied with the code: {name}", file=sys.stderr)
@@ -176,7 +176,7 @@ def _say(paths: RunPaths, ids: Sequence[str], request: Request, resources: Resou
           f"folder  {shown(paths.root)}\nnext    {nexts[0]}\n        {nexts[1]}\n        {nexts[2]}")
 
 
-def _here(plan: Plan, request: Request, resources: Resources, json: bool) -> int:
+def _here(plan: Plan, request: Request, resources: Resources) -> int:
     """Run the job's node processes in the allocation one stands in, and stay until they end."""
     allocation = os.environ.get("SLURM_JOB_ID")
     if not allocation:
