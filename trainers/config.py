@@ -9,12 +9,14 @@ A task adds its own keys by a subclass that gives `model` and `data` a type::
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from trainers.errors import UserError
 
@@ -35,6 +37,21 @@ def _reference(text: str) -> str:
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", text):
         raise ValueError("must be of the form `module:Class`")
     return text
+
+
+def _json_file(value: Any) -> Any:
+    # Read where the user stands: the spec of a run holds what the file held then.
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(Path(value).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"names a file that cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"names a file that is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError("names a file that holds no JSON object")
+    return found
 
 
 Name = Annotated[str, AfterValidator(_name)]
@@ -58,7 +75,16 @@ class Train(Section):
         None, description="samples one rank takes at a time; null: batch_size / ranks, no accumulation"
     )
     precision: Precision = "fp32"
-    strategy: Literal["ddp"] = Field("ddp", description="how a model is spread over ranks")
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] = Field(
+        "ddp", description="how a model is spread over ranks: ddp, copies; zero1 to zero3 (DeepSpeed) and fsdp, parts"
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="kept in host memory: the optimizer's states (zero), or the parameters too (zero3, fsdp)"
+    )
+    checkpoint_activations: bool = Field(False, description="compute each block again in backward, to save memory")
+    deepspeed: Annotated[dict[str, Any], BeforeValidator(_json_file)] = Field(
+        default_factory=dict, description="of zero1 to zero3: DeepSpeed's own JSON, or the path of its file, merged into ours"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     compile: bool = Field(False, description="torch.compile the models")
     deterministic: bool = Field(True, description="deterministic kernels: needed for bit-equal resumption on GPUs")

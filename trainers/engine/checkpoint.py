@@ -22,13 +22,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Mapping, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from trainers import files
 from trainers.config import Checkpoint
-from trainers.engine import manifest, retention
+from trainers.engine import manifest, retention, storage
+from trainers.engine.fragments import Fragment
 from trainers.engine.world import World
 from trainers.errors import UserError
 from trainers.paths import RunPaths
@@ -46,9 +46,7 @@ class Superseded(UserError):
 class Checkpoints:
     """The checkpoints of one run, as its ranks write and read them.
 
-    All methods are collective: every rank calls them in the same order. Plain tensors must hold the
-    same values on all ranks (as parameters do under DDP; buffers that it lets drift apart, such as
-    BatchNorm's, must be made equal first), since each is written by one rank only.
+    All methods are collective: every rank calls them in the same order.
 
     Args:
         strategy: how the models were spread over ranks, for the manifest.
@@ -94,21 +92,19 @@ class Checkpoints:
             self._on_main(lambda: self._pass_over(broken, whole))
         return whole
 
-    def load(self, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The tensors (on the CPU, contiguous) and the state of a step that `newest` gave; for any number of ranks.
+    def load(self, step: int) -> tuple[storage.Reader, dict[str, Any]]:
+        """The tensors, to be read, and the state of a step that `newest` gave; for any number of ranks.
 
         Raises:
             UserError: its files are not what `save` writes.
         """
-        from trainers.engine import storage
-
         self.wait()
         folder = self.paths.checkpoint(step)
         loaded: list[Any] = []
 
         def read() -> None:
             try:
-                loaded[:] = storage.read(folder), files.read_json(folder / STATE)
+                loaded[:] = storage.Reader(folder), files.read_json(folder / STATE)
             except Exception as error:  # whatever a file that is not ours makes of the readers
                 raise UserError(f"{folder} cannot be loaded: {error}",
                                 "if you did not write it, do not trust it; without that folder the next older "
@@ -117,28 +113,29 @@ class Checkpoints:
         self._everywhere(read)
         return loaded[0], loaded[1]
 
-    def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any],
+    def save(self, step: int, fragments: Mapping[str, Fragment], state: Mapping[str, Any],
              metrics: Mapping[str, float]) -> None:
         """Copy everything and return; a thread writes and commits it. Waits for the save before this one.
 
         A step that this object has just committed is not saved again. What becomes of it, `wait` tells.
 
         Args:
-            tensors: by name, on any device; the same on all ranks.
+            fragments: what this rank holds of each tensor, on any device. What all ranks hold whole must have the same
+                values on all (buffers that DDP lets drift apart must be made equal first): one rank writes it.
             state: what JSON can hold; rank 0's is written.
             metrics: of the last evaluation, by which the best are kept; rank 0's are written.
         """
-        from trainers.engine import storage  # noqa: F401  here, for imports in two threads can fail each other
-
         began = time.perf_counter()
         self.wait()
         if step == self._committed_step:
             return
         state_text = json.dumps(state, indent=1) + "\n"
         metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        copies = self._stage(tensors)
+        mine = self._mine(fragments)
+        copies = self._stage(mine)
+        places = {name: (fragment.start, fragment.shape) for name, fragment in mine.items()}
         stall_s = time.perf_counter() - began
-        self._writing = self._writer.submit(self._write, step, copies, state_text, metrics, stall_s)
+        self._writing = self._writer.submit(self._write, step, copies, places, state_text, metrics, stall_s)
 
     def wait(self) -> str | None:
         """Wait until the last save is committed or has failed: the reason if it failed, the same on all ranks."""
@@ -218,26 +215,29 @@ class Checkpoints:
 
     # -- writing
 
-    def _stage(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This rank's part of the tensors, in host buffers that are kept for the next time."""
-        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-        owner = owners(sizes, self.world.size if self.config.layout == "sharded" else 1)
-        mine = {name: tensor.detach() for name, tensor in tensors.items() if owner[name] == self.world.rank}
-        for name, tensor in mine.items():
+    def _mine(self, fragments: Mapping[str, Fragment]) -> dict[str, Fragment]:
+        """Those that this rank writes: its own, and its share of those that all ranks hold."""
+        common = {name: fragment.part.nbytes for name, fragment in fragments.items() if fragment.everywhere}
+        owner = owners(common, self.world.size if self.config.layout == "sharded" else 1)
+        return {name: fragment for name, fragment in fragments.items() if owner.get(name, self.world.rank) == self.world.rank
+                and (fragment.part.numel() or 0 in fragment.shape)}
+
+    def _stage(self, fragments: Mapping[str, Fragment]) -> dict[str, torch.Tensor]:
+        """Their values, in host buffers that are kept for the next time."""
+        parts = {name: fragment.part.detach() for name, fragment in fragments.items()}
+        for name, part in parts.items():
             kept = self._buffers.get(name)
-            if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            _copy(tensor, self._buffers[name])
-        if any(tensor.is_cuda for tensor in mine.values()):
+            if kept is None or kept.shape != part.shape or kept.dtype != part.dtype:
+                self._buffers[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+            _copy(part, self._buffers[name])
+        if any(part.is_cuda for part in parts.values()):
             torch.cuda.synchronize(self.world.device)
-        self._buffers = {name: self._buffers[name] for name in mine}
+        self._buffers = {name: self._buffers[name] for name in parts}
         return self._buffers
 
-    def _write(self, step: int, tensors: Mapping[str, torch.Tensor], state_text: str,
+    def _write(self, step: int, parts: Mapping[str, torch.Tensor], places: storage.Places, state_text: str,
                metrics: Mapping[str, float | None], stall_s: float) -> str | None:
         """The transaction, in the thread: the reason if it failed."""
-        from trainers.engine import storage
-
         began = time.perf_counter()
         final = self.paths.checkpoint(step)
         tmp = final.with_name(final.name + TMP)
@@ -249,15 +249,17 @@ class Checkpoints:
             tmp.mkdir(parents=True)
             files.flush_folder(self.paths.root)
 
-        def write() -> dict[str, Any]:
-            names = storage.write(tmp, tensors, self.group)
-            if self.world.main:
-                files.replace_text(tmp / STATE, state_text)
-                names.add(STATE)
+        def write() -> tuple[str, dict[str, Any] | None, storage.Places]:
+            name = f"{self.world.rank}.safetensors"
+            entry = storage.write(tmp / name, parts) if parts else None
             files.flush_folder(tmp)
-            return {name: manifest.entry(tmp / name) for name in names}
+            return name, entry, places
 
         def commit() -> None:
+            files.replace_text(tmp / STATE, state_text)
+            storage.write_index(tmp, {name: places for name, _, places in written})
+            entries = {name: entry for name, entry, _ in written if entry is not None}
+            entries |= {name: manifest.entry(tmp / name) for name in (STATE, storage.INDEX)}
             manifest.write(tmp, step=step, entries=entries, strategy=self.strategy, world_size=self.world.size,
                            layout=self.config.layout, versions={"torch": torch.__version__}, metrics=metrics)
             self._check_fence()
@@ -278,7 +280,7 @@ class Checkpoints:
 
         try:
             self._on_main(prepare)
-            entries = {name: entry for part in self._everywhere(write) for name, entry in part.items()}
+            written = self._everywhere(write)
             self._on_main(commit)
         except Exception as error:
             reason = error.message if isinstance(error, UserError) else str(error)
@@ -333,18 +335,13 @@ def _copy(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
     else:
         # In one thread, by numpy: torch's several wait for each other wherever something else has a core
         # (500 MB on two busy cores: 0.19 s, not 0.06 s).
-        _bytes(buffer)[:] = _bytes(tensor)
-
-
-def _bytes(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.view(-1).view(torch.uint8).numpy()
+        storage.raw(buffer)[:] = storage.raw(tensor)
 
 
 def owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
     """Which rank writes which tensor: the largest first, each to the rank with the fewest bytes so far.
 
-    Decided before copying and alike on every rank, so that a rank copies only what it will write; dcp's own
-    removal of duplicates comes after all ranks have copied everything.
+    Decided before copying and alike on every rank, so that a rank copies only what it will write.
     """
     load = [0] * ranks
     owner = {}

@@ -12,18 +12,16 @@ from trainers.config import RunConfig
 from trainers.engine.precision import autocast
 from trainers.engine.sampling import evaluation_shares, mix
 from trainers.engine.stopping import Stopping
-from trainers.engine.strategy import Ddp
 from trainers.engine.task import Dataset, Task
 from trainers.engine.world import World
 
 
 def evaluate(task: Task, models: Mapping[str, nn.Module], dataset: Dataset, config: RunConfig, world: World,
-             strategy: Ddp, stopping: Stopping) -> dict[str, Tensor] | None:
+             stopping: Stopping) -> dict[str, Tensor] | None:
     """The task's measures over the whole set, divided, float64, the same on all ranks; None if the run
     is to stop before the end."""
     micro, _ = config.train.split(world.size)
     shares = evaluation_shares(len(dataset), config.eval.batch_size or 4 * micro, world.rank, world.size)
-    strategy.share_buffers(models)
     training = {name: model.training for name, model in models.items()}
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     try:

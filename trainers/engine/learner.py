@@ -1,4 +1,4 @@
-"""One update at work: its optimizer, its schedule, its position, and one optimizer step at a time."""
+"""One update at work: its schedule, its position, and one optimizer step at a time."""
 
 from __future__ import annotations
 
@@ -9,40 +9,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainers.config import Optim, Precision, RunConfig
-from trainers.engine.precision import autocast, loss_scaler
+from trainers.config import RunConfig
+from trainers.engine.precision import LossScale, autocast
 from trainers.engine.sampling import Shuffled, mix
 from trainers.engine.schedule import learning_rate
-from trainers.engine.strategy import Ddp
+from trainers.engine.strategy import Strategy
 from trainers.engine.task import Dataset, Loss, Update
 from trainers.engine.world import World
+from trainers.errors import TrainingError
 
-
-def make_optimizer(optim: Optim, model: nn.Module, precision: Precision) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    # Not in fp16: fused SGD (torch 2.15) leaves its momentum unset when its first step is skipped.
-    common = dict(lr=optim.lr, weight_decay=optim.weight_decay, fused=precision != "fp16")
-    match optim.name:
-        case "sgd":
-            return torch.optim.SGD(parameters, momentum=optim.momentum, nesterov=optim.nesterov, **common)
-        case "adam":
-            return torch.optim.Adam(parameters, betas=tuple(optim.betas), eps=optim.eps, **common)
-        case "adamw":
-            return torch.optim.AdamW(parameters, betas=tuple(optim.betas), eps=optim.eps, **common)
+MENDS = "lower optim.lr, set optim.clip_norm, or use train.precision=fp32; the checkpoints before it are whole"
+SKIPS_IN_ROW = 25  # halving fp16's loss scale so often brings it from 2**16 to below 1
 
 
 class Learner:
     """An Update with what it needs to run: `take_step` does one optimizer step on one global batch."""
 
-    def __init__(self, update: Update, config: RunConfig, world: World, strategy: Ddp, dataset: Dataset,
-                 plain: Mapping[str, nn.Module], wrapped: Mapping[str, nn.Module]):
-        self.update, self.config, self.world, self.strategy, self.dataset = update, config, world, strategy, dataset
-        # Only the trained model runs through its wrapper: backward through another's would start its reduction.
-        self.models = {**plain, update.trains: wrapped[update.trains]}
-        self.all_models = list(plain.values())
+    def __init__(self, update: Update, config: RunConfig, world: World, strategy: Strategy, dataset: Dataset,
+                 models: Mapping[str, nn.Module]):
+        """`models`: placed by the strategy."""
+        self.update, self.config, self.world, self.dataset = update, config, world, dataset
         self.optim = update.optim or config.optim
-        self.optimizer = make_optimizer(self.optim, plain[update.trains], config.train.precision)
-        self.scaler = loss_scaler(config.train.precision, world.device)
+        self.trainee = strategy.trainee(models[update.trains], self.optim)
+        # Only the trained model runs through its wrapper: backward through another's would start its reduction.
+        self.models = {**models, update.trains: self.trainee.module}
+        self.all_models = list(models.values())
+        self.scale = LossScale(config.train.precision)
         self.samples = Shuffled(len(dataset), config.train.batch_size, config.train.seed, update.name)
         _, self.accumulation = config.train.split(world.size)
         self.applied = 0             # steps that changed the parameters: what schedules follow
@@ -50,15 +42,24 @@ class Learner:
         self.skipped_in_row = 0
         self.data_wait_s = 0.0       # time spent making batches since `measured` was last called
         self.lr = self.optim.lr
-        self.norm: Tensor | None = None
         self._last = torch.zeros(2, dtype=torch.float64, device=world.device)  # [loss sum, count] of the last step
         self._items = torch.zeros((), dtype=torch.float64, device=world.device)
+        self._bad = torch.full((2,), -1, device=world.device)  # (draw, gradient) of the first that was not finite
+
+    @property
+    def norm(self) -> Tensor:
+        """The norm of the last step's gradients, before clipping; on the device."""
+        return self.trainee.norm
 
     def take_step(self, draw: int, total: int) -> None:
         """One optimizer step on global batch `draw`; the schedule ends at `total` applied steps. No host sync
-        (fp16 has one, to learn whether the step was skipped)."""
+        (fp16 has one, to learn whether the step was skipped, and ZeRO's own).
+
+        Raises:
+            TrainingError: a gradient was found that is not finite (elsewhere `check` finds it).
+        """
         self.lr = learning_rate(self.optim, self.applied, total)
-        for group in self.optimizer.param_groups:
+        for group in self.trainee.optimizer.param_groups:
             group["lr"] = self.lr
         self._clear()
         sums = self._accumulate(draw)
@@ -66,38 +67,36 @@ class Learner:
             dist.all_reduce(sums)
         self._last = sums
         self._items += sums[1]
-        self._normalise(sums[1])
-        parameters = self.optimizer.param_groups[0]["params"]
-        if self.optim.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            self.norm = self.strategy.clip(parameters, self.optim.clip_norm)
-        if not self.scaler.is_enabled():
-            self.optimizer.step()
-            self.applied += 1
-            return
-        before = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        skipped = self.scaler.get_scale() < before
-        self.skipped += skipped
-        self.applied += not skipped
-        self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
+        # Gradients were divided by the batch size beforehand, which keeps fp16 in range; the true divisor is the
+        # number of items over all ranks and micro-batches.
+        factor = self.config.train.batch_size / sums[1].clamp(min=1) / self.scale.scale
+        applied = self.trainee.step(factor, self.optim.clip_norm, finite_only=self.scale.enabled)
+        if not applied and not self.scale.enabled:
+            name = self.trainee.first_bad(lambda: self._accumulate(draw))
+            raise self._not_finite(draw, name)
+        if not self.scale.enabled:
+            first = (self._bad[0] < 0) & (self.trainee.bad >= 0)
+            self._bad = torch.where(first, torch.stack([self._bad.new_full((), draw), self.trainee.bad]), self._bad)
+        self.scale.update(applied)
+        self.applied += applied
+        self.skipped += not applied
+        self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
 
     def _accumulate(self, draw: int, factor: float = 1.0) -> Tensor:
         """Backward over this rank's micro-batches. Returns its [loss sum, count], float64."""
         loss_sum = torch.zeros((), device=self.world.device)
         count = 0
-        scale = factor * self.world.size / self.config.train.batch_size  # DDP divides by the world size
+        # Strategies average over ranks.
+        scale = factor * self.scale.scale * self.world.size / self.config.train.batch_size
         shares = self.samples.shares(draw, self.world.rank, self.world.size, self.accumulation)
         for micro, share in enumerate(shares):
             torch.manual_seed(mix(self.config.train.seed, "noise", self.update.name, draw, self.world.rank, micro))
             began = time.perf_counter()
             batch = self.dataset.batch(share)
             self.data_wait_s += time.perf_counter() - began
-            last = micro == len(shares) - 1
-            with self.strategy.accumulating(self.models[self.update.trains], last):
+            with self.trainee.accumulating(last=micro == len(shares) - 1):
                 loss = self._loss(batch)
-                self.scaler.scale(loss.sum * scale).backward()
+                self.trainee.backward(loss.sum * scale)
             loss_sum += loss.sum.detach()
             count += loss.count
         return torch.stack([loss_sum.double(), loss_sum.new_full((), count, dtype=torch.float64)])
@@ -106,22 +105,13 @@ class Learner:
         with autocast(self.config.train.precision, self.world.device):
             return self.update.loss(self.models, batch)
 
-    def _normalise(self, count: Tensor) -> None:
-        """Gradients were divided by the batch size beforehand, which keeps fp16 in range; the true
-        divisor is the number of items over all ranks and micro-batches."""
-        nominal = self.config.train.batch_size
-        if self.world.device.type == "cpu" and count.item() == nominal:
-            return
-        gradients = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, (nominal / count.clamp(min=1)).to(gradients[0].dtype))
-
     def _clear(self) -> None:
         # Of all models: this update's loss may have reached into those of another.
         for model in self.all_models:
             model.zero_grad(set_to_none=True)
 
     def settle(self, draw: int) -> None:
-        """Two backwards that leave no trace: see Ddp.settles."""
+        """Two backwards that leave no trace: see Strategy.settles."""
         buffers = [(b, b.clone()) for model in self.all_models for b in model.buffers()]
         for _ in range(2):
             self._accumulate(draw, factor=0.0)
@@ -129,6 +119,27 @@ class Learner:
         for buffer, value in buffers:
             buffer.copy_(value)
         self.data_wait_s = 0.0
+
+    def check(self) -> None:
+        """Whether all gradients and losses so far were finite. Waits for the device.
+
+        Raises:
+            TrainingError: one was not.
+        """
+        draw, index = self._bad.tolist()
+        if draw >= 0:
+            raise self._not_finite(draw, self.trainee.bad_name(index))
+        step = (self.applied + self.skipped - 1) // self.update.draws + 1
+        if self.skipped_in_row > SKIPS_IN_ROW:
+            raise TrainingError(f"the gradients of update `{self.update.name}` overflowed in {self.skipped_in_row} steps in a "
+                                f"row, up to step {step}", "lower optim.lr, or use train.precision=bf16 or fp32")
+        if not torch.isfinite(self._last).all() and not self.skipped_in_row:
+            raise TrainingError(f"the loss of update `{self.update.name}` is {self.last_loss()} at step {step}", MENDS)
+
+    def _not_finite(self, draw: int, name: str | None) -> TrainingError:
+        what = f"of `{name}`" if name else "of a parameter"
+        return TrainingError(f"update `{self.update.name}`, step {draw // self.update.draws + 1}: the gradient {what} is not "
+                             f"finite (the last loss is {self.last_loss():g})", MENDS)
 
     def last_loss(self) -> float:
         """The mean loss of the last step over its global batch. Waits for the device."""
@@ -143,9 +154,8 @@ class Learner:
         return values
 
     def state(self) -> dict[str, Any]:
-        return {"applied": self.applied, "skipped": self.skipped, "scaler": self.scaler.state_dict()}
+        return {"applied": self.applied, "skipped": self.skipped, "in_row": self.skipped_in_row, "scale": self.scale.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.applied, self.skipped = state["applied"], state["skipped"]
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
+        self.applied, self.skipped, self.skipped_in_row = state["applied"], state["skipped"], state["in_row"]
+        self.scale.load_state(state["scale"])

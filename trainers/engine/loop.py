@@ -13,11 +13,13 @@ from trainers import events
 from trainers.config import RunConfig
 from trainers.engine.checkpoint import Checkpoints
 from trainers.engine.evaluation import evaluate
+from trainers.engine.fragments import Fragment, fill
 from trainers.engine.learner import Learner
 from trainers.engine.precision import set_deterministic, set_precision
 from trainers.engine.sampling import mix
 from trainers.engine.stopping import Stopping
-from trainers.engine.strategy import STRATEGIES
+from trainers.engine.storage import Reader
+from trainers.engine.strategy import close, make_strategy, share_buffers
 from trainers.engine.task import Task
 from trainers.engine.tracking import NoTracker, Tracker
 from trainers.engine.world import World
@@ -26,7 +28,6 @@ from trainers.paths import RunPaths
 from trainers.signals import hold
 
 FINISHED, STOPPED = 0, 75  # a rank's exit codes
-SKIPS_IN_ROW = 25          # halving fp16's loss scale so often brings it from 2**16 to below 1
 
 
 def train(task: Task, config: RunConfig, world: World, paths: RunPaths, attempt: int | None) -> int:
@@ -51,14 +52,14 @@ class Loop:
         set_precision(train.precision, world.device)
         if train.deterministic:
             set_deterministic(train.compile)
-        self.strategy = STRATEGIES[train.strategy](world)
+        self.strategy = make_strategy(world, config)
         self.stopping = Stopping(world)
         self.train_set, self.eval_set = task.data(world)
         torch.manual_seed(mix(train.seed, "models"))
-        self.models = {name: self.strategy.place(model) for name, model in task.models().items()}
-        wrapped = {name: self.strategy.wrap(torch.compile(model) if train.compile else model)
-                   for name, model in self.models.items()}
-        self.learners = [Learner(update, config, world, self.strategy, self.train_set, self.models, wrapped)
+        models = task.models()
+        self.parameters = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
+        self.models = {name: self.strategy.place(model) for name, model in models.items()}
+        self.learners = [Learner(update, config, world, self.strategy, self.train_set, self.models)
                          for update in task.updates()]
         self.samples = self.learners[0].samples
         self.total = train.steps or self.samples.steps(train.epochs)
@@ -111,11 +112,11 @@ class Loop:
         """Put the newest whole checkpoint's state in place, if there is one."""
         found = self.checkpoints.newest()
         if found is not None:
-            tensors, state = self.checkpoints.load(found)
+            reader, state = self.checkpoints.load(found)
             self.step, self.evaluated = found, state["evaluated"]
             self.metrics, self.best = state["metrics"], state["best"]
             self._same_data(state["samples"])
-            self.strategy.restore(self.models, self._optimizers(), tensors)
+            self._fill(reader)
             for learner in self.learners:
                 learner.load_state(state["updates"][learner.update.name])
             if self.step == self.total:
@@ -128,19 +129,32 @@ class Loop:
         self.tracker.say({
             "event": "start", "step": self.step, "total": self.total, "world_size": self.world.size,
             "device": self.world.device.type, "precision": self.config.train.precision,
-            "parameters": sum(p.numel() for m in self.models.values() for p in m.parameters()),
+            "parameters": self.parameters,
             "samples": len(self.train_set), "resumed": found is not None,
         })
 
-    def _optimizers(self) -> dict[str, tuple[str, torch.optim.Optimizer]]:
-        return {each.update.name: (each.update.trains, each.optimizer) for each in self.learners}
+    def _fragments(self) -> dict[str, Fragment]:
+        """This rank's part of all that a checkpoint holds."""
+        found = self.strategy.fragments(self.models)
+        for learner in self.learners:
+            found |= learner.trainee.fragments(learner.update.name)
+        return found
+
+    def _fill(self, reader: Reader) -> None:
+        """Put a checkpoint's tensors in place."""
+        shapes = reader.shapes
+        for learner in self.learners:
+            learner.trainee.allocate(learner.update.name, shapes)
+        fill(self._fragments(), shapes, reader.read)
+        for learner in self.learners:
+            learner.trainee.filled()
 
     def _evaluate(self) -> bool:
         """False if the run is to stop first."""
         began = time.perf_counter()
         if self.eval_set is not None:
-            measured = evaluate(self.task, self.models, self.eval_set, self.config, self.world, self.strategy,
-                                self.stopping)
+            share_buffers(self.models, self.world)
+            measured = evaluate(self.task, self.models, self.eval_set, self.config, self.world, self.stopping)
             if measured is None:
                 return False
             self.metrics = self.task.report(measured, None)
@@ -181,8 +195,8 @@ class Loop:
             "samples": self._samples(),
             "updates": {learner.update.name: learner.state() for learner in self.learners},
         }
-        self.checkpoints.save(self.step, self.strategy.tensors(self.models, self._optimizers()), state,
-                              self.metrics if self.evaluated else {})
+        share_buffers(self.models, self.world)
+        self.checkpoints.save(self.step, self._fragments(), state, self.metrics if self.evaluated else {})
         if self.checkpoints.superseded:
             raise self._superseded()
         self._saved = (self.step, self.evaluated)
@@ -222,8 +236,7 @@ class Loop:
             prefix = "" if alone else f"{learner.update.name}/"
             event[f"{prefix}loss"] = learner.last_loss()
             event[f"{prefix}lr"] = learner.lr
-            if learner.norm is not None:
-                event[f"{prefix}grad_norm"] = learner.norm.item()
+            event[f"{prefix}grad_norm"] = learner.norm.item()
             if learner.skipped:
                 event[f"{prefix}skipped"] = learner.skipped
         measured = [learner.measured() for learner in self.learners]
@@ -242,18 +255,9 @@ class Loop:
         self._logged_at = (step, since + time.perf_counter() - began)
 
     def _finite(self) -> None:
-        """Neither log nor save past a loss that is not a number."""
+        """Neither log nor save past a gradient or loss that is not a number."""
         for learner in self.learners:
-            loss = learner.last_loss()
-            if learner.skipped_in_row > SKIPS_IN_ROW:
-                raise TrainingError(f"the gradients of update `{learner.update.name}` overflowed in "
-                                    f"{learner.skipped_in_row} steps in a row, up to step {self.step}",
-                                    "lower optim.lr, or use train.precision=bf16 or fp32")
-            if not math.isfinite(loss) and not learner.skipped_in_row:
-                raise TrainingError(
-                    f"the loss of update `{learner.update.name}` is {loss} at step {self.step}",
-                    "lower optim.lr, set optim.clip_norm, or use train.precision=fp32; "
-                    "the checkpoints before it are whole")
+            learner.check()
 
     def _finish(self) -> int:
         self._save()
@@ -274,4 +278,4 @@ class Loop:
         self.checkpoints.close()
         self.stopping.close()
         self.tracker.end(state, self.step, self.total)
-        self.strategy.close()
+        close()

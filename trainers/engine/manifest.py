@@ -10,7 +10,7 @@ from typing import Any, Mapping
 from trainers import files
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class Broken(Exception):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Mapping
 
 import torch
 
 from trainers.config import Precision
 from trainers.errors import UserError
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_precision(precision: Precision, device: torch.device) -> None:
@@ -39,11 +42,38 @@ def set_deterministic(compiled: bool) -> None:
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager:
     """The context in which a loss is computed."""
-    if precision in ("bf16", "fp16"):
-        return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+    if precision in HALVES:
+        return torch.autocast(device.type, HALVES[precision])
     return nullcontext()
 
 
-def loss_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
-    """Scales the loss in fp16, whose small gradients would vanish (Micikevicius et al. 2018); off otherwise."""
-    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+class LossScale:
+    """The factor on a loss in fp16, whose small gradients would vanish (Micikevicius et al. 2018, arXiv:1710.03740);
+    1 in any other precision. The constants are those of torch.amp.GradScaler: halved after a step whose gradients
+    overflowed, which is skipped, and doubled after 2,000 in a row that did not.
+    """
+
+    INTERVAL = 2000
+
+    def __init__(self, precision: Precision, scale: float = 2.0**16):
+        self.enabled = precision == "fp16"
+        self.scale = scale if self.enabled else 1.0
+        self._good = 0
+
+    def update(self, applied: bool) -> None:
+        """After a step: whether its gradients were finite."""
+        if not self.enabled:
+            return
+        self._good = self._good + 1 if applied else 0
+        if not applied:
+            self.scale /= 2
+        elif self._good == self.INTERVAL:
+            self.scale *= 2
+            self._good = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"scale": self.scale, "good": self._good} if self.enabled else {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        if self.enabled and state:
+            self.scale, self._good = state["scale"], state["good"]

@@ -1,140 +1,128 @@
-"""Tensors in the files of one folder, by torch.distributed.checkpoint.
+"""Tensors in the files of a checkpoint: each rank writes one file of safetensors, an index says what is where.
 
-Importing that package takes a second or more, so this module is imported when the first checkpoint is
-written or read.
+A file `<rank>.safetensors` holds flat parts of tensors by name, in the format of
+https://github.com/huggingface/safetensors (an 8-byte length, a JSON header, the bytes), which any reader of it opens.
+`index.json` gives each tensor's shape, and the start of its part in each file that has one. Nothing in them is executed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import pickle
-import warnings
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Iterator, Mapping
+from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import filesystem, metadata
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.futures import Future
+from torch import Tensor
 
-METADATA = ".metadata"
+from trainers.files import read_json, replace_text
 
-# Said at every use in a single process, where it is just what is wanted.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+Places = Mapping[str, tuple[int, tuple[int, ...]]]  # by name: the start of a part in its tensor, the tensor's shape
+
+INDEX = "index.json"
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}
+CHUNK_BYTES = 1 << 24  # written and hashed at a time
 
 
-def write(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> set[str]:
-    """Write and flush what all ranks of `group` (None: this process alone) give, as one set of tensors.
+def write(file: Path, parts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write and flush contiguous CPU tensors as flat ones, without a copy of them in memory.
 
-    Collective. Plain tensors of one name must be given by one rank only, or be equal.
-
-    Returns: the names of the files that this rank wrote.
+    Returns: the file's manifest entry, {"size": bytes, "sha256": hex}, of what was to be written.
     Raises:
-        OSError: it failed on some rank; all ranks get the same message.
+        OSError: it could not be written. ValueError: a dtype that the format has not.
     """
-    writer = _Writer(folder)
-    try:
-        dcp.save(dict(tensors), storage_writer=writer, planner=DefaultSavePlanner(flatten_state_dict=False),
-                 process_group=group, no_dist=group is None)
-    except CheckpointException as error:  # no Exception, but a BaseException
-        rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-        raise OSError(f"{cause} (rank {rank})") from error
-    for name in writer.written:
-        with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())
-    return writer.written
+    header, at = {}, 0
+    for name, part in parts.items():
+        if part.dtype not in DTYPES:
+            raise ValueError(f"`{name}` is {part.dtype}, which checkpoints cannot hold")
+        header[name] = {"dtype": DTYPES[part.dtype], "shape": [part.numel()], "data_offsets": [at, at + part.nbytes]}
+        at += part.nbytes
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(file, "wb", buffering=0) as opened:
+        for content in (len(text).to_bytes(8, "little") + text, *map(raw, parts.values())):
+            content = memoryview(content)
+            for start in range(0, len(content), CHUNK_BYTES):
+                chunk = content[start:start + CHUNK_BYTES]
+                digest.update(chunk)
+                while chunk:  # a write may be cut short
+                    chunk = chunk[opened.write(chunk):]
+        os.fsync(opened.fileno())
+        return {"size": opened.tell(), "sha256": digest.hexdigest()}
 
 
-def read(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder, on the CPU, contiguous. Not collective: each rank reads for itself.
+def raw(tensor: Tensor) -> np.ndarray:
+    """The bytes of a contiguous CPU tensor, [nbytes], shared with it."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
 
-    Raises:
-        Exception: of any kind, where the files are not what `write` left.
+
+def write_index(folder: Path, places: Mapping[str, Places]) -> None:
+    """`places`: by file, those of the parts that it holds. Raises: OSError."""
+    tensors: dict[str, Any] = {}
+    for file, parts in places.items():
+        for name, (start, shape) in parts.items():
+            tensors.setdefault(name, {"shape": list(shape), "parts": {}})["parts"][file] = start
+    replace_text(folder / INDEX, json.dumps({"tensors": dict(sorted(tensors.items()))}, ensure_ascii=False) + "\n")
+
+
+class Reader:
+    """The tensors of one checkpoint; reads no more of a file than is asked for.
+
+    Raises, from every method: Exception, of any kind, where the files are not what `write` left.
     """
-    reader = _Reader(folder)
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
-               for name, entry in reader.read_metadata().state_dict_metadata.items()}
-    try:
-        dcp.load(tensors, storage_reader=reader, planner=DefaultLoadPlanner(flatten_state_dict=False), no_dist=True)
-    except CheckpointException as error:
-        (cause, _), *_ = error.failures.values()
-        raise OSError(str(cause)) from error
-    return tensors
-
-
-class _Writer(dcp.FileSystemWriter):
-    """Notes which files it wrote, writes none for a rank that has nothing, and fails in plain words."""
 
     def __init__(self, folder: Path):
-        # `write` flushes instead: up to torch 2.11 at least, dcp called fsync before Python's own buffer was empty.
-        super().__init__(folder, sync_files=False)
-        self.written: set[str] = set()
+        self.folder = folder
+        self._tensors = read_json(folder / INDEX)["tensors"]
+        self._files: dict[str, Any] = {}
 
-    def write_data(self, plan: Any, planner: Any) -> Future:
-        if not plan.items:
-            nothing: Future = Future()
-            nothing.set_result([])
-            return nothing
-        with _plain_errors():
-            done = super().write_data(plan, planner)
-        self.written = {result.storage_data.relative_path for result in done.value()}
-        return done
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(entry["shape"]) for name, entry in self._tensors.items()}
 
-    def finish(self, metadata: Any, results: Any) -> None:
-        with _plain_errors():
-            super().finish(metadata, results)
-        self.written.add(METADATA)
+    def read(self, name: str, start: int, count: int) -> Tensor:
+        """`count` elements from `start` on: flat, on the CPU, the caller's own."""
+        result: Tensor | None = None
+        missing = count
+        for file, begins in self._tensors[name]["parts"].items():
+            part = self._open(file).get_slice(name)
+            (length,) = part.get_shape()
+            first, last = max(start, begins), min(start + count, begins + length)
+            if first >= last:
+                continue
+            values = part[first - begins:last - begins]
+            if last - first == count:
+                return values.clone()  # not a view of the mapped file
+            if result is None:
+                result = torch.empty(count, dtype=values.dtype)
+            result[first - start:last - start] = values
+            missing -= last - first
+        if missing:
+            raise ValueError(f"{missing} of the {count} elements of `{name}` from {start} on are in no file")
+        return torch.empty(0) if result is None else result
 
-    def storage_meta(self) -> metadata.StorageMeta:
-        return metadata.StorageMeta()  # no path of this machine, no random id
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor, in its shape."""
+        shape = tuple(self._tensors[name]["shape"])
+        count = int(np.prod(shape, dtype=np.int64))
+        if count == 0:
+            (file,) = list(self._tensors[name]["parts"])[:1]
+            return self._open(file).get_tensor(name).view(shape)
+        return self.read(name, 0, count).view(shape)
 
+    def _open(self, file: str) -> Any:
+        from safetensors import safe_open
 
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Only the words of an error go on: dcp sends it to the other ranks by pickle, which loses its causes
-    and may refuse the error itself, and then those ranks would wait for ever."""
-    try:
-        yield
-    except Exception as error:
-        # torch.save reports a full disk as "unexpected pos 64 vs 0"; the reason lies under it.
-        causes = [error]
-        while under := causes[-1].__cause__ or causes[-1].__context__:
-            causes.append(under)
-        system = [cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror]
-        raise OSError(system[0] if system else f"{type(error).__name__}: {error}") from None
-
-
-class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
-        with open(Path(self.path) / METADATA, "rb") as file:
-            found = _Unpickler(file).load()
-        if not isinstance(found, metadata.Metadata):
-            raise pickle.UnpicklingError(f"{METADATA} holds a {type(found).__name__}")
-        for info in found.storage_data.values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise pickle.UnpicklingError(f"{METADATA} points out of the checkpoint, to {info.relative_path!r}")
-        return found
-
-
-class _Unpickler(pickle.Unpickler):
-    """Admits the classes of torch.distributed.checkpoint's metadata (torch 2.11 to 2.15) and no others."""
-
-    ADMITTED = {(cls.__module__, cls.__qualname__): cls for cls in (
-        metadata.Metadata, metadata.MetadataIndex, metadata.StorageMeta, metadata.TensorStorageMetadata,
-        metadata.TensorProperties, metadata.ChunkStorageMetadata, metadata._MEM_FORMAT_ENCODING,
-        filesystem._StorageInfo,
-    )} | {("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): torch.serialization._get_layout}
-
-    def __init__(self, file: IO[bytes]):
-        super().__init__(file)
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ADMITTED:
-            return self.ADMITTED[module, name]
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        raise pickle.UnpicklingError(f"{METADATA} names `{module}.{name}`, which no checkpoint needs: refused")
+        if Path(file).name != file:
+            raise ValueError(f"{INDEX} points out of the checkpoint, to {file!r}")
+        if file not in self._files:
+            self._files[file] = safe_open(self.folder / file, framework="pt")
+        return self._files[file]

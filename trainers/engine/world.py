@@ -48,6 +48,18 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
+    def start_process_group(self) -> None:
+        """The default group, if nobody has started it: for collectives of this device, and of the host's memory too."""
+        if dist.is_initialized():
+            return
+        backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+
     @contextmanager
     def local_main_first(self) -> Iterator[None]:
         """The node's first rank goes through the block alone, the others after it (a download, a cache)."""

@@ -1,0 +1,78 @@
+"""A task for the tests of the engine: a small Transformer that learns to count in steps, in sentences of uneven lengths,
+where what counts is the token."""
+
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from trainers.engine.task import Loss, Task
+
+WORDS, LONGEST = 41, 12
+
+
+class Sentences:
+    def __init__(self, count, seed, device, pause_s=0.0):
+        generator = torch.Generator().manual_seed(seed)
+        self.pause_s = pause_s
+        self.lengths = torch.randint(2, LONGEST + 1, (count,), generator=generator)
+        first, by = torch.randint(WORDS - 1, (2, count, 1), generator=generator)
+        self.words = 1 + (first + by * torch.arange(LONGEST)) % (WORDS - 1)
+        self.words[torch.arange(LONGEST) >= self.lengths[:, None]] = 0
+        self.words, self.lengths = self.words.to(device), self.lengths.to(device)
+
+    def __len__(self):
+        return len(self.words)
+
+    def batch(self, share):
+        time.sleep(self.pause_s)
+        rows = torch.from_numpy(share.indices)
+        return self.words[rows], self.lengths[rows]
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.inner = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):  # [B, T, W]
+        B, T, W = x.shape
+        q, k, v = self.attention(self.before(x)).view(B, T, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, W)
+        x = x + F.dropout(self.out(mixed), self.dropout, self.training)
+        return x + F.dropout(self.inner(self.between(x)), self.dropout, self.training)
+
+
+class Model(nn.Module):
+    def __init__(self, width=32, heads=2, depth=2, dropout=0.0, words=WORDS):
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, width), nn.Embedding(LONGEST, width)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, words, bias=False)
+
+    def forward(self, words):
+        x = self.words(words) + self.places.weight[: words.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.norm(x))
+
+
+class Counting(Task):
+    unit = "tokens"
+
+    def data(self, world):
+        pause_s = self.config.model.get("pause_s", 0.0)
+        return Sentences(500, 1, world.device, pause_s), Sentences(67, 2, world.device)
+
+    def model(self):
+        return Model(**{key: value for key, value in self.config.model.items() if key not in ("pause_s", "bad_step")})
+
+    def loss(self, model, batch):
+        words, lengths = batch
+        logits = model(words[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), words[:, 1:].flatten(), ignore_index=0, reduction="sum")
+        return Loss(loss, int((lengths - 1).sum()))

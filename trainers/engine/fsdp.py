@@ -1,0 +1,91 @@
+"""Fully sharded data parallel, by torch's `fully_shard` (Zhao et al. 2023, arXiv:2304.11277): each rank holds a slice of
+every parameter, gradient and optimizer state, and a block's whole parameters only while it computes."""
+
+from __future__ import annotations
+
+from typing import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from trainers.config import Optim, RunConfig
+from trainers.engine.blocks import blocks, checkpoint_activations
+from trainers.engine.fragments import Fragment, buffers
+from trainers.engine.optimizer import make_optimizer
+from trainers.engine.precision import HALVES
+from trainers.engine.trainee import Shapes, Trainee
+from trainers.engine.world import World
+
+
+class Fsdp:
+    settles = False
+
+    def __init__(self, world: World, config: RunConfig):
+        self.world, self.config = world, config.train
+        world.start_process_group()
+        self.mesh = init_device_mesh(world.device.type, (world.size,))
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Blocks are sharded each by itself, what is left with the model as a whole."""
+        if self.config.checkpoint_activations:
+            checkpoint_activations(model)
+        # Gathered in half precision, which halves what crosses ranks; gradients are summed over ranks in fp32.
+        half = HALVES.get(self.config.precision)
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
+        offload = CPUOffloadPolicy() if self.config.offload == "parameters" else OffloadPolicy()
+        for module in [*blocks(model), model]:
+            fully_shard(module, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(self.world.device)
+        return model
+
+    def trainee(self, model: nn.Module, optim: Optim) -> Trainee:
+        return FsdpTrainee(model, model, make_optimizer(optim, model.parameters()))
+
+    def fragments(self, models: Mapping[str, nn.Module]) -> dict[str, Fragment]:
+        for model in models.values():
+            _reshard(model)
+        return {f"models/{name}/{key}": fragment(tensor) for name, model in models.items()
+                for key, tensor in {**dict(model.named_parameters()), **buffers(model)}.items()}
+
+
+class FsdpTrainee(Trainee):
+    def fragments(self, update: str) -> dict[str, Fragment]:
+        _reshard(self.model)
+        return super().fragments(update)
+
+    def allocate(self, update: str, shapes: Shapes) -> None:
+        _reshard(self.model)
+        super().allocate(update, shapes)
+
+    def _fragment(self, tensor: Tensor) -> Fragment:
+        return fragment(tensor)
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        return tensor.to_local()
+
+    def _norms(self, gradients: list[Tensor]) -> Tensor:
+        squares = super()._norms(gradients).square()
+        dist.all_reduce(squares)
+        return squares.sqrt()
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let go of whole parameters: the outermost module keeps its own after a forward that no backward followed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def fragment(tensor: Tensor) -> Fragment:
+    """The slice of the first dimension that this rank holds of a DTensor; the whole of any other."""
+    if not isinstance(tensor, DTensor):
+        return Fragment.whole(tensor)
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    row = tensor.shape[1:].numel()
+    return Fragment(tensor.to_local(), offset[0] * row, tuple(tensor.shape))
