@@ -17,7 +17,9 @@ from launch.batch import Job
 from launch.cluster import ClusterConfig
 from launch.resources import Resources
 from launch.spec import Spec
+from trainers import support
 from trainers.config import RunConfig
+from trainers.deepspeed_json import deepspeed_config
 from trainers.paths import RunPaths
 
 # What SLURM says of a node's process, one a node, is wrong of its ranks, which have torchrun's variables.
@@ -76,13 +78,14 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
     """The plan of attempt `attempt` of a run whose directory is `runs`/`run_id`; `files`: more of them.
 
     Raises:
-        UserError: the batch does not divide over the ranks.
+        UserError: the batch does not divide over the ranks, or its settings do not go together.
     """
     folder = runs / run_id
     config = spec.config
     env = {**cluster.env, **_rank_environment(config, resources, folder, attempt)}
     files = {"run.yaml": spec.text, **files}
     if isinstance(config, RunConfig):
+        support.check(config, resources.device)
         micro, accumulation = config.train.split(resources.ranks)
         batch = (f"{config.train.batch_size} = {resources.ranks} rank(s) x {micro} micro-batch x "
                  f"{accumulation} accumulation")
@@ -94,6 +97,9 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
         command = (python, config.script, *config.args)
         program = [config.script, *config.args]
     accelerate_yaml = RunPaths(Path()).plan(attempt) / "accelerate.yaml"
+    if isinstance(config, RunConfig) and config.train.strategy in support.ZERO:
+        settings = deepspeed_config(config, resources.ranks, config.optim.clip_norm)
+        files[str(RunPaths(Path()).plan(attempt) / "deepspeed.json")] = json.dumps(settings, indent=1) + "\n"
     if resources.device == "cuda":
         files[str(accelerate_yaml)] = _accelerate_yaml(resources)
         start = ["accelerate", "launch", "--config_file", str(folder / accelerate_yaml)]

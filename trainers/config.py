@@ -46,11 +46,11 @@ def _json_file(value: Any) -> Any:
     try:
         found = json.loads(Path(value).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"names a file that cannot be read: {error.strerror}") from None
+        raise ValueError(f"must be JSON, or the path of its file: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"names a file that is no JSON: {error}") from None
+        raise ValueError(f"must be a JSON file: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError("names a file that holds no JSON object")
+        raise ValueError("must be a file that holds a JSON object")
     return found
 
 

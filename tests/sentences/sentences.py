@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from trainers.engine.task import Loss, Task
 
-WORDS, LONGEST = 41, 12
+WORDS, LONGEST = 17, 12
+OF_TESTS = ("pause_s", "bad_row", "big_steps")  # keys of `model` for what is to happen to a run
 
 
 class Sentences:
@@ -28,7 +29,7 @@ class Sentences:
     def batch(self, share):
         time.sleep(self.pause_s)
         rows = torch.from_numpy(share.indices)
-        return self.words[rows], self.lengths[rows]
+        return self.words[rows], self.lengths[rows], rows
 
 
 class Block(nn.Module):
@@ -63,16 +64,23 @@ class Model(nn.Module):
 
 class Counting(Task):
     unit = "tokens"
+    losses = 0  # computed so far in training, by this rank
 
     def data(self, world):
         pause_s = self.config.model.get("pause_s", 0.0)
         return Sentences(500, 1, world.device, pause_s), Sentences(67, 2, world.device)
 
     def model(self):
-        return Model(**{key: value for key, value in self.config.model.items() if key not in ("pause_s", "bad_step")})
+        return Model(**{key: value for key, value in self.config.model.items() if key not in OF_TESTS})
 
     def loss(self, model, batch):
-        words, lengths = batch
+        words, lengths, rows = batch
         logits = model(words[:, :-1])
+        if torch.is_grad_enabled():
+            self.losses += 1
+            if (rows == self.config.model.get("bad_row", -1)).any():
+                logits = logits * float("nan")
+            if self.losses in self.config.model.get("big_steps", ()):
+                logits = logits * 1e30
         loss = F.cross_entropy(logits.flatten(0, 1), words[:, 1:].flatten(), ignore_index=0, reduction="sum")
         return Loss(loss, int((lengths - 1).sum()))

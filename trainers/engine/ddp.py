@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Mapping
 
@@ -44,6 +45,10 @@ class Ddp:
             module = torch.compile(model) if self.config.compile else model
             self._wrapped[model] = module if self.world.size == 1 else self.accelerator.prepare_model(module)
         return DdpTrainee(self._wrapped[model], model, make_optimizer(optim, model.parameters()))
+
+    def clear(self, models: Iterable[nn.Module]) -> None:
+        for model in models:
+            model.zero_grad(set_to_none=True)
 
     def fragments(self, models: Mapping[str, nn.Module]) -> dict[str, Fragment]:
         return {f"models/{name}/{key}": Fragment.whole(tensor) for name, model in models.items()

@@ -3,7 +3,7 @@ every parameter, gradient and optimizer state, and a block's whole parameters on
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -37,8 +37,10 @@ class Fsdp:
         # Gathered in half precision, which halves what crosses ranks; gradients are summed over ranks in fp32.
         half = HALVES.get(self.config.precision)
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
-        offload = CPUOffloadPolicy() if self.config.offload == "parameters" else OffloadPolicy()
+        offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if self.config.offload == "parameters" else OffloadPolicy()
         for module in [*blocks(model), model]:
+            if self.config.compile:
+                module.compile()  # before it is sharded, so that its hooks stay outside
             fully_shard(module, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(self.world.device)
@@ -46,6 +48,11 @@ class Fsdp:
 
     def trainee(self, model: nn.Module, optim: Optim) -> Trainee:
         return FsdpTrainee(model, model, make_optimizer(optim, model.parameters()))
+
+    def clear(self, models: Iterable[nn.Module]) -> None:
+        for model in models:
+            _reshard(model)  # else whole parameters would stand before those that have the gradients
+            model.zero_grad(set_to_none=True)
 
     def fragments(self, models: Mapping[str, nn.Module]) -> dict[str, Fragment]:
         for model in models.values():

@@ -28,7 +28,7 @@ class Learner:
     def __init__(self, update: Update, config: RunConfig, world: World, strategy: Strategy, dataset: Dataset,
                  models: Mapping[str, nn.Module]):
         """`models`: placed by the strategy."""
-        self.update, self.config, self.world, self.dataset = update, config, world, dataset
+        self.update, self.config, self.world, self.strategy, self.dataset = update, config, world, strategy, dataset
         self.optim = update.optim or config.optim
         self.trainee = strategy.trainee(models[update.trains], self.optim)
         # Only the trained model runs through its wrapper: backward through another's would start its reduction.
@@ -72,8 +72,11 @@ class Learner:
         factor = self.config.train.batch_size / sums[1].clamp(min=1) / self.scale.scale
         applied = self.trainee.step(factor, self.optim.clip_norm, finite_only=self.scale.enabled)
         if not applied and not self.scale.enabled:
-            name = self.trainee.first_bad(lambda: self._accumulate(draw))
-            raise self._not_finite(draw, name)
+            def again() -> None:
+                self._clear()
+                self._accumulate(draw)
+
+            raise self._not_finite(draw, self.trainee.first_bad(again))
         if not self.scale.enabled:
             first = (self._bad[0] < 0) & (self.trainee.bad >= 0)
             self._bad = torch.where(first, torch.stack([self._bad.new_full((), draw), self.trainee.bad]), self._bad)
@@ -107,8 +110,7 @@ class Learner:
 
     def _clear(self) -> None:
         # Of all models: this update's loss may have reached into those of another.
-        for model in self.all_models:
-            model.zero_grad(set_to_none=True)
+        self.strategy.clear(self.all_models)
 
     def settle(self, draw: int) -> None:
         """Two backwards that leave no trace: see Strategy.settles."""

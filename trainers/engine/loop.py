@@ -9,7 +9,7 @@ from typing import Mapping
 import torch
 from torch import Tensor
 
-from trainers import events
+from trainers import events, support
 from trainers.config import RunConfig
 from trainers.engine.checkpoint import Checkpoints
 from trainers.engine.evaluation import evaluate
@@ -49,6 +49,7 @@ class Loop:
     def __init__(self, task: Task, config: RunConfig, world: World, paths: RunPaths, attempt: int | None):
         self.task, self.config, self.world, self.paths = task, config, world, paths
         train = config.train
+        support.check(config, world.device.type)  # ranks may be started by hand
         set_precision(train.precision, world.device)
         if train.deterministic:
             set_deterministic(train.compile)
@@ -154,7 +155,8 @@ class Loop:
         began = time.perf_counter()
         if self.eval_set is not None:
             share_buffers(self.models, self.world)
-            measured = evaluate(self.task, self.models, self.eval_set, self.config, self.world, self.stopping)
+            running = {**self.models, **{each.update.trains: each.trainee.evaluated for each in self.learners}}
+            measured = evaluate(self.task, running, self.eval_set, self.config, self.world, self.stopping)
             if measured is None:
                 return False
             self.metrics = self.task.report(measured, None)

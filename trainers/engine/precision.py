@@ -19,9 +19,6 @@ def set_precision(precision: Precision, device: torch.device) -> None:
     Raises:
         UserError: the device cannot compute in this precision.
     """
-    if precision == "tf32" and device.type != "cuda":
-        raise UserError("`train.precision` is `tf32`, which only GPUs have; these ranks run on CPU",
-                        "use train.precision=fp32 or bf16")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"`train.precision` is `bf16`, which {torch.cuda.get_device_name(device)} does not have",
                         "use train.precision=fp16")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch.distributed as dist
@@ -27,6 +27,10 @@ class Strategy(Protocol):
 
     def trainee(self, model: nn.Module, optim: Optim) -> Trainee:
         """A placed model with an optimizer of its parameters."""
+        ...
+
+    def clear(self, models: Iterable[nn.Module]) -> None:
+        """Forget all gradients."""
         ...
 
     def fragments(self, models: Mapping[str, nn.Module]) -> dict[str, Fragment]:

@@ -18,6 +18,7 @@ class Trainee:
 
     Attributes:
         module: what to run forward in training.
+        evaluated: what to run forward in evaluation.
         model: the module whose parameters are trained.
         optimizer: the learning rates of its groups are the learner's to set.
         norm: of the last step's gradients, as they were before clipping; on the device.
@@ -25,7 +26,7 @@ class Trainee:
     """
 
     def __init__(self, module: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.module, self.model, self.optimizer = module, model, optimizer
+        self.module, self.evaluated, self.model, self.optimizer = module, model, model, optimizer
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         device = self._parameters[0].device
@@ -60,10 +61,6 @@ class Trainee:
         self.optimizer.step()
         return True
 
-    def clear(self) -> None:
-        """Forget the gradients."""
-        self.model.zero_grad(set_to_none=True)
-
     def bad_name(self, index: int) -> str:
         """The parameter that an earlier `bad` meant."""
         with_gradient = [name for name, p in zip(self.names, self._parameters) if p.grad is not None] or self.names
@@ -71,7 +68,7 @@ class Trainee:
 
     def first_bad(self, again: Callable[[], object]) -> str | None:
         """After a step that was not taken: the first parameter whose gradient is not finite. `again` does the step's
-        backwards once more."""
+        backwards once more, from no gradients on."""
         return self.bad_name(int(self.bad.item()))
 
     def fragments(self, update: str) -> dict[str, Fragment]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,10 @@ class Zero:
                                                config=settings, dist_init_required=False)
         return engine
 
+    def clear(self, models: Iterable[nn.Module]) -> None:
+        for model in models:
+            model.zero_grad(set_to_none=True)
+
     def fragments(self, models: Mapping[str, nn.Module]) -> dict[str, Fragment]:
         found = {}
         for name, model in models.items():
@@ -80,7 +84,8 @@ class ZeroTrainee(Trainee):
     """Gradients, fp32 parameters and optimizer states lie in flat partitions of the engine's optimizer."""
 
     def __init__(self, engine: Any, model: nn.Module, stage: int, world: World):
-        self.engine, self.module, self.model, self.stage, self.world = engine, engine, model, stage, world
+        self.engine, self.module, self.evaluated, self.model = engine, engine, engine, model
+        self.stage, self.world = stage, world
         self.optimizer = engine.optimizer  # its groups are those of torch's optimizer within
         self.norm = torch.zeros((), device=world.device)
         self.bad = torch.full((), -1, device=world.device)
@@ -102,6 +107,7 @@ class ZeroTrainee(Trainee):
         finally:
             scaler.cur_scale = 1.0
         if self.optimizer.overflow:
+            self._gather_persistent()  # it let go of them, and gets them back only after a step that it takes
             return False
         self.norm = torch.as_tensor(self.optimizer._global_grad_norm)
         return True
@@ -109,7 +115,6 @@ class ZeroTrainee(Trainee):
     def first_bad(self, again: Callable[[], object]) -> str | None:
         from deepspeed.utils import safe_get_full_grad
 
-        self.clear()
         again()  # it has dropped the gradients
         for name, parameter in self.model.named_parameters():
             gradient = safe_get_full_grad(parameter) if parameter.requires_grad else None
@@ -155,7 +160,11 @@ class ZeroTrainee(Trainee):
             return
         for group in range(len(self._flats())):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if persistent := self.optimizer.persistent_parameters:
+        self._gather_persistent()
+
+    def _gather_persistent(self) -> None:
+        """Small parameters, which ZeRO-3 leaves whole on all ranks between steps."""
+        if self.stage == 3 and (persistent := self.optimizer.persistent_parameters):
             persistent[0].all_gather(persistent)
 
     def _flats(self) -> list[Tensor]:
