@@ -43,6 +43,8 @@ class Plan:
     equivalent: str           # the same job without `launch`
     max_restarts: int
     grace_s: float
+    hang_s: float | None      # how long a rank may be silent (a script's: for ever); None: for ever
+    start_s: float | None     # the same while it rests: see trainers/heartbeat.py
     job: Job | None = None    # what SLURM gets, where it is asked for the nodes
 
     def inherited(self, env: Mapping[str, str]) -> dict[str, str]:
@@ -110,7 +112,8 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
         run_id=run_id, name=config.name, folder=str(folder), attempt=attempt, resources=resources, batch=batch,
         command=command, cwd=str(cwd), env=env, files=files,
         equivalent=shlex.join(["env", *(f"{k}={v}" for k, v in by_hand.items()), *start, *program]),
-        max_restarts=config.run.max_restarts, grace_s=config.run.grace_s, job=job,
+        max_restarts=config.run.max_restarts, grace_s=config.run.grace_s,
+        hang_s=getattr(config.run, "hang_s", None), start_s=getattr(config.run, "start_s", None), job=job,
     )
 
 

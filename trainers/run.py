@@ -15,7 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from trainers import events
+from trainers import events, heartbeat
 from trainers.errors import UserError
 from trainers.paths import RunPaths
 from trainers.signals import Stopped, hold, listen
@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
         print("usage: python -m trainers.run RUN_DIR", file=sys.stderr)
         return 2
     attempt = os.environ.get("LAUNCH_ATTEMPT")
+    heartbeat.start()
     try:
         return run(RunPaths(Path(folder).absolute()), int(attempt) if attempt else None)
     except Stopped:
