@@ -17,12 +17,14 @@ from launch.batch import Job
 from launch.cluster import ClusterConfig
 from launch.resources import Resources
 from launch.spec import Spec
+from trainers import heartbeat
 from trainers.config import RunConfig
 from trainers.paths import RunPaths
 
 # What SLURM says of a node's process, one a node, is wrong of its ranks, which have torchrun's variables.
 NODES_OWN = re.compile(r"SLURM_(PROCID|LOCALID|NODEID|GTIDS|NTASKS\w*|NPROCS|TASKS_PER_NODE|STEP_\w+)$")
 CHOSEN_LATER = "<a free port, chosen when the attempt begins>"
+INHERITED = "<a file descriptor>"
 HEAD = "<the address by which the nodes reach the first of them>"
 
 
@@ -181,7 +183,9 @@ def show(plan: Plan) -> str:
 def _rank_envs(plan: Plan) -> list[dict[str, str]]:
     """Of the first node's ranks."""
     address = "127.0.0.1" if plan.resources.nodes == 1 else HEAD
-    return [plan.rank_env(0, local_rank, address, CHOSEN_LATER) for local_rank in range(plan.resources.ranks_per_node)]
+    beats = {heartbeat.VARIABLE: INHERITED} if plan.batch else {}
+    return [{**plan.rank_env(0, local_rank, address, CHOSEN_LATER), **beats}
+            for local_rank in range(plan.resources.ranks_per_node)]
 
 
 def as_json(plan: Plan) -> dict:

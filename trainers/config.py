@@ -173,6 +173,7 @@ class Run(Section):
 
 
 class WatchedRun(Run):
+    # Less than NCCL's own 600 s: where that comes first, ranks that only waited end, and by a signal.
     hang_s: PositiveFloat | None = Field(
         300.0, description="seconds without progress after which ranks hang: the attempt has failed; null: never"
     )

@@ -4,7 +4,8 @@
 
 The run directory and torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR,
 MASTER_PORT) are all a rank needs: `launch`, `torchrun` and `accelerate launch` start it alike.
-LAUNCH_ATTEMPT, where set, is the attempt that this rank belongs to; LAUNCH_DEBUG asks for anomaly detection.
+LAUNCH_ATTEMPT, where set, is the attempt that this rank belongs to; LAUNCH_DEBUG asks for anomaly detection;
+LAUNCH_HEARTBEAT: see trainers/heartbeat.py.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ class World:
         self.ranks = [Rank(number) for number in range(2 * nodes)]
         self.inbox = [[] for _ in range(nodes)]
         self.slow = folder / "slow.json"
-        self.dogs = [Watchdog(plan, self.ranks[2 * node:2 * node + 2], self.peers(node), node, self.slow) for node in range(nodes)]
+        self.dogs = [Watchdog(plan, self.ranks[2 * node:2 * node + 2], self.peers(node), node, self.slow)
+                     for node in range(nodes)]
 
     def peers(self, node):
         def tell(word):

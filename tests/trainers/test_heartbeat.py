@@ -9,7 +9,18 @@ import pytest
 
 from trainers import heartbeat
 from trainers.heartbeat import (
-    BEATS, DATA_NS, READY, RESTING, SAVING, STACKS, STEP, STEPS, VARIABLE, WALL_NS, WORK_NS, new_page,
+    BEATS,
+    DATA_NS,
+    READY,
+    RESTING,
+    SAVING,
+    STACKS,
+    STEP,
+    STEPS,
+    VARIABLE,
+    WALL_NS,
+    WORK_NS,
+    new_page,
 )
 
 
