@@ -61,7 +61,7 @@ CAUSES = (
           "a file system does not answer", (ELSEWHERE, RESUME)),
     Cause(r"hung (?:after step|before its first step)[^\n]*silent for",
           "it came no further for longer than run.hang_s; where it was, the stack says",
-          (("launch logs {run} --rank K", "the logs of all ranks end with their stacks"), RESUME, ELSEWHERE,
+          (("launch logs {run} --rank K", "the logs of all ranks hold their stacks"), RESUME, ELSEWHERE,
            ("{new} run.hang_s={hang_s}{where}", "a new run that may be silent for longer, if it was only slow"))),
     Cause(r"did not stop within ([\d.]+) s of \w+", "a step and a checkpoint took longer than run.grace_s, {0} s",
           (RESUME, ("{new} run.grace_s={grace_s}{where}", "a new run that is given longer; `defaults: {{run: {{grace_s: "

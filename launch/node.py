@@ -73,8 +73,8 @@ class Peers(Protocol):
         """To all of them."""
 
     def heard(self) -> list[dict[str, Any]]:
-        """What they have said since: {"failure"}, {"signal"}, what launch/watchdog.py lists, or {"lost"}: one has gone without a
-        word."""
+        """What they have said since: {"failure"}, {"signal"}, what launch/watchdog.py lists, or {"lost"}: one has gone
+        without a word."""
 
 
 class Alone:

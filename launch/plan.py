@@ -45,7 +45,7 @@ class Plan:
     equivalent: str           # the same job without `launch`
     max_restarts: int
     grace_s: float
-    hang_s: float | None      # how long a rank may be silent (a script's: for ever); None: for ever
+    hang_s: float | None      # how long a rank may be silent; None: for ever, as a script's
     start_s: float | None     # the same while it rests: see trainers/heartbeat.py
     job: Job | None = None    # what SLURM gets, where it is asked for the nodes
 

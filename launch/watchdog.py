@@ -242,7 +242,7 @@ def blamed(signs: Sequence[Sign], hang_s: float) -> Hang:
         why = "nothing is known of why"
     where = f"after step {first.step}" if first.step else "before its first step was done"
     return Hang(first.rank, f"rank {first.rank} hung {where}: silent for {first.silent_s:.3g} s; {why}",
-                f"the logs of the ranks end with their stacks; run.hang_s is {hang_s:g} s", first.stack)
+                f"the logs of the ranks hold their stacks; run.hang_s is {hang_s:g} s", first.stack)
 
 
 class SlowRanks:

@@ -212,7 +212,7 @@ def test_a_rank_that_hangs(make, state, meaning, command):
 
 def test_a_slow_rank_is_named(make):
     log = "training from step 0 of 100:\nstep 9/100  loss 1\n"
-    found = make("running", ("running", {"ended": None}), logs={(1, 0): log}, updated="2026-01-02T00:01:00+00:00")
+    found = make("running", ("running", {"ended": None, "host": "n1"}), logs={(1, 0): log}, updated="2026-01-02T00:01:00+00:00")
     assert found["sentence"].endswith("nothing is wrong")
     run = RunPaths(Path("runs/bert-1").absolute())
     replace_json(run.attempt_record(1), {**read_json(run.attempt_record(1)), "nodes": ["n1", "n2"]})
