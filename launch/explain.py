@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
-from launch.runs import Run, node_logs, status
+from launch.runs import Run, node_logs, node_of, slow_words, status
 from launch.truth import ACTIVE
 from trainers.errors import UserError
 from trainers.events import duration
@@ -55,6 +55,14 @@ LESS = (("{resume} {more}", "on twice as many ranks, each of which takes half as
 
 # The first that fits: what another rank's end brings with it comes last.
 CAUSES = (
+    Cause(r"hung (?:after step|before its first step)[^\n]*its process was stopped",
+          "something stopped its process (SIGSTOP, a debugger), and nothing let it go on", (RESUME, ELSEWHERE)),
+    Cause(r"hung (?:after step|before its first step)[^\n]*waits for a disk",
+          "a file system does not answer", (ELSEWHERE, RESUME)),
+    Cause(r"hung (?:after step|before its first step)[^\n]*silent for",
+          "it came no further for longer than run.hang_s; where it was, the stack says",
+          (("launch logs {run} --rank K", "the logs of all ranks hold their stacks"), RESUME, ELSEWHERE,
+           ("{new} run.hang_s={hang_s}{where}", "a new run that may be silent for longer, if it was only slow"))),
     Cause(r"did not stop within ([\d.]+) s of \w+", "a step and a checkpoint took longer than run.grace_s, {0} s",
           (RESUME, ("{new} run.grace_s={grace_s}{where}", "a new run that is given longer; `defaults: {{run: {{grace_s: "
                                                           "{grace_s}}}}}` in a cluster's file gives it to all"))),
@@ -303,7 +311,7 @@ def _cause(run: Run, found: Found, slurm: Mapping[str, Any]) -> dict[str, Any] |
     failure = attempt.get("failure") or {"message": _silent(slurm)}
     failure = _first(run.paths, attempt, failure) or failure
     rank = failure.get("rank")
-    node = failure.get("node") or _node(attempt, rank)
+    node = failure.get("node") or node_of(attempt, rank)
     cause |= {key: failure.get(key) for key in ("rank", "exit_code", "signal", "hint")}
     cause |= {"attempt": attempt["attempt"], "node": node, "message": _failed({**failure, "node": node})}
     log = run.paths.log(attempt["attempt"], rank or 0)
@@ -329,11 +337,6 @@ def _first(paths: RunPaths, attempt: Mapping[str, Any], failure: Mapping[str, An
         if rank != failure["rank"] and said and not (other and other[0].consequence):
             return {"rank": rank, "message": f"rank {rank} ended with {said[0]}", "traceback": trace}
     return None
-
-
-def _node(attempt: Mapping[str, Any], rank: int | None) -> str | None:
-    nodes, ranks = attempt.get("nodes"), attempt.get("ranks")
-    return nodes[rank * len(nodes) // ranks] if nodes and ranks and rank is not None else None
 
 
 def _no_attempt(slurm: Mapping[str, Any]) -> str:
@@ -426,6 +429,8 @@ def _runs(run: Run, found: Found, last: Mapping[str, Any] | None) -> str:
     quiet_s = _between(_changed(log), datetime.now(UTC).isoformat()) or 0
     if found["note"]:
         return f"{text}; {found['note']}"
+    if found["slow"]:
+        return f"{text}; slow: {'; '.join(map(slow_words, found['slow']))}"
     return text + (f"; it has said nothing for {duration(quiet_s)}: it may hang" if quiet_s > STILL_S else "; nothing is wrong")
 
 
@@ -466,6 +471,7 @@ def _facts(run: Run, found: Found, attempts: Sequence[Mapping[str, Any]], cause:
         "more": f"{kind} {2 * ranks}" if share % 2 == 0 and not train.get("micro_batch_size") else None,
         "lower": f"{spec['optim']['lr'] / 3:.2g}" if train else None,
         "grace_s": str(round(3 * spec["run"]["grace_s"])) if "run" in spec else None,
+        "hang_s": f"{3 * spec['run']['hang_s']:g}" if (spec.get("run") or {}).get("hang_s") else None,
         "cluster": shlex.quote(submission.cluster.name) if submission else None,
         "node": cause["node"] if cause and on_slurm else None,
         "memory": _memory(run, found) if submission else None, "time": _longer(submission) if submission else None,

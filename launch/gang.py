@@ -103,7 +103,7 @@ class Gang:
                         if other != node:
                             each.say(word)
             words += found
-        self.said += words
+        self.said += [word for word in words if not word.keys() & {"pace", "hung"}]  # those come all the time
         return words
 
     def keep(self, words: list[dict[str, Any]]) -> None:

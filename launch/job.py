@@ -242,6 +242,8 @@ def _together(mine: Outcome, gang: Gang, plan: Plan, hosts: list[str]) -> Outcom
     if failures:
         # In the order in which they came; but one that was killed is likelier the cause than one that lost a peer.
         node, failure = min(failures, key=lambda found: found[1].signal not in CAUSES)
+        if failure.rank is not None:  # the head says which rank hung, and that may be another node's
+            node = failure.rank // plan.resources.ranks_per_node
         return Outcome("failed", Failure(**{**failure.as_dict(), "node": hosts[node]}), name, slowest)
     kinds = {outcome.kind for outcome in outcomes.values()}
     return Outcome("finished" if kinds == {"finished"} else "preempted", None, name, slowest)

@@ -23,7 +23,8 @@ from typing import Any, Callable, Iterator, Literal, Mapping, Protocol
 
 from launch.plan import Plan
 from launch.view import View
-from trainers import events
+from launch.watchdog import Watchdog
+from trainers import events, heartbeat
 from trainers.paths import RunPaths
 
 PREEMPTED = 75           # a rank's exit code: stopped with a checkpoint
@@ -72,7 +73,8 @@ class Peers(Protocol):
         """To all of them."""
 
     def heard(self) -> list[dict[str, Any]]:
-        """What they have said since: {"failure"}, {"signal"}, or {"lost"}: one has gone without a word."""
+        """What they have said since: {"failure"}, {"signal"}, what launch/watchdog.py lists, or {"lost"}: one has gone
+        without a word."""
 
 
 class Alone:
@@ -129,15 +131,21 @@ class Rank:
         self.silent = False  # whether it has closed its output
         self.checkpoint_s: float | None = None
         self._partial, self._partial_since = b"", 0.0
+        # A script has no loop of ours that could write there.
+        beats, self.page = heartbeat.new_page() if plan.batch else (None, None)
+        told = {heartbeat.VARIABLE: str(beats)} if plan.batch else {}
         self.pipe, child = os.pipe()
         os.set_blocking(self.pipe, False)
         try:
             self.process = subprocess.Popen(
-                plan.command, env={**plan.inherited(os.environ), **more, **plan.env, **env}, cwd=plan.cwd,
+                plan.command, env={**plan.inherited(os.environ), **more, **plan.env, **env, **told}, cwd=plan.cwd,
                 stdin=subprocess.DEVNULL, stdout=child, stderr=child, process_group=0, preexec_fn=_die_with(os.getpid()),
+                pass_fds=() if beats is None else (beats,),
             )
         finally:
             os.close(child)
+            if beats is not None:
+                os.close(beats)
 
     def read(self) -> bool:
         """Take in some of what the rank has said. False if there is no more for now, or for ever."""
@@ -274,7 +282,8 @@ def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address
             for local_rank in range(plan.resources.ranks_per_node):
                 ranks.append(Rank(plan, node, local_rank, address, port, more, paths, view))
                 selector.register(ranks[-1].pipe, selectors.EVENT_READ, ranks[-1])
-            return _watch(plan, ranks, selector, stop, peers, kill_wait_s, view)
+            watchdog = Watchdog(plan, ranks, peers, node, paths.slow(plan.attempt))
+            return _watch(plan, ranks, selector, stop, peers, kill_wait_s, view, watchdog)
         finally:
             # What ranks have started themselves (W&B's writer) may finish its work, but not stay.
             end = time.monotonic() + LEFTOVERS_GRACE_S
@@ -288,7 +297,7 @@ def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address
 
 
 def _watch(plan: Plan, ranks: list[Rank], selector, stop: StopSignals, peers: Peers, kill_wait_s: float | None,
-           view: View) -> Outcome:
+           view: View, watchdog: Watchdog) -> Outcome:
     first: Failure | None = None
     asked: int | None = None       # the signal that asked for a stop
     deadline: float | None = None  # when the ranks that are left are killed
@@ -340,6 +349,10 @@ def _watch(plan: Plan, ranks: list[Rank], selector, stop: StopSignals, peers: Pe
                 peers.tell({"failure": first.as_dict()})
             elif plan.batch and stopped and rank.code not in (0, PREEMPTED):  # a script's ranks may stop each in its way
                 abrupt, deadline = True, min(deadline, time.monotonic() + FAILURE_GRACE_S)
+        if deadline is None and (hang := watchdog.turn(heard)):
+            first = Failure(hang.rank, None, None, hang.message, hang.hint, hang.stack, True)
+            deadline = _end_others(ranks, plan)
+            peers.tell({"failure": first.as_dict()})
         running = [rank for rank in ranks if rank.code is None]
         if deadline is not None and time.monotonic() >= deadline and running and not overdue:
             overdue = not (first or abrupt or elsewhere)

@@ -17,7 +17,7 @@ from launch.batch import Job
 from launch.cluster import ClusterConfig
 from launch.resources import Resources
 from launch.spec import Spec
-from trainers import support
+from trainers import heartbeat, support
 from trainers.config import RunConfig
 from trainers.deepspeed_json import deepspeed_config
 from trainers.paths import RunPaths
@@ -25,6 +25,7 @@ from trainers.paths import RunPaths
 # What SLURM says of a node's process, one a node, is wrong of its ranks, which have torchrun's variables.
 NODES_OWN = re.compile(r"SLURM_(PROCID|LOCALID|NODEID|GTIDS|NTASKS\w*|NPROCS|TASKS_PER_NODE|STEP_\w+)$")
 CHOSEN_LATER = "<a free port, chosen when the attempt begins>"
+INHERITED = "<a file descriptor>"
 HEAD = "<the address by which the nodes reach the first of them>"
 
 
@@ -45,6 +46,8 @@ class Plan:
     equivalent: str           # the same job without `launch`
     max_restarts: int
     grace_s: float
+    hang_s: float | None      # how long a rank may be silent; None: for ever, as a script's
+    start_s: float | None     # the same while it rests: see trainers/heartbeat.py
     job: Job | None = None    # what SLURM gets, where it is asked for the nodes
 
     def inherited(self, env: Mapping[str, str]) -> dict[str, str]:
@@ -116,7 +119,8 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
         run_id=run_id, name=config.name, folder=str(folder), attempt=attempt, resources=resources, batch=batch,
         command=command, cwd=str(cwd), env=env, files=files,
         equivalent=shlex.join(["env", *(f"{k}={v}" for k, v in by_hand.items()), *start, *program]),
-        max_restarts=config.run.max_restarts, grace_s=config.run.grace_s, job=job,
+        max_restarts=config.run.max_restarts, grace_s=config.run.grace_s,
+        hang_s=getattr(config.run, "hang_s", None), start_s=getattr(config.run, "start_s", None), job=job,
     )
 
 
@@ -184,7 +188,9 @@ def show(plan: Plan) -> str:
 def _rank_envs(plan: Plan) -> list[dict[str, str]]:
     """Of the first node's ranks."""
     address = "127.0.0.1" if plan.resources.nodes == 1 else HEAD
-    return [plan.rank_env(0, local_rank, address, CHOSEN_LATER) for local_rank in range(plan.resources.ranks_per_node)]
+    beats = {heartbeat.VARIABLE: INHERITED} if plan.batch else {}
+    return [{**plan.rank_env(0, local_rank, address, CHOSEN_LATER), **beats}
+            for local_rank in range(plan.resources.ranks_per_node)]
 
 
 def as_json(plan: Plan) -> dict:

@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -170,6 +170,8 @@ def status(run: Run) -> dict[str, Any]:
     - `queue`: None, or what SLURM has before it: {"state", "reason", "reason_words", "position", "of", "start"
       (when it began, or SLURM's estimate of when it will), "nodes" (names, once it has some), "partition", "ids"}
     - `attempts`: their records, oldest first; `failure`: the last attempt's, or None
+    - `slow`: of the ranks of a running attempt that are slower than the others, what launch/watchdog.py's `slow_ranks`
+      says and the `node`
     - `loss`, `rate` (samples or tokens a second): as last logged, or None
     - `path`, `log` (rank 0 of the last attempt), `job_log` (the newest of node 0), `checkpoint_path`: where things
       lie, or None
@@ -191,6 +193,7 @@ def status(run: Run) -> dict[str, Any]:
         "queue": _queue(truth.jobs),
         "attempts": attempts,
         "failure": attempts[-1].get("failure") if attempts else None,
+        "slow": _slow(paths, attempts[-1]) if attempts and attempts[-1]["outcome"] == "running" else [],
         "loss": trained[-1].get("loss") if trained else None,
         "rate": trained[-1].get("rate") if trained else None,
         "path": str(paths.root),
@@ -199,6 +202,27 @@ def status(run: Run) -> dict[str, Any]:
         "checkpoint_path": None if checkpoint is None else str(paths.checkpoint(checkpoint)),
         "next": _next(run, truth),
     }
+
+
+def _slow(paths: RunPaths, attempt: dict[str, Any]) -> list[dict[str, Any]]:
+    try:
+        rows = read_json(paths.slow(attempt["attempt"]))
+    except (OSError, ValueError):
+        return []
+    return [{**row, "node": node_of(attempt, row["rank"]) or attempt.get("host")} for row in rows]
+
+
+def node_of(attempt: Mapping[str, Any], rank: int | None) -> str | None:
+    """The node of one of an attempt's ranks, where it had several."""
+    nodes, ranks = attempt.get("nodes"), attempt.get("ranks")
+    return nodes[rank * len(nodes) // ranks] if nodes and ranks and rank is not None else None
+
+
+def slow_words(slow: Mapping[str, Any]) -> str:
+    """'rank 3 on n2: 2.4 times the others' own work in a step (310 ms, 130 ms; a step takes 330 ms)'"""
+    work, others, step = (f"{1000 * slow[key]:.3g} ms" for key in ("work_s", "others_s", "step_s"))
+    return (f"rank {slow['rank']} on {slow['node']}: {slow['factor']:g} times the others' own work in a step "
+            f"({work}, theirs {others}; a step takes {step})")
 
 
 def _queue(jobs: Sequence[Queued]) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 from unicodedata import combining, east_asian_width
 
-from launch.runs import ACTIVE
+from launch.runs import ACTIVE, slow_words
 from trainers.events import brief, duration, metrics_line, number
 
 COLUMNS = ("RUN", "TASK", "STATE", "STEP", "UPDATED", "METRICS")
@@ -64,6 +64,7 @@ def details(status: dict[str, Any]) -> str:
         "starts": _start(queue) if queue and queue["reason"] else "",
         "step": progress,
         "speed": f"{status['rate']:,.0f} samples or tokens a second" if status["rate"] and status["state"] == "running" else "",
+        "slow": "; ".join(map(slow_words, status["slow"])),
         "metrics": metrics_line(status["metrics"] or {}),
         "process": f"{job['pid']} on {job['host']}" if job and "pid" in job and status["state"] in ACTIVE else "",
         "created": f"{_local(status['created'])} ({_ago(status['created'])})",

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import traceback
-from pathlib import Path
 
 
 class Ranks:

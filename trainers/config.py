@@ -172,6 +172,16 @@ class Run(Section):
     grace_s: PositiveFloat = Field(60.0, description="seconds between asking ranks to stop and killing them")
 
 
+class WatchedRun(Run):
+    # Less than NCCL's own 600 s: where that comes first, ranks that only waited end, and by a signal.
+    hang_s: PositiveFloat | None = Field(
+        300.0, description="seconds without progress after which ranks hang: the attempt has failed; null: never"
+    )
+    start_s: PositiveFloat | None = Field(
+        None, description="the same until a rank's first step, and in reports, which may take long; null: never"
+    )
+
+
 class RunConfig(Section):
     """What a run of a training task is."""
 
@@ -189,7 +199,7 @@ class RunConfig(Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     wandb: Wandb = Wandb()
-    run: Run = Run()
+    run: WatchedRun = WatchedRun()
 
     def check(self) -> None:
         """What can be refused before a rank starts; reads the file system; raises UserError."""

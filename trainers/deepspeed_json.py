@@ -22,8 +22,8 @@ SPEC_KEYS = {
 }
 # What would change numbers or states in ways that checkpoints, or the promise that a resumed run is the same, do not follow.
 REFUSED = ("amp", "compression_training", "sparse_gradients", "communication_data_type", "data_types",
-           "gradient_predivide_factor", "prescale_gradients", "managed_gradient_accumulation", "elasticity", "autotuning", "data_efficiency",
-           "curriculum_learning", "aio", "tensor_parallel", "pipeline", "zenflow")
+           "gradient_predivide_factor", "prescale_gradients", "managed_gradient_accumulation", "elasticity", "autotuning",
+           "data_efficiency", "curriculum_learning", "aio", "tensor_parallel", "pipeline", "zenflow")
 REFUSED_OF_ZERO = ("zenflow", "zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights",
                    "zero_hpz_partition_size", "cpu_offload", "cpu_offload_param", "compute_grad_norm", "mics_shard_size")
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}

@@ -68,6 +68,10 @@ class RunPaths:
         """Who ran this attempt, on what, and how it ended."""
         return self.attempt(number) / "attempt.json"
 
+    def slow(self, number: int) -> Path:
+        """Which of this attempt's ranks are slower than the others; not there if none ever was."""
+        return self.attempt(number) / "slow.json"
+
     def cancellation(self, number: int) -> Path:
         """Exists if somebody asked for this attempt to be cancelled."""
         return self.attempt(number) / "cancelled"

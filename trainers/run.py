@@ -4,7 +4,8 @@
 
 The run directory and torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR,
 MASTER_PORT) are all a rank needs: `launch`, `torchrun` and `accelerate launch` start it alike.
-LAUNCH_ATTEMPT, where set, is the attempt that this rank belongs to; LAUNCH_DEBUG asks for anomaly detection.
+LAUNCH_ATTEMPT, where set, is the attempt that this rank belongs to; LAUNCH_DEBUG asks for anomaly detection;
+LAUNCH_HEARTBEAT: see trainers/heartbeat.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from trainers import events
+from trainers import events, heartbeat
 from trainers.errors import UserError
 from trainers.paths import RunPaths
 from trainers.signals import Stopped, hold, listen
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int:
         print("usage: python -m trainers.run RUN_DIR", file=sys.stderr)
         return 2
     attempt = os.environ.get("LAUNCH_ATTEMPT")
+    heartbeat.start()
     try:
         return run(RunPaths(Path(folder).absolute()), int(attempt) if attempt else None)
     except Stopped:

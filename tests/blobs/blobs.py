@@ -1,5 +1,6 @@
 """A task for the tests: small images whose class is their mean's sign; BatchNorm and dropout if asked for."""
 
+import os
 import time
 
 import torch
@@ -10,8 +11,8 @@ from trainers.engine.task import Loss, Task
 
 
 class Blobs:
-    def __init__(self, count, seed, device, noise=0.0, pause_s=0.0):
-        self.noise, self.pause_s = noise, pause_s
+    def __init__(self, count, seed, device, noise=0.0, pause_s=0.0, hang_at=None):
+        self.noise, self.pause_s, self.hang_at, self.made = noise, pause_s, hang_at, 0
         generator = torch.Generator().manual_seed(seed)
         self.images = torch.randn(count, 3, 6, 6, generator=generator).to(device)
         self.labels = (self.images.mean((1, 2, 3)) > 0).long()
@@ -21,6 +22,9 @@ class Blobs:
 
     def batch(self, share):
         time.sleep(self.pause_s)
+        self.made += 1
+        if self.made == self.hang_at:
+            time.sleep(1000)  # for ever
         rows = torch.from_numpy(share.indices)
         noise = share.generator().normal(scale=0.1, size=share.size)[share.slots]
         images = self.images[rows] + torch.from_numpy(noise).float().view(-1, 1, 1, 1)
@@ -31,7 +35,11 @@ class BlobsTask(Task):
     def data(self, world):
         noise = 0.0 if self.exact else 0.1
         pause_s = self.config.model.get("pause_s", 0.0)  # for runs that something is to happen to
-        return Blobs(300, 1, world.device, noise, pause_s), Blobs(101, 2, world.device, noise)
+        slow_rank, more_s = self.config.model.get("slow", (None, 0.0))
+        hung_rank, at = self.config.model.get("hang", (None, None))  # in the first attempt
+        hang_at = at if world.rank == hung_rank and os.environ.get("LAUNCH_ATTEMPT") == "1" else None
+        pause_s += more_s if world.rank == slow_rank else 0.0
+        return Blobs(300, 1, world.device, noise, pause_s, hang_at), Blobs(101, 2, world.device, noise)
 
     @property
     def exact(self):

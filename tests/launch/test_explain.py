@@ -9,8 +9,10 @@ import pytest
 
 from launch.explain import explain, told
 from launch.processes import identity
-from launch.runs import read_run
-from trainers.files import replace_json
+from launch.runs import read_run, status
+from launch.show_runs import details
+from launch.watchdog import Sign, blamed
+from trainers.files import read_json, replace_json
 from trainers.paths import RunPaths
 
 SPEC = """\
@@ -192,6 +194,32 @@ def test_a_known_traceback(make, last, meaning, command):
 def test_a_known_message(make, message, meaning, command):
     found = make("failed", ("failed", failure(1, message=message, hint="its own")), logs={(1, 1): "error: x\n"})
     assert found["cause"]["meaning"] == meaning and commands(found)[0] == command and found["cause"]["hint"] == "its own"
+
+
+@pytest.mark.parametrize("state, meaning, command", [
+    ("T", "something stopped its process (SIGSTOP, a debugger), and nothing let it go on", "launch resume bert-1"),
+    ("D", "a file system does not answer", "launch resume bert-1"),
+    ("S", "it came no further for longer than run.hang_s; where it was, the stack says", "launch logs bert-1 --rank K"),
+])
+def test_a_rank_that_hangs(make, state, meaning, command):
+    hang = blamed([Sign(0, 7, 100, 320.0, True, "S", None), Sign(1, 7, 99, 320.0, True, state, None)], 300.0)
+    found = make("failed", ("failed", failure(hang.rank, None, message=hang.message, hint=hang.hint, traceback="Stack (")),
+                 spec=SPEC.replace("grace_s: 60.0", "grace_s: 60.0, hang_s: 300.0"))
+    assert found["sentence"] == f"failed in attempt 1: {hang.message}" and hang.message.startswith("rank 1 hung after step 7")
+    assert found["cause"]["meaning"] == meaning and commands(found)[0] == command
+    assert ("launch runs/bert-1/run.yaml run.hang_s=900 --procs 4" in commands(found)) == (state == "S")
+
+
+def test_a_slow_rank_is_named(make):
+    log = "training from step 0 of 100:\nstep 9/100  loss 1\n"
+    found = make("running", ("running", {"ended": None, "host": "n1"}), logs={(1, 0): log}, updated="2026-01-02T00:01:00+00:00")
+    assert found["sentence"].endswith("nothing is wrong")
+    run = RunPaths(Path("runs/bert-1").absolute())
+    replace_json(run.attempt_record(1), {**read_json(run.attempt_record(1)), "nodes": ["n1", "n2"]})
+    replace_json(run.slow(1), [{"rank": 3, "factor": 2.4, "work_s": 0.31, "others_s": 0.13, "step_s": 0.33}])
+    words = "rank 3 on n2: 2.4 times the others' own work in a step (310 ms, theirs 130 ms; a step takes 330 ms)"
+    assert explain(read_run(run.root))["sentence"].endswith(f"; slow: {words}")
+    assert f"slow        {words}" in details(status(read_run(run.root)))
 
 
 @pytest.mark.parametrize("name, meaning", [

@@ -144,6 +144,24 @@ def victim(run, what: str) -> tuple[int, str]:
     return pid, what
 
 
+def test_a_rank_that_hangs(slurm_launch, whole):
+    """Of the second node: all four wait, and the head names the right one."""
+    run, _ = submit(slurm_launch, *KEYS, SLOWLY, "run.hang_s=4", *WHERE)
+    reach(run, random.randint(60, 200))
+    pid, _ = victim(run, "rank")
+    os.kill(pid, signal.SIGSTOP)
+    began, stopped_at = time.monotonic(), step(run)
+    wait_until(lambda: attempt(run, 1)["outcome"] != "running", timeout_s=60)
+    print(f"rank 3 stopped at step {stopped_at}: its attempt had ended after {time.monotonic() - began:.1f} s")
+    failure = attempt(run, 1)["failure"]
+    assert (failure["rank"], failure["node"]) == (3, "n2") and "was stopped" in failure["message"]
+    assert "loop.py" in failure["traceback"]
+    for rank in range(4):
+        assert "most recent call first" in (run / f"attempts/1/logs/{rank}.log").read_text()
+    finish(run)
+    assert told(run) == whole and [attempt(run, n)["restart"] for n in (1, 2)] == [0, 0]
+
+
 def test_a_dead_node(slurm, slurm_launch, whole, node="n1"):
     """The head node, with the batch shell. (Of the other node the head's process hears at once; it takes less long.)"""
     run, job = submit(slurm_launch, *KEYS, SLOWLY, *WHERE)

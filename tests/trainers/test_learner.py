@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from trainers.config import Optim, RunConfig, Train
+from trainers.engine.ddp import Ddp
 from trainers.engine.learner import Learner
-from trainers.engine.strategy import Ddp
+from trainers.engine.precision import LossScale
 from trainers.engine.task import Loss, Update
 from trainers.engine.world import World
 
@@ -42,7 +43,7 @@ def learner(update=None, momentum=0.0, **train) -> Learner:
     torch.manual_seed(0)
     models = {"model": nn.Linear(4, 1), "other": nn.Linear(4, 4)}
     update = update or Update("model", trains="model", loss=token_loss)
-    return Learner(update, config, WORLD, Ddp(WORLD), Sentences(), models, models)
+    return Learner(update, config, WORLD, Ddp(WORLD, config), Sentences(), models)
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4, 8])
@@ -69,20 +70,20 @@ def test_an_update_leaves_no_gradient_in_another_updates_model():
     assert both.models["other"].weight.grad is not None  # it flowed through
     both._clear()
     assert all(p.grad is None for model in both.all_models for p in model.parameters())
-    assert len(both.optimizer.param_groups[0]["params"]) == 2
+    assert len(both.trainee.optimizer.param_groups[0]["params"]) == 2
 
 
 def test_fp16_counts_skipped_steps_and_schedules_do_not_count_them():
     half = learner(precision="fp16")
-    half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # overflows
+    half.scale = LossScale("fp16", 2.0**127)  # overflows
     half.take_step(0, 5)
     assert (half.applied, half.skipped, half.skipped_in_row) == (0, 1, 1)
-    half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    half.scale = LossScale("fp16", 2.0**4)
     half.take_step(1, 5)
     assert (half.applied, half.skipped, half.skipped_in_row) == (1, 1, 0)
     again = learner(precision="fp16")
     again.load_state(half.state())
-    assert again.applied == 1 and again.scaler.get_scale() == half.scaler.get_scale()
+    assert again.applied == 1 and again.scale.scale == half.scale.scale == 2.0**4
 
 
 def test_settling_leaves_no_trace():
@@ -92,14 +93,14 @@ def test_settling_leaves_no_trace():
     one.settle(0)
     after = one.models["model"].state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
-    assert all(p.grad is None for p in one.models["model"].parameters()) and not one.optimizer.state
+    assert all(p.grad is None for p in one.models["model"].parameters()) and not one.trainee.optimizer.state
 
 
 def test_a_first_step_that_fp16_skips_leaves_the_momentum_sound():
     half = learner(momentum=0.9, precision="fp16")
-    half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    half.scale = LossScale("fp16", 2.0**127)
     half.take_step(0, 5)
-    half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    half.scale = LossScale("fp16", 2.0**4)
     for draw in (1, 2):
         half.take_step(draw, 5)
     assert half.applied == 2

@@ -25,7 +25,7 @@ from typing import Any, Callable, Mapping, TypeVar
 import torch
 import torch.distributed as dist
 
-from trainers import files
+from trainers import files, heartbeat
 from trainers.config import Checkpoint
 from trainers.engine import manifest, retention, storage
 from trainers.engine.fragments import Fragment
@@ -235,6 +235,7 @@ class Checkpoints:
         self._buffers = {name: self._buffers[name] for name in parts}
         return self._buffers
 
+    @heartbeat.saving()
     def _write(self, step: int, parts: Mapping[str, torch.Tensor], places: storage.Places, state_text: str,
                metrics: Mapping[str, float | None], stall_s: float) -> str | None:
         """The transaction, in the thread: the reason if it failed."""

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainers import heartbeat
 from trainers.config import RunConfig
 from trainers.engine.precision import autocast
 from trainers.engine.sampling import evaluation_shares, mix
@@ -31,10 +32,12 @@ def evaluate(task: Task, models: Mapping[str, nn.Module], dataset: Dataset, conf
             for number, share in enumerate(shares):
                 if stopping.at_boundary():
                     return None
+                heartbeat.beat("evaluation")
                 torch.manual_seed(mix(config.train.seed, "evaluation", world.rank, number))
                 for name, pair in task.evaluate(models, dataset.batch(share)).items():
                     new = [torch.as_tensor(part, device=world.device).double() for part in pair]
                     sums[name] = tuple(old + more for old, more in zip(sums[name], new)) if name in sums else tuple(new)
+                heartbeat.done("evaluation")
     finally:
         for name, model in models.items():
             model.train(training[name])

@@ -37,7 +37,8 @@ class Fsdp:
         # Gathered in half precision, which halves what crosses ranks; gradients are summed over ranks in fp32.
         half = HALVES.get(self.config.precision)
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
-        offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if self.config.offload == "parameters" else OffloadPolicy()
+        on_host = self.config.offload == "parameters"
+        offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if on_host else OffloadPolicy()
         for module in [*blocks(model), model]:
             if self.config.compile:
                 module.compile()  # before it is sharded, so that its hooks stay outside
@@ -47,7 +48,8 @@ class Fsdp:
         return model
 
     def trainee(self, model: nn.Module, optim: Optim) -> Trainee:
-        return FsdpTrainee(model, model, make_optimizer(optim, model.parameters()))
+        fused = optim.name != "sgd"  # which torch cannot do on sharded parameters (2.14)
+        return FsdpTrainee(model, model, make_optimizer(optim, model.parameters(), fused))
 
     def clear(self, models: Iterable[nn.Module]) -> None:
         for model in models:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainers import heartbeat
 from trainers.config import RunConfig
 from trainers.engine.precision import LossScale, autocast
 from trainers.engine.sampling import Shuffled, mix
@@ -94,11 +95,14 @@ class Learner:
         shares = self.samples.shares(draw, self.world.rank, self.world.size, self.accumulation)
         for micro, share in enumerate(shares):
             torch.manual_seed(mix(self.config.train.seed, "noise", self.update.name, draw, self.world.rank, micro))
+            heartbeat.batch_begins()
             began = time.perf_counter()
             batch = self.dataset.batch(share)
             self.data_wait_s += time.perf_counter() - began
+            heartbeat.batch_ends()
             with self.trainee.accumulating(last=micro == len(shares) - 1):
                 loss = self._loss(batch)
+                heartbeat.beat()
                 self.trainee.backward(loss.sum * scale)
             loss_sum += loss.sum.detach()
             count += loss.count

@@ -9,7 +9,7 @@ from typing import Mapping
 import torch
 from torch import Tensor
 
-from trainers import events, support
+from trainers import events, heartbeat, support
 from trainers.config import RunConfig
 from trainers.engine.checkpoint import Checkpoints
 from trainers.engine.evaluation import evaluate
@@ -93,11 +93,13 @@ class Loop:
                 return self._finish()
             if self.stopping.at_boundary():
                 return self._stop()
+            heartbeat.step_begins()
             for learner in self.learners:
                 first = self.step * learner.update.draws
                 for draw in range(first, first + learner.update.draws):
                     learner.take_step(draw, self.total * learner.update.draws)
             self.step += 1
+            heartbeat.step_ends(self.step)
             self.evaluated = self._is_best = False
             if self.step % self.config.log.every == 0 or self.step in (1, self.total):
                 self._log()
@@ -159,6 +161,7 @@ class Loop:
             measured = evaluate(self.task, running, self.eval_set, self.config, self.world, self.stopping)
             if measured is None:
                 return False
+            heartbeat.rest()
             self.metrics = self.task.report(measured, None)
             self.measured = measured
             self.tracker.evaluation(self.step, self.total, self.metrics)
@@ -265,6 +268,7 @@ class Loop:
         self._save()
         self._committed(f"training reached step {self.step}, but its last checkpoint could not be written",
                         f"make room, then `launch resume {self.paths.id}`")
+        heartbeat.rest()
         self._draw()
         self._close("finished")
         return FINISHED
@@ -277,6 +281,7 @@ class Loop:
         return STOPPED
 
     def _close(self, state: str) -> None:
+        heartbeat.rest()
         self.checkpoints.close()
         self.stopping.close()
         self.tracker.end(state, self.step, self.total)
