@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 BLOBS = Path(__file__).parent / "blobs" / "blobs.yaml"
+SENTENCES = Path(__file__).parent / "sentences" / "sentences.yaml"
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from conftest import BLOBS, Command, alive, attempt, logged_steps, ranks_of, record, rows, wait_until
+from conftest import BLOBS, SENTENCES, Command, alive, attempt, logged_steps, ranks_of, record, rows, wait_until
 
 STEPS = 120
 
@@ -19,9 +19,9 @@ def told(run) -> tuple[list, list]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(run)], evaluations
 
 
-def interrupt(launch: Command, how: str, at: int, *args: object) -> int:
+def interrupt(launch: Command, how: str, at: int, *args: object, task: object = BLOBS) -> int:
     """Start a run, interrupt it once `at` rows are logged, and return its exit code."""
-    process = launch.start(BLOBS, *args)
+    process = launch.start(task, *args)
     wait_until(lambda: logged_steps(launch.folder) >= at, process=process)
     ranks = ranks_of(process.pid)
     match how:
@@ -75,6 +75,35 @@ def test_an_interrupted_run_is_the_same_run(tmp_path, ranks, accumulation):
         assert attempt(run, 2)["ranks"] == ranks
         if how in ("SIGTERM", "Ctrl-C"):  # nothing done twice
             assert f"resuming at step {stopped['step']} " in resumed.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp"])
+def test_each_strategy_is_the_same_run(tmp_path, strategy):
+    """One run through a kill -9 and a SIGTERM, each at a random step."""
+    args = ["--procs", 2, "--strategy", strategy, "train.micro_batch_size=6", "model.dropout=0.1", "model.pause_s=0.02"]
+    (tmp_path / "whole").mkdir(), (tmp_path / "cut").mkdir()
+    whole, cut = Command(tmp_path / "whole"), Command(tmp_path / "cut")
+    done = whole(SENTENCES, *args)
+    assert done.returncode == 0, done.stderr
+    expected = told(whole.run())
+    assert len(expected[0]) == 30
+
+    seed = random.randrange(2**32)
+    print(f"random.seed({seed})")
+    random.seed(seed)
+    assert interrupt(cut, "kill rank", random.randint(3, 14), *args, task=SENTENCES) == 1
+    run = cut.run()
+    at = random.randint(16, 25)
+    process = cut.start("resume", run.name)
+    wait_until(lambda: logged_steps(cut.folder) >= at, process=process)
+    process.terminate()
+    process.communicate(timeout=120)
+    assert process.returncode == 75
+    print(f"{strategy}: SIGTERM at row {at}")
+    resumed = cut("resume", run.name)
+    assert resumed.returncode == 0, resumed.stderr
+    assert told(run) == expected and record(run)["attempt"] == 3
 
 
 def test_a_stopped_run_resumes_where_it_stopped(launch):
