@@ -33,7 +33,7 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
     Raises:
         UserError: there is nothing to evaluate, or on nothing.
     """
-    setup = set_up(task, config, world, _placed(config))
+    setup = set_up(task, config, world, placed(config))
     if setup.eval_set is None or not len(setup.eval_set):
         raise UserError(f"the task `{config.task}` has no evaluation set",
                         "give data=PATH that has one, or let the task's `data` return one")
@@ -59,7 +59,8 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
     return STOPPED if measured is None else FINISHED
 
 
-def _placed(config: RunConfig) -> RunConfig:
+def placed(config: RunConfig) -> RunConfig:
+    """What the strategy is to follow, which need not make room for an optimizer."""
     return config.model_copy(update={"train": config.train.model_copy(update=PLACED.get(config.train.strategy, {}))})
 
 
