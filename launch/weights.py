@@ -42,7 +42,7 @@ def resolved(spec: Spec, root: Path) -> Spec:
     from launch.spec import with_values
 
     init = getattr(spec.config, "init", None)
-    if init is None or init.source is None:
+    if init is None or init.source is None or spec.weights is not None:
         return spec
     weights = find_weights(init.source, root)
     changed = with_values(spec, {"init": {**spec.values["init"], "source": weights.path}})
@@ -57,7 +57,8 @@ def find_weights(word: str, root: Path) -> Weights:
         UserError: there is no such thing.
     """
     path = Path(word).expanduser()
-    if (path.exists() and not RunPaths(path).record.exists() and not (root / word).is_dir()):
+    an_id = os.sep not in word and (root / word).is_dir()
+    if path.exists() and not an_id and not RunPaths(path).record.exists():
         return _at(path.absolute())
     name, at, which = word.rpartition("@")
     if not at or path.exists():

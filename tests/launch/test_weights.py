@@ -73,6 +73,8 @@ def test_a_run_or_its_checkpoint(paths, root, word, step):
 
 
 def test_files_and_folders(paths, root, tmp_path):
+    assert find_weights(str(paths.checkpoint(20)), root) == Weights(str(paths.checkpoint(20)), "blobs-1", 20)
+    assert find_weights(f"{paths.root}@best", root).step == 20
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.safetensors").touch()
     assert find_weights("model", root) == Weights(str(tmp_path / "model"))
