@@ -7,10 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from launch import record, runs
 from launch.batch import Request
 from launch.cluster import load_cluster
+from launch.resources import local_resources
 from launch.spec import Spec, spec_of, with_overrides, with_values
 from launch.start import as_before, new_run_id, on, plan_here, run_attempts, shown
 from launch.view import make_view
@@ -40,7 +42,8 @@ def evaluate(run: runs.Run, *, which: str | None, overrides: Sequence[str], gpus
         UserError: something the user must mend; nothing was written.
     """
     spec = evaluation_spec(run, which, overrides)
-    resources, cwd = as_before(run.paths, gpus, procs)
+    here = (run.record["job"] or {}).get("kind") == "local"
+    resources, cwd = as_before(run.paths, gpus, procs) if here else (local_resources(gpus, procs), Path.cwd())
     spec.config.check()
     plan_of = partial(plan_here, new_run_id(spec.name), spec, load_cluster("local"), resources, run.paths.evaluations.absolute(),
                       cwd)
