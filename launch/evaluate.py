@@ -83,6 +83,14 @@ def evaluation_spec(run: runs.Run, which: str | None, overrides: Sequence[str]) 
             raise UserError(f"`{key}` cannot be given to an evaluation: {REFUSED.get(section, 'it is of the run')}",
                             "it takes data.*, eval.*, train.precision and train.strategy")
     spec = with_overrides(spec_of(run.paths), overrides)
-    spec = with_values(spec, {"init": {"source": weights.path}, "eval": {**spec.values["eval"], "only": True},
-                              "wandb": {**spec.values["wandb"], "mode": "off"}})
-    return replace(spec, weights=weights)
+    values = spec.values
+    given = {word.partition("=")[0] for word in overrides}
+    offload = values["train"]["offload"]
+    if "train.offload" not in given and ("train.strategy" in given or offload == "optimizer"):
+        offload = "none"
+    # What is of training alone, and might not go with another strategy.
+    train = {**values["train"], "deepspeed": {}, "compile": False, "offload": offload}
+    return replace(with_values(spec, {
+        "init": {"source": weights.path}, "eval": {**values["eval"], "only": True}, "train": train,
+        "checkpoint": {**values["checkpoint"], "layout": "sharded"}, "wandb": {**values["wandb"], "mode": "off"},
+    }), weights=weights)

@@ -57,7 +57,8 @@ def test_an_evaluation_gives_the_runs_own_numbers_to_the_bit(source):
 def test_what_cannot_be_evaluated_ends_with_a_word(source):
     folder = source.folder
     (folder / "noeval.py").write_text(
-        "from blobs import BlobsTask\nclass Task(BlobsTask):\n    def data(self, world):\n        return super().data(world)[0], None\n")
+        "from blobs import BlobsTask\nclass Task(BlobsTask):\n"
+        "    def data(self, world):\n        return super().data(world)[0], None\n")
     text = BLOBS.read_text().replace("blobs:BlobsTask", "noeval:Task")
     (folder / "noeval.yaml").write_text(text)
     done = source(folder / "noeval.yaml", "--runs", "others", "eval.only=true", "--from", source.run(), "--procs", 1,

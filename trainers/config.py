@@ -225,11 +225,19 @@ class RunConfig(Section):
         return self
 
     def evaluation_batch(self, ranks: int) -> int:
-        """Samples that one rank evaluates at a time. Raises: UserError: the training batch, of which it is made, does not
-        divide over the ranks; one that is only evaluated need not."""
-        if self.eval.batch_size is None and self.eval.only and self.train.batch_size % ranks:
+        """Samples that one rank evaluates at a time.
+
+        Raises:
+            UserError: the training batch does not divide over the ranks, as it must where there is training.
+        """
+        if self.eval.batch_size is not None:
+            return self.eval.batch_size
+        try:
+            return 4 * self.train.split(ranks)[0]
+        except UserError:
+            if not self.eval.only:
+                raise
             return 4 * max(1, self.train.batch_size // ranks)
-        return self.eval.batch_size or 4 * self.train.split(ranks)[0]
 
     def check(self) -> None:
         """What can be refused before a rank starts; reads the file system; raises UserError."""

@@ -173,6 +173,17 @@ def test_an_evaluation_is_a_run_of_its_own(paths):
     assert plan.batch == "7 samples a rank at a time, evaluated"  # 32 need not divide by 3
 
 
+def test_what_is_of_training_alone_stands_in_no_evaluations_way(paths, root):
+    run = create_run(a_plan(root, "zero", "train.strategy=zero3", "train.offload=optimizer", "train.batch_size=10",
+                            "train.deepspeed={zero_optimization: {}}", "train.micro_batch_size=5"))
+    save(run, 5)
+    for more, offload in (([], "none"), (["train.strategy=ddp"], "none"), (["train.offload=parameters"], "parameters")):
+        spec = evaluation_spec(read_run(run.root), None, more)
+        plan = make_plan("x", spec, LOCAL, Resources("cpu", 3), runs=run.evaluations, python="python", cwd=Path("/"))
+        assert spec.config.train.offload == offload and plan.batch == "12 samples a rank at a time, evaluated"
+        assert not any("deepspeed" in name for name in plan.files)
+
+
 @pytest.mark.parametrize("words, error, hint", [
     (["nope"], "there is no run `nope`", "see `launch runs`"),
     (["blobs-1", "--step", "15"], "run blobs-1 has no checkpoint of step 15", "there is step 10"),

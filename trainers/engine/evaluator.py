@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from trainers import events
+from trainers import events, heartbeat
 from trainers.config import RunConfig
 from trainers.engine.evaluation import draw_figures, evaluate
 from trainers.engine.loop import FINISHED, STOPPED
@@ -46,6 +46,7 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
     note("info", f"evaluating {config.init.source}: {world.size} rank(s) on {world.device.type}, {config.train.precision}, "
          f"{setup.parameters:,} parameters, {len(setup.eval_set):,} samples")
     measured = evaluate(task, setup.models, setup.eval_set, config, world, setup.stopping)
+    heartbeat.rest()
     if measured is not None:
         metrics = task.report(measured, None)
         if world.main:
