@@ -35,8 +35,10 @@ def a_plan(root: Path, run_id: str = "new", *overrides: str):
 def save(paths: RunPaths, step: int, **metrics: float | None) -> Path:
     folder = paths.checkpoint(step)
     folder.mkdir(parents=True)
-    (folder / "0.safetensors").write_text(f"weights of step {step}")
-    manifest.write(folder, step=step, entries={"0.safetensors": manifest.entry(folder / "0.safetensors")}, metrics=metrics)
+    texts = {"0.safetensors": f"weights of step {step}", "index.json": "{}", "state.json": "{}"}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    manifest.write(folder, step=step, entries={name: manifest.entry(folder / name) for name in texts}, metrics=metrics)
     return folder
 
 
