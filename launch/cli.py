@@ -142,12 +142,13 @@ def spec_options(command: Callable) -> Callable:
     for option in (click.option("--config", type=click.Path(), metavar="FILE", help="A spec over the task's own."),
                    click.option("--strategy", metavar="WORD", help="Short for train.strategy=WORD."),
                    click.option("--wandb", metavar="MODE", help="Short for wandb.mode=MODE: online, offline, off."),
+                   click.option("--from", metavar="RUN|PATH", help="Short for init.source=RUN|PATH: start from these weights."),
                    click.option("--data", metavar="PATH", help="Short for data=PATH, or data=sample.")):
         command = option(command)
     return click.argument("overrides", nargs=-1, metavar="[key=value]...")(command)
 
 
-ALIASES = {"data": "data.source", "wandb": "wandb.mode", "strategy": "train.strategy"}
+ALIASES = {"data": "data.source", "wandb": "wandb.mode", "strategy": "train.strategy", "from": "init.source"}
 
 
 def _cluster(slurm: bool, name: str | None) -> Any:
@@ -574,6 +575,35 @@ def resume(word: str, root: Path, gpus: int | None, procs: int | None, json: boo
     from launch import start
 
     return start.resume(run, gpus=gpus, procs=procs, json=json, take_over=take_over)
+
+
+@command
+@run_argument
+@click.argument("overrides", nargs=-1, metavar="[key=value]...")
+@click.option("--step", "which", metavar="N|best", help="Of this checkpoint; by default of the newest.")
+@click.option("--data", metavar="PATH", help="Short for data=PATH, or data=sample.")
+@ranks_options
+@slurm_options
+@runs_option
+@json_option
+def eval(word: str, root: Path, which: str | None, overrides: Sequence[str], data: str | None, gpus: int | None,
+         procs: int | None, json: bool, slurm: bool, cluster: str | None, nodes: int | None, time: str | None,
+         after: str | None, here: bool, follow: bool) -> int:
+    """Evaluate a checkpoint of a run, without training."""
+    _one_kind(gpus, procs)
+    from launch import evaluate
+    from launch.runs import find_run
+
+    run = find_run(root, word)
+    words, options = _sbatch_options([*overrides, *([f"{ALIASES['data']}={data}"] if data is not None else [])])
+    where = _cluster(slurm, cluster)
+    if where.kind == "slurm":
+        if here:
+            raise UserError("an evaluation on SLURM is a job of its own", "leave out --here")
+        return evaluate.submit(run, which=which, overrides=words, request=_request(where, root, time, after, options),
+                               gpus=gpus, procs=procs, nodes=nodes, json=json, follow=follow)
+    _only_on_slurm(nodes=nodes, time=time, after=after, here=here, follow=follow, **options)
+    return evaluate.evaluate(run, which=which, overrides=words, gpus=gpus, procs=procs, json=json)
 
 
 @command

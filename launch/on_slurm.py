@@ -29,6 +29,7 @@ from launch.start import named, new_run_id, shown
 from launch.submission import last_submission, next_submission
 from launch.submit import code_of, hand_over, make_submission, release, submit, try_out
 from launch.truth import ACTIVE
+from launch.weights import resolved
 from trainers.errors import UserError
 from trainers.files import read_json, replace_text, update_json
 from trainers.paths import RunPaths
@@ -44,6 +45,7 @@ def start(*, spec: Spec, root: Path, request: Request, gpus: int | None, procs: 
         UserError: something the user must mend; nothing was written or submitted.
     """
     resources = slurm_resources(request.cluster, gpus, procs, nodes)
+    spec = resolved(spec, root)
     check(spec, request, dry_run)
     run_id = new_run_id(spec.name)
     copy = None if here else snapshot.survey(code_of(spec), RunPaths(root / run_id).code)

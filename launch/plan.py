@@ -17,6 +17,7 @@ from launch.batch import Job
 from launch.cluster import ClusterConfig
 from launch.resources import Resources
 from launch.spec import Spec
+from launch.weights import Weights
 from trainers import heartbeat, support
 from trainers.config import RunConfig
 from trainers.deepspeed_json import deepspeed_config
@@ -48,6 +49,7 @@ class Plan:
     grace_s: float
     hang_s: float | None      # how long a rank may be silent; None: for ever, as a script's
     start_s: float | None     # the same while it rests: see trainers/heartbeat.py
+    weights: Weights | None = None  # what its folder keeps for its beginning
     job: Job | None = None    # what SLURM gets, where it is asked for the nodes
 
     def inherited(self, env: Mapping[str, str]) -> dict[str, str]:
@@ -89,9 +91,11 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
     files = {"run.yaml": spec.text, **files}
     if isinstance(config, RunConfig):
         support.check(config, resources.device)
-        micro, accumulation = config.train.split(resources.ranks)
-        batch = (f"{config.train.batch_size} = {resources.ranks} rank(s) x {micro} micro-batch x "
-                 f"{accumulation} accumulation")
+        batch = f"{config.evaluation_batch(resources.ranks)} samples a rank at a time, evaluated"
+        if not config.eval.only:
+            micro, accumulation = config.train.split(resources.ranks)
+            batch = (f"{config.train.batch_size} = {resources.ranks} rank(s) x {micro} micro-batch x "
+                     f"{accumulation} accumulation")
         # -P: a `trainers/` or `launch.py` in the folder one stands in shadows nothing.
         command = (python, "-P", "-m", "trainers.run", str(folder))
         program = ["-m", "trainers.run", str(folder)]
@@ -100,7 +104,7 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
         command = (python, config.script, *config.args)
         program = [config.script, *config.args]
     accelerate_yaml = RunPaths(Path()).plan(attempt) / "accelerate.yaml"
-    if isinstance(config, RunConfig) and config.train.strategy in support.ZERO:
+    if isinstance(config, RunConfig) and config.train.strategy in support.ZERO and not config.eval.only:
         settings = deepspeed_config(config, resources.ranks, config.optim.clip_norm)
         files[str(RunPaths(Path()).plan(attempt) / "deepspeed.json")] = json.dumps(settings, indent=1) + "\n"
     if resources.device == "cuda":
@@ -120,7 +124,7 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
         command=command, cwd=str(cwd), env=env, files=files,
         equivalent=shlex.join(["env", *(f"{k}={v}" for k, v in by_hand.items()), *start, *program]),
         max_restarts=config.run.max_restarts, grace_s=config.run.grace_s,
-        hang_s=getattr(config.run, "hang_s", None), start_s=getattr(config.run, "start_s", None), job=job,
+        hang_s=getattr(config.run, "hang_s", None), start_s=getattr(config.run, "start_s", None), weights=spec.weights, job=job,
     )
 
 
@@ -167,6 +171,9 @@ def show(plan: Plan) -> str:
     ]
     if plan.batch:
         lines.append(f"batch      {plan.batch}")
+    if plan.weights:
+        kept = f", kept in {RunPaths(Path()).init}/ until it has its own" if plan.weights.step is not None else ""
+        lines.append(f"weights    {plan.weights}{kept}")
     if plan.job:
         lines += ["", "# handed to SLURM" + (f", {plan.job.links} times, each to begin if the one before ends badly"
                                             if plan.job.links > 1 else ""), shlex.join(plan.job.command)]

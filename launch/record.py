@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from launch.node import Failure, Outcome
 from launch.plan import Plan
 from launch.processes import alive, identity
 from launch.view import View
+from launch.weights import keep
 from trainers.errors import UserError
 from trainers.files import read_json, replace_json, replace_text, update_json
 from trainers.paths import RunPaths
@@ -52,11 +55,17 @@ def create_run(plan: Plan, **more: Any) -> RunPaths:
     paths = RunPaths(Path(plan.folder))
     try:
         paths.root.mkdir(parents=True)
+        if plan.weights:
+            more = {"init": asdict(plan.weights), **more}
+            keep(plan.weights, paths)
         replace_text(paths.spec, plan.files["run.yaml"])
         replace_json(paths.record, {
             "id": plan.run_id, "task": plan.name, "state": "submitted", "step": 0, "total": None, "attempt": 0,
             "job": None, "sweep": None, "metrics": {}, "checkpoint": None, "created": now(), "updated": now(), **more,
         })
+    except UserError:
+        shutil.rmtree(paths.root, ignore_errors=True)
+        raise
     except OSError as error:
         raise UserError(f"the run directory {paths.root} cannot be made: {error.strerror}",
                         "choose another place with --runs DIR or LAUNCH_RUNS") from error

@@ -67,6 +67,7 @@ def details(status: dict[str, Any]) -> str:
         "slow": "; ".join(map(slow_words, status["slow"])),
         "metrics": metrics_line(status["metrics"] or {}),
         "process": f"{job['pid']} on {job['host']}" if job and "pid" in job and status["state"] in ACTIVE else "",
+        "weights": _weights(status.get("init")),
         "created": f"{_local(status['created'])} ({_ago(status['created'])})",
         "updated": f"{_local(status['updated'])} ({_ago(status['updated'])})",
         "folder": status["path"],
@@ -88,6 +89,13 @@ def details(status: dict[str, Any]) -> str:
         lines += [f"{'next' if first else '':<12}{command}"
                   for first, command in zip([True] + [False] * len(status["next"]), status["next"])]
     return "\n".join(lines)
+
+
+def _weights(init: dict[str, Any] | None) -> str:
+    """Where it began."""
+    if not init:
+        return ""
+    return f"from run {init['run']}, step {init['step']}" if init["run"] else f"from {init['path']}"
 
 
 def _explained(status: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from trainers.spec import config_class, holds, mapping, read_spec, read_text, va
 
 if TYPE_CHECKING:
     from launch.cluster import ClusterConfig
+    from launch.weights import Weights
     from trainers.config import RunConfig, ScriptConfig
     from trainers.paths import RunPaths
     from trainers.yaml12 import Key
@@ -38,6 +39,7 @@ class Spec:
     values: dict[str, Any]   # the config as plain values, defaults included
     origins: dict[str, str]  # by dotted key: "default", "cifar10.yaml:12", "cluster local", "command line", ...
     text: str                # run.yaml: `trainers.spec.read_spec` makes the same config of it
+    weights: Weights | None = None  # what `init.source` is, once that was looked up
 
 
 def tasks() -> dict[str, Path]:
@@ -113,6 +115,12 @@ def with_values(spec: Spec, changes: Mapping[str, Any]) -> Spec:
     values = {**spec.values, **changes}
     return replace(spec, config=validate(type(spec.config), values, lambda key: None), values=values,
                    text=yaml12.dump(values))
+
+
+def with_overrides(spec: Spec, overrides: Sequence[str]) -> Spec:
+    """The spec with `key.sub=value` words over what it is. Raises: UserError."""
+    merged = _merge([_layer(spec.values, lambda key: "run.yaml"), _command_line(overrides)])
+    return _spec(type(spec.config), merged)
 
 
 def for_debugging(overrides: Sequence[str]) -> list[str]:

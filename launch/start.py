@@ -19,6 +19,7 @@ from launch.plan import Plan, as_json, make_plan, show
 from launch.resources import Resources, local_resources
 from launch.spec import Spec, spec_of
 from launch.view import View, make_view
+from launch.weights import resolved
 from trainers.errors import UserError
 from trainers.events import duration
 from trainers.files import read_json
@@ -35,16 +36,17 @@ def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, debug:
     if debug and max(gpus or 0, procs or 0) > 1:
         raise UserError("--debug runs one rank in this process", "leave out --gpus and --procs, or give 1")
     resources = local_resources(gpus, procs)
+    spec = resolved(spec, runs)
     if hasattr(spec.config, "check"):
         spec.config.check()
-    plan_of = partial(_plan, new_run_id(spec.name), spec, cluster, resources, runs.absolute(), Path.cwd())
+    plan_of = partial(plan_here, new_run_id(spec.name), spec, cluster, resources, runs.absolute(), Path.cwd())
     plan = plan_of(1)
     if dry_run:
         print(jsonlib.dumps(as_json(plan), indent=1, ensure_ascii=False) if json else show(plan), end="\n" * json)
         return 0
     view = make_view(json)
     paths = record.create_run(plan)
-    view.notice(f"run {plan.run_id} in {shown(paths.root)}: {_on(resources)}")
+    view.notice(f"run {plan.run_id} in {shown(paths.root)}: {on(resources)}")
     return run_attempts(plan_of, paths, 1, view, plan.max_restarts, debug)
 
 
@@ -71,16 +73,10 @@ def resume(run: records.Run, *, gpus: int | None, procs: int | None, json: bool,
         view.close()
         return 0
     spec = spec_of(paths)
-    before = _last_attempt(paths)
-    if gpus is None and procs is None and before:
-        gpus, procs = (before["ranks"], None) if before["device"] == "cuda" else (None, before["ranks"])
-    cwd = Path(before["cwd"]) if before and Path(before["cwd"]).is_dir() else Path.cwd()
-    # As many threads as before: another number sums in another order.
-    same = before and before["ranks"] == (gpus or procs)
-    resources = local_resources(gpus, procs, threads=before.get("threads") if same else None)
-    plan_of = partial(_plan, paths.id, spec, load_cluster("local"), resources, paths.root.parent, cwd)
+    resources, cwd = as_before(paths, gpus, procs)
+    plan_of = partial(plan_here, paths.id, spec, load_cluster("local"), resources, paths.root.parent, cwd)
     plan = plan_of(number)
-    view.notice(f"run {paths.id} in {shown(paths.root)}, attempt {plan.attempt}: {_on(resources)}")
+    view.notice(f"run {paths.id} in {shown(paths.root)}, attempt {plan.attempt}: {on(resources)}")
     return run_attempts(plan_of, paths, number, view, plan.max_restarts, debug=False)
 
 
@@ -89,8 +85,23 @@ def new_run_id(name: str) -> str:
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def _plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resources, runs: Path, cwd: Path,
-          attempt: int) -> Plan:
+def as_before(paths: RunPaths, gpus: int | None, procs: int | None) -> tuple[Resources, Path]:
+    """(as many ranks of this machine as the run's last attempt had, unless told; the folder where that stood)
+
+    Raises:
+        UserError: this machine has not as many.
+    """
+    before = _last_attempt(paths)
+    if gpus is None and procs is None and before:
+        gpus, procs = (before["ranks"], None) if before["device"] == "cuda" else (None, before["ranks"])
+    cwd = Path(before["cwd"]) if before and Path(before["cwd"]).is_dir() else Path.cwd()
+    # As many threads as before: another number sums in another order.
+    same = before and before["ranks"] == (gpus or procs)
+    return local_resources(gpus, procs, threads=before.get("threads") if same else None), cwd
+
+
+def plan_here(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resources, runs: Path, cwd: Path,
+              attempt: int) -> Plan:
     return make_plan(run_id, spec, cluster, resources, runs=runs, python=sys.executable, cwd=cwd, attempt=attempt)
 
 
@@ -145,7 +156,7 @@ def _last_attempt(paths: RunPaths) -> dict | None:
     return None
 
 
-def _on(resources: Resources) -> str:
+def on(resources: Resources) -> str:
     what = "GPU" if resources.device == "cuda" else "CPU rank"
     return f"{resources.ranks} {what}{'s' if resources.ranks > 1 else ''}"
 

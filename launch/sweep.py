@@ -39,6 +39,7 @@ from launch.spec import Spec, spec_of
 from launch.submission import Submission, last_submission, plan_of
 from launch.submit import as_copied, code_of, hand_over, make_submission, release, try_out, withdraw
 from launch.view import make_view
+from launch.weights import resolved
 from trainers.errors import UserError
 from trainers.files import read_json, replace_json, replace_text, update_json
 from trainers.paths import RunPaths
@@ -246,7 +247,7 @@ def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], reques
         UserError: something the user must mend; nothing was written or submitted.
     """
     grid_points, here = grid(words), request.cluster.kind == "local"
-    specs = load_specs(grid_points, load)
+    specs = load_specs(grid_points, lambda words: resolved(load(words), root))
     resources = local_resources(gpus, procs) if here else slurm_resources(request.cluster, gpus, procs, nodes)
     for point, spec in zip(grid_points, specs):
         with _at(point.overrides):

@@ -142,6 +142,21 @@ class Optim(Section):
     final_lr: Fraction = Field(0.0, description="where cosine and linear end, as a share of lr")
 
 
+class Init(Section):
+    source: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="weights to start from: a run (RUN, RUN@best or RUN@STEP), or safetensors (a file or a folder)"
+    )
+    skip: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="modules and tensors, [head, blocks.0], that start afresh, not from `source`"
+    )
+
+    @model_validator(mode="after")
+    def _of_something(self) -> "Init":
+        if self.skip and self.source is None:
+            raise ValueError("init.skip is given without init.source")
+        return self
+
+
 class Log(Section):
     every: PositiveInt = Field(10, description="steps between logged ones; 1 logs each")
 
@@ -149,6 +164,7 @@ class Log(Section):
 class Eval(Section):
     every: Every = Field("epoch", description="steps, `epoch` or `never`; the end is evaluated too unless `never`")
     batch_size: PositiveInt | None = Field(None, description="samples one rank evaluates at a time; null: 4 x micro-batch")
+    only: bool = Field(False, description="evaluate the weights of init.source once, and train nothing: as `launch eval` does")
 
 
 class Checkpoint(Section):
@@ -195,11 +211,33 @@ class RunConfig(Section):
     data: Any = Field(default_factory=dict)
     train: Train = Field(description="give `train.epochs` or `train.steps`")
     optim: Optim = Optim()
+    init: Init = Init()
     log: Log = Log()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     wandb: Wandb = Wandb()
     run: WatchedRun = WatchedRun()
+
+    @model_validator(mode="after")
+    def _something_to_evaluate(self) -> "RunConfig":
+        if self.eval.only and self.init.source is None:
+            raise ValueError("eval.only is given without init.source, whose weights are to be evaluated")
+        return self
+
+    def evaluation_batch(self, ranks: int) -> int:
+        """Samples that one rank evaluates at a time.
+
+        Raises:
+            UserError: the training batch does not divide over the ranks, as it must where there is training.
+        """
+        if self.eval.batch_size is not None:
+            return self.eval.batch_size
+        try:
+            return 4 * self.train.split(ranks)[0]
+        except UserError:
+            if not self.eval.only:
+                raise
+            return 4 * max(1, self.train.batch_size // ranks)
 
     def check(self) -> None:
         """What can be refused before a rank starts; reads the file system; raises UserError."""

@@ -8,7 +8,7 @@ node process draws them. Elsewhere (torchrun, accelerate) the plain line is prin
 |------------|--------------------------------------------------------------------------------------|
 | start      | step, total, world_size, device, precision, parameters, samples, resumed (bool)      |
 | step       | step, total, rate, unit, data_wait (share of time), eta_s, and the measured: loss, lr |
-| eval       | step, total, metrics                                                                 |
+| eval       | step, total (null in `launch eval`), metrics                                         |
 | checkpoint | step, path, bytes, seconds, stall_s                                                  |
 | note       | level (`info` or `warning`), message                                                 |
 | error      | message, hint, exit_code, retry (bool): a rank's last word, shown by the launcher    |
@@ -64,7 +64,8 @@ def line(event: Mapping[str, Any]) -> str:
                     f"{event['rate']:,.0f} {event['unit']}/s  data {event['data_wait']:.0%}  "
                     f"eta {duration(event['eta_s'])}")
         case "eval":
-            return f"eval {event['step']}/{event['total']}  {metrics_line(brief(event['metrics']))}"
+            of = f"/{event['total']}" if event["total"] is not None else ""
+            return f"eval {event['step']}{of}  {metrics_line(brief(event['metrics']))}"
         case "checkpoint":
             return (f"checkpoint {event['step']}  {event['bytes'] / 2**20:.1f} MiB in {event['seconds']:.2f} s, "
                     f"training stalled {event['stall_s']:.3f} s")

@@ -38,6 +38,21 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def init(self) -> Path:
+        """Holds the checkpoint that it starts from, until it has one of its own."""
+        return self.root / "init"
+
+    def first_weights(self, source: str) -> Path:
+        """Where the weights of `init.source` lie: in `init`, if they are kept there."""
+        kept = self.init / Path(source).name
+        return kept if kept.exists() else Path(source)
+
+    @property
+    def evaluations(self) -> Path:
+        """Where the evaluations of its checkpoints outside training lie, as runs do in theirs."""
+        return self.root / "evals"
+
+    @property
     def figures(self) -> Path:
         return self.root / "figures"
 

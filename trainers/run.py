@@ -32,7 +32,10 @@ def run(paths: RunPaths, attempt: int | None) -> int:
     task_class = resolve(config.task, config.path)
     import torch
 
-    from trainers.engine.loop import train
+    if config.eval.only:
+        from trainers.engine.evaluator import evaluate_only as work
+    else:
+        from trainers.engine.loop import train as work
     from trainers.engine.task import Task
     from trainers.engine.world import World
 
@@ -40,7 +43,7 @@ def run(paths: RunPaths, attempt: int | None) -> int:
         raise UserError(f"`task` is `{config.task}`, which is no subclass of trainers.engine.task.Task",
                         f"write `class {config.task.partition(':')[2]}(Task)`")
     torch.autograd.set_detect_anomaly(debugging)
-    return train(task_class(config), config, World.from_env(), paths, attempt)
+    return work(task_class(config), config, World.from_env(), paths, attempt)
 
 
 def main(argv: list[str]) -> int:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Command, attempt, environment, record, wait_until
+from conftest import BLOBS, Command, attempt, environment, record, wait_until
 from slurm.conftest import LoginCommand, write_cluster
 
 pytestmark = pytest.mark.slow  # not each, but together
@@ -734,3 +734,18 @@ def test_a_failure_on_another_node_is_the_one_recorded(slurm_launch):
     assert "ValueError: a bad 字" in log(run, 2)
     shown = slurm_launch("status", run.name).stdout
     assert "ValueError: a bad 字" in shown and "n2" in shown
+
+
+def test_weights_of_another_run_wait_in_the_queue_and_an_evaluation_is_a_job(slurm, slurm_launch):
+    small = [BLOBS, "train.steps=4", "eval.every=2", "--procs", 1]
+    assert slurm_launch(*small, "--runs", "others").returncode == 0
+    (other,) = (slurm_launch.folder / "others").iterdir()
+    run, (job,) = submit(slurm_launch, *small, "--from", other, LATER)
+    evaluation, _ = submit(slurm_launch, "eval", other, "--procs", 1)
+    assert evaluation.parent == other / "evals"
+    finish(evaluation)
+    assert record(evaluation)["metrics"] == record(other)["metrics"]
+    shutil.rmtree(other)
+    slurm.start_now(job)
+    finish(run)
+    assert record(run)["init"]["run"] == other.name and "tensors taken" in log(run)

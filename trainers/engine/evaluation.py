@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Mapping
+from pathlib import Path
+from typing import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,7 @@ def evaluate(task: Task, models: Mapping[str, nn.Module], dataset: Dataset, conf
              stopping: Stopping) -> dict[str, Tensor] | None:
     """The task's measures over the whole set, divided, float64, the same on all ranks; None if the run
     is to stop before the end."""
-    micro, _ = config.train.split(world.size)
-    shares = evaluation_shares(len(dataset), config.eval.batch_size or 4 * micro, world.rank, world.size)
+    shares = evaluation_shares(len(dataset), config.evaluation_batch(world.size), world.rank, world.size)
     training = {name: model.training for name, model in models.items()}
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     try:
@@ -42,6 +42,15 @@ def evaluate(task: Task, models: Mapping[str, nn.Module], dataset: Dataset, conf
         for name, model in models.items():
             model.train(training[name])
     return {name: _over_ranks(total, world) / _over_ranks(count, world) for name, (total, count) in sums.items()}
+
+
+def draw_figures(task: Task, measured: Mapping[str, Tensor], figures: Path, note: Callable[[str, str], None]) -> None:
+    """The pictures of an evaluation, if the task draws any; on one rank. `note(level, message)` is told what fails."""
+    try:
+        figures.mkdir(exist_ok=True)
+        task.report(measured, figures)
+    except OSError as error:
+        note("warning", f"no figures in {figures}: {error.strerror}")
 
 
 def _over_ranks(value: Tensor, world: World) -> Tensor:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from typing import Mapping
 
-import torch
 from torch import Tensor
 
-from trainers import events, heartbeat, support
+from trainers import events, heartbeat
 from trainers.config import RunConfig
 from trainers.engine.checkpoint import Checkpoints
-from trainers.engine.evaluation import evaluate
+from trainers.engine.evaluation import draw_figures, evaluate
 from trainers.engine.fragments import Fragment, fill
 from trainers.engine.learner import Learner
-from trainers.engine.precision import set_deterministic, set_precision
-from trainers.engine.sampling import mix
-from trainers.engine.stopping import Stopping
+from trainers.engine.setup import set_up
 from trainers.engine.storage import Reader
-from trainers.engine.strategy import close, make_strategy, share_buffers
+from trainers.engine.strategy import close, share_buffers
 from trainers.engine.task import Task
 from trainers.engine.tracking import NoTracker, Tracker
+from trainers.engine.weights import open_source, take
 from trainers.engine.world import World
 from trainers.errors import TrainingError, UserError
 from trainers.paths import RunPaths
@@ -49,17 +48,10 @@ class Loop:
     def __init__(self, task: Task, config: RunConfig, world: World, paths: RunPaths, attempt: int | None):
         self.task, self.config, self.world, self.paths = task, config, world, paths
         train = config.train
-        support.check(config, world.device.type)  # ranks may be started by hand
-        set_precision(train.precision, world.device)
-        if train.deterministic:
-            set_deterministic(train.compile)
-        self.strategy = make_strategy(world, config)
-        self.stopping = Stopping(world)
-        self.train_set, self.eval_set = task.data(world)
-        torch.manual_seed(mix(train.seed, "models"))
-        models = task.models()
-        self.parameters = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
-        self.models = {name: self.strategy.place(model) for name, model in models.items()}
+        setup = set_up(task, config, world)
+        self.strategy, self.stopping, self.models = setup.strategy, setup.stopping, setup.models
+        self.train_set, self.eval_set = setup.train_set, setup.eval_set
+        self.layout, self.parameters = setup.layout, setup.parameters
         self.learners = [Learner(update, config, world, self.strategy, self.train_set, self.models)
                          for update in task.updates()]
         self.samples = self.learners[0].samples
@@ -71,7 +63,7 @@ class Loop:
         self.tracker: NoTracker = NoTracker()
         self.checkpoints = Checkpoints(paths, world, config.checkpoint, strategy=train.strategy, attempt=attempt,
                                        say=events.emit,
-                                       committed=lambda step: self.tracker.committed(step))
+                                       committed=self._has_committed)
         self._saved: tuple[int, bool] | None = None
         self._is_best = self._warned = False
         self.measured: Mapping[str, Tensor] | None = None  # by the last evaluation of this attempt
@@ -114,6 +106,7 @@ class Loop:
     def _resume(self) -> None:
         """Put the newest whole checkpoint's state in place, if there is one."""
         found = self.checkpoints.newest()
+        said = self._start_from() if found is None and self.config.init.source else None
         if found is not None:
             reader, state = self.checkpoints.load(found)
             self.step, self.evaluated = found, state["evaluated"]
@@ -135,6 +128,22 @@ class Loop:
             "parameters": self.parameters,
             "samples": len(self.train_set), "resumed": found is not None,
         })
+        if said:
+            self.tracker.note("info", said)
+
+    def _start_from(self) -> str:
+        """Put the weights of `init.source` in place. Returns what was done, in words."""
+        init, path = self.config.init, self.paths.first_weights(self.config.init.source)
+        source = open_source(path, self.world)
+        said = take(source, self.layout, self.strategy.fragments(self.models), init.skip, f"`{init.source}`")
+        for learner in self.learners:
+            learner.trainee.filled()
+        return said
+
+    def _has_committed(self, step: int) -> None:
+        """On rank 0, in the writing thread."""
+        self.tracker.committed(step)
+        shutil.rmtree(self.paths.init, ignore_errors=True)  # from now on the run has a checkpoint of its own
 
     def _fragments(self) -> dict[str, Fragment]:
         """This rank's part of all that a checkpoint holds."""
@@ -173,11 +182,7 @@ class Loop:
     def _draw(self) -> None:
         """The pictures of the last evaluation, once its checkpoint is safe."""
         if self.world.main and self.measured is not None:
-            try:
-                self.paths.figures.mkdir(exist_ok=True)
-                self.task.report(self.measured, self.paths.figures)
-            except OSError as error:
-                self.tracker.note("warning", f"no figures in {self.paths.figures}: {error.strerror}")
+            draw_figures(self.task, self.measured, self.paths.figures, self.tracker.note)
 
     def _samples(self) -> list[int]:
         return [len(self.train_set), len(self.eval_set) if self.eval_set is not None else 0]

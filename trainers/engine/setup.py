@@ -1,0 +1,51 @@
+"""What training and evaluating begin with: the arithmetic, the data, the models where they are to be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trainers import support
+from trainers.config import RunConfig
+from trainers.engine.precision import set_deterministic, set_precision
+from trainers.engine.sampling import mix
+from trainers.engine.stopping import Stopping
+from trainers.engine.strategy import Strategy, make_strategy
+from trainers.engine.task import Dataset, Task
+from trainers.engine.weights import Layout, layout
+from trainers.engine.world import World
+
+
+@dataclass(frozen=True)
+class Setup:
+    strategy: Strategy
+    stopping: Stopping
+    train_set: Dataset
+    eval_set: Dataset | None
+    models: dict[str, nn.Module]  # placed by the strategy
+    layout: Layout                # of the models before that
+    parameters: int
+
+
+def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None = None) -> Setup:
+    """On all ranks. `placed`: what the strategy is to follow, if not `config`.
+
+    Raises:
+        UserError: bad input, settings that do not go together, a device that cannot compute so.
+    """
+    train = config.train
+    support.check(config, world.device.type)  # ranks may be started by hand
+    set_precision(train.precision, world.device)
+    if train.deterministic:
+        set_deterministic(train.compile)
+    strategy = make_strategy(world, placed or config)
+    stopping = Stopping(world)
+    train_set, eval_set = task.data(world)
+    torch.manual_seed(mix(train.seed, "models"))
+    models = task.models()
+    found = layout(models)
+    parameters = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
+    return Setup(strategy, stopping, train_set, eval_set, {name: strategy.place(model) for name, model in models.items()},
+                 found, parameters)
