@@ -140,6 +140,15 @@ def test_skipped_steps_of_fp16_are_no_progress_of_the_schedule(ranks, tmp_path):
         assert [row.get("skipped", 0) for row in rows] == [0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2, 2], name
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_cifar10_trains_under_each(ranks, tmp_path, precision):
+    """Convolutions and BatchNorm, no repeated blocks."""
+    losses = {name: ranks(2)("cifar10", root=tmp_path / name, strategy=name, precision=precision)[0] for name in STRATEGIES}
+    for name in SHARDED:
+        differences = [abs(a - b) for a, b in zip(losses["ddp"], losses[name], strict=True)]
+        assert len(differences) == 4 and max(differences) < (1e-5 if precision == "fp32" else 0.1), (name, differences)
+
+
 def copy(source: Path, target: Path) -> None:
     import shutil
 
@@ -189,6 +198,22 @@ def trained(world, root, keys, until=None):
     rows = map(json.loads, (Path(root) / "metrics.jsonl").read_text().splitlines())
     names = ("step", "loss", "grad_norm", "lr", "skipped")
     return [{name: row[name] for name in names if name in row} for row in rows if row["split"] == "train"]
+
+
+def cifar10(world, root, strategy, precision):
+    from launch.cluster import load_cluster
+    from launch.spec import load_spec
+    from trainers.cifar10.task import Cifar10
+    from trainers.engine import loop
+    from trainers.paths import RunPaths
+
+    keys = ["data=sample", "model.width=0.1", "train.steps=4", "train.batch_size=16", "log.every=1", "eval.every=never",
+            f"train.strategy={strategy}", f"train.precision={precision}"]
+    loop.close = lambda: None
+    config = load_spec("cifar10", keys, cluster=load_cluster("local"), environment={}).config
+    Path(root).mkdir(parents=True, exist_ok=True)
+    assert loop.Loop(Cifar10(config), config, world, RunPaths(Path(root)), None).run() == 0
+    return [json.loads(line)["loss"] for line in (Path(root) / "metrics.jsonl").read_text().splitlines() if "train" in line]
 
 
 def error_of(world, root, keys):

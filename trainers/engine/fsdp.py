@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainers.config import Optim, RunConfig
 from trainers.engine.blocks import blocks, checkpoint_activations
@@ -39,6 +40,11 @@ class Fsdp:
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
         on_host = self.config.offload == "parameters"
         offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if on_host else OffloadPolicy()
+        if half:  # beside statistics in fp32, BatchNorm's parameters must be too
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    fully_shard(module, mesh=self.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
+                                offload_policy=offload)
         for module in [*blocks(model), model]:
             if self.config.compile:
                 module.compile()  # before it is sharded, so that its hooks stay outside
