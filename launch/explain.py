@@ -458,7 +458,8 @@ def _facts(run: Run, found: Found, attempts: Sequence[Mapping[str, Any]], cause:
         where = f" {kind} {ranks} --nodes {submission.resources.nodes} --cluster {shlex.quote(submission.cluster.name)}"
     train = spec.get("train") or {}
     share = train["batch_size"] // ranks if train and ranks else 1
-    micro = train.get("micro_batch_size") or share
+    given = train.get("micro_batch_size")
+    micro = given or share if given != "auto" else 1  # auto has made it smaller itself
     kept = found["checkpoint"]
     again = (attempts[-1]["to_step"] or 0) - kept if attempts and kept is not None else 0
     name = shlex.quote(named(paths))
@@ -468,7 +469,7 @@ def _facts(run: Run, found: Found, attempts: Sequence[Mapping[str, Any]], cause:
                   f"it goes on from its checkpoint of step {kept}" + (f" ({again} steps are done again)" if again > 0 else ""),
         "new": f"launch {shlex.quote(shown(paths.spec))}" if train else None,
         "smaller": str(max(size for size in range(1, micro) if share % size == 0)) if micro > 1 else None,
-        "more": f"{kind} {2 * ranks}" if share % 2 == 0 and not train.get("micro_batch_size") else None,
+        "more": f"{kind} {2 * ranks}" if share % 2 == 0 and not given else None,
         "lower": f"{spec['optim']['lr'] / 3:.2g}" if train else None,
         "grace_s": str(round(3 * spec["run"]["grace_s"])) if "run" in spec else None,
         "hang_s": f"{3 * spec['run']['hang_s']:g}" if (spec.get("run") or {}).get("hang_s") else None,

@@ -1,0 +1,170 @@
+"""What a model takes of a rank's memory under each strategy, in closed form. Imports no torch.
+
+Parameters, gradients and optimizer states are fp32 under all strategies. Activations are not in it: they are measured
+(trainers/weigh.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from trainers.deepspeed_json import STAGES, deepspeed_config
+
+if TYPE_CHECKING:
+    from trainers.config import Optim, RunConfig
+
+FULL, HALF = 4, 2  # bytes of a number
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A task's models, in numbers that they hold."""
+
+    parameters: int      # of all models
+    tensor: int          # those of the largest parameter
+    block: int = 0       # those of the largest block (trainers/engine/blocks.py); 0: there are no blocks
+    blocks: int = 0      # those of all blocks together
+    buffers: int = 0     # BatchNorm statistics and the like
+
+    @property
+    def rest(self) -> int:
+        """Parameters in no block: gathered with the model as a whole."""
+        return self.parameters - self.blocks
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank. While it gets ready it may need more than in its steps (`ready`)."""
+
+    parameters: int          # with the fp32 copies that ZeRO updates
+    gradients: int
+    optimizer: int           # states
+    buffers: int             # the model's own, and what gradients are collected in to cross ranks
+    gathered: int = 0        # whole parameters and gradients, or half-precision copies, while they are computed with
+    host: int = 0            # in the host's memory instead (`train.offload`)
+    ready: int = 0
+    one: bool = False        # whether device and host have one memory (CPU ranks)
+
+    @property
+    def total(self) -> int:
+        """The most that the rank's device holds at once."""
+        held = self.parameters + self.gradients + self.optimizer + self.buffers + self.gathered
+        return max(held + self.host * self.one, self.ready)
+
+    def as_dict(self) -> dict[str, int]:
+        return {**asdict(self), "total": self.total}
+
+
+def expected(config: RunConfig, counts: Counts, ranks: int, device: str) -> Memory:
+    """The memory of one of `ranks` on `device` (cuda, cpu), from the code of torch 2.15 and DeepSpeed 0.19 and measured beside it
+    (tests/benchmarks/memory.py). Small tensors are split as evenly as large ones here."""
+    strategy = config.train.strategy
+    if strategy == "ddp":
+        found = _ddp(config, counts, ranks)
+    elif strategy == "fsdp":
+        found = _fsdp(config, counts, ranks)
+    else:
+        found = _zero3(config, counts, ranks) if STAGES[strategy] == 3 else _zero12(config, counts, ranks)
+    one = device == "cpu"
+    if one:  # where a model is made whole before it is sharded
+        found = replace(found, ready=max(found.ready, FULL * counts.parameters + FULL * (counts.block or counts.rest)))
+    return replace(found, buffers=found.buffers + FULL * counts.buffers, one=one)
+
+
+def states(optim: Optim) -> int:
+    """Numbers that the optimizer keeps of each parameter."""
+    if optim.name == "sgd":
+        return int(optim.momentum > 0)
+    return 2
+
+
+def _ddp(config: RunConfig, counts: Counts, ranks: int) -> Memory:
+    whole = FULL * counts.parameters
+    # Gradients lie in the buckets. But those of micro-batches that are not to cross ranks yet do not.
+    unsent = whole if ranks > 1 and _accumulation(config, ranks) > 1 else 0
+    return Memory(parameters=whole, gradients=whole + unsent, optimizer=states(config.optim) * whole, buffers=0,
+                  gathered=_casts(config, counts))
+
+
+def _fsdp(config: RunConfig, counts: Counts, ranks: int) -> Memory:
+    """In backward: a block's whole parameters, the next one's that are being gathered, its gradients, and those of the
+    last one, which cross ranks; outside of blocks, parameters all along, and their gradients twice at the end."""
+    shard = FULL * _part(counts.parameters, ranks)
+    held = states(config.optim) * shard
+    half = HALF if config.train.precision in ("bf16", "fp16") else FULL
+    block = counts.block or counts.rest
+    in_blocks = (3 * half + FULL) * counts.block
+    outside = half * counts.rest + max(0 if counts.block else half * counts.rest, (half + FULL) * counts.rest)
+    gathered = max(in_blocks + 2 * half * counts.rest if counts.block else 0, outside)
+    if config.train.offload == "parameters":  # a block's part is on the device while it is gathered
+        return Memory(0, 0, 0, 0, gathered + FULL * _part(block, ranks), host=2 * shard + held)
+    return Memory(parameters=shard, gradients=shard, optimizer=held, buffers=0, gathered=gathered,
+                  ready=shard + FULL * block)
+
+
+def _zero12(config: RunConfig, counts: Counts, ranks: int) -> Memory:
+    """The whole model, an fp32 partition of it that is updated, and a bucket in which gradients are collected and one
+    in which they cross ranks."""
+    whole, part = FULL * counts.parameters, FULL * _part(counts.parameters, ranks)
+    bucket = FULL * min(_setting(config, ranks, "reduce_bucket_size"), counts.parameters)
+    optimizer = states(config.optim) * part
+    accumulating = _accumulation(config, ranks) > 1
+    if config.train.strategy == "zero1":  # all are there as the first bucket leaves; each that does makes room
+        gradients, buffers = whole, max(bucket, part)
+    else:
+        gradients, buffers = part * (1 + accumulating), max(2 * bucket, part)
+    casts = _casts(config, counts)
+    if config.train.offload != "none":
+        # The partition, its gradient and a buffer to copy from, and what was accumulated.
+        host = 3 * part + optimizer + part * accumulating + FULL * counts.tensor
+        if config.train.strategy == "zero2":
+            gradients = 0
+        return Memory(whole, gradients, 0, 2 * bucket + FULL * counts.tensor, casts, host=host, ready=2 * whole)
+    return Memory(parameters=whole + part, gradients=gradients, optimizer=optimizer, buffers=buffers, gathered=casts,
+                  ready=2 * whole)
+
+
+def _zero3(config: RunConfig, counts: Counts, ranks: int) -> Memory:
+    """In backward: what is gathered ahead, and the two buckets; in the step a second copy of the gradients instead."""
+    part = FULL * _part(counts.parameters, ranks)
+    optimizer = states(config.optim) * part
+    bucket = FULL * min(_setting(config, ranks, "reduce_bucket_size"), counts.parameters)
+    ahead = _setting(config, ranks, "stage3_prefetch_bucket_size")
+    live = min(counts.parameters, ahead + 2 * counts.tensor)
+    if counts.parameters <= _setting(config, ranks, "stage3_max_reuse_distance"):
+        live = counts.parameters
+    gathered = FULL * live
+    casts = _casts(config, counts)
+    gradients = part
+    backward, step = bucket + gathered, part
+    if config.train.offload == "none":
+        return Memory(parameters=part, gradients=gradients, optimizer=optimizer, buffers=bucket,
+                      gathered=max(backward, step) + casts, ready=FULL * counts.parameters + part)
+    host = 3 * part + optimizer  # fp32 parameters, gradients as they accumulate, and those of the step
+    kept = part
+    if config.train.offload == "parameters":
+        host, kept = host + part, 0
+    return Memory(parameters=kept, gradients=0, optimizer=0, buffers=bucket, gathered=backward + casts, host=host,
+                  ready=FULL * counts.parameters + kept)
+
+
+def _casts(config: RunConfig, counts: Counts) -> int:
+    """Autocast keeps half-precision copies of the weights from forward to backward."""
+    return HALF * counts.parameters if config.train.precision in ("bf16", "fp16") else 0
+
+
+def _part(numbers: int, ranks: int) -> int:
+    return -(-numbers // ranks)
+
+
+def _accumulation(config: RunConfig, ranks: int) -> int:
+    return config.train.split(ranks)[1]
+
+
+def _setting(config: RunConfig, ranks: int, name: str) -> int:
+    """A number of `zero_optimization`, with DeepSpeed's own default."""
+    defaults: Mapping[str, Any] = {"stage3_max_reuse_distance": 1e9, "reduce_bucket_size": 5e8,
+                                   "stage3_prefetch_bucket_size": 5e7}
+    return int(deepspeed_config(config, ranks, None)["zero_optimization"].get(name, defaults[name]))
