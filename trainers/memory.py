@@ -67,10 +67,12 @@ def expected(config: RunConfig, counts: Counts, ranks: int, device: str) -> Memo
         found = _fsdp(config, counts, ranks)
     else:
         found = _zero3(config, counts, ranks) if STAGES[strategy] == 3 else _zero12(config, counts, ranks)
-    one = device == "cpu"
-    if one:  # where a model is made whole before it is sharded
-        found = replace(found, ready=max(found.ready, FULL * counts.parameters + FULL * (counts.block or counts.rest)))
-    return replace(found, buffers=found.buffers + FULL * counts.buffers, one=one)
+    if device == "cpu":
+        # There a model is made whole before it is sharded, and gloo reduces and scatters a copy.
+        leaving = {"fsdp": counts.block or counts.rest, "zero3": min(_bucket(config, ranks), counts.parameters)}
+        found = replace(found, one=True, ready=max(found.ready, FULL * (counts.parameters + (counts.block or counts.rest))),
+                        buffers=found.buffers + FULL * leaving.get(strategy, 0))
+    return replace(found, buffers=found.buffers + FULL * counts.buffers)
 
 
 def states(optim: Optim) -> int:
@@ -108,7 +110,7 @@ def _zero12(config: RunConfig, counts: Counts, ranks: int) -> Memory:
     """The whole model, an fp32 partition of it that is updated, and a bucket in which gradients are collected and one
     in which they cross ranks."""
     whole, part = FULL * counts.parameters, FULL * _part(counts.parameters, ranks)
-    bucket = FULL * min(_setting(config, ranks, "reduce_bucket_size"), counts.parameters)
+    bucket = FULL * min(_bucket(config, ranks), counts.parameters)
     optimizer = states(config.optim) * part
     accumulating = _accumulation(config, ranks) > 1
     if config.train.strategy == "zero1":  # all are there as the first bucket leaves; each that does makes room
@@ -127,27 +129,23 @@ def _zero12(config: RunConfig, counts: Counts, ranks: int) -> Memory:
 
 
 def _zero3(config: RunConfig, counts: Counts, ranks: int) -> Memory:
-    """In backward: what is gathered ahead, and the two buckets; in the step a second copy of the gradients instead."""
+    """In backward: what is gathered, once more while it arrives, and a bucket of gradients, once more while it leaves; in
+    the step a second copy of the gradients instead."""
     part = FULL * _part(counts.parameters, ranks)
     optimizer = states(config.optim) * part
-    bucket = FULL * min(_setting(config, ranks, "reduce_bucket_size"), counts.parameters)
-    ahead = _setting(config, ranks, "stage3_prefetch_bucket_size")
-    live = min(counts.parameters, ahead + 2 * counts.tensor)
-    if counts.parameters <= _setting(config, ranks, "stage3_max_reuse_distance"):
-        live = counts.parameters
-    gathered = FULL * live
-    casts = _casts(config, counts)
-    gradients = part
-    backward, step = bucket + gathered, part
+    bucket = FULL * min(_bucket(config, ranks), counts.parameters)
+    ahead = min(_setting(config, ranks, "stage3_prefetch_bucket_size"), counts.parameters)
+    # Kept from forward to backward is what is used again before so many others were.
+    near = _setting(config, ranks, "stage3_max_reuse_distance") // 2
+    live = FULL * (min(counts.parameters, near + ahead + 2 * counts.tensor) + ahead)
+    casts, whole = _casts(config, counts), FULL * counts.parameters
     if config.train.offload == "none":
-        return Memory(parameters=part, gradients=gradients, optimizer=optimizer, buffers=bucket,
-                      gathered=max(backward, step) + casts, ready=FULL * counts.parameters + part)
+        return Memory(parameters=part, gradients=part, optimizer=optimizer, buffers=bucket,
+                      gathered=max(bucket + live, part) + casts, ready=whole + part)
     host = 3 * part + optimizer  # fp32 parameters, gradients as they accumulate, and those of the step
-    kept = part
-    if config.train.offload == "parameters":
-        host, kept = host + part, 0
-    return Memory(parameters=kept, gradients=0, optimizer=0, buffers=bucket, gathered=backward + casts, host=host,
-                  ready=FULL * counts.parameters + kept)
+    kept = 0 if config.train.offload == "parameters" else part
+    return Memory(parameters=kept, gradients=0, optimizer=0, buffers=bucket, gathered=bucket + live + casts,
+                  host=host + part - kept, ready=whole + kept)
 
 
 def _casts(config: RunConfig, counts: Counts) -> int:
@@ -161,6 +159,10 @@ def _part(numbers: int, ranks: int) -> int:
 
 def _accumulation(config: RunConfig, ranks: int) -> int:
     return config.train.split(ranks)[1]
+
+
+def _bucket(config: RunConfig, ranks: int) -> int:
+    return _setting(config, ranks, "reduce_bucket_size")
 
 
 def _setting(config: RunConfig, ranks: int, name: str) -> int:
