@@ -68,10 +68,12 @@ def expected(config: RunConfig, counts: Counts, ranks: int, device: str) -> Memo
     else:
         found = _zero3(config, counts, ranks) if STAGES[strategy] == 3 else _zero12(config, counts, ranks)
     if device == "cpu":
-        # There a model is made whole before it is sharded, and gloo reduces and scatters a copy.
-        leaving = {"fsdp": counts.block or counts.rest, "zero3": min(_bucket(config, ranks), counts.parameters)}
-        found = replace(found, one=True, ready=max(found.ready, FULL * (counts.parameters + (counts.block or counts.rest))),
-                        buffers=found.buffers + FULL * leaving.get(strategy, 0))
+        # There a model is made whole before it is sharded, and once more before ZeRO-1 and 2 have laid it out (which a
+        # GPU without the room leaves to the host); and gloo reduces and scatters a copy.
+        block, part = counts.block or counts.rest, _part(counts.parameters, ranks)
+        more = {"ddp": 0, "fsdp": block, "zero3": part}.get(strategy, counts.parameters + part)
+        copy = block if strategy == "fsdp" else min(_bucket(config, ranks), counts.parameters) if strategy == "zero3" else 0
+        found = replace(found, one=True, ready=FULL * (counts.parameters + more), buffers=found.buffers + FULL * copy)
     return replace(found, buffers=found.buffers + FULL * counts.buffers)
 
 
@@ -123,9 +125,8 @@ def _zero12(config: RunConfig, counts: Counts, ranks: int) -> Memory:
         host = 3 * part + optimizer + part * accumulating + FULL * counts.tensor
         if config.train.strategy == "zero2":
             gradients = 0
-        return Memory(whole, gradients, 0, 2 * bucket + FULL * counts.tensor, casts, host=host, ready=2 * whole)
-    return Memory(parameters=whole + part, gradients=gradients, optimizer=optimizer, buffers=buffers, gathered=casts,
-                  ready=2 * whole)
+        return Memory(whole, gradients, 0, 2 * bucket + FULL * counts.tensor, casts, host=host)
+    return Memory(parameters=whole + part, gradients=gradients, optimizer=optimizer, buffers=buffers, gathered=casts)
 
 
 def _zero3(config: RunConfig, counts: Counts, ranks: int) -> Memory:
@@ -138,14 +139,14 @@ def _zero3(config: RunConfig, counts: Counts, ranks: int) -> Memory:
     # Kept from forward to backward is what is used again before so many others were.
     near = _setting(config, ranks, "stage3_max_reuse_distance") // 2
     live = FULL * (min(counts.parameters, near + ahead + 2 * counts.tensor) + ahead)
-    casts, whole = _casts(config, counts), FULL * counts.parameters
+    casts, largest = _casts(config, counts), FULL * counts.tensor
     if config.train.offload == "none":
         return Memory(parameters=part, gradients=part, optimizer=optimizer, buffers=bucket,
-                      gathered=max(bucket + live, part) + casts, ready=whole + part)
+                      gathered=max(bucket + live, part) + casts, ready=2 * part + largest)
     host = 3 * part + optimizer  # fp32 parameters, gradients as they accumulate, and those of the step
     kept = 0 if config.train.offload == "parameters" else part
     return Memory(parameters=kept, gradients=0, optimizer=0, buffers=bucket, gathered=bucket + live + casts,
-                  host=host + part - kept, ready=whole + kept)
+                  host=host + part - kept, ready=2 * kept + largest)
 
 
 def _casts(config: RunConfig, counts: Counts) -> int:

@@ -20,7 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sentences"))
 
-from sentences import Counting
+import torch
+from sentences import Counting, Model
+
+from trainers.config import RunConfig
+from trainers.memory import expected
+from trainers.weigh import count
 
 STEPS = 4
 SPEC = Path(__file__).parents[1] / "sentences" / "sentences.yaml"
@@ -85,10 +90,21 @@ def main() -> None:
     parser.add_argument("--keys", nargs="*", default=[])
     parser.add_argument("strategies", nargs="*", default=["ddp", "zero1", "zero2", "zero3", "fsdp"])
     words = parser.parse_args()
+    with torch.device("meta"):
+        counts = count({"model": Model(words.width, 8, words.depth)})
+    print(f"{counts.parameters:,} parameters, {words.ranks} ranks, MiB of the rank that takes most")
+    print(f"{'':20}  {'measured':>9}  {'of ddp':>7}  {'expected':>9}  {'off by':>7}  getting ready")
     for strategy in words.strategies:
         ready, steps = measure(words, strategy)
-        P = 12 * words.width**2 * words.depth
-        print(f"{strategy:20} ready {ready / 2**20:8.0f} MiB {ready/P:6.2f} B/p  steps {steps / 2**20:8.0f} MiB {steps/P:6.2f} B/p", flush=True)
+        most = max(ready, steps)
+        first = most if strategy == words.strategies[0] else first
+        name, _, offload = strategy.partition("+")
+        train = {"steps": 1, "batch_size": words.ranks * words.accumulation, "micro_batch_size": 1, "strategy": name,
+                 "offload": offload or "none", "precision": words.precision}
+        spec = RunConfig(name="run", task="sentences:Counting", train=train, optim={"name": words.optim})
+        told = expected(spec, counts, words.ranks, "cpu").total
+        print(f"{strategy:20}  {most / 2**20:9.0f}  {most / first:7.2f}  {told / 2**20:9.0f}  {told / most - 1:7.1%}  "
+              f"{ready / 2**20:.0f}", flush=True)
 
 
 if __name__ == "__main__":
