@@ -19,9 +19,9 @@ from launch.spec import Spec
 from trainers.config import RunConfig
 from trainers.errors import UserError
 from trainers.memory import HALF, Counts, Memory, expected
+from trainers.support import OFFLOADS, ZERO, unsupported
 
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "zero3")  # those that send less between ranks first
-OFFLOADS = {"optimizer": ("zero1", "zero2", "zero3"), "parameters": ("zero3", "fsdp")}
 USABLE = 0.9  # of a GPU: the rest is CUDA's own context and what its allocator cannot put to use
 
 
@@ -88,14 +88,16 @@ def fit(spec: Spec, cluster: ClusterConfig, resources: Resources, probed: bool) 
 def row(config: RunConfig, strategy: str, counts: Counts, activations: Mapping[int, int] | None, resources: Resources,
         room: Room) -> Row:
     """The strategy with the largest micro-batch that fits, of those that a spec's own leaves open."""
-    changes = {"strategy": strategy}
-    if strategy not in OFFLOADS.get(config.train.offload, STRATEGIES):
+    changes: dict[str, Any] = {"strategy": strategy}
+    if config.train.offload not in OFFLOADS[strategy]:
         changes["offload"] = "none"
+    if strategy not in ZERO:
+        changes["deepspeed"] = {}
     given = config.train.micro_batch_size
     share = config.train.batch_size // resources.ranks
     sizes = [given] if isinstance(given, int) else [size for size in range(share, 0, -1) if share % size == 0]
-    if reason := _unsupported(_with(config, **changes), resources):
-        return Row(strategy, reason, None)
+    for error in unsupported(_with(config, **changes), resources.device):
+        return Row(strategy, error.message, None)
     for micro in sizes:
         candidate = _with(config, **changes, micro_batch_size=micro)
         memory = expected(candidate, counts, resources.ranks, resources.device)
@@ -121,14 +123,6 @@ def _activations(config: RunConfig, counts: Counts, measured: Mapping[int, int] 
 
 def _with(config: RunConfig, **changes: Any) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update=changes)})
-
-
-def _unsupported(config: RunConfig, resources: Resources) -> str | None:
-    try:
-        from trainers.support import unsupported
-    except ImportError:
-        return None
-    return unsupported(config, resources.device, resources.ranks)
 
 
 def room_of(cluster: ClusterConfig, resources: Resources, meminfo: Path = Path("/proc/meminfo")) -> Room:

@@ -69,10 +69,12 @@ def expected(config: RunConfig, counts: Counts, ranks: int, device: str) -> Memo
         found = _zero3(config, counts, ranks) if STAGES[strategy] == 3 else _zero12(config, counts, ranks)
     if device == "cpu":
         # There a model is made whole before it is sharded, and once more before ZeRO-1 and 2 have laid it out (which a
-        # GPU without the room leaves to the host); and gloo reduces and scatters a copy.
+        # GPU without the room leaves to the host); and gloo reduces and scatters a copy, and gathers into one.
         block, part = counts.block or counts.rest, _part(counts.parameters, ranks)
         more = {"ddp": 0, "fsdp": block, "zero3": part}.get(strategy, counts.parameters + part)
-        copy = block if strategy == "fsdp" else min(_bucket(config, ranks), counts.parameters) if strategy == "zero3" else 0
+        # The copy into which ZeRO-1 and 2 gather comes when the gradients have gone.
+        gone = max(0, counts.parameters - (found.gradients + found.buffers) // FULL)
+        copy = {"ddp": 0, "fsdp": block, "zero3": found.buffers // FULL}.get(strategy, gone)
         found = replace(found, one=True, ready=FULL * (counts.parameters + more), buffers=found.buffers + FULL * copy)
     return replace(found, buffers=found.buffers + FULL * counts.buffers)
 
@@ -130,18 +132,18 @@ def _zero12(config: RunConfig, counts: Counts, ranks: int) -> Memory:
 
 
 def _zero3(config: RunConfig, counts: Counts, ranks: int) -> Memory:
-    """In backward: what is gathered, once more while it arrives, and a bucket of gradients, once more while it leaves; in
-    the step a second copy of the gradients instead."""
+    """The partition, of which DeepSpeed keeps a copy to update even in fp32. In backward: what is gathered, once more while
+    it arrives, and a bucket of gradients, once more while it leaves; in the step a second copy of the gradients instead."""
     part = FULL * _part(counts.parameters, ranks)
     optimizer = states(config.optim) * part
     bucket = FULL * min(_bucket(config, ranks), counts.parameters)
     ahead = min(_setting(config, ranks, "stage3_prefetch_bucket_size"), counts.parameters)
-    # Kept from forward to backward is what is used again before so many others were.
-    near = _setting(config, ranks, "stage3_max_reuse_distance") // 2
-    live = FULL * (min(counts.parameters, near + ahead + 2 * counts.tensor) + ahead)
+    # Gathered ahead until so many are live; kept from forward to backward if used again before so many others were.
+    near = _setting(config, ranks, "stage3_max_live_parameters") + _setting(config, ranks, "stage3_max_reuse_distance") // 2
+    live = FULL * (min(counts.parameters, near + counts.tensor) + ahead)
     casts, largest = _casts(config, counts), FULL * counts.tensor
     if config.train.offload == "none":
-        return Memory(parameters=part, gradients=part, optimizer=optimizer, buffers=bucket,
+        return Memory(parameters=2 * part, gradients=part, optimizer=optimizer, buffers=bucket,
                       gathered=max(bucket + live, part) + casts, ready=2 * part + largest)
     host = 3 * part + optimizer  # fp32 parameters, gradients as they accumulate, and those of the step
     kept = 0 if config.train.offload == "parameters" else part
@@ -168,6 +170,6 @@ def _bucket(config: RunConfig, ranks: int) -> int:
 
 def _setting(config: RunConfig, ranks: int, name: str) -> int:
     """A number of `zero_optimization`, with DeepSpeed's own default."""
-    defaults: Mapping[str, Any] = {"stage3_max_reuse_distance": 1e9, "reduce_bucket_size": 5e8,
+    defaults: Mapping[str, Any] = {"stage3_max_reuse_distance": 1e9, "stage3_max_live_parameters": 1e9, "reduce_bucket_size": 5e8,
                                    "stage3_prefetch_bucket_size": 5e7}
     return int(deepspeed_config(config, ranks, None)["zero_optimization"].get(name, defaults[name]))

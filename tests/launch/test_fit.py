@@ -7,8 +7,8 @@ import pytest
 
 from launch.cli import main
 from launch.cluster import ClusterConfig, load_cluster
-from launch.fit import _activations, fit, row
 from launch.fit import Room as Has
+from launch.fit import _activations, fit, row
 from launch.plan import size
 from launch.resources import Resources
 from launch.spec import load_spec
@@ -74,9 +74,16 @@ def test_activations_lie_on_a_line():
 
 
 def test_offload_stays_where_there_is_such(capsys):
-    assert main(["plan", "cifar10", "data=sample", "--gpus", "8", "train.offload=parameters", "--json", "--strategy", "fsdp"]) == 0
+    words = ["train.offload=parameters", "--strategy", "fsdp", "--json"]
+    assert main(["plan", "cifar10", "data=sample", "--gpus", "8", *words]) == 0
     host = {each["strategy"]: each["memory"]["host"] > 0 for each in json.loads(capsys.readouterr().out)["rows"]}
     assert host == {"ddp": False, "zero1": False, "zero2": False, "zero3": True, "fsdp": True}
+
+
+def test_a_strategy_that_cannot_be_is_refused_with_the_reason(capsys):
+    assert main(["plan", "cifar10", "data=sample", "--gpus", "8", "train.compile=true"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert "refused: `train.compile` does not go with `zero2`" in lines["zero2"] and "refused" not in lines["fsdp"]
 
 
 def test_a_batch_that_does_not_divide_and_a_script_are_refused(tmp_path: Path, capsys):

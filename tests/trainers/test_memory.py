@@ -30,7 +30,7 @@ def test_ddp_holds_16_bytes_of_each_parameter_and_sgd_12():
 
 
 @pytest.mark.parametrize("strategy, parameters, gradients, optimizer", [
-    ("zero1", 4 + 4 / 8, 4, 1), ("zero2", 4 + 4 / 8, 4 / 8, 1), ("zero3", 4 / 8, 4 / 8, 1), ("fsdp", 4 / 8, 4 / 8, 1)])
+    ("zero1", 4 + 4 / 8, 4, 1), ("zero2", 4 + 4 / 8, 4 / 8, 1), ("zero3", 8 / 8, 4 / 8, 1), ("fsdp", 4 / 8, 4 / 8, 1)])
 def test_what_is_sharded_is_an_eighth(strategy, parameters, gradients, optimizer):
     found = memory(strategy)
     assert (found.parameters, found.gradients, found.optimizer) == (parameters * P, gradients * P, optimizer * P)
