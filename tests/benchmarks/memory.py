@@ -93,17 +93,18 @@ def main() -> None:
     with torch.device("meta"):
         counts = count({"model": Model(words.width, 8, words.depth)})
     print(f"{counts.parameters:,} parameters, {words.ranks} ranks, MiB of the rank that takes most")
-    print(f"{'':20}  {'measured':>9}  {'of ddp':>7}  {'expected':>9}  {'off by':>7}  getting ready")
+    print(f"{'':20}  {'measured':>9}  {'of first':>8}  {'expected':>9}  {'off by':>7}  getting ready")
+    first = 0
     for strategy in words.strategies:
         ready, steps = measure(words, strategy)
         most = max(ready, steps)
-        first = most if strategy == words.strategies[0] else first
+        first = first or most
         name, _, offload = strategy.partition("+")
         train = {"steps": 1, "batch_size": words.ranks * words.accumulation, "micro_batch_size": 1, "strategy": name,
                  "offload": offload or "none", "precision": words.precision}
         spec = RunConfig(name="run", task="sentences:Counting", train=train, optim={"name": words.optim})
         told = expected(spec, counts, words.ranks, "cpu").total
-        print(f"{strategy:20}  {most / 2**20:9.0f}  {most / first:7.2f}  {told / 2**20:9.0f}  {told / most - 1:7.1%}  "
+        print(f"{strategy:20}  {most / 2**20:9.0f}  {most / first:8.2f}  {told / 2**20:9.0f}  {told / most - 1:7.1%}  "
               f"{ready / 2**20:.0f}", flush=True)
 
 
