@@ -438,6 +438,8 @@ def plan(context: click.Context, task: str, gpus: int | None, procs: int | None,
     """Say what memory a run needs under each strategy, and what would fit."""
     _one_kind(gpus, procs)
     where = _cluster(slurm, cluster)
+    if where.kind != "slurm":
+        _only_on_slurm(nodes=nodes)
     spec = _load(context, task, cluster=where, **given)
     from launch import fit
     from launch.resources import planned_resources

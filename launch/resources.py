@@ -114,11 +114,7 @@ def planned_resources(cluster: ClusterConfig, gpus: int | None, procs: int | Non
     """
     if cluster.kind == "slurm":
         return slurm_resources(cluster, gpus, procs, nodes)
-    if gpus is None:
-        return local_resources(None, procs)
-    if gpus % (nodes or 1):
-        raise UserError(f"--gpus {gpus} cannot be spread evenly over {nodes} nodes")
-    return Resources("cuda", gpus, nodes or 1)
+    return local_resources(None, procs) if gpus is None else Resources("cuda", gpus)
 
 
 def _fewest(count: int, a_node: int) -> int:
