@@ -50,7 +50,10 @@ class Row:
 
 
 def memory_of(config: Any, resources: Resources) -> dict[str, int] | None:
-    """What one rank takes without activations, in bytes; None if only torch can tell (or it is a script's)."""
+    """What one rank takes without activations, in bytes; None if only torch can tell (or it is a script's), nothing where
+    nothing is trained."""
+    if isinstance(config, RunConfig) and config.eval.only:
+        return {}
     counts = config.counts() if isinstance(config, RunConfig) else None
     return expected(config, counts, resources.ranks, resources.device).as_dict() if counts else None
 

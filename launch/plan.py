@@ -178,7 +178,8 @@ def show(plan: Plan) -> str:
     if plan.weights:
         kept = f", kept in {RunPaths(Path()).init}/ until it has its own" if plan.weights.step is not None else ""
         lines.append(f"weights    {plan.weights}{kept}")
-        lines.append(f"memory     {memory_line(plan.memory)}")
+    if plan.batch:
+        lines += [f"memory     {memory_line(plan.memory)}"] if plan.memory != {} else []
     if plan.job:
         lines += ["", "# handed to SLURM" + (f", {plan.job.links} times, each to begin if the one before ends badly"
                                             if plan.job.links > 1 else ""), shlex.join(plan.job.command)]
