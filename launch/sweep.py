@@ -261,8 +261,8 @@ def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], reques
     sweep = make_sweep(sweep_id, points, dict(enumerate(specs)), request, resources, root=root, cwd=Path.cwd(), copy=copy,
                        parallel=parallel)
     if dry_run:
-        plans = tuple(replace(plan, memory=memory_of(spec.config, resources)) for plan, spec in zip(sweep.plans, sweep.specs))
-        sweep = replace(sweep, plans=plans)
+        sweep = replace(sweep, plans=tuple(replace(plan, memory=memory_of(spec.config, resources))
+                                           for plan, spec in zip(sweep.plans, specs)))
         print(jsonlib.dumps(sweep_json(sweep), indent=1, ensure_ascii=False) if json else show_sweep(sweep), end="\n" * json)
         return 0
     if here:

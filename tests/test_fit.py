@@ -19,7 +19,8 @@ def test_auto_takes_the_largest_micro_batch_that_fits_and_changes_no_loss(tmp_pa
     """On one rank of two it does not, at once or after three micro-batches; of no restart is there any need."""
     at_once, later, given = (Command(tmp_path / name) for name in ("at-once", "later", "given"))
     for command, *words in ((at_once, "train.micro_batch_size=auto", "data.most=4"),
-                            (later, "train.micro_batch_size=auto", "data.most=6", "data.calls=3"),
+                            (later, "train.micro_batch_size=auto", "data.most=6", "data.calls=3",
+                             "model.pause_s=0.5"),  # time for the checkpoint of step 2
                             (given, "train.micro_batch_size=4")):
         command.folder.mkdir()
         done = command(NARROW, "--procs", 2, "run.max_restarts=0", *words)
