@@ -424,6 +424,31 @@ def prefetch(context: click.Context, task: str, cluster: str | None, **given: An
 
 
 @command
+@click.argument("task")
+@spec_options
+@ranks_options
+@click.option("--nodes", type=click.IntRange(min=1), metavar="N", help="Nodes; alone, whole ones.")
+@click.option("--slurm", is_flag=True, help="As on SLURM.")
+@click.option("--cluster", metavar="NAME", help="As on this cluster.")
+@click.option("--probe", is_flag=True, help="Measure the activations too: one step on this machine, in a process of its own.")
+@json_option
+@click.pass_context
+def plan(context: click.Context, task: str, gpus: int | None, procs: int | None, nodes: int | None, slurm: bool,
+         cluster: str | None, probe: bool, json: bool, **given: Any) -> None:
+    """Say what memory a run needs under each strategy, and what would fit."""
+    _one_kind(gpus, procs)
+    where = _cluster(slurm, cluster)
+    if where.kind != "slurm":
+        _only_on_slurm(nodes=nodes)
+    spec = _load(context, task, cluster=where, **given)
+    from launch import fit
+    from launch.resources import planned_resources
+
+    found = fit.fit(spec, where, planned_resources(where, gpus, procs, nodes), probe)
+    _print_json(found) if json else print(fit.show(found))
+
+
+@command
 @click.option("--sweep", metavar="ID", help="Those of a sweep, compared.")
 @runs_option
 @json_option

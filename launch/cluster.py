@@ -76,6 +76,7 @@ class ClusterConfig(Section):
     gpu_request: Literal["gpus-per-node", "gres", "none"] = Field(
         "gpus-per-node", description="the sbatch option by which GPUs are asked for here; none: nodes come whole")
     gpus_per_node: PositiveInt | None = Field(None, description="more GPUs become more nodes")
+    gpu_memory: Size | None = Field(None, description="a GPU's own, such as 80G: what `launch plan` fits a run into")
     cpus_per_node: PositiveInt | None = Field(None, description="more CPU ranks become more nodes")
     cpus_per_gpu: PositiveInt | None = Field(None, description="CPU cores of a rank with a GPU")
     cpus_per_rank: PositiveInt = Field(1, description="CPU cores of a rank without one")
@@ -102,6 +103,12 @@ class ClusterConfig(Section):
     def layers(self) -> list[dict[str, Any]]:
         """What a spec takes from the cluster, later wins."""
         return [*([{"run": {"max_restarts": SLURM_RESTARTS}}] if self.kind == "slurm" else []), self.defaults]
+
+
+def size_bytes(text: str) -> int:
+    """Of a size as SLURM writes it: 64G; without a unit MiB."""
+    number, unit = (text[:-1], text[-1]) if text[-1] in "KMGT" else (text, "M")
+    return int(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]
 
 
 def folders(environment: Mapping[str, str] = os.environ) -> tuple[Path, Path]:

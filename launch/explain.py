@@ -66,6 +66,8 @@ CAUSES = (
     Cause(r"did not stop within ([\d.]+) s of \w+", "a step and a checkpoint took longer than run.grace_s, {0} s",
           (RESUME, ("{new} run.grace_s={grace_s}{where}", "a new run that is given longer; `defaults: {{run: {{grace_s: "
                                                           "{grace_s}}}}}` in a cluster's file gives it to all"))),
+    Cause(r"ran out of memory with a micro-batch of (\d+)", "the memory of the GPU, or of the CPU rank, was full with a "
+          "micro-batch of {0}", (*LESS, ("{plan}{where}", "what of it would fit"))),
     Cause(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED", "the GPU's memory was full", LESS),
     Cause(r"oom[-_]kill|state OUT_OF_MEMORY|Out Of Memory|OOM Killed|Exceeded (?:job|step) memory limit|Cannot allocate memory"
           r"|(?<!Of)MemoryError|can't allocate memory|not enough memory: you tried",
@@ -458,7 +460,8 @@ def _facts(run: Run, found: Found, attempts: Sequence[Mapping[str, Any]], cause:
         where = f" {kind} {ranks} --nodes {submission.resources.nodes} --cluster {shlex.quote(submission.cluster.name)}"
     train = spec.get("train") or {}
     share = train["batch_size"] // ranks if train and ranks else 1
-    micro = train.get("micro_batch_size") or share
+    given = train.get("micro_batch_size")
+    micro = given or share if given != "auto" else 1  # auto has made it smaller itself
     kept = found["checkpoint"]
     again = (attempts[-1]["to_step"] or 0) - kept if attempts and kept is not None else 0
     name = shlex.quote(named(paths))
@@ -467,8 +470,9 @@ def _facts(run: Run, found: Found, attempts: Sequence[Mapping[str, Any]], cause:
         "onward": "it has no checkpoint, and begins anew" if kept is None else
                   f"it goes on from its checkpoint of step {kept}" + (f" ({again} steps are done again)" if again > 0 else ""),
         "new": f"launch {shlex.quote(shown(paths.spec))}" if train else None,
+        "plan": f"launch plan {shlex.quote(shown(paths.spec))}" if train else None,
         "smaller": str(max(size for size in range(1, micro) if share % size == 0)) if micro > 1 else None,
-        "more": f"{kind} {2 * ranks}" if share % 2 == 0 and not train.get("micro_batch_size") else None,
+        "more": f"{kind} {2 * ranks}" if share % 2 == 0 and not given else None,
         "lower": f"{spec['optim']['lr'] / 3:.2g}" if train else None,
         "grace_s": str(round(3 * spec["run"]["grace_s"])) if "run" in spec else None,
         "hang_s": f"{3 * spec['run']['hang_s']:g}" if (spec.get("run") or {}).get("hang_s") else None,

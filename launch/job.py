@@ -31,6 +31,7 @@ from launch.submission import Submission, plan_of, read_submission
 from launch.view import View, make_view
 from trainers.errors import UserError
 from trainers.files import read_json, replace_json, update_json
+from trainers.micro_batch import gave_way
 from trainers.paths import RunPaths
 
 FINAL = ("finished", "cancelled")
@@ -136,8 +137,9 @@ def _lead(submission: Submission, place: Place, paths: RunPaths, gang: Gang, req
                                  more=_own(gang), kill_wait_s=_kill_wait_s())
                 outcome = _together(mine, gang, plan, hosts)
                 down = _down(hosts) if outcome.signal == "SIGTERM" else {}
-                failures = _failures(paths, submission) + (outcome.kind == "failed")
-                worth = outcome.kind == "failed" and outcome.failure.retry and failures <= submission.max_restarts
+                smaller = outcome.kind == "failed" and gave_way(paths, number)  # with less memory next time: no failure
+                failures = _failures(paths, submission) + (outcome.kind == "failed" and not smaller)
+                worth = outcome.kind == "failed" and (smaller or outcome.failure.retry and failures <= submission.max_restarts)
                 signals = {outcome.signal, *(signal.Signals(number).name for number in stop.received)} - {None}
                 again = worth and not signals and gang.whole
                 if _superseded(paths, number):
@@ -241,7 +243,7 @@ def _together(mine: Outcome, gang: Gang, plan: Plan, hosts: list[str]) -> Outcom
         return Outcome("failed", failure, name, slowest)
     if failures:
         # In the order in which they came; but one that was killed is likelier the cause than one that lost a peer.
-        node, failure = min(failures, key=lambda found: found[1].signal not in CAUSES)
+        node, failure = min(failures, key=lambda found: found[1].signal not in CAUSES and found[1].hint is None)
         if failure.rank is not None:  # the head says which rank hung, and that may be another node's
             node = failure.rank // plan.resources.ranks_per_node
         return Outcome("failed", Failure(**{**failure.as_dict(), "node": hosts[node]}), name, slowest)
@@ -250,14 +252,15 @@ def _together(mine: Outcome, gang: Gang, plan: Plan, hosts: list[str]) -> Outcom
 
 
 def _failures(paths: RunPaths, submission: Submission) -> int:
-    """How many attempts of this submission have failed, or were killed. SLURM's own doings do not count."""
+    """How many attempts of this submission have failed, or were killed. SLURM's own doings do not count, nor do those
+    that made way for one with a smaller micro-batch."""
     def failed(attempt: dict[str, Any] | None) -> bool:
         if attempt is None:  # it could not even be recorded
             return True
         counts = attempt["outcome"] == "failed" or attempt["outcome"] == "lost" and attempt["failure"]["retry"]
         return counts and attempt.get("submission") == submission.number
 
-    return sum(failed(_attempt(paths, number)) for number in paths.attempt_numbers())
+    return sum(failed(_attempt(paths, number)) and not gave_way(paths, number) for number in paths.attempt_numbers())
 
 
 def _attempt(paths: RunPaths, number: int) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from launch.ports import reserved_port
 from launch.record import EXIT_CODES, recorded, take_attempt, worker_here
 from launch.view import View
 from trainers.errors import UserError
+from trainers.micro_batch import gave_way
 from trainers.paths import RunPaths
 
 
@@ -39,7 +40,10 @@ def execute(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, view: 
             raise UserError(f"attempt {plan.attempt} cannot run in {paths.root}: {error.strerror or error}",
                             f"mend that, then `launch resume {paths.id}`") from error
         failure = outcome.failure
-        if _again(outcome, restarts):
+        if _again(outcome, restarts, paths, plan.attempt):
+            if gave_way(paths, plan.attempt):
+                view.notice(f"attempt {plan.attempt} ended: {failure.message}; {failure.hint or 'trying again'}")
+                continue
             restarts -= 1
             view.notice(f"attempt {plan.attempt} failed: {failure.message}; trying again ({restarts} more after this)")
             continue
@@ -49,16 +53,18 @@ def execute(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, view: 
         return outcome, code
 
 
-def _again(outcome: Outcome, restarts: int) -> bool:
-    """Whether another attempt may fare better."""
-    return outcome.kind == "failed" and outcome.failure.retry and outcome.signal is None and restarts > 0
+def _again(outcome: Outcome, restarts: int, paths: RunPaths, attempt: int) -> bool:
+    """Whether another attempt may fare better. One with a smaller micro-batch counts as no restart."""
+    if outcome.kind != "failed" or outcome.signal is not None:
+        return False
+    return gave_way(paths, attempt) or outcome.failure.retry and restarts > 0
 
 
 def _attempt(plan: Plan, paths: RunPaths, view: View, restarts: int) -> Outcome:
     with recorded(plan, paths, view, worker_here()) as ended:
         with reserved_port() as port:
             outcome = supervise(plan, paths, view, port=port)
-        ended(outcome, again=_again(outcome, restarts))
+        ended(outcome, again=_again(outcome, restarts, paths, plan.attempt))
     return outcome
 
 

@@ -317,8 +317,10 @@ def _watch(plan: Plan, ranks: list[Rank], selector, stop: StopSignals, peers: Pe
         if slowest is not None and not warned and (short := _short(slowest, plan, kill_wait_s)):
             warned = True
             view.notice(f"warning: {short}")
-        # Of ranks found dead together, one that a signal ended is likelier the cause than one that lost a peer.
-        gone = sorted((rank for rank in ranks if rank.code is None and rank.ended()), key=lambda rank: rank.code >= 0)
+        # Of ranks found dead together, one that a signal ended, or that has said why, is likelier the cause than one that
+        # lost a peer.
+        gone = sorted((rank for rank in ranks if rank.code is None and rank.ended()),
+                      key=lambda rank: (rank.code >= 0, rank.error is None))
         if asked is None and any(rank.code == -signal.SIGTERM for rank in gone):
             time.sleep(0.5)  # SLURM's signals reach ranks directly: our own may be a moment behind
         heard = peers.heard()

@@ -19,6 +19,7 @@ from typing import Any
 from launch import record, runs, slurm, snapshot
 from launch.batch import Request, node_process, setup, srun_args
 from launch.cluster import load_cluster
+from launch.fit import memory_of
 from launch.node import stop_signals
 from launch.plan import Plan, as_json, show
 from launch.prefetch import missing, prefetch
@@ -51,6 +52,7 @@ def start(*, spec: Spec, root: Path, request: Request, gpus: int | None, procs: 
     copy = None if here else snapshot.survey(code_of(spec), RunPaths(root / run_id).code)
     plan = make_submission(run_id, spec, request, resources, runs=root, cwd=Path.cwd(), copy=copy, here=here)
     if dry_run:
+        plan = replace(plan, memory=memory_of(spec.config, resources))
         print(jsonlib.dumps(as_json(plan), indent=1, ensure_ascii=False) if json else show(plan), end="\n" * json)
         return 0
     if here:

@@ -25,6 +25,7 @@ from trainers.paths import RunPaths
 
 # What SLURM says of a node's process, one a node, is wrong of its ranks, which have torchrun's variables.
 NODES_OWN = re.compile(r"SLURM_(PROCID|LOCALID|NODEID|GTIDS|NTASKS\w*|NPROCS|TASKS_PER_NODE|STEP_\w+)$")
+PARTS = ("parameters", "gradients", "optimizer", "buffers", "gathered")  # of a rank's memory, as trainers/memory.py has them
 CHOSEN_LATER = "<a free port, chosen when the attempt begins>"
 INHERITED = "<a file descriptor>"
 HEAD = "<the address by which the nodes reach the first of them>"
@@ -51,6 +52,7 @@ class Plan:
     start_s: float | None     # the same while it rests: see trainers/heartbeat.py
     weights: Weights | None = None  # what its folder keeps for its beginning
     job: Job | None = None    # what SLURM gets, where it is asked for the nodes
+    memory: Mapping[str, int] | None = None  # of a rank without activations, in bytes (trainers/memory.py), for a dry run
 
     def inherited(self, env: Mapping[str, str]) -> dict[str, str]:
         """What ranks take over from `env`: all; ranks of a task nothing that would change what accelerate does."""
@@ -94,8 +96,10 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
         batch = f"{config.evaluation_batch(resources.ranks)} samples a rank at a time, evaluated"
         if not config.eval.only:
             micro, accumulation = config.train.split(resources.ranks)
-            batch = (f"{config.train.batch_size} = {resources.ranks} rank(s) x {micro} micro-batch x "
-                     f"{accumulation} accumulation")
+            parts = f"{micro} micro-batch x {accumulation} accumulation"
+            if config.train.micro_batch_size == "auto":
+                parts = f"auto micro-batch x accumulation ({parts}, or less at a time if that is what fits)"
+            batch = f"{config.train.batch_size} = {resources.ranks} rank(s) x {parts}"
         # -P: a `trainers/` or `launch.py` in the folder one stands in shadows nothing.
         command = (python, "-P", "-m", "trainers.run", str(folder))
         program = ["-m", "trainers.run", str(folder)]
@@ -174,6 +178,8 @@ def show(plan: Plan) -> str:
     if plan.weights:
         kept = f", kept in {RunPaths(Path()).init}/ until it has its own" if plan.weights.step is not None else ""
         lines.append(f"weights    {plan.weights}{kept}")
+    if plan.batch:
+        lines += [f"memory     {memory_line(plan.memory)}"] if plan.memory != {} else []
     if plan.job:
         lines += ["", "# handed to SLURM" + (f", {plan.job.links} times, each to begin if the one before ends badly"
                                             if plan.job.links > 1 else ""), shlex.join(plan.job.command)]
@@ -190,6 +196,24 @@ def show(plan: Plan) -> str:
     lines += ["", "# the same by hand" + (", on each node" if r.nodes > 1 else "") + ", once these files are there",
               plan.equivalent]
     return "\n".join(lines) + "\n"
+
+
+def memory_line(memory: Mapping[str, int] | None) -> str:
+    """'1.2 GiB a rank without activations: 0.4 of parameters, ...'"""
+    if memory is None:
+        return "known to torch alone: `launch plan TASK --probe` counts the model's parameters"
+    parts = [f"{size(memory[part])} {part}" for part in PARTS if memory[part]]
+    host = f"; in host memory {size(memory['host'])}" if memory["host"] else ""
+    ready = f"; {size(memory['ready'])} while it gets ready" if memory["ready"] >= memory["total"] else ""
+    return f"{size(memory['total'])} a rank without activations ({', '.join(parts)}{host}{ready})"
+
+
+def size(count: int) -> str:
+    """Bytes as people read them."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 2**power:
+            return f"{count / 2**power:.3g} {unit}" if count < 1000 * 2**power else f"{count / 2**power:.0f} {unit}"
+    return f"{count} B"
 
 
 def _rank_envs(plan: Plan) -> list[dict[str, str]]:

@@ -106,6 +106,17 @@ def slurm_resources(cluster: ClusterConfig, gpus: int | None, procs: int | None,
     return Resources("cpu", count, nodes, cluster.cpus_per_rank)
 
 
+def planned_resources(cluster: ClusterConfig, gpus: int | None, procs: int | None, nodes: int | None) -> Resources:
+    """Resources to reckon with: of this machine also more GPUs than it has.
+
+    Raises:
+        UserError: it does not fit the cluster as its file describes it.
+    """
+    if cluster.kind == "slurm":
+        return slurm_resources(cluster, gpus, procs, nodes)
+    return local_resources(None, procs) if gpus is None else Resources("cuda", gpus)
+
+
 def _fewest(count: int, a_node: int) -> int:
     """The fewest nodes that hold `count` evenly, unless that scatters them: then too few, which is refused."""
     least = -(-count // a_node)

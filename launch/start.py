@@ -8,12 +8,14 @@ import secrets
 import socket
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from launch import local, record
 from launch import runs as records
 from launch.cluster import ClusterConfig, load_cluster
+from launch.fit import memory_of
 from launch.node import Outcome
 from launch.plan import Plan, as_json, make_plan, show
 from launch.resources import Resources, local_resources
@@ -42,6 +44,7 @@ def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, debug:
     plan_of = partial(plan_here, new_run_id(spec.name), spec, cluster, resources, runs.absolute(), Path.cwd())
     plan = plan_of(1)
     if dry_run:
+        plan = replace(plan, memory=memory_of(spec.config, resources))
         print(jsonlib.dumps(as_json(plan), indent=1, ensure_ascii=False) if json else show(plan), end="\n" * json)
         return 0
     view = make_view(json)

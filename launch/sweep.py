@@ -21,7 +21,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -30,6 +30,7 @@ from typing import Any
 from launch import record, runs, slurm, snapshot
 from launch import start as one
 from launch.batch import Job, Request, make_job
+from launch.fit import memory_of
 from launch.node import stop_signals
 from launch.on_slurm import check
 from launch.plan import Plan, as_json, make_plan, show
@@ -260,6 +261,8 @@ def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], reques
     sweep = make_sweep(sweep_id, points, dict(enumerate(specs)), request, resources, root=root, cwd=Path.cwd(), copy=copy,
                        parallel=parallel)
     if dry_run:
+        sweep = replace(sweep, plans=tuple(replace(plan, memory=memory_of(spec.config, resources))
+                                           for plan, spec in zip(sweep.plans, specs)))
         print(jsonlib.dumps(sweep_json(sweep), indent=1, ensure_ascii=False) if json else show_sweep(sweep), end="\n" * json)
         return 0
     if here:

@@ -14,11 +14,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from trainers.errors import UserError
+
+if TYPE_CHECKING:
+    from trainers.memory import Counts
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Every = Union[PositiveInt, Literal["epoch", "never"]]
@@ -71,8 +74,8 @@ class Train(Section):
     )
     steps: Annotated[int, Field(gt=0, le=10**15)] | None = Field(None, description="optimizer steps; or give `epochs`")
     batch_size: Annotated[int, Field(gt=0, le=10**9)] = Field(64, description="samples in one optimizer step, over all ranks")
-    micro_batch_size: PositiveInt | None = Field(
-        None, description="samples one rank takes at a time; null: batch_size / ranks, no accumulation"
+    micro_batch_size: Union[PositiveInt, Literal["auto"], None] = Field(
+        None, description="samples one rank takes at a time; null: batch_size / ranks, no accumulation; auto: as many as fit"
     )
     precision: Precision = "fp32"
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] = Field(
@@ -96,7 +99,8 @@ class Train(Section):
         return self
 
     def split(self, ranks: int) -> tuple[int, int]:
-        """(micro-batch size, accumulation) such that batch_size = ranks x micro-batch x accumulation.
+        """(micro-batch size, accumulation) such that batch_size = ranks x micro-batch x accumulation; of `auto` the
+        first that is tried, the largest.
 
         Raises:
             UserError: the batch does not divide; the hint lists what would.
@@ -109,7 +113,7 @@ class Train(Section):
                 f"use train.batch_size={' or '.join(map(str, near))}, or {_listed(fits)} ranks",
             )
         share = self.batch_size // ranks
-        micro = self.micro_batch_size or share
+        micro = share if self.micro_batch_size in (None, "auto") else self.micro_batch_size
         if share % micro:
             fits = [n for n in range(1, share + 1) if share % n == 0]
             raise UserError(
@@ -245,6 +249,11 @@ class RunConfig(Section):
     def missing(self, environment: Mapping[str, str] = os.environ) -> list[str]:
         """What ranks with this environment would have to download, in words. Asks the file system, and nobody else."""
         return []
+
+    def counts(self) -> Counts | None:
+        """How large the models are, for what is said of memory before a rank starts; None if only torch can tell.
+        May read the file system."""
+        return None
 
 
 class ScriptConfig(Section):

@@ -34,10 +34,14 @@ def deepspeed_config(config: RunConfig, ranks: int, clip_norm: float | None) -> 
     keys (`train.deepspeed`) on top."""
     train = config.train
     micro, accumulation = train.split(ranks)
-    zero: dict[str, Any] = {"stage": STAGES[train.strategy], "reduce_bucket_size": 50_000_000,
-                            "allgather_bucket_size": 50_000_000, "overlap_comm": False}
+    # Of 80 MB each: enough to keep a network busy, and little beside a model's states.
+    zero: dict[str, Any] = {"stage": STAGES[train.strategy], "reduce_bucket_size": 20_000_000,
+                            "allgather_bucket_size": 20_000_000, "overlap_comm": False}
     if train.strategy == "zero3":
-        zero |= {"stage3_prefetch_bucket_size": 50_000_000, "stage3_param_persistence_threshold": 10_000}
+        # By DeepSpeed's own numbers, 10^9 both, a model of less than half as many parameters is whole on each rank from
+        # forward to backward, which is what zero3 is to spare one: kept for reuse, and gathered ahead at each module.
+        zero |= {"stage3_prefetch_bucket_size": 20_000_000, "stage3_param_persistence_threshold": 10_000,
+                 "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 50_000_000}
     if train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if train.offload == "parameters":

@@ -10,6 +10,7 @@ class UserError(Exception):
     """
 
     exit_code = 2
+    retry = False  # whether another attempt may fare better
 
     def __init__(self, message: str, hint: str | None = None):
         super().__init__(message)
@@ -25,3 +26,11 @@ class TrainingError(UserError):
     the last checkpoint): exit code 1, no traceback, no new attempt by itself."""
 
     exit_code = 1
+
+
+class OutOfMemory(TrainingError):
+    """A rank's device was full."""
+
+    def __init__(self, message: str, hint: str | None, retry: bool):
+        super().__init__(message, hint)
+        self.retry = retry

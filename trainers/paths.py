@@ -29,6 +29,11 @@ class RunPaths:
         return self.root / "run.json"
 
     @property
+    def micro_batch(self) -> Path:
+        """Of `train.micro_batch_size=auto`: which sizes did not fit, in which attempt."""
+        return self.root / "micro_batch.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a logged step or evaluation."""
         return self.root / "metrics.jsonl"

@@ -16,7 +16,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from trainers import events, heartbeat
+from trainers import events, heartbeat, micro_batch
 from trainers.errors import UserError
 from trainers.paths import RunPaths
 from trainers.signals import Stopped, hold, listen
@@ -37,13 +37,23 @@ def run(paths: RunPaths, attempt: int | None) -> int:
     else:
         from trainers.engine.loop import train as work
     from trainers.engine.task import Task
-    from trainers.engine.world import World
+    from trainers.engine.world import World, out_of_memory
 
     if not (isinstance(task_class, type) and issubclass(task_class, Task)):
         raise UserError(f"`task` is `{config.task}`, which is no subclass of trainers.engine.task.Task",
                         f"write `class {config.task.partition(':')[2]}(Task)`")
     torch.autograd.set_detect_anomaly(debugging)
-    return work(task_class(config), config, World.from_env(), paths, attempt)
+    world = World.from_env()
+    settled = micro_batch.settled(config, paths, world.size)
+    if world.main and settled is not config:
+        events.emit({"event": "note", "level": "info", "message": micro_batch.note(config, paths, world.size)})
+    try:
+        return work(task_class(settled), settled, world, paths, attempt)
+    except Exception as error:
+        if config.eval.only or not out_of_memory(error):
+            raise
+        traceback.print_exc()
+        raise micro_batch.too_large(config, settled, paths, attempt, world.rank, world.size) from error
 
 
 def main(argv: list[str]) -> int:
@@ -64,7 +74,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         hold()
         events.emit({"event": "error", "message": error.message, "hint": error.hint, "exit_code": error.exit_code,
-                     "retry": False})
+                     "retry": error.retry})
         return error.exit_code
 
 

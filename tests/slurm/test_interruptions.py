@@ -218,3 +218,17 @@ def test_a_preemption(slurm, slurm_launch, whole):
     print(f"preempted at step {at}: training went on {time.monotonic() - began:.1f} s later, at that step")
     finish(run)
     assert told(run) == whole and slurm.job(urgent)["JobState"] == "COMPLETED" and attempt(run, 2)["job"] == job
+
+
+def test_a_rank_that_runs_out_of_memory_costs_no_restart(slurm_launch):
+    """One on the second node, whose sizes are halved until they fit; then the run is what it would have been with the last."""
+    narrow = BLOBS.parents[1] / "sentences" / "narrow.yaml"
+    where = ("--cluster", "here", "--gpus", 2, "--nodes", 2, "run.max_restarts=0", "train.batch_size=8")
+    run, _ = submit(slurm_launch, narrow, *where, "train.micro_batch_size=auto", "data.most=1")
+    finish(run)
+    given, _ = submit(slurm_launch, narrow, *where, "train.micro_batch_size=1")
+    assert [attempt(run, number)["outcome"] for number in (1, 2, 3)] == ["failed", "failed", "finished"]
+    failure = attempt(run, 2)["failure"]
+    assert (failure["rank"], failure["message"]) == (1, "rank 1 ran out of memory with a micro-batch of 2")
+    finish(given)
+    assert told(run) == told(given)

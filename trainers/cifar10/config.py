@@ -14,6 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from trainers.config import Fraction, RunConfig, Section
 from trainers.errors import UserError
+from trainers.memory import Counts
 
 OWN_MODELS = ("vgg", "resnet18")
 # What torchvision's CIFAR10 reads of its root: importing it to ask takes seconds.
@@ -89,6 +90,15 @@ class Cifar10Config(RunConfig):
         if self.data.source != "cifar10" or all(os.path.isfile(root / file) for file in CIFAR10_FILES):
             return []
         return [f"CIFAR-10 in {root}"]
+
+    def counts(self) -> Counts | None:
+        from trainers.cifar10.counts import counts
+
+        classes = 10
+        if self.data.source not in ("cifar10", "sample"):
+            from trainers.data.folders import list_images
+            classes = len(list_images(Path(self.data.source), self.data.eval_fraction).classes)
+        return counts(self.model, classes, self.data.size)
 
 
 def torchvision_models() -> list[str]:

@@ -7,13 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainers.cifar10.config import Model
+from trainers.cifar10.counts import HIDDEN, RESNET18, VGG, pooled_side
 from trainers.errors import UserError
-
-# Channels of the 3x3 convolutions; "pool" halves the sides.
-VGG: tuple[int | str, ...] = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool")
-# Units of each of vgg's two hidden layers. Not the paper's 4,096, made for 25,088 features and 1,000 classes: they were
-# no better (66.8 against 68.1 % on 4,000 images at width 0.25, one seed each) with 5 times the parameters.
-HIDDEN = 512
 
 
 def make_model(config: Model, classes: int, size: int) -> nn.Module:
@@ -52,10 +47,9 @@ class Vgg(nn.Module):
             channels = out
         # Larger images are averaged to about 2 x 2 here. Not AdaptiveAvgPool2d: its backward on a GPU is not
         # deterministic, and torch refuses it where train.deterministic asks for that.
-        side = -(-size // 16)
-        if side > 3:
-            layers.append(nn.AvgPool2d(side // 2))
-            side //= side // 2
+        side, window = pooled_side(size)
+        if window > 1:
+            layers.append(nn.AvgPool2d(window))
         self.convolutions = nn.Sequential(*layers)
         self.features = channels * side * side
         hidden = max(1, round(HIDDEN * width))
@@ -83,10 +77,7 @@ class ResNet18(nn.Module):
     def __init__(self, classes: int):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
-        self.blocks = nn.Sequential(
-            Block(64, 64), Block(64, 64), Block(64, 128, 2), Block(128, 128),
-            Block(128, 256, 2), Block(256, 256), Block(256, 512, 2), Block(512, 512),
-        )
+        self.blocks = nn.Sequential(*(Block(*row) for row in RESNET18))
         self.classifier = nn.Linear(512, classes)
 
     def forward(self, images: Tensor) -> Tensor:

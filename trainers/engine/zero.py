@@ -60,8 +60,14 @@ class Zero:
                 return forward(*args, **kwargs)
 
         model.forward = in_precision
-        model.to(self.world.device)
         settings = deepspeed_config(self.config, self.world.size, optim.clip_norm)
+        if self.stage == 3:
+            # One parameter after another goes to the device and into parts: the whole model need not fit there.
+            self.deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=torch.float32)
+            for buffer in model.buffers():
+                buffer.data = buffer.data.to(self.world.device)
+        else:
+            model.to(self.world.device)
         engine, *_ = self.deepspeed.initialize(model=model, optimizer=make_optimizer(optim, model.parameters()),
                                                config=settings, dist_init_required=False)
         return engine
