@@ -10,6 +10,8 @@ from typing import Any, Mapping
 from trainers import files
 
 NAME = "manifest.json"
+STATE = "state.json"
+INDEX = "index.json"
 FORMAT = 2
 
 
@@ -37,6 +39,18 @@ def check(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
         raise Broken(f"{name} is missing") from None
     except OSError as error:
         raise Broken(f"{name} cannot be read: {error.strerror or error}") from None
+
+
+def verify(folder: Path, step: int) -> dict[str, Any]:
+    """The manifest of checkpoint `step`, if all its files are as it says. Reads them all.
+
+    Raises:
+        Broken: they are not.
+    """
+    content = read(folder, step)
+    for name, expected in content["files"].items():
+        check(folder, name, expected)
+    return content
 
 
 def write(folder: Path, *, step: int, entries: Mapping[str, Any], **about: Any) -> None:
@@ -67,8 +81,11 @@ def read(folder: Path, step: int) -> dict[str, Any]:
         if content["step"] != step:
             raise Broken(f"{NAME} is for step {content['step']}")
         for name in content["files"]:
-            if Path(name).name != name:
+            if not names_file(name):
                 raise Broken(f"{NAME} lists {name!r}, which is no name of a file in this folder")
+        for name in (STATE, INDEX):
+            if name not in content["files"]:
+                raise Broken(f"{name} is missing from {NAME}")
     except FileNotFoundError:
         raise Broken(f"{NAME} is missing") from None
     except OSError as error:
@@ -76,6 +93,11 @@ def read(folder: Path, step: int) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Broken(f"{NAME} is not a manifest") from None
     return content
+
+
+def names_file(name: str) -> bool:
+    """Whether it is a file's name, which leads out of no folder."""
+    return Path(name).name == name and name not in ("", "..")
 
 
 def _digest(content: Mapping[str, Any]) -> str:
