@@ -23,8 +23,8 @@ from random import Random
 import pytest
 import torch
 import torch.distributed as dist
-
 from crashes import CODE, crash_at, forked
+
 from trainers import config
 from trainers.engine import manifest, storage, tensor_files
 from trainers.engine.checkpoint import Checkpoints, owners
@@ -58,6 +58,7 @@ def make(seed: int) -> dict[str, torch.Tensor]:
         "expanded": torch.randn(4, 1, generator=g).expand(4, 6),
         "part of more": torch.randn(1000, generator=g)[10:14],
         "channels last": torch.randn(2, 3, 4, 5, generator=g).to(memory_format=torch.channels_last),
+        "one of many": torch.randn(1, 20, generator=g)[:, ::20],
         "special": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
     }
 
@@ -65,7 +66,8 @@ def make(seed: int) -> dict[str, torch.Tensor]:
 def bits(tensors) -> dict[str, list]:
     """Each tensor to the last bit: dtype, shape, hash."""
     plain = {name: t.detach().resolve_conj().contiguous() for name, t in tensors.items()}
-    raw = {name: t.reshape(-1).view(torch.uint8).numpy() for name, t in plain.items()}
+    flat = {name: t.reshape(-1).clone(memory_format=torch.contiguous_format) for name, t in plain.items()}
+    raw = {name: t.view(torch.uint8).numpy() for name, t in flat.items()}
     return {name: [str(t.dtype), list(t.shape), hashlib.sha256(raw[name]).hexdigest()] for name, t in plain.items()}
 
 
@@ -409,7 +411,8 @@ def split(tensors, rank: int, ranks: int, how: str) -> dict[str, Fragment]:
 
 
 def empty_like(fragments: dict[str, Fragment]) -> dict[str, Fragment]:
-    return {name: Fragment(torch.zeros_like(f.part).contiguous(), f.start, f.shape, f.everywhere) for name, f in fragments.items()}
+    return {name: Fragment(torch.zeros_like(f.part).contiguous(), f.start, f.shape, f.everywhere)
+            for name, f in fragments.items()}
 
 
 SPLITS = ["rows", "evenly", "somehow", "anyhow"]
@@ -423,7 +426,8 @@ def test_any_part_is_read_of_what_any_ranks_wrote(tmp_path, ranks, how):
     for rank in range(ranks):
         parts = {name: f for name, f in split(tensors, rank, ranks, how).items()
                  if (f.part.numel() or 0 in f.shape) and (rank == 0 or not f.everywhere)}
-        storage.write(tmp_path / f"{rank}.safetensors", {name: f.part.detach().resolve_conj().contiguous() for name, f in parts.items()})
+        plain = {name: f.part.detach().resolve_conj().contiguous() for name, f in parts.items()}
+        storage.write(tmp_path / f"{rank}.safetensors", plain)
         places[f"{rank}.safetensors"] = {name: (f.start, f.shape) for name, f in parts.items()}
     storage.write_index(tmp_path, places)
     reader = storage.Reader(tmp_path)

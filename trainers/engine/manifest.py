@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -28,13 +30,24 @@ def entry(path: Path) -> dict[str, Any]:
 
 def check(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
     """Raises: Broken: the file is not the one that was written."""
-    path = folder / name
-    try:
-        size = path.stat().st_size
+    check_size(folder, name, expected)
+    with _readable(name):
+        if entry(folder / name)["sha256"] != expected["sha256"]:
+            raise Broken(f"{name} has changed since it was written (sha256)")
+
+
+def check_size(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    """Raises: Broken: the file is missing, or has not the size that was written."""
+    with _readable(name):
+        size = (folder / name).stat().st_size
         if size != expected["size"]:
             raise Broken(f"{name} has {size} bytes, not {expected['size']}")
-        if entry(path)["sha256"] != expected["sha256"]:
-            raise Broken(f"{name} has changed since it was written (sha256)")
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise Broken(f"{name} is missing") from None
     except OSError as error:
@@ -70,7 +83,8 @@ def read(folder: Path, step: int) -> dict[str, Any]:
         Broken: there is none, or it is not as it was written, or not for this step.
     """
     try:
-        text = (folder / NAME).read_text(encoding="utf-8")
+        with _readable(NAME):
+            text = (folder / NAME).read_text(encoding="utf-8")
         content = json.loads(text)
         seal = content.pop("digest")
         # The text is compared too: a byte may change and still be read as the same JSON.
@@ -86,10 +100,6 @@ def read(folder: Path, step: int) -> dict[str, Any]:
         for name in (STATE, INDEX):
             if name not in content["files"]:
                 raise Broken(f"{name} is missing from {NAME}")
-    except FileNotFoundError:
-        raise Broken(f"{NAME} is missing") from None
-    except OSError as error:
-        raise Broken(f"{NAME} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Broken(f"{NAME} is not a manifest") from None
     return content

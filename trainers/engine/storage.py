@@ -49,7 +49,10 @@ def write(file: Path, parts: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def raw(tensor: Tensor) -> np.ndarray:
     """The bytes of a contiguous CPU tensor, [nbytes], shared with it."""
-    return tensor.detach().view(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+    if not tensor.numel():
+        return np.empty(0, np.uint8)
+    # Strided, because of a single element any stride is contiguous, and only of stride 1 are there bytes.
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def write_index(folder: Path, places: Mapping[str, Places]) -> None:
