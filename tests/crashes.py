@@ -11,10 +11,11 @@ from pathlib import Path
 CODE = 9  # the exit code of a process that ended so
 
 
-def crash_at(number: int, root: Path, power: random.Random | None = None) -> None:
+def crash_at(number: int | None, root: Path, power: random.Random | None = None) -> Callable[[], int]:
     """End this process just before its `number`-th operation on what lies in `root`: opening, making, renaming, removing,
-    listing, flushing, or writing, half of which is done then. From 1.
+    listing, flushing, or writing, half of which is done then. From 1; None: never.
 
+    Returns: a function that gives the operations so far.
     Args:
         power: it is the power that fails: what was not flushed loses an end, of this randomness.
     """
@@ -32,7 +33,7 @@ def crash_at(number: int, root: Path, power: random.Random | None = None) -> Non
 
     def hook(event: str, args: tuple) -> None:
         paths = [os.fspath(arg) for arg in args if isinstance(arg, (str, os.PathLike))]
-        if seen >= number or not (event == "open" or event.startswith(("os.", "shutil."))):
+        if seen == number or not (event == "open" or event.startswith(("os.", "shutil."))):
             return
         if not any(path.startswith(str(root)) for path in paths):
             return
@@ -61,6 +62,7 @@ def crash_at(number: int, root: Path, power: random.Random | None = None) -> Non
 
     os.write, os.fsync = counted_write, counted_fsync
     sys.addaudithook(hook)
+    return lambda: seen
 
 
 def forked(work: Callable[[], int]) -> int:
