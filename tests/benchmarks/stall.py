@@ -36,29 +36,30 @@ from trainers.engine.world import World
 
 MB = 10**6
 LAYERS, WIDTH = 20, 2500          # 20 x 2500 x 2500 x 4 bytes = 500 MB
-STEPS = 40                        # after a checkpoint, of about 50 ms
+STEPS = 30                        # after a checkpoint, while it is written in the background
 
 
 class Training:
-    """Steps of a model whose state is its parameters, 500 MB of them."""
+    """Steps of a model whose state is its parameters, 500 MB of them, of which the last layer is trained: steps of a few
+    milliseconds."""
 
     def __init__(self):
-        self.model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
+        self.model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))).requires_grad_(False)
+        self.optimizer = torch.optim.SGD(self.model[-1].requires_grad_(True).parameters(), lr=1e-3)
 
     def step(self) -> None:
         self.optimizer.zero_grad()
         self.model(torch.ones(1, WIDTH)).square().mean().backward()
         self.optimizer.step()
 
-    def seconds(self, save: Callable[[], None]) -> tuple[float, float]:
-        """(the call, the call and STEPS steps after it)"""
-        began = time.perf_counter()
+    def seconds(self, save: Callable[[], None]) -> tuple[float, float, float]:
+        """(the call; of it, this thread at work; the call and STEPS steps after it)"""
+        began, at_work = time.perf_counter(), time.thread_time()
         save()
-        called = time.perf_counter() - began
+        called, worked = time.perf_counter() - began, time.thread_time() - at_work
         for _ in range(STEPS):
             self.step()
-        return called, time.perf_counter() - began
+        return called, worked, time.perf_counter() - began
 
 
 def main() -> None:
@@ -82,21 +83,22 @@ def main() -> None:
                 accelerator.save_state(str(Path(folder, "state")))
 
         ours(), checkpoints.wait(), theirs(), training.step()  # the first, with fresh buffers, is no turn
-        calls, wholes = [], []
+        print("turn: seconds of ours / of save_state: the call, work in it, what call and steps took more than steps alone")
+        ratios = []
         for turn in range(1, turns + 1):
-            plain = training.seconds(lambda: None)[1]
+            plain = training.seconds(lambda: None)[2]
             found = {}
             for save in (ours, theirs) if turn % 2 else (theirs, ours):
-                found[save] = training.seconds(save)
-                checkpoints.wait()
+                call, work, whole = training.seconds(save)
+                found[save] = call, work, whole - plain
+                assert checkpoints.wait() is None
                 os.sync()
-            calls.append(found[ours][0] / found[theirs][0])
-            wholes.append((found[ours][1] - plain) / max(found[theirs][1] - plain, 1e-9))
-            print(f"turn {turn}: {STEPS} steps {plain:.2f} s; the call: ours {found[ours][0]:.3f} s, save_state "
-                  f"{found[theirs][0]:.3f} s, ratio {calls[-1]:.3f}; with the steps: {found[ours][1]:.2f} s, "
-                  f"{found[theirs][1]:.2f} s, ratio of what it added {wholes[-1]:.3f}", flush=True)
-        print(f"median ratio of the stall {statistics.median(calls):.3f}; of all that a checkpoint added to the steps around "
-              f"it, writing in the background included, {statistics.median(wholes):.3f} ({torch.get_num_threads()} threads)")
+            ratios.append([mine / other for mine, other in zip(found[ours], found[theirs])])
+            print(f"{turn}: " + ", ".join(f"{mine:.3f} / {other:.3f}" for mine, other in zip(found[ours], found[theirs])),
+                  flush=True)
+        call, work, whole = (statistics.median(column) for column in zip(*ratios))
+        print(f"median ratios: the stall {call:.3f}; work in it {work:.3f}; with what writing in the background takes from "
+              f"the steps {whole:.3f} ({torch.get_num_threads()} threads)")
         checkpoints.close()
         size = sum(value.nbytes for value in training.model.parameters())
         peak, idle = (rss(words) for words in (["export", str(paths.root)], ["--help"]))
