@@ -54,6 +54,18 @@ def _readable(name: str) -> Iterator[None]:
         raise Broken(f"{name} cannot be read: {error.strerror or error}") from None
 
 
+def sealed(folder: Path, step: int) -> dict[str, Any]:
+    """The manifest of checkpoint `step`, if all its files have the sizes that it says.
+
+    Raises:
+        Broken: they have not.
+    """
+    content = read(folder, step)
+    for name, expected in content["files"].items():
+        check_size(folder, name, expected)
+    return content
+
+
 def verify(folder: Path, step: int) -> dict[str, Any]:
     """The manifest of checkpoint `step`, if all its files are as it says. Reads them all.
 
