@@ -642,6 +642,94 @@ def sync(word: str, root: Path) -> int:
     return upload(find_run(root, word))
 
 
+class Step(click.ParamType):
+    name = "step"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
+        if isinstance(value, int) or value == "best":
+            return value
+        if not value.isdecimal():
+            self.fail(f"{value!r} is neither a step nor `best`", param, context)
+        return int(value)
+
+
+@command
+@run_argument
+@click.option("--step", type=Step(), metavar="N|best", help="Of this checkpoint, or of the best by checkpoint.metric; by "
+              "default of the newest whole one.")
+@click.option("--to", type=click.Choice(["safetensors", "huggingface"]), default="safetensors",
+              help="A file a model, or a folder that from_pretrained loads.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="PATH",
+              help="A folder, or one model's very file (.safetensors); by default the run's export/step_<n>/.")
+@runs_option
+@json_option
+def export(word: str, root: Path, step: int | str | None, to: str, output: Path | None, json: bool) -> None:
+    """Write a checkpoint's models to files for others."""
+    from launch import export as exports
+    from launch.runs import find_run
+
+    found = exports.export(find_run(root, word), step=step, to=to, output=output)
+    _print_json(found) if json else exports.say(found)
+
+
+@cli.group(params=[verbose_option()], no_args_is_help=False)
+def checkpoint() -> None:
+    """List, verify or prune a run's checkpoints."""
+
+
+def checkpoint_command(function: Callable) -> click.Command:
+    made = checkpoint.command(function.__name__.removesuffix("_checkpoints"))(function)
+    made.params.append(verbose_option())
+    return made
+
+
+@checkpoint_command
+@run_argument
+@runs_option
+@json_option
+def list_checkpoints(word: str, root: Path, json: bool) -> None:
+    """List the checkpoints there are, by their manifests."""
+    from launch import checkpoints
+    from launch.runs import find_run
+
+    rows = checkpoints.listing(find_run(root, word).paths)
+    _print_json(rows) if json else print(checkpoints.table(rows))
+
+
+@checkpoint_command
+@run_argument
+@click.option("--step", type=click.IntRange(min=0), metavar="N", help="Of this checkpoint alone.")
+@runs_option
+@json_option
+def verify_checkpoints(word: str, root: Path, step: int | None, json: bool) -> int:
+    """Read and hash every file; the exit code is 1 if one is not as it was written."""
+    from launch import checkpoints
+    from launch.runs import find_run
+
+    rows = checkpoints.verify(find_run(root, word).paths, step)
+    if json:
+        _print_json(rows)
+    else:
+        for row in rows:
+            print(f"step_{row['step']}: " + (row["problem"] or f"whole, {checkpoints.size(row['bytes'])}"))
+    return int(any(row["problem"] for row in rows))
+
+
+@checkpoint_command
+@run_argument
+@click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Instead of the run's own checkpoint.keep_last.")
+@click.option("--dry-run", is_flag=True, help="Say what would be deleted, and do nothing.")
+@runs_option
+@json_option
+def prune_checkpoints(word: str, root: Path, keep_last: int | None, dry_run: bool, json: bool) -> None:
+    """Delete what checkpoint.keep_last, keep_best and keep_every do not keep; never the last whole one."""
+    from launch import checkpoints
+    from launch.runs import find_run
+
+    found = checkpoints.prune(find_run(root, word), keep_last, dry_run)
+    _print_json(found) if json else print(checkpoints.pruned(found))
+
+
 @command
 @click.argument("task", required=False)
 @spec_options

@@ -20,15 +20,20 @@ def table(rows: Sequence[dict[str, Any]], width: int | None = None) -> str:
     Rows of a sweep, which have `overrides`, are compared: what differs, and each metric, have columns."""
     if not rows:
         return "no runs"
-    width = width or shutil.get_terminal_size().columns
     cells = _comparison(rows) if "overrides" in rows[0] else [COLUMNS, *(_cells(row) for row in rows)]
-    widths = [max(map(_width, column)) for column in zip(*cells)]
-    lines = [_cut("  ".join(map(_pad, line, widths)).rstrip(), width) for line in cells]
     of: dict[str, list[str]] = {}
     for row in rows:
         if row.get("note"):
             of.setdefault(row["note"], []).append(row["id"])
-    return "\n".join([*lines, *(f"note: {ids[0] if len(ids) == 1 else f'{len(ids)} runs'}: {note}" for note, ids in of.items())])
+    notes = [f"note: {ids[0] if len(ids) == 1 else f'{len(ids)} runs'}: {note}" for note, ids in of.items()]
+    return "\n".join([columns(cells, width), *notes])
+
+
+def columns(cells: Sequence[tuple[str, ...]], width: int | None = None) -> str:
+    """Lines of cells, aligned and cut at `width` columns (None: the terminal's)."""
+    width = width or shutil.get_terminal_size().columns
+    widths = [max(map(_width, column)) for column in zip(*cells)]
+    return "\n".join(_cut("  ".join(map(_pad, line, widths)).rstrip(), width) for line in cells)
 
 
 def _comparison(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -68,8 +73,8 @@ def details(status: dict[str, Any]) -> str:
         "metrics": metrics_line(status["metrics"] or {}),
         "process": f"{job['pid']} on {job['host']}" if job and "pid" in job and status["state"] in ACTIVE else "",
         "weights": _weights(status.get("init")),
-        "created": f"{_local(status['created'])} ({_ago(status['created'])})",
-        "updated": f"{_local(status['updated'])} ({_ago(status['updated'])})",
+        "created": f"{local(status['created'])} ({_ago(status['created'])})",
+        "updated": f"{local(status['updated'])} ({_ago(status['updated'])})",
         "folder": status["path"],
         "log": status["log"],
         "job log": status["job_log"],
@@ -112,7 +117,7 @@ def _job(status: dict[str, Any]) -> str:
     if queue:
         said += f": {queue['state']}"
         if queue["nodes"]:
-            said += f" on {', '.join(queue['nodes'])} since {_local(queue['start'])}"
+            said += f" on {', '.join(queue['nodes'])} since {local(queue['start'])}"
     return said
 
 
@@ -125,7 +130,7 @@ def _start(queue: dict[str, Any]) -> str:
     if not queue["start"]:
         return "SLURM has no estimate yet"
     seconds = (datetime.fromisoformat(queue["start"]) - datetime.now(UTC)).total_seconds()
-    return f"about {_local(queue['start'])}" + (f", in {_long(seconds)}" if seconds > 0 else "") + ", by SLURM's estimate"
+    return f"about {local(queue['start'])}" + (f", in {_long(seconds)}" if seconds > 0 else "") + ", by SLURM's estimate"
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -147,7 +152,7 @@ def _attempt(attempt: dict[str, Any]) -> str:
         said += f", {attempt['ranks']} rank(s) on {attempt['device']}, "
         said += f"job {attempt['job']} on {', '.join(attempt['nodes'])}" if attempt.get("job") else f"host {attempt['host']}"
     if attempt.get("began"):
-        said += f", {_local(attempt['began'])}"
+        said += f", {local(attempt['began'])}"
         if attempt.get("ended"):
             took = datetime.fromisoformat(attempt["ended"]) - datetime.fromisoformat(attempt["began"])
             said += f", took {duration(took.total_seconds())}"
@@ -170,7 +175,7 @@ def _failure(failure: dict[str, Any]) -> str:
     return f"{rank}{where} {how}" + (f": {message}" if message else "")
 
 
-def _local(time: str | None) -> str:
+def local(time: str | None) -> str:
     return datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M:%S") if time else "?"
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from launch.runs import find_run, read_run
 from trainers.engine import manifest
-from trainers.engine.choose import choose, sealed
+from trainers.engine.choose import choose
 from trainers.errors import UserError
 from trainers.files import read_json
 from trainers.paths import RunPaths
@@ -121,7 +121,7 @@ def keep(weights: Weights, paths: RunPaths) -> None:
                 raise
             except OSError:  # another file system, or one that has no such links
                 shutil.copyfile(file, target / file.name)
-        sealed(target, weights.step)  # all of it, and not of two that had this name one after the other
+        manifest.sealed(target, weights.step)  # all of it, and not of two that had this name one after the other
     except (FileNotFoundError, manifest.Broken):
         raise UserError(f"the checkpoint {source} has just been deleted", "take a newer one") from None
     except OSError:

@@ -61,6 +61,18 @@ class RunPaths:
     def figures(self) -> Path:
         return self.root / "figures"
 
+    def export(self, step: int) -> Path:
+        """The models of a checkpoint as files for others."""
+        return self.root / "export" / f"step_{step}"
+
+    @property
+    def descriptions(self) -> Path:
+        return self.root / "huggingface"
+
+    def huggingface(self, model: str) -> Path:
+        """What Hugging Face's layout of a model has beside its weights."""
+        return self.descriptions / model
+
     @property
     def code(self) -> Path:
         """The user's code as it was at submission."""

@@ -12,23 +12,19 @@ from trainers.engine import manifest
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "a").write_bytes(b"alpha")
-    (tmp_path / "b").write_bytes(b"")
-    manifest.write(tmp_path, step=7, entries={n: manifest.entry(tmp_path / n) for n in ("b", "a")},
+    for name in ("state.json", "index.json"):
+        (tmp_path / name).write_bytes(b"")
+    manifest.write(tmp_path, step=7, entries={n: manifest.entry(tmp_path / n) for n in ("state.json", "index.json", "a")},
                    metrics={"loss": 0.1, "bad": None})
     return tmp_path
 
 
-def check_all(folder):
-    for name, entry in manifest.read(folder, 7)["files"].items():
-        manifest.check(folder, name, entry)
-
-
 def test_what_was_written_is_read(folder):
     content = manifest.read(folder, 7)
-    assert content["metrics"] == {"loss": 0.1, "bad": None} and list(content["files"]) == ["a", "b"]
+    assert content["metrics"] == {"loss": 0.1, "bad": None} and list(content["files"]) == ["a", "index.json", "state.json"]
     assert content["files"]["a"] == {
         "size": 5, "sha256": "8ed3f6ad685b959ead7022518e1af76cd816f8e8ec7ccdda1ed4018e8f2223f8"}
-    check_all(folder)
+    assert manifest.verify(folder, 7) == content
 
 
 @pytest.mark.parametrize("content, problem", [
@@ -36,7 +32,16 @@ def test_what_was_written_is_read(folder):
 def test_a_changed_file_is_found(folder, content, problem):
     (folder / "a").unlink() if content is None else (folder / "a").write_bytes(content)
     with pytest.raises(manifest.Broken, match=problem):
-        check_all(folder)
+        manifest.verify(folder, 7)
+
+
+@pytest.mark.parametrize("name", ["state.json", "index.json"])
+def test_one_that_lists_too_little_is_refused(folder, name):
+    entries = manifest.read(folder, 7)["files"]
+    del entries[name]
+    manifest.write(folder, step=7, entries=entries)
+    with pytest.raises(manifest.Broken, match=f"{name} is missing from manifest.json"):
+        manifest.read(folder, 7)
 
 
 def test_any_flipped_byte_of_the_manifest_is_found(folder):
@@ -48,7 +53,7 @@ def test_any_flipped_byte_of_the_manifest_is_found(folder):
             with pytest.raises(manifest.Broken, match="manifest.json"):
                 manifest.read(folder, 7)
     path.write_bytes(whole)
-    check_all(folder)
+    manifest.verify(folder, 7)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"digest": 1}', "\ud800"])
@@ -62,7 +67,7 @@ def test_an_unknown_format_is_refused(folder, monkeypatch):
     monkeypatch.setattr(manifest, "FORMAT", 99)
     manifest.write(folder, step=7, entries={})
     monkeypatch.undo()
-    with pytest.raises(manifest.Broken, match="format 99; this version reads 1"):
+    with pytest.raises(manifest.Broken, match="format 99; this version reads 2"):
         manifest.read(folder, 7)
 
 
@@ -78,9 +83,10 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(folder):
 
 
 def test_the_manifest_is_json_for_others_to_read(folder):
-    assert json.loads((folder / manifest.NAME).read_text())["format"] == 1
+    assert json.loads((folder / manifest.NAME).read_text())["format"] == 2
 
 
-def test_manifests_and_retention_need_no_torch():
-    code = "import sys, trainers.engine.manifest, trainers.engine.retention; sys.exit('torch' in sys.modules)"
+def test_what_reads_checkpoints_for_others_needs_no_torch():
+    modules = ", ".join(f"trainers.engine.{name}" for name in ("manifest", "retention", "shelf", "tensor_files"))
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,12 +5,12 @@ import math
 import pytest
 
 from trainers.config import Checkpoint
-from trainers.engine.retention import stale
+from trainers.engine import retention
 
 
 def kept(metrics, newest=None, **config):
     newest = max(metrics) if newest is None else newest
-    return sorted(set(metrics) - set(stale(metrics, Checkpoint(**config), newest)))
+    return sorted(set(metrics) - set(retention.stale(metrics, Checkpoint(**config), newest)))
 
 
 def plain(*steps):
@@ -49,4 +49,12 @@ def test_no_best_without_a_metric_or_with_none_wanted():
 
 
 def test_what_is_newer_is_neither_deleted_nor_counted():
-    assert stale(plain(10, 20, 30, 40), Checkpoint(keep_last=1), newest=20) == [10]
+    assert retention.stale(plain(10, 20, 30, 40), Checkpoint(keep_last=1), newest=20) == [10]
+
+
+def test_why_each_is_kept():
+    metrics = {step: {"f1": value} for step, value in [(10, 0.9), (20, 0.1), (30, 0.2), (40, 0.8)]}
+    config = Checkpoint(keep_last=2, keep_best=2, keep_every=20, metric="f1")
+    assert list(retention.kept(metrics, config).items()) == [
+        (40, ["last", "best", "every"]), (30, ["last"]), (20, ["every"]), (10, ["best"])]
+    assert retention.ranked(metrics, config) == [20, 30, 40, 10]

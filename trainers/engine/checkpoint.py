@@ -1,13 +1,7 @@
 """Checkpoints as transactions: a folder `step_<n>` is a whole checkpoint or it is passed over.
 
 All ranks write into `step_<n>.tmp`, a manifest of hashes seals it, everything is flushed, and rank 0
-renames it. Beside `step_<n>` there may lie, after an interruption:
-
-    step_<n>.tmp       being written, or being deleted
-    step_<n>.old       was replaced by another of its step; put back if that one was never committed
-    step_<n>.broken    was passed over
-
-The next commit deletes them.
+renames it. What else may lie beside it, `shelf` says.
 """
 
 from __future__ import annotations
@@ -15,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Callable, Mapping, TypeVar
 
@@ -27,14 +21,13 @@ import torch.distributed as dist
 
 from trainers import files, heartbeat
 from trainers.config import Checkpoint
-from trainers.engine import manifest, retention, storage
+from trainers.engine import manifest, retention, shelf, storage
 from trainers.engine.fragments import Fragment
+from trainers.engine.manifest import INDEX, STATE
+from trainers.engine.shelf import BROKEN, OLD, TMP
 from trainers.engine.world import World
 from trainers.errors import UserError
 from trainers.paths import RunPaths
-
-STATE = "state.json"
-TMP, OLD, BROKEN = ".tmp", ".old", ".broken"
 
 T = TypeVar("T")
 
@@ -103,12 +96,8 @@ class Checkpoints:
         loaded: list[Any] = []
 
         def read() -> None:
-            try:
-                loaded[:] = storage.Reader(folder), files.read_json(folder / STATE)
-            except Exception as error:  # whatever a file that is not ours makes of the readers
-                raise UserError(f"{folder} cannot be loaded: {error}",
-                                "if you did not write it, do not trust it; without that folder the next older "
-                                "checkpoint is used") from error
+            reader = storage.Reader(folder)
+            loaded[:] = reader, reader.json(STATE)
 
         self._everywhere(read)
         return loaded[0], loaded[1]
@@ -173,9 +162,7 @@ class Checkpoints:
     # -- finding
 
     def _committed_steps(self) -> list[int]:
-        for path in self._leftovers(OLD):
-            if not path.with_suffix("").exists():
-                os.rename(path, path.with_suffix(""))
+        shelf.put_back(self.paths)
         return self.paths.checkpoint_steps()
 
     def _problem(self, step: int) -> str | None:
@@ -184,10 +171,9 @@ class Checkpoints:
 
         def entries() -> tuple[dict[str, Any], str | None]:
             try:
-                found = manifest.read(folder, step)["files"]
+                return manifest.read(folder, step)["files"], None
             except manifest.Broken as problem:
                 return {}, str(problem)
-            return found, None if STATE in found else f"{STATE} is missing"
 
         found, problem = self._on_main(entries)
         if problem is not None:
@@ -260,9 +246,10 @@ class Checkpoints:
             files.replace_text(tmp / STATE, state_text)
             storage.write_index(tmp, {name: places for name, _, places in written})
             entries = {name: entry for name, entry, _ in written if entry is not None}
-            entries |= {name: manifest.entry(tmp / name) for name in (STATE, storage.INDEX)}
-            manifest.write(tmp, step=step, entries=entries, strategy=self.strategy, world_size=self.world.size,
-                           layout=self.config.layout, versions={"torch": torch.__version__}, metrics=metrics)
+            entries |= {name: manifest.entry(tmp / name) for name in (STATE, INDEX)}
+            manifest.write(tmp, step=step, entries=entries, created=datetime.now(UTC).isoformat(timespec="seconds"),
+                           strategy=self.strategy, world_size=self.world.size, layout=self.config.layout,
+                           versions={"torch": torch.__version__}, metrics=metrics)
             self._check_fence()
             if final.exists():
                 old = final.with_name(final.name + OLD)
@@ -307,31 +294,17 @@ class Checkpoints:
 
     def _clean(self, newest: int) -> None:
         """Delete what the newest commit makes superfluous."""
-        for path in self._leftovers(TMP, OLD, BROKEN):
-            shutil.rmtree(path, ignore_errors=True)
-        metrics = {}
-        for step in self.paths.checkpoint_steps():
-            try:
-                metrics[step] = manifest.read(self.paths.checkpoint(step), step)["metrics"]
-            except manifest.Broken:
-                pass  # neither counted nor deleted: somebody may want to look at it
-        for step in retention.stale(metrics, self.config, newest):
-            # Renamed first, so that an interruption leaves no half checkpoint under a whole one's name.
-            path = self.paths.checkpoint(step)
-            going = path.with_name(path.name + TMP)
-            os.rename(path, going)
-            shutil.rmtree(going, ignore_errors=True)
-
-    def _leftovers(self, *suffixes: str) -> list[Path]:
-        return [path for path in self.paths.checkpoints.glob("step_*")
-                if path.suffix in suffixes and re.fullmatch(r"step_\d+", path.stem)]
+        shelf.sweep(self.paths)
+        # One whose manifest cannot be read is neither counted nor deleted: somebody may want to look at it.
+        for step in retention.stale(shelf.metrics(shelf.manifests(self.paths)), self.config, newest):
+            shelf.delete(self.paths, step)
 
     def _warn(self, message: str) -> None:
         self.say({"event": "note", "level": "warning", "message": message})
 
 
 def _copy(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
-    if tensor.is_cuda or tensor.is_conj() or not tensor.is_contiguous():
+    if tensor.is_cuda or tensor.is_conj() or tensor.is_neg() or not tensor.is_contiguous():
         buffer.copy_(tensor, non_blocking=True)
     else:
         # In one thread, by numpy: torch's several wait for each other wherever something else has a core

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
-from typing import Any
-
 from trainers.config import Checkpoint
-from trainers.engine import manifest
+from trainers.engine import manifest, retention
 from trainers.errors import UserError
 from trainers.paths import RunPaths
 
@@ -35,7 +31,7 @@ def choose(paths: RunPaths, which: str | None, config: Checkpoint) -> int:
     metrics, problems = {}, {}
     for step in reversed(steps):
         try:
-            metrics[step] = sealed(paths.checkpoint(step), step)["metrics"]
+            metrics[step] = manifest.sealed(paths.checkpoint(step), step)["metrics"]
         except manifest.Broken as problem:
             problems[step] = str(problem)
             continue
@@ -49,26 +45,11 @@ def choose(paths: RunPaths, which: str | None, config: Checkpoint) -> int:
     if config.metric is None:
         raise UserError(f"run {paths.id} names no metric by which a checkpoint is the best (`checkpoint.metric`)",
                         f"give a step: {_listed(steps)}")
-    sign = 1 if config.mode == "max" else -1
-    values = {step: found.get(config.metric) for step, found in metrics.items()}
-    ranked = sorted((sign * value, step) for step, value in values.items() if value is not None and math.isfinite(value))
+    ranked = retention.ranked(metrics, config)
     if not ranked:
         raise UserError(f"no checkpoint of run {paths.id} was evaluated by `{config.metric}` (`checkpoint.metric`)",
                         f"give a step: {_listed(steps)}")
-    return ranked[-1][1]
-
-
-def sealed(folder: Path, step: int) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files have the sizes that it says. Raises: manifest.Broken."""
-    found = manifest.read(folder, step)
-    for name, entry in found["files"].items():
-        try:
-            size = (folder / name).stat().st_size
-        except OSError:
-            raise manifest.Broken(f"{name} is missing") from None
-        if size != entry["size"]:
-            raise manifest.Broken(f"{name} has {size} bytes, not {entry['size']}")
-    return found
+    return ranked[-1]
 
 
 def _listed(steps: list[int], most: int = 8) -> str:

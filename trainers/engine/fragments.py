@@ -36,6 +36,17 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in parameters}
 
 
+def tied(models: Mapping[str, nn.Module]) -> dict[str, str]:
+    """By each further name of a parameter that a model names more than once: its first name; as checkpoints name them."""
+    found = {}
+    for model_name, model in models.items():
+        first: dict[nn.Parameter, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if first.setdefault(parameter, name) != name:
+                found[f"models/{model_name}/{name}"] = f"models/{model_name}/{first[parameter]}"
+    return found
+
+
 def fill(fragments: Mapping[str, Fragment], shapes: Mapping[str, tuple[int, ...]], read: Read) -> None:
     """Read into every fragment what a checkpoint holds for it; `shapes`: of the checkpoint's tensors.
 

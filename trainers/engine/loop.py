@@ -7,13 +7,14 @@ import shutil
 import time
 from typing import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainers import events, heartbeat
 from trainers.config import RunConfig
 from trainers.engine.checkpoint import Checkpoints
 from trainers.engine.evaluation import draw_figures, evaluate
-from trainers.engine.fragments import Fragment, fill
+from trainers.engine.fragments import Fragment, fill, tied
+from trainers.engine.huggingface import describe
 from trainers.engine.learner import Learner
 from trainers.engine.setup import set_up
 from trainers.engine.storage import Reader
@@ -48,7 +49,7 @@ class Loop:
     def __init__(self, task: Task, config: RunConfig, world: World, paths: RunPaths, attempt: int | None):
         self.task, self.config, self.world, self.paths = task, config, world, paths
         train = config.train
-        setup = set_up(task, config, world)
+        setup = set_up(task, config, world, made=self._made)
         self.strategy, self.stopping, self.models = setup.strategy, setup.stopping, setup.models
         self.train_set, self.eval_set = setup.train_set, setup.eval_set
         self.layout, self.parameters = setup.layout, setup.parameters
@@ -68,6 +69,12 @@ class Loop:
         self._is_best = self._warned = False
         self.measured: Mapping[str, Tensor] | None = None  # by the last evaluation of this attempt
         self._logged_at = (0, 0.0)  # (step, time) since which rates are measured
+
+    def _made(self, models: Mapping[str, nn.Module]) -> None:
+        """Before they are placed, which changes their classes."""
+        self.tied = tied(models)
+        if self.world.main:
+            describe(self.task, models, self.paths)
 
     def run(self) -> int:
         self._resume()
@@ -202,7 +209,7 @@ class Loop:
         self.tracker.before_checkpoint()
         state = {
             "step": self.step, "evaluated": self.evaluated, "metrics": self.metrics, "best": self.best,
-            "samples": self._samples(),
+            "samples": self._samples(), "tied": self.tied,
             "updates": {learner.update.name: learner.state() for learner in self.learners},
         }
         share_buffers(self.models, self.world)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Mapping
 
 from trainers import files
 
 NAME = "manifest.json"
+STATE = "state.json"
+INDEX = "index.json"
 FORMAT = 2
 
 
@@ -26,17 +30,52 @@ def entry(path: Path) -> dict[str, Any]:
 
 def check(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
     """Raises: Broken: the file is not the one that was written."""
-    path = folder / name
-    try:
-        size = path.stat().st_size
+    check_size(folder, name, expected)
+    with _readable(name):
+        if entry(folder / name)["sha256"] != expected["sha256"]:
+            raise Broken(f"{name} has changed since it was written (sha256)")
+
+
+def check_size(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    """Raises: Broken: the file is missing, or has not the size that was written."""
+    with _readable(name):
+        size = (folder / name).stat().st_size
         if size != expected["size"]:
             raise Broken(f"{name} has {size} bytes, not {expected['size']}")
-        if entry(path)["sha256"] != expected["sha256"]:
-            raise Broken(f"{name} has changed since it was written (sha256)")
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise Broken(f"{name} is missing") from None
     except OSError as error:
         raise Broken(f"{name} cannot be read: {error.strerror or error}") from None
+
+
+def sealed(folder: Path, step: int) -> dict[str, Any]:
+    """The manifest of checkpoint `step`, if all its files have the sizes that it says.
+
+    Raises:
+        Broken: they have not.
+    """
+    content = read(folder, step)
+    for name, expected in content["files"].items():
+        check_size(folder, name, expected)
+    return content
+
+
+def verify(folder: Path, step: int) -> dict[str, Any]:
+    """The manifest of checkpoint `step`, if all its files are as it says. Reads them all.
+
+    Raises:
+        Broken: they are not.
+    """
+    content = read(folder, step)
+    for name, expected in content["files"].items():
+        check(folder, name, expected)
+    return content
 
 
 def write(folder: Path, *, step: int, entries: Mapping[str, Any], **about: Any) -> None:
@@ -56,7 +95,8 @@ def read(folder: Path, step: int) -> dict[str, Any]:
         Broken: there is none, or it is not as it was written, or not for this step.
     """
     try:
-        text = (folder / NAME).read_text(encoding="utf-8")
+        with _readable(NAME):
+            text = (folder / NAME).read_text(encoding="utf-8")
         content = json.loads(text)
         seal = content.pop("digest")
         # The text is compared too: a byte may change and still be read as the same JSON.
@@ -67,15 +107,19 @@ def read(folder: Path, step: int) -> dict[str, Any]:
         if content["step"] != step:
             raise Broken(f"{NAME} is for step {content['step']}")
         for name in content["files"]:
-            if Path(name).name != name:
+            if not names_file(name):
                 raise Broken(f"{NAME} lists {name!r}, which is no name of a file in this folder")
-    except FileNotFoundError:
-        raise Broken(f"{NAME} is missing") from None
-    except OSError as error:
-        raise Broken(f"{NAME} cannot be read: {error.strerror or error}") from None
+        for name in (STATE, INDEX):
+            if name not in content["files"]:
+                raise Broken(f"{name} is missing from {NAME}")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Broken(f"{NAME} is not a manifest") from None
     return content
+
+
+def names_file(name: str) -> bool:
+    """Whether it is a file's name, which leads out of no folder."""
+    return Path(name).name == name and name not in ("", "..")
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,13 @@ class Setup:
     parameters: int
 
 
-def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None = None) -> Setup:
-    """On all ranks. `placed`: what the strategy is to follow, if not `config`.
+def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None = None,
+           made: Callable[[Mapping[str, nn.Module]], None] = lambda models: None) -> Setup:
+    """On all ranks.
+
+    Args:
+        placed: what the strategy is to follow, if not `config`.
+        made: told the models before they are placed.
 
     Raises:
         UserError: bad input, settings that do not go together, a device that cannot compute so.
@@ -45,6 +51,7 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
     train_set, eval_set = task.data(world)
     torch.manual_seed(mix(train.seed, "models"))
     models = task.models()
+    made(models)
     found = layout(models)
     parameters = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
     return Setup(strategy, stopping, train_set, eval_set, {name: strategy.place(model) for name, model in models.items()},

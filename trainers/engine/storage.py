@@ -1,16 +1,14 @@
 """Tensors in the files of a checkpoint: each rank writes one file of safetensors, an index says what is where.
 
-A file `<rank>.safetensors` holds flat parts of tensors by name, in the format of
-https://github.com/huggingface/safetensors (an 8-byte length, a JSON header, the bytes), which any reader of it opens.
-`index.json` gives each tensor's shape, and the start of its part in each file that has one. Nothing in them is executed.
+A file `<rank>.safetensors` holds flat parts of tensors by name, which any reader of safetensors opens. `index.json` gives
+each tensor's shape, and the start of its part in each file that has one. Nothing in them is executed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainers.engine import tensor_files
+from trainers.engine.manifest import INDEX
+from trainers.engine.tensor_files import Layout, Parts
+from trainers.errors import UserError
 from trainers.files import read_json, replace_text
 
 Places = Mapping[str, tuple[int, tuple[int, ...]]]  # by name: the start of a part in its tensor, the tensor's shape
 
-INDEX = "index.json"
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16",
+    torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
 }
-CHUNK_BYTES = 1 << 24  # written and hashed at a time
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def write(file: Path, parts: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -38,30 +40,19 @@ def write(file: Path, parts: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         OSError: it could not be written. ValueError: a dtype that the format has not.
     """
-    header, at = {}, 0
     for name, part in parts.items():
         if part.dtype not in DTYPES:
             raise ValueError(f"`{name}` is {part.dtype}, which checkpoints cannot hold")
-        header[name] = {"dtype": DTYPES[part.dtype], "shape": [part.numel()], "data_offsets": [at, at + part.nbytes]}
-        at += part.nbytes
-    text = json.dumps(header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(file, "wb", buffering=0) as opened:
-        for content in (len(text).to_bytes(8, "little") + text, *map(raw, parts.values())):
-            content = memoryview(content)
-            for start in range(0, len(content), CHUNK_BYTES):
-                chunk = content[start:start + CHUNK_BYTES]
-                digest.update(chunk)
-                while chunk:  # a write may be cut short
-                    chunk = chunk[opened.write(chunk):]
-        os.fsync(opened.fileno())
-        return {"size": opened.tell(), "sha256": digest.hexdigest()}
+    layouts = {name: Layout(DTYPES[part.dtype], (part.numel(),)) for name, part in parts.items()}
+    return tensor_files.write(file, layouts, lambda name: [memoryview(raw(parts[name]))])
 
 
 def raw(tensor: Tensor) -> np.ndarray:
     """The bytes of a contiguous CPU tensor, [nbytes], shared with it."""
-    return tensor.detach().view(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+    if not tensor.numel():
+        return np.empty(0, np.uint8)
+    # Strided, because of a single element any stride is contiguous, and only of stride 1 are there bytes.
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def write_index(folder: Path, places: Mapping[str, Places]) -> None:
@@ -76,53 +67,40 @@ def write_index(folder: Path, places: Mapping[str, Places]) -> None:
 class Reader:
     """The tensors of one checkpoint; reads no more of a file than is asked for.
 
-    Raises, from every method: Exception, of any kind, where the files are not what `write` left.
+    Raises, from every method: UserError, where the files are not what `write` left.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._tensors = read_json(folder / INDEX)["tensors"]
-        self._files: dict[str, Any] = {}
+        with self._ours():
+            self._parts = Parts(folder)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(entry["shape"]) for name, entry in self._tensors.items()}
+        return self._parts.shapes
 
     def read(self, name: str, start: int, count: int) -> Tensor:
         """`count` elements from `start` on: flat, on the CPU, the caller's own."""
-        result: Tensor | None = None
-        missing = count
-        for file, begins in self._tensors[name]["parts"].items():
-            part = self._open(file).get_slice(name)
-            (length,) = part.get_shape()
-            first, last = max(start, begins), min(start + count, begins + length)
-            if first >= last:
-                continue
-            values = part[first - begins:last - begins]
-            if last - first == count:
-                return values.clone()  # not a view of the mapped file
-            if result is None:
-                result = torch.empty(count, dtype=values.dtype)
-            result[first - start:last - start] = values
-            missing -= last - first
-        if missing:
-            raise ValueError(f"{missing} of the {count} elements of `{name}` from {start} on are in no file")
-        return torch.empty(0) if result is None else result
+        with self._ours():
+            result = torch.empty(count, dtype=BY_NAME[self._parts.layout(name).dtype])
+            self._parts.read_into(name, start, memoryview(raw(result)))
+            return result
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor, in its shape."""
-        shape = tuple(self._tensors[name]["shape"])
-        count = int(np.prod(shape, dtype=np.int64))
-        if count == 0:
-            (file,) = list(self._tensors[name]["parts"])[:1]
-            return self._open(file).get_tensor(name).view(shape)
-        return self.read(name, 0, count).view(shape)
+        shape = self.shapes[name]
+        return self.read(name, 0, torch.Size(shape).numel()).view(shape)
 
-    def _open(self, file: str) -> Any:
-        from safetensors import safe_open
+    def json(self, name: str) -> Any:
+        """What another file of the checkpoint holds."""
+        with self._ours():
+            return read_json(self.folder / name)
 
-        if Path(file).name != file:
-            raise ValueError(f"{INDEX} points out of the checkpoint, to {file!r}")
-        if file not in self._files:
-            self._files[file] = safe_open(self.folder / file, framework="pt")
-        return self._files[file]
+    @contextmanager
+    def _ours(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a file that is not ours makes of a reader
+            raise UserError(f"{self.folder} cannot be loaded: {error or type(error).__name__}",
+                            "if you did not write it, do not trust it; without that folder the next older checkpoint is "
+                            "used") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Mapping, NamedTuple, Protocol
@@ -97,6 +98,17 @@ class Task:
 
     def updates(self) -> list[Update]:
         return [Update("model", trains="model", loss=lambda models, batch: self.loss(models["model"], batch))]
+
+    def huggingface(self, model: nn.Module, folder: Path) -> None:
+        """Write into a folder what Hugging Face's layout of a model has beside its weights: config.json, and a tokenizer's
+        files where there is one. Of a transformers model the config, by default; of any other nothing."""
+        config = getattr(model, "config", None)
+        if hasattr(model, "save_pretrained") and config is not None:
+            config = copy.deepcopy(config)
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(folder)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)
 
     def evaluate(self, models: Mapping[str, nn.Module], batch: Any) -> Measures:
         return self.measure(models["model"], batch)
