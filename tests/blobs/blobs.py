@@ -1,12 +1,17 @@
 """A task for the tests: small images whose class is their mean's sign; BatchNorm and dropout if asked for."""
 
+import os
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from trainers.engine.task import Loss, Task
+
+
+PACE = Path(os.environ.get("LAUNCH_RUN_DIR", ".")) / "pace"  # a test may have written another pause there
 
 
 class Blobs:
@@ -20,7 +25,8 @@ class Blobs:
         return len(self.labels)
 
     def batch(self, share):
-        time.sleep(self.pause_s)
+        if self.pause_s:
+            time.sleep(float(PACE.read_text()) if PACE.exists() else self.pause_s)
         rows = torch.from_numpy(share.indices)
         noise = share.generator().normal(scale=0.1, size=share.size)[share.slots]
         images = self.images[rows] + torch.from_numpy(noise).float().view(-1, 1, 1, 1)
