@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from trainers.engine.task import Loss, Task
 
-
 PACE = Path(os.environ.get("LAUNCH_RUN_DIR", ".")) / "pace"  # a test may have written another pause there
 
 
