@@ -13,8 +13,26 @@ from pathlib import Path
 
 import pytest
 
-BLOBS = Path(__file__).parent / "blobs" / "blobs.yaml"
-SENTENCES = Path(__file__).parent / "sentences" / "sentences.yaml"
+TESTS = Path(__file__).parent
+BLOBS = TESTS / "blobs" / "blobs.yaml"
+SENTENCES = TESTS / "sentences" / "sentences.yaml"
+
+WORKERS = 3  # on two cores: many tests wait, for SLURM or for a rank's end
+# What takes longest, which the workers begin with, so that they end together.
+LONGEST = ("slurm/test_interruptions.py", "test_same_run.py", "trainers/test_strategies.py", "slurm/test_submission.py", "test_training.py",
+           "slurm/test_explain.py", "slurm/test_many.py", "slurm/test_reading.py", "slurm/test_doctor.py")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes run the tests; none but this one for those of one file, or to see what they print (-s)."""
+    places = [Path(arg.partition("::")[0]) for arg in config.args]
+    one = len(set(places)) == 1 and places[0].is_file()
+    return 0 if one or config.option.capture == "no" else WORKERS
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -85,6 +103,12 @@ def wait_until(condition, timeout_s: float = 120, process: subprocess.Popen | No
             pytest.fail(f"it ended with {process.returncode} before what was waited for:\n{out}\n{err}")
         time.sleep(0.005)
     pytest.fail(f"not within {timeout_s} s")
+
+
+def pace(run: Path, pause_s: float) -> None:
+    """From now on the ranks of a run of BLOBS pause this long before each batch, if it began with `model.pause_s`."""
+    (run / "pace.new").write_text(str(pause_s))
+    (run / "pace.new").replace(run / "pace")
 
 
 def logged_steps(folder: Path) -> int:

@@ -286,6 +286,7 @@ def test_debug_shows_the_traceback_of_a_users_mistake(launch):
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "in loss" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_grace_that_is_too_short_for_a_checkpoint_is_told(launch):
     done = launch(BLOBS, "--procs", 1, "train.steps=20", "run.grace_s=0.001")
     assert done.returncode == 0

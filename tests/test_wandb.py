@@ -22,7 +22,7 @@ def history(path: Path) -> dict[int, dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_every_attempt_is_the_same_run_and_every_step_stands_once(launch, number):
-    process = launch.start(BLOBS, "--procs", 2, "--wandb", "offline", "wandb.project=a project")
+    process = launch.start(BLOBS, "--procs", 2, "--wandb", "offline", "wandb.project=a project", "model.pause_s=0.03")
     wait_until(lambda: logged_steps(launch.folder) >= 40, process=process)
     os.kill(ranks_of(process.pid)[0] if number == signal.SIGKILL else process.pid, number)
     process.communicate(timeout=100)

@@ -48,14 +48,15 @@ def test_a_folder_with_names_of_ours_breaks_nothing(launch):
     assert done.returncode == 0 and "the user's own" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_first_failure_is_recorded_and_the_others_are_ended(launch):
     script(launch.folder, "import os, signal, time\n"
            "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
            "if os.environ['RANK'] == '1':\n    time.sleep(0.5)\n    raise ValueError('a bad \\u5b57')\n"
-           "time.sleep(60)\n")
+           "time.sleep(600)\n")
     began = time.monotonic()
     done = launch("work.py", "--procs", 3)
-    assert done.returncode == 1 and time.monotonic() - began < 15
+    assert done.returncode == 1 and time.monotonic() - began < 60
     failure = attempt(launch.run(), 1)["failure"]
     assert (failure["rank"], failure["exit_code"], failure["signal"]) == (1, 1, None)
     assert failure["traceback"].startswith("Traceback") and failure["traceback"].endswith("ValueError: a bad 字")
@@ -64,11 +65,11 @@ def test_the_first_failure_is_recorded_and_the_others_are_ended(launch):
 
 
 def test_a_rank_that_is_killed_is_named_with_its_signal(launch):
-    script(launch.folder, "import time; print('up', flush=True); time.sleep(60)")
+    script(launch.folder, "import time; print('up', flush=True); time.sleep(600)")
     process = launch.start("work.py", "--procs", 2)
     ranks = wait_until(lambda: len(ranks_of(process.pid)) == 2 and ranks_of(process.pid), process=process)
     os.kill(ranks[1], signal.SIGKILL)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "error: rank 1 was ended by SIGKILL" in err
     failure = attempt(launch.run(), 1)["failure"]
     assert (failure["rank"], failure["exit_code"], failure["signal"]) == (1, None, "SIGKILL")
@@ -77,13 +78,13 @@ def test_a_rank_that_is_killed_is_named_with_its_signal(launch):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT])
 def test_no_rank_outlives_the_node_process(launch, number):
-    script(launch.folder, "import time; print('up', flush=True); time.sleep(60)")
+    script(launch.folder, "import time; print('up', flush=True); time.sleep(600)")
     process = launch.start("work.py", "--procs", 3)
     ranks = wait_until(lambda: len(ranks_of(process.pid)) == 3 and ranks_of(process.pid), process=process)
     wait_until(lambda: all(p.read_text() for p in launch.folder.glob("runs/*/attempts/1/logs/*.log")))
     process.send_signal(number)
-    process.communicate(timeout=30)
-    wait_until(lambda: not any(map(alive, ranks)), timeout_s=5)
+    process.communicate(timeout=60)
+    wait_until(lambda: not any(map(alive, ranks)))
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 75)
 
 
@@ -92,32 +93,32 @@ def test_nohup_is_respected(launch):
     process = launch.start("work.py", "--procs", 1, ignoring=(signal.SIGHUP,))
     wait_until(lambda: any(p.read_text() for p in launch.folder.glob("runs/*/attempts/1/logs/0.log")), process=process)
     process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert process.returncode == 0
 
 
 def test_a_second_ctrl_c_stops_at_once(launch):
     script(launch.folder, "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-           "print('up', flush=True); time.sleep(60)")
+           "print('up', flush=True); time.sleep(600)")
     process = launch.start("work.py", "--procs", 1)
     wait_until(lambda: any(p.read_text() for p in launch.folder.glob("runs/*/attempts/1/logs/0.log")), process=process)
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Ctrl-C again stops at once" in out
 
 
 def test_ranks_that_do_not_stop_are_killed_after_the_grace(launch):
     script(launch.folder, "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-           "print('up', flush=True); time.sleep(60)")
+           "print('up', flush=True); time.sleep(600)")
     process = launch.start("work.py", "--procs", 1, "run.grace_s=1")
     wait_until(lambda: any(p.read_text() for p in launch.folder.glob("runs/*/attempts/1/logs/0.log")), process=process)
     began = time.monotonic()
     process.terminate()
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 1 and 0.9 < time.monotonic() - began < 6
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and 0.9 < time.monotonic() - began < 60
     assert "did not stop within 1 s of SIGTERM" in err
 
 
@@ -171,7 +172,7 @@ def test_debug_runs_in_the_command_itself_with_its_standard_input(launch):
     script(launch.folder, "import os\nbreakpoint()\nprint('went on', os.getpid(), os.environ['WORLD_SIZE'])\n")
     process = subprocess.Popen([sys.executable, "-P", "-m", "launch", "work.py", "--debug"], cwd=launch.folder, text=True,
                                env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = process.communicate("p 6 * 7\nc\n", timeout=30)
+    out, err = process.communicate("p 6 * 7\nc\n", timeout=60)
     assert process.returncode == 0, err
     assert "42" in out and f"went on {process.pid} 1" in out
     assert record(launch.run())["state"] == "finished"
@@ -203,9 +204,9 @@ def test_a_rank_that_floods_its_output_still_stops(launch):
     process = launch.start("work.py", "--procs", 1, "--json")
     drain = threading.Thread(target=process.stdout.read)
     drain.start()
-    wait_until(lambda: any(p.stat().st_size > 10**6 for p in launch.folder.glob("runs/*/attempts/1/logs/0.log")))
+    wait_until(lambda: any(p.stat().st_size > 10**5 for p in launch.folder.glob("runs/*/attempts/1/logs/0.log")))
     process.terminate()
-    assert process.wait(timeout=20) == 75
+    assert process.wait(timeout=60) == 75
     drain.join()
 
 
@@ -216,15 +217,18 @@ def test_a_line_that_waits_for_its_end_is_shown(launch):
                process=process)
     assert process.poll() is None
     process.terminate()
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
 
 
 def test_of_two_who_resume_one_wins(launch):
-    script(launch.folder, "import os, time\nif os.environ['LAUNCH_ATTEMPT'] == '1': raise SystemExit(1)\ntime.sleep(2)")
+    script(launch.folder, "import os, time\nif os.environ['LAUNCH_ATTEMPT'] == '1': raise SystemExit(1)\n"
+           "while not os.path.exists('go'): time.sleep(0.02)")
     assert launch("work.py", "--procs", 1).returncode == 1
     run = launch.run()
     both = [launch.start("resume", run.name) for _ in range(2)]
-    ends = [(*process.communicate(timeout=30), process.returncode) for process in both]
+    wait_until(lambda: any(process.poll() is not None for process in both))
+    (launch.folder / "go").touch()
+    ends = [(*process.communicate(timeout=60), process.returncode) for process in both]
     assert sorted(code for *_, code in ends) == [0, 2]
     assert len(list((run / "attempts").iterdir())) == 2 and record(run)["state"] == "finished"
 
@@ -240,13 +244,14 @@ def test_a_run_of_a_lost_host_can_be_taken_over(launch):
     assert launch("resume", run.name, "--take-over").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_scripts_rank_that_saves_has_all_of_the_grace(launch):
     script(launch.folder, "import os, signal, sys, time\n"
            "def save(*_):\n    time.sleep(7); print('saved', flush=True); sys.exit(75)\n"
            "if os.environ['RANK'] == '0': signal.signal(signal.SIGTERM, save)\n"
-           "print('up', flush=True); time.sleep(60)")
+           "print('up', flush=True); time.sleep(600)")
     process = launch.start("work.py", "--procs", 2)
     wait_until(lambda: sum(bool(p.read_text()) for p in launch.folder.glob("runs/*/attempts/1/logs/*.log")) == 2)
     process.terminate()
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and "saved" in out

@@ -138,7 +138,7 @@ print("this is", word, flush=True)
 if word == "wait" and not again:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     print("up", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 sys.exit(3 if word == "fail" and not again else 0)
 """
 
@@ -194,7 +194,7 @@ def test_ctrl_c_stops_the_run_and_the_sweep(script):
     beside = script("sweep", "--resume", sweep_of(script).name)
     assert beside.returncode == 0 and "2 runs at work or waiting, left alone" in beside.stdout
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and said(out) == ["one", "wait"] and "launch sweep --resume" in out
     assert states(script) == ["finished", "preempted", "preempted"]
     assert attempt(script.folder / "runs" / f"{sweep_of(script).name}-1", 1)["outcome"] == "preempted"
@@ -208,7 +208,7 @@ def test_a_sweep_that_was_killed_goes_on(script):
     process = script.start("sweep", "work.py", "args=[wait],[two]", "--procs", 1)
     wait_until(lambda: waits(script), process=process)
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     rows = runs.list_runs(script.folder / "runs", sweep=sweep_of(script).name)
     assert [row["state"] for row in rows] == ["lost", "lost"]
     assert script("sweep", "--resume", sweep_of(script).name).returncode == 0
@@ -230,7 +230,7 @@ def test_a_run_that_is_cancelled_ends_only_itself(script):
     root, name = script.folder / "runs", sweep_of(script).name
     assert cancel(runs.find_run(root, f"{name}-1")) == "cancelled"  # it waits for its turn
     assert cancel(runs.find_run(root, f"{name}-0")) == "cancelled"
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and said(out) == ["wait", "three"]
     assert states(script) == ["cancelled", "cancelled", "finished"]
 
@@ -239,7 +239,7 @@ def test_a_cancelled_sweep_ends(script):
     process = script.start("sweep", "work.py", "args=[one],[wait],[three],[four]", "--procs", 1)
     wait_until(lambda: waits(script), process=process)
     cancel_sweep(script.folder / "runs", sweep_of(script).name)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert process.returncode == 75
     assert states(script) == ["finished", "cancelled", "cancelled", "cancelled"]
     assert script("sweep", "--resume", sweep_of(script).name).returncode == 0

@@ -70,6 +70,7 @@ PreemptMode=REQUEUE
 ReturnToService=2
 KillWait=20
 SlurmdTimeout=12
+MessageTimeout=6
 {extra}
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=1-00:00:00 DefaultTime=30:00 PriorityTier=1
@@ -138,6 +139,19 @@ class Cluster:
     def start_now(self, job_id: object) -> None:
         """A requeued job waits; this one no longer."""
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+
+    def wait_requeued(self, job_id: object, timeout_s: float = 120) -> None:
+        """Until a job that ran waits in the queue again, its last process gone, and may be told to start."""
+        self._wait(lambda: (job := self.job(job_id)).get("JobState") == "PENDING" and job["Reason"] == "BeginTime", timeout_s,
+                   lambda: f"job {job_id} was not requeued: {self.job(job_id)}")
+        time.sleep(1.5)  # a node refuses what begins in the second in which it was told that the last one is over
+
+    def end_soon(self, job_id: object) -> None:
+        """Lowers a running job's time limit such that the signal before it (some 50 s before) comes within about a minute.
+        SLURM counts in minutes and looks every 30 s: it is to find the limit near before it finds it passed."""
+        hours, minutes, seconds = map(int, self.job(job_id)["RunTime"].split(":"))
+        ran_s = 3600 * hours + 60 * minutes + seconds
+        self.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={(ran_s + 40) // 60 + 1}")
 
     def wait_idle(self, timeout_s: float = 120) -> None:
         """Until no job is queued or running and every node is free."""
@@ -301,13 +315,15 @@ def _listens(port: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Below the range from which the kernel hands out ports, so that a slurmd that starts again finds its own free."""
+    """Below those that ranks and the kernel choose from, so that a slurmd that starts again finds its own free; of each of
+    pytest's workers others."""
+    low = 10_000 + 1_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10)
     with ExitStack() as stack:
         ports: list[int] = []
         while len(ports) < count:
             holder = stack.enter_context(socket.socket())
             try:
-                holder.bind(("127.0.0.1", random.randrange(12000, 32000)))
+                holder.bind(("127.0.0.1", random.randrange(low, low + 1_000)))
             except OSError:
                 continue
             ports.append(holder.getsockname()[1])

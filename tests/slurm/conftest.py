@@ -14,6 +14,9 @@ import pytest
 from conftest import Command
 from slurm.cluster import Cluster, cluster, missing, outside
 
+from launch.explain import explain, told
+from launch.runs import read_run
+
 
 @pytest.fixture(scope="session")
 def needs_slurm() -> None:
@@ -75,6 +78,14 @@ def slurm_launch(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.delenv(name)
     write_cluster(tmp_path)
     return LoginCommand(tmp_path, slurm)
+
+
+def explained(run: Path) -> dict:
+    """What `launch explain` says of a run; shown, too."""
+    found = explain(read_run(run))
+    print(told(found))
+    assert json.loads(json.dumps(found)) == found
+    return found
 
 
 def write_cluster(folder: Path, **more: object) -> None:

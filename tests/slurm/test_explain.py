@@ -1,4 +1,4 @@
-"""What `launch explain` says of what really happened to runs on the cluster."""
+"""What `launch explain` says of what really happened to runs on the cluster. (Of a dead node: test_interruptions.py.)"""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ import signal
 import pytest
 from conftest import BLOBS, attempt, record, wait_until
 from slurm.cluster import descendants
-from slurm.conftest import write_cluster
-
-from launch.explain import explain, told
-from launch.runs import read_run
+from slurm.conftest import explained, write_cluster
 
 SLOWLY = (BLOBS, "train.steps=2000", "eval.every=never", "checkpoint.every=10", "run.grace_s=10", "model.pause_s=0.03")
 TWO_NODES = ("--cluster", "here", "--gpus", 2, "--nodes", 2)
@@ -31,13 +28,6 @@ def submit(slurm, slurm_launch, monkeypatch):
         return slurm_launch.folder / "runs" / said["id"], said["jobs"][0]
 
     return one
-
-
-def explained(run) -> dict:
-    found = explain(read_run(run))
-    print(told(found))
-    assert json.loads(json.dumps(found)) == found
-    return found
 
 
 def steps(run) -> int:
@@ -114,29 +104,6 @@ def test_a_killed_node_process(slurm, submit):
     assert f"launch resume {run} sbatch.exclude=n2" in commands(found)
 
 
-@pytest.mark.slow
-def test_a_dead_node(slurm, submit):
-    """The head node, with the batch shell: nobody is left to say what happened."""
-    run, job = submit(*SLOWLY, *TWO_NODES)
-    wait_until(lambda: steps(run) >= 15)
-    slurm.kill_slurmd("n1", steps=True)
-    wait_until(lambda: slurm.job(job)["Reason"] == "BeginTime", timeout_s=90)
-    found = explained(run)
-    first = found["attempts"][0]
-    assert found["state"] == "preempted" and first["outcome"] == "lost"
-    assert found["sentence"].startswith("waits in SLURM's queue: its start time has not come")
-    assert f"it was lost at step {first['to_step']} in attempt 1: node n1 is down (DOWN, Not responding)" in found["sentence"]
-    assert found["cause"]["meaning"] == "a node of its job failed"
-    assert commands(found) == [f"launch logs {run} --follow", f"launch cancel {run}"]
-
-    wait_until(lambda: steps(run) > first["to_step"] + 3, timeout_s=90)
-    found = explained(run)
-    first, second = found["attempts"]
-    assert found["sentence"].endswith("nothing is wrong") and found["cause"] is None
-    assert first["outcome"] == "lost" and "node n1 went down" in first["why"] and 0 <= first["lost_steps"] <= 15
-    assert second["nodes"] == ["n2", "n3"]
-
-
 def test_a_run_that_waits(slurm, submit):
     run, job = submit(BLOBS, "--cluster", "here", "--gpus", 1, "sbatch.begin=now+1hour")
     wait_until(lambda: slurm.job(job)["Reason"] == "BeginTime")
@@ -209,12 +176,13 @@ def test_a_node_whose_slurmd_was_killed(slurm, submit):
     run, job = submit(*SLOWLY, *TWO_NODES)
     wait_until(lambda: steps(run) >= 15)
     slurm.kill_slurmd("n2")
-    wait_until(lambda: slurm.job(job)["Reason"] == "BeginTime", timeout_s=90)
+    slurm.wait_requeued(job)
     found = explained(run)
     at = record(run)["checkpoint"]
     assert found["sentence"].endswith(f"; it stopped with a checkpoint at step {at} in attempt 1: node n2 went down (DOWN, Not "
                                       "responding)")
     assert "srun: error: Node failure on n2" in found["slurm"]["said"]
-    wait_until(lambda: steps(run) > at, timeout_s=90)
+    slurm.start_now(job)
+    wait_until(lambda: steps(run) > at)
     first, second = explained(run)["attempts"]
     assert (first["lost_steps"], second["from_step"], second["nodes"]) == (0, at, ["n1", "n3"])

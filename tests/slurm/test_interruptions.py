@@ -10,13 +10,14 @@ import signal
 import time
 
 import pytest
-from conftest import BLOBS, alive, attempt, record, rows, wait_until
+from conftest import BLOBS, alive, attempt, pace, record, rows, wait_until
+from slurm.conftest import explained
 
 pytestmark = pytest.mark.slow
 
 STEPS = 400
 KEYS = (BLOBS, f"train.steps={STEPS}", "eval.every=100", "checkpoint.every=50", "run.grace_s=10")
-SLOWLY = "model.pause_s=0.04"
+SLOWLY = "model.pause_s=0.05"  # until `pace`
 WHERE = ("--cluster", "here", "--gpus", 4, "--nodes", 2)
 
 
@@ -45,11 +46,14 @@ def step(run) -> int:
 
 
 def reach(run, at: int) -> None:
+    """There it slows down, so that it cannot be over before what is to happen to it."""
     wait_until(lambda: step(run) >= at or state(run) == "failed", timeout_s=180)
     assert state(run) != "failed", attempt(run, record(run)["attempt"])
+    pace(run, 0.5)
 
 
 def finish(run) -> None:
+    pace(run, 0)
     wait_until(lambda: state(run) in ("finished", "failed", "cancelled"), timeout_s=240)
     assert state(run) == "finished", job_log(run)
 
@@ -70,28 +74,35 @@ def test_a_time_limit_a_requeue_and_a_cancellation(slurm, slurm_launch, whole):
     seed = random.randrange(2**32)
     print(f"random.seed({seed})")
     random.seed(seed)
-    run, job = submit(slurm_launch, *KEYS, "model.pause_s=0.1", *WHERE, "--time", "1m", "--wandb", "offline")
+    run, job = submit(slurm_launch, *KEYS, SLOWLY, *WHERE, "--wandb", "offline")
 
-    wait_until(lambda: attempt(run, 1)["outcome"] != "running" if (run / "attempts/1/attempt.json").exists() else False,
-               timeout_s=150)
+    reach(run, random.randint(10, 40))
+    slurm.end_soon(job)
+    wait_until(lambda: attempt(run, 1)["outcome"] != "running")
     at = record(run)["step"]
     print(f"time limit (USR2) at step {at}: {attempt(run, 1)['outcome']}")
-    assert attempt(run, 1)["outcome"] == "preempted" and record(run)["checkpoint"] == at
-    wait_until(lambda: slurm.job(job)["Reason"] == "BeginTime", timeout_s=60)
-    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")  # it begins again when SLURM's wait is over
+    assert (attempt(run, 1)["outcome"], attempt(run, 1)["reason"]) == ("preempted", "time limit")
+    assert record(run)["checkpoint"] == at
+    slurm.wait_requeued(job)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    slurm.start_now(job)
 
+    pace(run, 0.05)
     reach(run, at + random.randint(10, 40))
     slurm.run("scontrol", "requeue", job)
-    wait_until(lambda: attempt(run, 2)["outcome"] != "running", timeout_s=60)
+    wait_until(lambda: attempt(run, 2)["outcome"] != "running")
     print(f"requeue (TERM) at step {record(run)['step']}: {attempt(run, 2)['outcome']}")
     assert attempt(run, 2)["outcome"] == "preempted" and record(run)["checkpoint"] == record(run)["step"]
+    slurm.wait_requeued(job)
+    slurm.start_now(job)
 
+    pace(run, 0.05)
     reach(run, record(run)["step"] + random.randint(10, 40))
     cancelled = slurm_launch("cancel", run.name)
     assert cancelled.returncode == 0, cancelled.stderr
     print(f"launch cancel at step {record(run)['step']}: {cancelled.stdout.strip()}")
     assert state(run) == "cancelled" and record(run)["checkpoint"] == record(run)["step"]
-    wait_until(lambda: slurm.job(job)["JobState"] == "CANCELLED", timeout_s=60)
+    wait_until(lambda: slurm.job(job)["JobState"] == "CANCELLED")
     resumed = slurm_launch("resume", run.name, "--time", "10m", "--json")
     assert resumed.returncode == 0, resumed.stderr
     finish(run)
@@ -105,13 +116,16 @@ def test_a_time_limit_a_requeue_and_a_cancellation(slurm, slurm_launch, whole):
 
 
 @pytest.mark.parametrize("what", ["rank", "node process", "head node process"])
-def test_a_kill(slurm_launch, whole, what):
-    run, _ = submit(slurm_launch, *KEYS, SLOWLY, *WHERE)
+def test_a_kill(slurm, slurm_launch, whole, what):
+    run, job = submit(slurm_launch, *KEYS, SLOWLY, *WHERE)
     at = random.randint(60, 200)
     reach(run, at)
     pid, about = victim(run, what)
     os.kill(pid, signal.SIGKILL)
     began, killed_at = time.monotonic(), step(run)
+    if what != "rank":
+        slurm.wait_requeued(job)
+        slurm.start_now(job)
     resumed = resumed_at(run, 2)
     seconds = time.monotonic() - began
     finish(run)
@@ -162,19 +176,31 @@ def test_a_rank_that_hangs(slurm_launch, whole):
     assert told(run) == whole and [attempt(run, n)["restart"] for n in (1, 2)] == [0, 0]
 
 
-def test_a_dead_node(slurm, slurm_launch, whole, node="n1"):
+def test_a_dead_node(slurm, slurm_launch, whole, monkeypatch, node="n1"):
     """The head node, with the batch shell. (Of the other node the head's process hears at once; it takes less long.)"""
     run, job = submit(slurm_launch, *KEYS, SLOWLY, *WHERE)
     reach(run, random.randint(60, 200))
     assert attempt(run, 1)["nodes"] == ["n1", "n2"]
     slurm.kill_slurmd(node, steps=True)
     began, killed_at = time.monotonic(), step(run)
+    slurm.wait_requeued(job)
+    monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
+    found = explained(run)
+    first = found["attempts"][0]
+    assert (found["state"], first["outcome"], found["cause"]["meaning"]) == ("preempted", "lost", "a node of its job failed")
+    assert found["sentence"].startswith("waits in SLURM's queue: its start time has not come")
+    assert f"it was lost at step {first['to_step']} in attempt 1: node n1 is down (DOWN, Not responding)" in found["sentence"]
+    assert [said["command"] for said in found["next"]] == [f"launch logs {run} --follow", f"launch cancel {run}"]
+    slurm.start_now(job)
     resumed = resumed_at(run, 2)
     print(f"node {node} dead at step {killed_at}: training went on after {time.monotonic() - began:.1f} s from step {resumed}; "
           f"attempt 1: {attempt(run, 1)['outcome']}: {attempt(run, 1)['failure']['message']}")
     finish(run)
     assert killed_at - resumed <= 50 + 5 and told(run) == whole
-    assert node not in attempt(run, 2)["nodes"] and attempt(run, 2)["job"] == job
+    assert attempt(run, 2)["nodes"] == ["n2", "n3"] and attempt(run, 2)["job"] == job
+    first = explained(run)["attempts"][0]
+    assert first["outcome"] == "lost" and "node n1 went down" in first["why"]
+    assert (first["next_step"], first["lost_steps"]) == (resumed, first["to_step"] - resumed)
 
 
 def resumed_at(run, number: int, timeout_s: float = 150) -> int:
@@ -189,17 +215,20 @@ def test_ranks_that_outlive_their_attempt_commit_nothing(slurm, slurm_launch):
     where = ("--cluster", "here", "--gpus", 2)
     whole, _ = submit(slurm_launch, *KEYS, *where)
     finish(whole)
-    run, _ = submit(slurm_launch, *KEYS, "model.pause_s=0.15", *where)
+    run, job = submit(slurm_launch, *KEYS, SLOWLY, *where)
     reach(run, random.randint(60, 90))
     (node,) = attempt(run, 1)["nodes"]
     slurm.kill_slurmd(node)
     began, killed_at = time.monotonic(), step(run)
+    slurm.wait_requeued(job)
+    slurm.start_now(job)
     resumed = resumed_at(run, 2)
+    pace(run, 0)  # the first attempt's ranks, too, come to a checkpoint
     print(f"slurmd of {node} killed at step {killed_at}: a second attempt after {time.monotonic() - began:.1f} s, "
           f"from step {resumed}")
     assert resumed >= killed_at - 50 and node not in attempt(run, 2)["nodes"]
     log = run / "attempts/1/logs/0.log"
-    wait_until(lambda: "taken the run over" in log.read_text(), timeout_s=60)
+    wait_until(lambda: "taken the run over" in log.read_text())
     print(f"the first attempt's last words: {log.read_text().splitlines()[-2:]}")
     finish(run)
     assert told(run) == told(whole)
@@ -211,7 +240,7 @@ def test_a_preemption(slurm, slurm_launch, whole):
     reach(run, random.randint(60, 150))
     urgent = slurm.run("sbatch", "--parsable", "--partition=urgent", "-N3", "--exclusive", "--output=/dev/null",
                        "--wrap", "sleep 3").strip()
-    wait_until(lambda: attempt(run, 1)["outcome"] != "running", timeout_s=60)
+    wait_until(lambda: attempt(run, 1)["outcome"] != "running")
     at = record(run)["step"]
     began = time.monotonic()
     assert resumed_at(run, 2) == at == record(run)["checkpoint"]

@@ -91,7 +91,7 @@ def srun(node, root, manner):
 
 
 def state_of(run, *states):
-    return wait_until(lambda: (now := run.state) in states and now, timeout_s=60)
+    return wait_until(lambda: (now := run.state) in states and now)
 
 
 def test_states_by_the_queue_then_by_its_memory_then_by_the_record(slurm, runs_of, monkeypatch):
@@ -118,7 +118,7 @@ def test_states_by_the_queue_then_by_its_memory_then_by_the_record(slurm, runs_o
     state_of(failed, "failed")
     state_of(silent, "lost")
     wait_until(lambda: not truth.look([stopped])[0][1].jobs and not truth.look([unlucky])[0][1].jobs)
-    wait_until(lambda: working.again().record["state"] == "running", timeout_s=60)
+    wait_until(lambda: working.again().record["state"] == "running")
 
     calls = Counter()
     call = commands.call
@@ -165,7 +165,7 @@ def test_status_of_a_waiting_and_of_a_running_run(slurm, runs_of):
                  "cluster test: PENDING", "launch cancel run"):
         assert text in shown
     slurm.run("scancel", first.record["job"]["ids"][0], ahead.record["job"]["ids"][0])
-    wait_until(lambda: run.again().record["state"] == "running", timeout_s=60)
+    wait_until(lambda: run.again().record["state"] == "running")
     status = runs.status(run)
     assert status["state"] == "running" and status["queue"]["state"] == "RUNNING" and len(status["queue"]["nodes"]) == 2
     assert status["queue"]["reason"] is None and status["queue"]["position"] is None
@@ -187,7 +187,7 @@ def test_cancel_of_a_running_run_leaves_the_reason_before_the_signal(slurm, runs
     run = runs_of("run")
     link = runs_of("link", "--hold")  # of a chain, the next
     ids = [*run.record["job"]["ids"], *link.record["job"]["ids"]]
-    wait_until(lambda: run.again().record["state"] == "running", timeout_s=60)
+    wait_until(lambda: run.again().record["state"] == "running")
     update_json(run.paths.record, job={**run.record["job"], "ids": ids[:1]})
     assert cancel(run.again()) == "cancelled"
     assert read_json(run.paths.attempt_record(1))["outcome"] == "cancelled", "it was asked, not killed"
@@ -196,7 +196,7 @@ def test_cancel_of_a_running_run_leaves_the_reason_before_the_signal(slurm, runs
 
 def test_cancel_takes_all_of_a_chain(slurm, runs_of):
     run = runs_of("run")
-    wait_until(lambda: run.again().record["state"] == "running", timeout_s=60)
+    wait_until(lambda: run.again().record["state"] == "running")
     next = slurm.run("sbatch", "--parsable", "--hold", "--output=/dev/null", run.paths.submission(1) / "job.sh").strip()
     update_json(run.paths.record, job={**run.record["job"], "ids": [*run.record["job"]["ids"], next]})
     assert runs.status(run.again())["queue"]["ids"] == [*run.record["job"]["ids"], next]
@@ -207,7 +207,7 @@ def test_cancel_takes_all_of_a_chain(slurm, runs_of):
 @pytest.mark.slow
 def test_cancel_ends_a_job_that_does_not_stop(slurm, runs_of):
     run = runs_of("run", manner="deaf")
-    wait_until(lambda: run.again().record["state"] == "running", timeout_s=60)
+    wait_until(lambda: run.again().record["state"] == "running")
     said = cancel(run, wait_s=0.5)
     assert "SLURM was told to end job" in said
     state_of(run, "cancelled")
@@ -217,7 +217,7 @@ def test_cancel_of_a_step_leaves_its_allocation(slurm, runs_of, tmp_path):
     step = srun(tmp_path / "node.py", tmp_path / "runs of 中文" / "run", "obey")
     allocation = runs_of("allocation", script=f"sleep 300 & ({step}) & wait")
     run = runs_of("run", ids=[f"{allocation.record['job']['ids'][0]}.0"])
-    wait_until(lambda: run.again().record["state"] == "running", timeout_s=60)
+    wait_until(lambda: run.again().record["state"] == "running")
     assert run.state == "running" and runs.status(run)["queue"]["nodes"] == ["n1"]
     assert cancel(run.again()) == "cancelled"
     assert read_json(run.paths.attempt_record(1))["outcome"] == "cancelled"
@@ -239,8 +239,7 @@ def test_a_sweep_is_compared_and_cancelled_whole(slurm, runs_of, tmp_path):
     for i in range(4):
         update_json(root / f"s-1-{i}" / "run.json", sweep="s-1", metrics={"top1": i / 8, "loss": 2.5, "class/ship": 1.0},
                     job={"kind": "slurm", "cluster": "test", "ids": [f"{job}_{i}"], "submission": 1})
-    wait_until(lambda: Counter(row["state"] for row in runs.list_runs(root, "s-")) == {"running": 2, "submitted": 2},
-               timeout_s=60)
+    wait_until(lambda: Counter(row["state"] for row in runs.list_runs(root, "s-")) == {"running": 2, "submitted": 2})
     rows = runs.list_runs(root, "s-")
     assert [row["id"] for row in rows] == ["s-1-0", "s-1-1", "s-1-2", "s-1-3"]
     shown = table(rows, width=80).splitlines()
@@ -327,7 +326,7 @@ def test_follow_goes_on_through_a_requeue(slurm, runs_of, monkeypatch):
     following.start(), node.start()
     wait_until(lambda: "held by its owner" in "".join(said))
     slurm.run("scontrol", "release", job)
-    wait_until(lambda: "rank 0 of attempt 1" in "".join(said), timeout_s=60)
+    wait_until(lambda: "rank 0 of attempt 1" in "".join(said))
     slurm.run("scontrol", "requeue", job)
     following.join(60), node.join(60)
     assert not following.is_alive() and not node.is_alive()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -120,9 +121,8 @@ def test_hostile_words_arrive_and_execute_nothing(slurm, slurm_launch):
     words = [HOSTILE, "back\\slash\\", "", "two\nlines", "-x", "--", " blanks ", "\t"]
     run, (job,) = submit(LoginCommand(folder, slurm), f"{HOSTILE}.py", "--procs", 2, "--nodes", 2,
                          f"sbatch.job-name={HOSTILE}\\j", "--", *words, OF_USER=f"{HOSTILE}\\\n")
-    wait_until(lambda: slurm.job(job)["Reason"] == "BeginTime", timeout_s=30)
+    slurm.wait_requeued(job)
     assert slurm.run("squeue", "-h", "-o", "%k", "-j", job) == f"{HOSTILE}\\n\\\n"
-    time.sleep(1.5)  # a node refuses what begins in the second in which it was told that the last one is over
     slurm.start_now(job)
     finish(run)
     for rank in (0, 1):
@@ -215,7 +215,7 @@ def test_what_cannot_run_is_refused(slurm_launch, args, cluster, env, said):
     write_cluster(slurm_launch.folder, **cluster)
     began = time.monotonic()
     done = slurm_launch("work.py", *WHERE, *args, **env)
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 30
     assert done.returncode == 2 and re.search(said, done.stderr), done.stderr
     assert len(done.stderr.splitlines()) <= 2 and done.stdout == ""
     nothing_was_done(slurm_launch)
@@ -326,14 +326,14 @@ def test_in_an_allocation_with_cpu_binding(slurm, slurm_launch):
 
 
 def test_ctrl_c_in_an_allocation_stops_the_run_and_resume_submits_it(slurm, slurm_launch):
-    write(slurm_launch.folder, "import os, time\nif os.environ['LAUNCH_ATTEMPT'] == '1': time.sleep(60)\n" + SHOW)
+    write(slurm_launch.folder, "import os, time\nif os.environ['LAUNCH_ATTEMPT'] == '1': time.sleep(600)\n" + SHOW)
     slurm.run("salloc", "-N2", "--no-shell")
     (allocation,) = slurm.run("squeue", "-h", "-o", "%A").split()
     process = slurm_launch.start("work.py", "--procs", 2, "--nodes", 2, *WHERE, "--here", SLURM_JOB_ID=allocation)
-    run = wait_until(slurm_launch.runs, 20, process)[0]
-    wait_until(lambda: (run / "attempts/1/logs/1.log").exists(), 20, process)
+    run = wait_until(slurm_launch.runs, process=process)[0]
+    wait_until(lambda: (run / "attempts/1/logs/1.log").exists(), process=process)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and f"run {run.name} is preempted; go on with `launch resume {run.name}`\n" in out
     assert attempt(run, 1)["outcome"] == "preempted" and slurm.job(allocation)["JobState"] == "RUNNING"
     assert slurm_launch("resume", run.name).returncode == 0
@@ -397,7 +397,7 @@ def test_a_submission_that_died_after_sbatch_is_found(slurm, slurm_launch, dying
     again = slurm_launch("resume", run.name)
     assert again.returncode == 2 and f"job {job} is in SLURM's queue" in again.stderr
     slurm.start_now(job)
-    wait_until(lambda: record(run)["state"] == "running", timeout_s=20)
+    wait_until(lambda: record(run)["state"] == "running")
     again = slurm_launch("resume", run.name)
     assert again.returncode == 2 and f"run {run.name} is running: job {job} is in SLURM's queue" in again.stderr
     (slurm_launch.folder / "go").touch()
@@ -424,11 +424,11 @@ def test_a_submission_that_is_under_way_is_left_alone(slurm_launch):
     write(slurm_launch.folder, SHOW)
     path = wrapped(slurm_launch.folder, "sbatch", f'while [ ! -e go ]; do sleep 0.05; done\nexec {found("sbatch")} "$@"\n')
     submitting = slurm_launch.start("work.py", "--procs", 1, *WHERE, PATH=path)
-    run = wait_until(lambda: [run for run in slurm_launch.runs() if (run / "run.json").exists()], 20, submitting)[0]
+    run = wait_until(lambda: [run for run in slurm_launch.runs() if (run / "run.json").exists()], process=submitting)[0]
     done = slurm_launch("resume", run.name)
     assert done.returncode == 2 and f"is being submitted by process {submitting.pid}" in done.stderr
     (slurm_launch.folder / "go").touch()
-    submitting.communicate(timeout=60)
+    submitting.communicate(timeout=120)
     finish(run)
     assert record(run)["job"]["submission"] == 1 and record(run)["attempt"] == 1
 
@@ -486,7 +486,7 @@ while len(list(place.iterdir())) < 2:
         place = slurm_launch.folder / f"try{number}"
         place.mkdir()
         both = [slurm_launch.start("work.py", "--procs", 2, *WHERE, "--json", "sbatch.nodelist=n1", "--", place) for _ in "ab"]
-        told = [json.loads(each.communicate(timeout=60)[0]) for each in both]
+        told = [json.loads(each.communicate(timeout=120)[0]) for each in both]
         for each in told:
             finish(Path(each["path"]))
         ports = [(place / each["id"]).read_text() for each in told]
@@ -503,17 +503,19 @@ def test_from_the_command_to_the_job_id(slurm_launch):
     write(slurm_launch.folder, SHOW)
     write_cluster(slurm_launch.folder, max_nodes=64)
 
-    def took(*args: object) -> float:
-        began = time.monotonic()
+    def took(*args: object) -> tuple[float, float]:
+        """Seconds, and those of them that a core was at work for it: that others want the cores adds none."""
+        began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = slurm_launch("work.py", *args, *WHERE)
         assert done.returncode == 0, done.stderr
-        return time.monotonic() - began
+        now = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.monotonic() - began, now.ru_utime + now.ru_stime - before.ru_utime - before.ru_stime
 
-    submission = [took("--gpus", 8, LATER) for _ in range(3)]
-    dry_run = [took("--gpus", 512, "--dry-run") for _ in range(3)]
-    print(f"from the command to the job id: {min(submission):.2f} s (of {', '.join(f'{s:.2f}' for s in submission)}); "
-          f"--dry-run for 64 nodes: {min(dry_run):.2f} s")
-    assert min(submission) < 2 and min(dry_run) < 2
+    for what, args in {"from the command to the job id": ("--gpus", 8, LATER),
+                       "--dry-run for 64 nodes": ("--gpus", 512, "--dry-run")}.items():
+        wall_s, work_s = map(min, zip(*(took(*args) for _ in range(3))))
+        print(f"{what}: {wall_s:.2f} s, at work for {work_s:.2f} s")
+        assert wall_s < 10 and work_s < 2
 
 
 # --- following, and one after another
@@ -544,7 +546,7 @@ def test_who_follows_may_leave(slurm_launch):
         if line == "one\n":
             following.send_signal(signal.SIGINT)
             break
-    out, err = following.communicate(timeout=20)
+    out, err = following.communicate(timeout=120)
     run = slurm_launch.run()
     assert following.returncode == 0 and out == f"run {run.name} is running\n" and err == ""
     (slurm_launch.folder / "go").touch()
@@ -554,7 +556,7 @@ def test_who_follows_may_leave(slurm_launch):
 
 def test_what_is_resumed_is_asked_for_as_before(slurm, slurm_launch):
     """But for what is said anew."""
-    write(slurm_launch.folder, "import time\ntime.sleep(60)\n")
+    write(slurm_launch.folder, "import time\ntime.sleep(600)\n")
     run, (job,) = submit(slurm_launch, "work.py", "--procs", 2, "--nodes", 2, "--time", "10m", "sbatch.comment=then",
                          "sbatch.nice=5", LATER)
     fields = ("TimeLimit", "Comment", "Nice", "NumTasks", "NumCPUs")
@@ -587,7 +589,7 @@ def test_a_run_after_another(slurm, slurm_launch):
     assert slurm.job(job)["Dependency"] == "(null)"  # it is finished
     fourth, _ = submit(slurm_launch, "work.py", "--procs", 1, "--after", third.name, "--", 0)
     finish(third, "failed")
-    wait_until(lambda: "it will never start" in slurm_launch("status", fourth.name).stdout, timeout_s=20)
+    wait_until(lambda: "it will never start" in slurm_launch("status", fourth.name).stdout)
     done = slurm_launch("work.py", "--procs", 1, *WHERE, "--after", third.name)
     assert done.returncode == 2 and f"run {third.name} is failed: nothing to wait for" in done.stderr
 
@@ -604,7 +606,7 @@ def chained(slurm_launch):
 def never_ran(slurm, jobs: list[str]) -> None:
     """They are over, without having had a node."""
     for job in jobs:
-        found = slurm.wait(job, timeout_s=20)
+        found = slurm.wait(job)
         assert (found["JobState"], found["NodeList"]) == ("CANCELLED", ""), found
 
 
@@ -636,10 +638,11 @@ def test_a_failed_rank_is_tried_again_and_a_killed_node_process_by_the_next_link
 
 @pytest.mark.slow
 def test_the_next_link_goes_on_after_a_time_limit(slurm, chained):
-    """SLURM looks at the clock every half minute."""
-    write(chained.folder, "import os, time\nif os.environ['LAUNCH_ATTEMPT'] == '1': time.sleep(300)\n" + SHOW)
-    run, jobs = submit(chained, "work.py", "--procs", 1, "--time", "1m", "run.grace_s=5")
-    finish(run, timeout_s=150)
+    write(chained.folder, "import os, time\nif os.environ['LAUNCH_ATTEMPT'] == '1': time.sleep(600)\n" + SHOW)
+    run, jobs = submit(chained, "work.py", "--procs", 1, "run.grace_s=5")
+    wait_until(lambda: record(run)["state"] == "running")
+    slurm.end_soon(jobs[0])
+    finish(run)
     first, second = attempt(run, 1), attempt(run, 2)
     assert (first["outcome"], first["reason"], first["job"]) == ("preempted", "time limit", jobs[0])
     assert (second["outcome"], second["job"], second["restart"]) == ("finished", jobs[1], 0)
@@ -652,18 +655,18 @@ def test_a_run_that_fails_for_good_ends_the_chain_and_starts_nothing_after_it(sl
     after, (later, *_) = submit(chained, "work.py", "--procs", 1, "--after", run.name)
     finish(run, "failed")
     never_ran(slurm, jobs[1:])
-    wait_until(lambda: slurm.job(later)["Reason"] == "DependencyNeverSatisfied", timeout_s=20)
+    wait_until(lambda: slurm.job(later)["Reason"] == "DependencyNeverSatisfied")
     assert record(after)["attempt"] == 0
 
 
 def test_cancel_ends_the_whole_chain(slurm, chained):
-    write(chained.folder, "import time\ntime.sleep(60)\n")
+    write(chained.folder, "import time\ntime.sleep(600)\n")
     run, jobs = submit(chained, "work.py", "--procs", 1)
-    wait_until(lambda: record(run)["state"] == "running", timeout_s=30)
+    wait_until(lambda: record(run)["state"] == "running")
     done = chained("cancel", run.name)
     assert done.returncode == 0 and done.stdout == f"{run.name}: cancelled\n", done.stderr
     never_ran(slurm, jobs[1:])
-    assert slurm.wait(jobs[0], timeout_s=30) and record(run)["attempt"] == 1
+    assert slurm.wait(jobs[0]) and record(run)["attempt"] == 1
 
 
 # --- the code as it was
@@ -698,7 +701,7 @@ def test_a_queued_task_runs_as_it_was_submitted(slurm, slurm_launch):
     write(folder, f"WORD = 'now'\n{text}", "mine.py")
     write(folder, spec.read_text().replace("lr: 0.05", "lr: 0.5"), "mine.yaml")
     slurm.start_now(job)
-    finish(run, timeout_s=120)
+    finish(run)
     assert f"then {ascii(said)}\n" in log(run) and "lr: 0.05" in (run / "run.yaml").read_text()
     assert not [*folder.rglob("hacked"), *slurm.folder.rglob("hacked")]
 
@@ -722,11 +725,11 @@ def test_ranks_of_several_nodes(slurm_launch):
 def test_a_failure_on_another_node_is_the_one_recorded(slurm_launch):
     write(slurm_launch.folder, "import os, signal, sys, time\nprint('rank', os.environ['RANK'], flush=True)\n"
                                "if os.environ['RANK'] == '2':\n    time.sleep(0.5)\n    raise ValueError('a bad 字')\n"
-                               "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\ntime.sleep(60)\n")
+                               "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\ntime.sleep(600)\n")
     began = time.monotonic()
     run, _ = submit(slurm_launch, "work.py", "--gpus", 4, "--nodes", 2, "run.max_restarts=0")
     finish(run, "failed")
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     failure = attempt(run, 1)["failure"]
     assert (failure["rank"], failure["node"], failure["exit_code"], failure["retry"]) == (2, "n2", 1, True)
     assert failure["message"].endswith("ValueError: a bad 字") and failure["traceback"].startswith("Traceback")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BLOBS, attempt, environment, record, rows, wait_until
+from conftest import BLOBS, attempt, environment, pace, record, rows, wait_until
 from slurm.conftest import LoginCommand, write_cluster
 
 from launch import runs
@@ -20,7 +20,7 @@ print("this is", word, flush=True)
 if word == "wait" and not again:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     print("up", flush=True)
-    time.sleep(120)
+    time.sleep(600)
 sys.exit(3 if word == "fail" and not again else 0)
 """
 WHERE = ("--cluster", "here", "--procs", 1)
@@ -43,7 +43,7 @@ def states(launch, sweep: dict) -> list[str]:
 
 
 def finish(launch, sweep: dict) -> None:
-    wait_until(lambda: set(states(launch, sweep)) <= {"finished", "failed", "cancelled"}, timeout_s=120)
+    wait_until(lambda: set(states(launch, sweep)) <= {"finished", "failed", "cancelled"})
     assert set(states(launch, sweep)) == {"finished"}, said(launch, sweep)
 
 
@@ -71,14 +71,16 @@ def test_an_element_that_is_requeued_goes_on_and_the_others_are_untouched(slurm,
         return (of_2 / "metrics.jsonl").exists() and len(rows(of_2)) >= 40
 
     wait_until(reached)
+    pace(of_2, 0.5)  # it cannot be over before what is to happen to it
     slurm.run("scontrol", "requeue", f"{job}_1")
-    wait_until(lambda: attempt(of_2, 1)["outcome"] != "running", timeout_s=30)
+    wait_until(lambda: attempt(of_2, 1)["outcome"] != "running")
     assert attempt(of_2, 1)["outcome"] == "preempted" and record(of_2)["step"] == record(of_2)["checkpoint"] < 100
+    pace(of_2, 0)
     finish(slurm_launch, sweep)
     assert most == 2
 
     alone = json.loads(slurm_launch(BLOBS, "train.seed=2", *words, *WHERE, "--json").stdout)["id"]
-    wait_until(lambda: record(root / alone)["state"] == "finished", timeout_s=120)
+    wait_until(lambda: record(root / alone)["state"] == "finished")
     assert losses(of_2) == losses(root / alone) and len(losses(of_2)) == 100
     assert losses(root / sweep["runs"][0]) != losses(of_2)
     assert [record(root / run)["attempt"] for run in sweep["runs"]] == [1, 2, 1]
@@ -108,15 +110,15 @@ def test_an_element_that_is_requeued_goes_on_and_the_others_are_untouched(slurm,
 
 def test_resume_goes_on_with_what_has_not_finished(slurm, script):
     sweep = submitted(script, "work.py", "args=[one],[fail],[wait]", "run.max_restarts=0", "--max-parallel", 3)
-    wait_until(lambda: states(script, sweep) == ["finished", "failed", "running"], timeout_s=60)
-    wait_until(lambda: len(slurm.run("squeue", "-h", "-r").splitlines()) == 1, timeout_s=30)
+    wait_until(lambda: states(script, sweep) == ["finished", "failed", "running"])
+    wait_until(lambda: len(slurm.run("squeue", "-h", "-r").splitlines()) == 1)
 
     again = script("sweep", "--resume", sweep["id"])
     assert again.returncode == 0, again.stderr
     assert "1 run at work or waiting, left alone" in again.stdout and ": 1 run of 1 CPU rank(s)" in again.stdout
     folder = script.folder / "runs" / sweep["id"]
     assert "#SBATCH --array=1%3\n" in (folder / "submissions/2/job.sh").read_text()
-    wait_until(lambda: states(script, sweep) == ["finished", "finished", "running"], timeout_s=60)
+    wait_until(lambda: states(script, sweep) == ["finished", "finished", "running"])
     (second,) = json.loads((folder / "sweep.json").read_text())["job"]["ids"]
     failed = script.folder / "runs" / sweep["runs"][1]
     assert record(failed)["job"]["ids"] == [f"{second}_1"] and attempt(failed, 2)["submission"] == 2
@@ -169,7 +171,7 @@ def test_a_submission_that_broke_off_is_taken_up_and_not_doubled(slurm, script):
 def test_a_submission_that_is_interrupted_leaves_nothing(slurm, script):
     assert dying(script, "raise KeyboardInterrupt", "sweep", "work.py", "args=[one],[two]", *WHERE) == 130
     assert not list(script.folder.glob("runs/*"))
-    wait_until(lambda: not slurm.run("squeue", "-h"), timeout_s=10)
+    wait_until(lambda: not slurm.run("squeue", "-h"))
 
 
 def test_where_jobs_cannot_be_requeued_each_run_has_a_chain(slurm, script):
@@ -179,13 +181,12 @@ def test_where_jobs_cannot_be_requeued_each_run_has_a_chain(slurm, script):
     folders = [script.folder / "runs" / run for run in sweep["runs"]]
     assert [record(folder)["job"]["ids"] for folder in folders] == [sweep["jobs"][:2], sweep["jobs"][2:]]
     log = folders[1] / "attempts/1/logs/0.log"
-    wait_until(lambda: states(script, sweep) == ["finished", "running"] and log.exists() and "up" in log.read_text(),
-               timeout_s=60)
+    wait_until(lambda: states(script, sweep) == ["finished", "running"] and log.exists() and "up" in log.read_text())
     slurm.run("scancel", "--signal=USR2", sweep["jobs"][2])  # as before a time limit: the next link goes on
     finish(script, sweep)
     assert [record(folder)["attempt"] for folder in folders] == [1, 2]
     assert attempt(folders[1], 2)["job"] == sweep["jobs"][3]
-    wait_until(lambda: not slurm.run("squeue", "-h"), timeout_s=30)
+    wait_until(lambda: not slurm.run("squeue", "-h"))
 
 
 def test_what_slurm_refuses_writes_nothing(script):
