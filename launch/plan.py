@@ -17,7 +17,7 @@ from launch.batch import Job
 from launch.cluster import ClusterConfig
 from launch.resources import Resources
 from launch.spec import Spec
-from trainers.config import RunConfig
+from trainers.config import RunConfig, ScriptConfig, SearchConfig
 from trainers.paths import RunPaths
 
 # What SLURM says of a node's process, one a node, is wrong of its ranks, which have torchrun's variables.
@@ -35,7 +35,7 @@ class Plan:
     folder: str               # the run directory, absolute
     attempt: int
     resources: Resources
-    batch: str | None         # how the global batch is split; None for a script
+    batch: str | None         # how the global batch, or a search's work, is split; None for a script
     command: tuple[str, ...]  # what each rank executes
     cwd: str                  # where
     env: Mapping[str, str]    # what every rank gets on top of the inherited environment
@@ -82,10 +82,8 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
     config = spec.config
     env = {**cluster.env, **_rank_environment(config, resources, folder, attempt)}
     files = {"run.yaml": spec.text, **files}
-    if isinstance(config, RunConfig):
-        micro, accumulation = config.train.split(resources.ranks)
-        batch = (f"{config.train.batch_size} = {resources.ranks} rank(s) x {micro} micro-batch x "
-                 f"{accumulation} accumulation")
+    if not isinstance(config, ScriptConfig):
+        batch = _split(config, resources)
         # -P: a `trainers/` or `launch.py` in the folder one stands in shadows nothing.
         command = (python, "-P", "-m", "trainers.run", str(folder))
         program = ["-m", "trainers.run", str(folder)]
@@ -104,7 +102,7 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
     if resources.nodes > 1:
         start += each_node
     by_hand = {k: v for k, v in env.items() if k not in ("LAUNCH_EVENTS", "LAUNCH_ATTEMPT")}
-    if isinstance(config, RunConfig):
+    if batch is not None:
         by_hand["PYTHONSAFEPATH"] = "1"
     return Plan(
         run_id=run_id, name=config.name, folder=str(folder), attempt=attempt, resources=resources, batch=batch,
@@ -112,6 +110,14 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
         equivalent=shlex.join(["env", *(f"{k}={v}" for k, v in by_hand.items()), *start, *program]),
         max_restarts=config.run.max_restarts, grace_s=config.run.grace_s, job=job,
     )
+
+
+def _split(config: RunConfig | SearchConfig, resources: Resources) -> str:
+    """Raises: UserError if it cannot be."""
+    if isinstance(config, SearchConfig):
+        return f"pieces, each to the first of {resources.ranks} rank(s) x {resources.threads} core(s) that is free"
+    micro, accumulation = config.train.split(resources.ranks)
+    return f"{config.train.batch_size} = {resources.ranks} rank(s) x {micro} micro-batch x {accumulation} accumulation"
 
 
 def _rank_environment(config, resources: Resources, folder: Path, attempt: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ from launch import runs as records
 from launch.cluster import ClusterConfig, load_cluster
 from launch.node import Outcome
 from launch.plan import Plan, as_json, make_plan, show
-from launch.resources import Resources, local_resources
+from launch.resources import Resources, resources_of
 from launch.spec import Spec, spec_of
 from launch.view import View, make_view
 from trainers.errors import UserError
@@ -25,8 +25,8 @@ from trainers.files import read_json
 from trainers.paths import RunPaths
 
 
-def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, debug: bool, dry_run: bool, json: bool,
-          cluster: ClusterConfig) -> int:
+def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, cpus: int | None = None, debug: bool,
+          dry_run: bool, json: bool, cluster: ClusterConfig) -> int:
     """Plan a new run on this machine and execute it. Returns the exit code.
 
     Raises:
@@ -34,7 +34,7 @@ def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, debug:
     """
     if debug and max(gpus or 0, procs or 0) > 1:
         raise UserError("--debug runs one rank in this process", "leave out --gpus and --procs, or give 1")
-    resources = local_resources(gpus, procs)
+    resources = resources_of(spec.config, cluster, gpus=gpus, procs=procs, cpus=cpus)
     if hasattr(spec.config, "check"):
         spec.config.check()
     plan_of = partial(_plan, new_run_id(spec.name), spec, cluster, resources, runs.absolute(), Path.cwd())
@@ -48,7 +48,8 @@ def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, debug:
     return run_attempts(plan_of, paths, 1, view, plan.max_restarts, debug)
 
 
-def resume(run: records.Run, *, gpus: int | None, procs: int | None, json: bool, take_over: bool = False) -> int:
+def resume(run: records.Run, *, gpus: int | None, procs: int | None, cpus: int | None = None, json: bool,
+           take_over: bool = False) -> int:
     """Continue a run that is neither running nor finished. Returns the exit code. `take_over`: believe no record
     that it runs on another host; should it do so after all, that attempt can commit nothing more.
 
@@ -77,8 +78,10 @@ def resume(run: records.Run, *, gpus: int | None, procs: int | None, json: bool,
     cwd = Path(before["cwd"]) if before and Path(before["cwd"]).is_dir() else Path.cwd()
     # As many threads as before: another number sums in another order.
     same = before and before["ranks"] == (gpus or procs)
-    resources = local_resources(gpus, procs, threads=before.get("threads") if same else None)
-    plan_of = partial(_plan, paths.id, spec, load_cluster("local"), resources, paths.root.parent, cwd)
+    here = load_cluster("local")
+    resources = resources_of(spec.config, here, gpus=gpus, procs=procs, cpus=cpus,
+                             threads=before.get("threads") if same else None)
+    plan_of = partial(_plan, paths.id, spec, here, resources, paths.root.parent, cwd)
     plan = plan_of(number)
     view.notice(f"run {paths.id} in {shown(paths.root)}, attempt {plan.attempt}: {_on(resources)}")
     return run_attempts(plan_of, paths, number, view, plan.max_restarts, debug=False)
@@ -116,11 +119,15 @@ def _ending(outcome: Outcome, paths: RunPaths, seconds: float) -> list[str]:
     record = read_json(paths.record)
     if outcome.kind == "finished":
         model = [paths.checkpoint(record["checkpoint"])] if record["checkpoint"] is not None else []
+        model += [path for path in (paths.model, paths.results) if path.exists()]
         figures = sorted(paths.figures.glob("*.png"))
-        return [*(f"model   {shown(path)}" for path in model), *(f"figure  {shown(path)}" for path in figures),
+        return [*(f"{'table ' if path == paths.results else 'model '}  {shown(path)}" for path in model), *(f"figure  {shown(path)}" for path in figures),
                 f"took    {duration(seconds)}"]
+    onward = f"go on with `launch resume {named(paths)}`"
+    if paths.pieces.is_dir():  # a search
+        return [f"stopped after {record['step']} of {record['total']} fits, which are kept; {onward}"]
     kept = f", checkpoint {record['checkpoint']}" if record["checkpoint"] is not None else ", without a checkpoint"
-    return [f"stopped at step {record['step']}{kept}; go on with `launch resume {named(paths)}`"]
+    return [f"stopped at step {record['step']}{kept}; {onward}"]
 
 
 def _print_failure(outcome: Outcome, paths: RunPaths) -> None:

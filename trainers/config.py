@@ -146,8 +146,8 @@ class Run(Section):
     grace_s: PositiveFloat = Field(60.0, description="seconds between asking ranks to stop and killing them")
 
 
-class RunConfig(Section):
-    """What a run of a training task is."""
+class TaskConfig(Section):
+    """What the runs of all tasks have."""
 
     name: Name = Field(description="what the run's id begins with")
     task: Reference = Field(description="the task's class, `module:Class`")
@@ -155,6 +155,18 @@ class RunConfig(Section):
         None, description="its config class, `module:Class`, a subclass of trainers.config.RunConfig"
     )
     path: str | None = Field(None, description="the folder of a user's own modules: comes last on sys.path")
+
+    def check(self) -> None:
+        """What can be refused before a rank starts; reads the file system; raises UserError."""
+
+    def missing(self, environment: Mapping[str, str] = os.environ) -> list[str]:
+        """What ranks with this environment would have to download, in words. Asks the file system, and nobody else."""
+        return []
+
+
+class RunConfig(TaskConfig):
+    """What a run of a training task is."""
+
     model: Any = Field(default_factory=dict)
     data: Any = Field(default_factory=dict)
     train: Train = Field(description="give `train.epochs` or `train.steps`")
@@ -165,12 +177,15 @@ class RunConfig(Section):
     wandb: Wandb = Wandb()
     run: Run = Run()
 
-    def check(self) -> None:
-        """What can be refused before a rank starts; reads the file system; raises UserError."""
 
-    def missing(self, environment: Mapping[str, str] = os.environ) -> list[str]:
-        """What ranks with this environment would have to download, in words. Asks the file system, and nobody else."""
-        return []
+class SearchConfig(TaskConfig):
+    """What a run of a task without steps is, which runs itself (trainers/runner.py), on CPUs."""
+
+    model: Any = Field(default_factory=dict)
+    data: Any = Field(default_factory=dict)
+    search: Any = Field(default_factory=dict)
+    wandb: Wandb = Wandb()
+    run: Run = Run()
 
 
 class ScriptConfig(Section):

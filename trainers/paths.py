@@ -38,6 +38,21 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def pieces(self) -> Path:
+        """A search's finished pieces of work, a file each."""
+        return self.root / "pieces"
+
+    @property
+    def results(self) -> Path:
+        """A search's table: `cv_results_`, a line a grid point."""
+        return self.root / "cv_results.csv"
+
+    @property
+    def model(self) -> Path:
+        """A search's best forest, fitted to all rows."""
+        return self.root / "model.npz"
+
+    @property
     def figures(self) -> Path:
         return self.root / "figures"
 
@@ -67,6 +82,10 @@ class RunPaths:
     def attempt_record(self, number: int) -> Path:
         """Who ran this attempt, on what, and how it ended."""
         return self.attempt(number) / "attempt.json"
+
+    def claim(self, number: int, key: str) -> Path:
+        """A folder: which rank makes it has that piece of the search in this attempt."""
+        return self.attempt(number) / "claims" / key
 
     def cancellation(self, number: int) -> Path:
         """Exists if somebody asked for this attempt to be cancelled."""

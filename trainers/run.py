@@ -1,4 +1,4 @@
-"""A rank's entry point: read run.yaml, build the task, hand it to the loop.
+"""A rank's entry point: read run.yaml, build the task, hand it to the loop, or let it run itself.
 
     python -P -m trainers.run RUN_DIR
 
@@ -16,8 +16,10 @@ import traceback
 from pathlib import Path
 
 from trainers import events
+from trainers.config import SearchConfig
 from trainers.errors import UserError
 from trainers.paths import RunPaths
+from trainers.runner import Place, Runner
 from trainers.signals import Stopped, hold, listen
 from trainers.spec import read_spec, resolve
 
@@ -29,6 +31,8 @@ def run(paths: RunPaths, attempt: int | None) -> int:
         listen()
     config = read_spec(paths.spec)
     task_class = resolve(config.task, config.path)
+    if isinstance(config, SearchConfig):
+        return _run_itself(task_class, config, paths, attempt)
     import torch
 
     from trainers.engine.loop import train
@@ -40,6 +44,14 @@ def run(paths: RunPaths, attempt: int | None) -> int:
                         f"write `class {config.task.partition(':')[2]}(Task)`")
     torch.autograd.set_detect_anomaly(debugging)
     return train(task_class(config), config, World.from_env(), paths, attempt)
+
+
+def _run_itself(task_class: type, config: SearchConfig, paths: RunPaths, attempt: int | None) -> int:
+    """A task without steps, which needs no torch."""
+    if not (isinstance(task_class, type) and issubclass(task_class, Runner)):
+        raise UserError(f"`task` is `{config.task}`, which is no subclass of trainers.runner.Runner",
+                        f"write `class {config.task.partition(':')[2]}(Runner)`")
+    return task_class(config).run(Place.from_env(os.environ), paths, attempt)
 
 
 def main(argv: list[str]) -> int:

@@ -106,7 +106,7 @@ class ForestSearchCV(GridSearchCV):
         rows = [len(_rows(train, X)) for train, _ in splits]
         pieces, plain = make_pieces(estimator, candidates, rows, made.columns if made else 0, why)
         return Work(estimator, candidates, X, y, splits, made, pieces, plain, scorer, routed.estimator.fit,
-                    routed.scorer.score, self.return_train_score, self.error_score)
+                    routed.scorer.score, self.return_train_score, self.error_score, self.verbose)
 
     def reduce(self, work: Work, found: Mapping[tuple[int, int], Result]) -> ForestSearchCV:
         """Become a search that has been done.

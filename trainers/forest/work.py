@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import joblib
 import numpy as np
 import sklearn
+from joblib.externals.loky import get_reusable_executor, reusable_executor
 from sklearn.base import BaseEstimator
 
 from trainers.forest.fitting import Result, fit_family, fit_plainly
@@ -53,6 +54,7 @@ class Work:
     score_params: Mapping[str, Any]
     return_train_score: bool
     error_score: Any
+    verbose: int = 0                   # of plain fits, as scikit-learn has it
     _data: list[str] = field(default_factory=list)
 
     @property
@@ -83,8 +85,7 @@ class Work:
         Args:
             mine: asked before a piece is begun whether this process may have it; where another has it, the piece is
                 left out.
-            guarded: the workers leave signals to this process, and go when it has gone, even by kill -9. (They are
-                others then than joblib's, which another use of joblib in this process would start anew.)
+            guarded: by `guarded_workers`.
 
         Raises:
             whatever a plain fit raises where `error_score` is "raise"; OSError if a result cannot be written.
@@ -128,9 +129,7 @@ class Work:
             left[piece.fold] = left.get(piece.fold, 0) + bool(piece.forests)
         # With fewer pieces than cores each piece fits its trees in as many threads as there are cores for it.
         threads = max(1, joblib.effective_n_jobs(n_jobs) // len(todo))
-        workers = (joblib.parallel_config(backend="loky", initializer=_worker, initargs=(os.getpid(),)) if guarded
-                   else nullcontext())
-        with workers:
+        with guarded_workers() if guarded else nullcontext():
             parallel = joblib.Parallel(n_jobs=n_jobs, pre_dispatch="n_jobs" if mine else pre_dispatch,
                                        batch_size=1 if mine else "auto", return_as="generator_unordered")
             done_ones = parallel(joblib.delayed(_do)(*self._task(key, piece, threads)) for key, piece in todo.items()
@@ -153,7 +152,7 @@ class Work:
         train, test = self.splits[piece.fold]
         return key, piece, dict(estimator=self.estimator, X=self.X, y=self.y, train=train, test=test,
                                 parameters=parameters[piece.plain[0]], fit_params=self.fit_params,
-                                score_params=self.score_params, **common)
+                                score_params=self.score_params, verbose=self.verbose, **common)
 
 
 def _do(key: str, piece: Piece, given: Mapping[str, Any]) -> Done:
@@ -168,6 +167,18 @@ def _do(key: str, piece: Piece, given: Mapping[str, Any]) -> Done:
     else:
         results = {piece.plain[0]: fit_plainly(**given)}
     return Done(piece, key, results, trees, time.perf_counter() - began, False)
+
+
+def guarded_workers() -> AbstractContextManager:
+    """In it joblib's workers leave signals to this process, and go when it has gone, even by kill -9. They are others
+    than joblib starts outside of it, where these have to go for those."""
+    return joblib.parallel_config(backend="loky", initializer=_worker, initargs=(os.getpid(),))
+
+
+def end_workers() -> None:
+    """Of this process, all there are: what ends by os._exit must see to them itself."""
+    if reusable_executor._executor is not None:
+        get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 
 def _worker(parent: int) -> None:
