@@ -601,8 +601,9 @@ def sync(word: str, root: Path) -> int:
 @runs_option
 @click.pass_context
 def sweep(context: click.Context, task: str | None, root: Path, gpus: int | None, procs: int | None, cpus: int | None,
-          nodes: int | None, slurm: bool, cluster: str | None, time: str | None, after: str | None, parallel: int | None, again: str | None,
-          dry_run: bool, json: bool, overrides: Sequence[str], config: str | None, **given: str | None) -> int:
+          nodes: int | None, slurm: bool, cluster: str | None, time: str | None, after: str | None, parallel: int | None,
+          again: str | None, dry_run: bool, json: bool, overrides: Sequence[str], config: str | None,
+          **given: str | None) -> int:
     """Run a task, or a script, for each point of a grid: key=a,b,c other=x,y makes six runs.
 
     On SLURM they are one array; on this machine they run one after another. A value that holds a comma itself needs

@@ -119,10 +119,9 @@ def _ending(outcome: Outcome, paths: RunPaths, seconds: float) -> list[str]:
     record = read_json(paths.record)
     if outcome.kind == "finished":
         model = [paths.checkpoint(record["checkpoint"])] if record["checkpoint"] is not None else []
-        model += [path for path in (paths.model, paths.results) if path.exists()]
-        figures = sorted(paths.figures.glob("*.png"))
-        return [*(f"{'table ' if path == paths.results else 'model '}  {shown(path)}" for path in model), *(f"figure  {shown(path)}" for path in figures),
-                f"took    {duration(seconds)}"]
+        left = [*(("model", path) for path in (*model, paths.model)), ("table", paths.results),
+                *(("figure", path) for path in sorted(paths.figures.glob("*.png")))]
+        return [*(f"{what:<8}{shown(path)}" for what, path in left if path.exists()), f"took    {duration(seconds)}"]
     onward = f"go on with `launch resume {named(paths)}`"
     if paths.pieces.is_dir():  # a search
         return [f"stopped after {record['step']} of {record['total']} fits, which are kept; {onward}"]

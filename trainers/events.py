@@ -57,7 +57,8 @@ def line(event: Mapping[str, Any]) -> str:
     match event["event"]:
         case "start":
             if "about" in event:
-                return f"{'resuming at' if event['resumed'] else 'from'} fit {event['step']} of {event['total']}: {event['about']}"
+                verb = "resuming at" if event["resumed"] else "from"
+                return f"{verb} fit {event['step']} of {event['total']}: {event['about']}"
             verb = "resuming at" if event["resumed"] else "training from"
             return (f"{verb} step {event['step']} of {event['total']}: {event['world_size']} rank(s) on "
                     f"{event['device']}, {event['precision']}, {event['parameters']:,} parameters, "

@@ -11,9 +11,9 @@ from typing import Any
 
 import joblib
 from sklearn.base import BaseEstimator, _fit_context, clone, is_classifier
+from sklearn.metrics._scorer import _MultimetricScorer
 from sklearn.model_selection import GridSearchCV, ParameterGrid, check_cv
 from sklearn.model_selection._search import _insert_error_scores, _warn_or_raise_about_fit_failures
-from sklearn.metrics._scorer import _MultimetricScorer
 from sklearn.utils import indexable
 from sklearn.utils.validation import _check_method_params
 

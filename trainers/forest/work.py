@@ -6,8 +6,8 @@ import os
 import signal
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -92,7 +92,7 @@ class Search(Section):
                              "share of each class, or rows that are identical (or of one group) together")
     group: Text | None = Field(None, description="of split=grouped: the column that says which rows belong together, "
                                                  "which is no feature then; null: rows with identical features")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of shuffled and stratified folds, and of what is reported")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of shuffled folds, and of what is reported")
     return_train_score: bool = False
     importance_repeats: Annotated[int, Field(ge=0)] = Field(10, description="of permutation importance; 0: none")
     compare_grouped: bool = Field(True, description="report the best parameters' score under grouped folds too")
@@ -140,7 +140,7 @@ class WineConfig(SearchConfig):
         if data.download() is None and data.source != "sample" and not os.path.isfile(data.source):
             there = "is a folder" if os.path.isdir(data.source) else "is not there"
             raise UserError(f"`{data.source}` {there} (`data.source`)",
-                            "give a CSV file or its URL, wine (UCI's red Wine Quality), or sample (diabetes, nothing to download)")
+                            "give a CSV file or its URL, wine (UCI's red Wine Quality), or sample (diabetes, no download)")
 
     def _check_names(self) -> None:
         known = self.model.parameters

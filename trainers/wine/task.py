@@ -110,7 +110,7 @@ class Wine(Runner):
             _note("info", f"missing values ({columns}): the trees send them to whichever side of a split is better for it, and "
                           "where training had none, to the side with more rows")
         for reason, count in work.plain.items():
-            _note("warning", f"{count} of {len(work.candidates)} grid points are fitted one by one, as GridSearchCV does: {reason}")
+            _note("warning", f"{count} of {len(work.candidates)} grid points are fitted plainly, as GridSearchCV does: {reason}")
 
     def _track(self, paths: RunPaths, metrics: Mapping[str, float], rows: list[dict[str, Any]]) -> None:
         """The table, the metrics and the figures in W&B."""

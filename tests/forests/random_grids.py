@@ -1,6 +1,6 @@
 """Random small searches, by both classes: every number but the times must be the same.
 
-    python tests/trainers/random_grids.py [COUNT [FIRST]]
+    python tests/forests/random_grids.py [COUNT [FIRST]]
 """
 
 from __future__ import annotations
