@@ -83,5 +83,6 @@ if __name__ == "__main__":
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # At once: other ranks may hang in a collective that a normal exit would wait for.
-    os._exit(code)
+    if "torch" in sys.modules:  # at once: other ranks may hang in a collective that a normal exit would wait for
+        os._exit(code)
+    sys.exit(code)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trainers import events
 from trainers.engine.wandb_run import WandbRun
 from trainers.errors import TrainingError
-from trainers.files import read_json, update_json
+from trainers.files import update_json
 from trainers.paths import RunPaths
 from trainers.runner import FINISHED, STOPPED, Place, Runner
 from trainers.signals import Stopped, hold
@@ -28,6 +28,7 @@ SAY_EVERY_S = 1.0      # and record
 
 class Wine(Runner):
     config: WineConfig
+    _progress: Progress | None = None
 
     def prefetch(self) -> list[str]:
         if self.config.data.download() is None:
@@ -40,9 +41,9 @@ class Wine(Runner):
             return self._run(place, paths, attempt)
         except Stopped:
             hold()
-            if place.rank == 0:
-                was = read_json(paths.record) if paths.record.exists() else {"step": 0, "total": 0}
-                events.emit({"event": "end", "state": "preempted", "step": was["step"], "total": was["total"],
+            if self._progress and place.rank == 0:
+                self._progress.say()
+                events.emit({"event": "end", "state": "preempted", "step": self._progress.fits, "total": self._progress.total,
                              "unit": "fits", "metrics": {}, "checkpoint": None})
             return STOPPED
 
@@ -68,7 +69,7 @@ class Wine(Runner):
 
         try:
             kept = Kept(paths.pieces)
-            progress = Progress(work, kept, paths, attempt, place)
+            self._progress = progress = Progress(work, kept, paths, attempt, place)
             if place.rank == 0:
                 self._say_what(table, work)
                 progress.start()
@@ -151,6 +152,14 @@ class Progress:
         self._pieces: Mapping[str, Any] = work.keys()
         self._began = self._said = time.monotonic()
         self._at_start = self._done()
+
+    @property
+    def fits(self) -> int:
+        return self._done()[0]
+
+    @property
+    def total(self) -> int:
+        return self._work.fits
 
     def _done(self) -> tuple[int, int, bool]:
         """(fits, trees at most, whether that is all)"""
