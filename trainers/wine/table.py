@@ -9,6 +9,7 @@ import re
 import tempfile
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -130,8 +131,10 @@ def _read(path: Path, data: Data) -> tuple[list[str], list[Any]]:
     names = [cell.strip() for cell in cells] if header else [f"column {number}" for number in range(1, len(cells) + 1)]
     try:
         # Fast, and strict: whatever it does not take is looked at cell by cell.
-        numbers = np.loadtxt(path, delimiter=delimiter, skiprows=int(header), quotechar='"', ndmin=2, comments=None,
-                             encoding="utf-8-sig", dtype=np.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of no rows
+            numbers = np.loadtxt(path, delimiter=delimiter, skiprows=int(header), quotechar='"', ndmin=2, comments=None,
+                                 encoding="utf-8-sig", dtype=np.float64)
         if numbers.shape[1] == len(names) and len(numbers):
             return names, list(numbers.T)
     except ValueError:
