@@ -113,7 +113,7 @@ def test_what_the_user_must_mend(launch):
         (["wine", "data=sample", "search.grid.n_estimatorss=[1]"], "`n_estimatorss` is no parameter"),
         (["wine", "data=sample", "search.cv=500"], "fewer than the 500 folds"),
         (["wine", "data=nowhere.csv"], "is not there"),
-        (["wine", "data=sample", "train.epochs=3"], "`train.epochs` is no key of this spec"),
+        (["wine", "data=sample", "train.epochs=3"], "`train` is no key of this spec"),
         (["wine", "data=sample", "--gpus", 1], "this task computes on CPUs"),
     ):
         done = launch(*words)

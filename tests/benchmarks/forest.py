@@ -74,8 +74,8 @@ def large(path: str, step: int = 36) -> None:
     after = timed(theirs, X, y)
     whole = (before + after) / 2 / trees
     print(f"{len(points)} points, {cores} cores: forest search {seconds:.0f} s ({ours.n_trees_:,} of {ours.n_trees_asked_:,} "
-          f"trees); GridSearchCV on {len(sample)} of them, {trees:.1%} of its trees, {before:.0f} s before and {after:.0f} s after, so "
-          f"{whole:.0f} s for all: {whole / seconds:.1f} times; the sample's scores equal: "
+          f"trees); GridSearchCV on {len(sample)} of them, {trees:.1%} of its trees, {before:.0f} s before and {after:.0f} s "
+          f"after, so {whole:.0f} s for all: {whole / seconds:.1f} times; the sample's scores equal: "
           f"{equal(ours.cv_results_, theirs.cv_results_, rows)}")
 
 
