@@ -29,7 +29,8 @@ def test_help_imports_little() -> None:
     assert not loaded & (HEAVY | LATE)
 
 
-@pytest.mark.parametrize("words", ["show cifar10", "show wine", "schema wine", "cifar10 --help", "tasks", "runs", "schema cifar10"])
+@pytest.mark.parametrize("words", ["show cifar10", "show wine", "schema wine", "cifar10 --help", "tasks", "runs",
+                                   "schema cifar10"])
 def test_commands_import_no_framework(words: str) -> None:
     loaded = loaded_by(f"from launch.cli import main; assert main({words.split()}) == 0")
     assert not loaded & (HEAVY | {"rich"})

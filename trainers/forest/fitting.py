@@ -31,9 +31,8 @@ def fit_family(piece: Piece, fold: Fold, estimator: BaseEstimator, parameters: M
         began = time.perf_counter()
         if fitted is None or len(fitted.estimators_) < asked.trees or not unlimited(fitted, asked.trees, asked.max_depth):
             fitted = clone(estimator).set_params(**clone(dict(parameters[asked.as_asked]), safe=False))
-            as_asked = fitted.n_jobs
             fitted.set_params(n_jobs=threads).fit(fold.X_train, fold.y_train, **fold.fit_params)
-            fitted.set_params(n_jobs=as_asked)
+            fitted.set_params(n_jobs=1)
             trees += asked.trees
             fit_s = time.perf_counter() - began
         for size, same in sorted(asked.sizes.items()):

@@ -86,7 +86,11 @@ def plain_piece(fold: int, number: int, estimator: BaseEstimator, candidates: Se
     """One fit as GridSearchCV makes it."""
     asked = {**estimator.get_params(deep=False), **candidates[number]}
     trees = asked.get("n_estimators", 1)
-    what = joblib.hash(["plain", number, type(estimator).__name__, sorted(asked.items(), key=lambda item: item[0])])
+    what = ["plain", number, type(estimator).__name__, sorted(asked.items(), key=lambda item: item[0])]
+    try:
+        what = joblib.hash(what)
+    except Exception:  # a lambda in a pipeline
+        what = repr(what)
     return Piece(fold, (), (number,), what, trees if isinstance(trees, int) else 1)
 
 

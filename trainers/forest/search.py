@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import joblib
+import numpy as np
 from sklearn.base import BaseEstimator, _fit_context, clone, is_classifier
 from sklearn.metrics._scorer import _MultimetricScorer
 from sklearn.model_selection import GridSearchCV, ParameterGrid, check_cv
 from sklearn.model_selection._search import _insert_error_scores, _warn_or_raise_about_fit_failures
 from sklearn.utils import indexable
-from sklearn.utils.validation import _check_method_params
+from sklearn.utils.validation import _check_method_params, _num_samples
 
 from trainers.forest.equivalence import FORESTS, reads_predictions_alone
 from trainers.forest.fitting import Result
@@ -157,9 +158,6 @@ class ForestSearchCV(GridSearchCV):
             self.feature_names_in_ = best.feature_names_in_
 
 
-def _rows(index: Any, X: Any) -> Iterable[int]:
+def _rows(index: Any, X: Any) -> np.ndarray:
     """A split's rows: some splitters give masks."""
-    import numpy as np
-    from sklearn.utils.validation import _num_samples
-
     return np.arange(_num_samples(X))[index]

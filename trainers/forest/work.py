@@ -72,7 +72,8 @@ class Work:
         """The pieces by the names of their results, which tell them from those of any other data, folds or library."""
         if not self._data:  # a table of 1 GB takes some two seconds
             splits = [(np.asarray(train), np.asarray(test)) for train, test in self.splits]
-            scorers = sorted(self.scorer._scorers) if hasattr(self.scorer, "_scorers") else repr(self.scorer)
+            # A function of one's own is known by its address: in another process it is taken for another one.
+            scorers = repr(getattr(self.scorer, "_scorers", self.scorer))
             self._data.append(joblib.hash([
                 sklearn.__version__, self.X, self.y, splits, self.fit_params, self.score_params, scorers,
                 self.return_train_score, repr(self.error_score)]))
