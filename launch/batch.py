@@ -168,7 +168,7 @@ def _cpus(cluster: ClusterConfig, resources: Resources) -> int | None:
     """Cores of one node's process and its ranks."""
     if resources.gpus:
         return cluster.cpus_per_gpu and cluster.cpus_per_gpu * (resources.gpus // resources.nodes)
-    return cluster.cpus_per_rank * resources.ranks_per_node
+    return resources.threads * resources.ranks_per_node
 
 
 def setup(cluster: ClusterConfig, code: str | None) -> list[str]:

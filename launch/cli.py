@@ -115,7 +115,8 @@ run_argument = click.argument("word", metavar="RUN")
 def ranks_options(command: Callable) -> Callable:
     gpus = click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="GPUs, one rank on each.")
     procs = click.option("--procs", type=click.IntRange(min=1), metavar="N", help="CPU ranks, instead of GPUs.")
-    return gpus(procs(command))
+    cpus = click.option("--cpus", type=click.IntRange(min=1), metavar="N", help="Cores of a rank of a search (all there are).")
+    return gpus(procs(cpus(command)))
 
 
 def slurm_options(command: Callable) -> Callable:
@@ -321,14 +322,14 @@ def _task_command(word: str, about: str, kind: type[click.Command] = click.Comma
     @json_option
     @runs_option
     @click.pass_context
-    def run(context: click.Context, root: Path, gpus: int | None, procs: int | None, debug: bool, dry_run: bool,
-            json: bool, slurm: bool, cluster: str | None, nodes: int | None, time: str | None, after: str | None,
+    def run(context: click.Context, root: Path, gpus: int | None, procs: int | None, cpus: int | None, debug: bool,
+            dry_run: bool, json: bool, slurm: bool, cluster: str | None, nodes: int | None, time: str | None, after: str | None,
             here: bool, follow: bool, overrides: Sequence[str], **given: Any) -> int:
         _one_kind(gpus, procs)
         where = _cluster(slurm, cluster)
         overrides, options = _sbatch_options(overrides)
         if debug and kind is not Script:
-            overrides = specs.for_debugging(overrides)
+            overrides = specs.for_debugging(word, overrides)
         spec = _load(context, word, cluster=where, overrides=overrides, **given)
         if where.kind == "slurm":
             if debug:
@@ -341,11 +342,12 @@ def _task_command(word: str, about: str, kind: type[click.Command] = click.Comma
                 raise UserError("--here shows what the ranks say as plain lines", "leave out --json")
             root = _root(context, root, where)
             return on_slurm.start(spec=spec, root=root, request=_request(where, root, time, after, options), gpus=gpus,
-                                  procs=procs, nodes=nodes, dry_run=dry_run, json=json, follow=follow, here=here)
+                                  procs=procs, cpus=cpus, nodes=nodes, dry_run=dry_run, json=json, follow=follow, here=here)
         _only_on_slurm(nodes=nodes, time=time, after=after, here=here, follow=follow, **options)
         from launch.start import start
 
-        return start(spec=spec, runs=root, gpus=gpus, procs=procs, debug=debug, dry_run=dry_run, json=json, cluster=where)
+        return start(spec=spec, runs=root, gpus=gpus, procs=procs, cpus=cpus, debug=debug, dry_run=dry_run, json=json,
+                     cluster=where)
 
     run.params.append(verbose_option())
     return run
@@ -574,8 +576,8 @@ def cancel(word: str, root: Path, json: bool) -> None:
 @runs_option
 @json_option
 @click.option("--take-over", is_flag=True, help="Though its record says that it runs on another host.")
-def resume(word: str, root: Path, gpus: int | None, procs: int | None, json: bool, take_over: bool, slurm: bool,
-           cluster: str | None, nodes: int | None, time: str | None, after: str | None, here: bool, follow: bool,
+def resume(word: str, root: Path, gpus: int | None, procs: int | None, cpus: int | None, json: bool, take_over: bool,
+           slurm: bool, cluster: str | None, nodes: int | None, time: str | None, after: str | None, here: bool, follow: bool,
            overrides: Sequence[str]) -> int:
     """Continue a run from its last checkpoint, where it ran last unless told."""
     _one_kind(gpus, procs)
@@ -595,11 +597,11 @@ def resume(word: str, root: Path, gpus: int | None, procs: int | None, json: boo
                 raise UserError("a run is resumed by a job of its own", "leave out --here")
             asked = slurm or cluster or time or after or options
             return on_slurm.resume(run, request=_request(where, root, time, after, options) if asked else None, gpus=gpus,
-                                   procs=procs, nodes=nodes, json=json, follow=follow)
+                                   procs=procs, cpus=cpus, nodes=nodes, json=json, follow=follow)
     _only_on_slurm(nodes=nodes, time=time, after=after, here=here, follow=follow, **options)
     from launch import start
 
-    return start.resume(run, gpus=gpus, procs=procs, json=json, take_over=take_over)
+    return start.resume(run, gpus=gpus, procs=procs, cpus=cpus, json=json, take_over=take_over)
 
 
 @command
@@ -741,9 +743,10 @@ def prune_checkpoints(word: str, root: Path, keep_last: int | None, dry_run: boo
 @json_option
 @runs_option
 @click.pass_context
-def sweep(context: click.Context, task: str | None, root: Path, gpus: int | None, procs: int | None, nodes: int | None,
-          slurm: bool, cluster: str | None, time: str | None, after: str | None, parallel: int | None, again: str | None,
-          dry_run: bool, json: bool, overrides: Sequence[str], config: str | None, **given: str | None) -> int:
+def sweep(context: click.Context, task: str | None, root: Path, gpus: int | None, procs: int | None, cpus: int | None,
+          nodes: int | None, slurm: bool, cluster: str | None, time: str | None, after: str | None, parallel: int | None,
+          again: str | None, dry_run: bool, json: bool, overrides: Sequence[str], config: str | None,
+          **given: str | None) -> int:
     """Run a task, or a script, for each point of a grid: key=a,b,c other=x,y makes six runs.
 
     On SLURM they are one array; on this machine they run one after another. A value that holds a comma itself needs
@@ -766,7 +769,7 @@ def sweep(context: click.Context, task: str | None, root: Path, gpus: int | None
             _only_on_slurm(nodes=nodes, time=time, after=after, **options)
         asked = slurm or cluster or time or after or options
         return sweeps.resume(root, again, request=_request(where, root, time, after, options) if asked else None, gpus=gpus,
-                             procs=procs, nodes=nodes, parallel=parallel, json=json)
+                             procs=procs, cpus=cpus, nodes=nodes, parallel=parallel, json=json)
     if task is None:
         raise UserError("`launch sweep` needs a task, a spec or a script", "launch sweep TASK key=a,b, or --resume SWEEP")
     where = _cluster(slurm, cluster)
@@ -775,5 +778,5 @@ def sweep(context: click.Context, task: str | None, root: Path, gpus: int | None
     else:
         _only_on_slurm(nodes=nodes, time=time, after=after, **options)
     return sweeps.start(words=words, load=lambda words: _load(context, task, config, words, where), root=root.absolute(),
-                        request=_request(where, root, time, after, options), gpus=gpus, procs=procs, nodes=nodes,
-                        parallel=parallel, dry_run=dry_run, json=json)
+                        request=_request(where, root, time, after, options), gpus=gpus, procs=procs, cpus=cpus,
+                        nodes=nodes, parallel=parallel, dry_run=dry_run, json=json)

@@ -43,7 +43,7 @@ def evaluate(run: runs.Run, *, which: str | None, overrides: Sequence[str], gpus
     """
     spec = evaluation_spec(run, which, overrides)
     here = (run.record["job"] or {}).get("kind") == "local"
-    resources, cwd = as_before(run.paths, gpus, procs) if here else (local_resources(gpus, procs), Path.cwd())
+    resources, cwd = as_before(run.paths, spec, gpus, procs) if here else (local_resources(gpus, procs), Path.cwd())
     spec.config.check()
     plan_of = partial(plan_here, new_run_id(spec.name), spec, load_cluster("local"), resources, run.paths.evaluations.absolute(),
                       cwd)

@@ -25,9 +25,9 @@ LOG_LINES = 8           # of a log that has none
 SAID_LINES = 5          # of SLURM's
 STILL_S = 300.0         # without a word, until a run is said to be still
 
-BEGAN = re.compile(r"^(?:training from|resuming at) step (\d+) of ", re.MULTILINE)
-STEP = re.compile(r"^(?:step|eval|finished at step|preempted at step) (\d+)/\d+", re.MULTILINE)
-SPEED = re.compile(r"^step \d+/\d+ .*?([\d,]+ \w+/s) .*eta (\S+)$", re.MULTILINE)
+BEGAN = re.compile(r"^(?:(?:training from|resuming at) step|(?:from|resuming at) fit) (\d+) of ", re.MULTILINE)
+STEP = re.compile(r"^(?:step|fit|eval|(?:finished|preempted) at (?:step|fit)) (\d+)/\d+", re.MULTILINE)
+SPEED = re.compile(r"^(?:step|fit) \d+/\d+ .*?([\d,.]+ \w+/s) .*eta (\S+)$", re.MULTILINE)
 BY_SLURM = re.compile(r"^(?:srun|slurmstepd[^:]*|.*/slurm_script): .*", re.MULTILINE)
 NOISE = re.compile(r"lacks support for cpu binding|Exited with exit code|got SIGCONT|Job step aborted|Terminating StepId")
 UNFIT = ("DOWN", "FAIL", "DRAIN", "NOT_RESPONDING")  # how the states of nodes begin that do no work
@@ -467,9 +467,10 @@ def _facts(run: Run, found: Found, attempts: Sequence[Mapping[str, Any]], cause:
     name = shlex.quote(named(paths))
     return {
         "run": name, "resume": f"launch resume {name}", "folder": shlex.quote(shown(paths.root)), "where": where,
-        "onward": "it has no checkpoint, and begins anew" if kept is None else
+        "onward": "it does what is missing: finished pieces are kept" if "search" in spec else
+                  "it has no checkpoint, and begins anew" if kept is None else
                   f"it goes on from its checkpoint of step {kept}" + (f" ({again} steps are done again)" if again > 0 else ""),
-        "new": f"launch {shlex.quote(shown(paths.spec))}" if train else None,
+        "new": f"launch {shlex.quote(shown(paths.spec))}" if train or "search" in spec else None,
         "plan": f"launch plan {shlex.quote(shown(paths.spec))}" if train else None,
         "smaller": str(max(size for size in range(1, micro) if share % size == 0)) if micro > 1 else None,
         "more": f"{kind} {2 * ranks}" if share % 2 == 0 and not given else None,

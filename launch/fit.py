@@ -16,7 +16,7 @@ from launch.cluster import ClusterConfig, size_bytes
 from launch.plan import PARTS, size
 from launch.resources import Resources
 from launch.spec import Spec
-from trainers.config import RunConfig
+from trainers.config import RunConfig, SearchConfig
 from trainers.errors import UserError
 from trainers.memory import HALF, Counts, Memory, expected
 from trainers.support import OFFLOADS, ZERO, unsupported
@@ -51,8 +51,8 @@ class Row:
 
 def memory_of(config: Any, resources: Resources) -> dict[str, int] | None:
     """What one rank takes without activations, in bytes; None if only torch can tell (or it is a script's), nothing where
-    nothing is trained."""
-    if isinstance(config, RunConfig) and config.eval.only:
+    no model is trained."""
+    if isinstance(config, SearchConfig) or isinstance(config, RunConfig) and config.eval.only:
         return {}
     counts = config.counts() if isinstance(config, RunConfig) else None
     return expected(config, counts, resources.ranks, resources.device).as_dict() if counts else None
@@ -65,6 +65,8 @@ def fit(spec: Spec, cluster: ClusterConfig, resources: Resources, probed: bool) 
         UserError: it is a script, a batch that does not divide, or the probe failed.
     """
     config = spec.config
+    if isinstance(config, SearchConfig):
+        raise UserError(f"`{spec.name}` trains no model on GPUs", "`launch plan` is for tasks that do")
     if not isinstance(config, RunConfig):
         raise UserError(f"`{spec.name}` is a script, whose model nobody knows before it runs", "`launch plan` is for tasks")
     config.check()

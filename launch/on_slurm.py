@@ -24,13 +24,14 @@ from launch.node import stop_signals
 from launch.plan import Plan, as_json, show
 from launch.prefetch import missing, prefetch
 from launch.processes import alive
-from launch.resources import Resources, slurm_resources
+from launch.resources import Resources, resources_of
 from launch.spec import Spec, spec_of
 from launch.start import named, new_run_id, shown
 from launch.submission import last_submission, next_submission
 from launch.submit import code_of, hand_over, make_submission, release, submit, try_out
 from launch.truth import ACTIVE
 from launch.weights import resolved
+from trainers.config import SearchConfig
 from trainers.errors import UserError
 from trainers.files import read_json, replace_text, update_json
 from trainers.paths import RunPaths
@@ -39,13 +40,13 @@ EXIT_CODES = {"finished": 0, "preempted": 75, "cancelled": 75}  # by a run's sta
 
 
 def start(*, spec: Spec, root: Path, request: Request, gpus: int | None, procs: int | None, nodes: int | None,
-          dry_run: bool, json: bool, follow: bool, here: bool) -> int:
+          cpus: int | None = None, dry_run: bool, json: bool, follow: bool, here: bool) -> int:
     """Submit a new run (`here`: run it in the allocation one stands in). Returns the exit code.
 
     Raises:
         UserError: something the user must mend; nothing was written or submitted.
     """
-    resources = slurm_resources(request.cluster, gpus, procs, nodes)
+    resources = resources_of(spec.config, request.cluster, gpus=gpus, procs=procs, nodes=nodes, cpus=cpus)
     spec = resolved(spec, root)
     check(spec, request, dry_run)
     run_id = new_run_id(spec.name)
@@ -65,7 +66,7 @@ def start(*, spec: Spec, root: Path, request: Request, gpus: int | None, procs: 
 
 
 def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: int | None, nodes: int | None,
-           json: bool, follow: bool) -> int:
+           cpus: int | None = None, json: bool, follow: bool) -> int:
     """Submit a run anew that has stopped. What is not given is as it was submitted last.
 
     Raises:
@@ -98,15 +99,15 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
         request = Request(before.cluster, before.time, before.options) if before else Request(load_cluster("slurm"))
     elif before and before.cluster.name == request.cluster.name:
         request = replace(request, time=request.time or before.time, options={**before.options, **request.options})
-    given = gpus is not None or procs is not None or nodes is not None
+    given = gpus is not None or procs is not None or nodes is not None or cpus is not None
+    spec = spec_of(paths)
     if before and not given and before.cluster.name == request.cluster.name:
         resources = before.resources
     else:
-        if not given:
+        if not given and not isinstance(spec.config, SearchConfig):
             gpus, procs = (before.resources.gpus or None, before.resources.ranks) if before else (1, None)
             procs = None if gpus else procs
-        resources = slurm_resources(request.cluster, gpus, procs, nodes)
-    spec = spec_of(paths)
+        resources = resources_of(spec.config, request.cluster, gpus=gpus, procs=procs, nodes=nodes, cpus=cpus)
     check(spec, request, dry_run=False)
     copy = snapshot.load(paths.code) or sweep and snapshot.load(RunPaths(paths.root.parent / sweep).code)
     plan = make_submission(paths.id, spec, request, resources, runs=paths.root.parent, number=number,

@@ -19,7 +19,7 @@ from launch.resources import Resources
 from launch.spec import Spec
 from launch.weights import Weights
 from trainers import heartbeat, support
-from trainers.config import RunConfig
+from trainers.config import RunConfig, ScriptConfig, SearchConfig
 from trainers.deepspeed_json import deepspeed_config
 from trainers.paths import RunPaths
 
@@ -40,7 +40,7 @@ class Plan:
     folder: str               # the run directory, absolute
     attempt: int
     resources: Resources
-    batch: str | None         # how the global batch is split; None for a script
+    batch: str | None         # how the global batch, or a search's work, is split; None for a script
     command: tuple[str, ...]  # what each rank executes
     cwd: str                  # where
     env: Mapping[str, str]    # what every rank gets on top of the inherited environment
@@ -91,15 +91,8 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
     config = spec.config
     env = {**cluster.env, **_rank_environment(config, resources, folder, attempt)}
     files = {"run.yaml": spec.text, **files}
-    if isinstance(config, RunConfig):
-        support.check(config, resources.device)
-        batch = f"{config.evaluation_batch(resources.ranks)} samples a rank at a time, evaluated"
-        if not config.eval.only:
-            micro, accumulation = config.train.split(resources.ranks)
-            parts = f"{micro} micro-batch x {accumulation} accumulation"
-            if config.train.micro_batch_size == "auto":
-                parts = f"auto micro-batch x accumulation ({parts}, or less at a time if that is what fits)"
-            batch = f"{config.train.batch_size} = {resources.ranks} rank(s) x {parts}"
+    if not isinstance(config, ScriptConfig):
+        batch = _split(config, resources)
         # -P: a `trainers/` or `launch.py` in the folder one stands in shadows nothing.
         command = (python, "-P", "-m", "trainers.run", str(folder))
         program = ["-m", "trainers.run", str(folder)]
@@ -121,7 +114,7 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
     if resources.nodes > 1:
         start += each_node
     by_hand = {k: v for k, v in env.items() if k not in ("LAUNCH_EVENTS", "LAUNCH_ATTEMPT")}
-    if isinstance(config, RunConfig):
+    if batch is not None:
         by_hand["PYTHONSAFEPATH"] = "1"
     return Plan(
         run_id=run_id, name=config.name, folder=str(folder), attempt=attempt, resources=resources, batch=batch,
@@ -130,6 +123,21 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
         max_restarts=config.run.max_restarts, grace_s=config.run.grace_s,
         hang_s=getattr(config.run, "hang_s", None), start_s=getattr(config.run, "start_s", None), weights=spec.weights, job=job,
     )
+
+
+def _split(config: RunConfig | SearchConfig, resources: Resources) -> str:
+    """Raises: UserError if it cannot be, or the config's settings do not go together."""
+    ranks = resources.ranks
+    if isinstance(config, SearchConfig):
+        return f"pieces, each to the first of {ranks} rank(s) x {resources.threads} core(s) that is free"
+    support.check(config, resources.device)
+    if config.eval.only:
+        return f"{config.evaluation_batch(ranks)} samples a rank at a time, evaluated"
+    micro, accumulation = config.train.split(ranks)
+    parts = f"{micro} micro-batch x {accumulation} accumulation"
+    if config.train.micro_batch_size == "auto":
+        parts = f"auto micro-batch x accumulation ({parts}, or less at a time if that is what fits)"
+    return f"{config.train.batch_size} = {ranks} rank(s) x {parts}"
 
 
 def _rank_environment(config, resources: Resources, folder: Path, attempt: int) -> dict[str, str]:

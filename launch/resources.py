@@ -11,6 +11,7 @@ from trainers.errors import UserError
 
 if TYPE_CHECKING:
     from launch.cluster import ClusterConfig
+    from trainers.config import ScriptConfig, TaskConfig
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,26 @@ def visible_gpus(env: Mapping[str, str], dev: Path = Path("/dev")) -> int:
             break
         listed += 1
     return min(there, listed) if not mask.startswith("MIG") else listed * bool(there)
+
+
+def resources_of(config: TaskConfig | ScriptConfig, cluster: ClusterConfig, *, gpus: int | None, procs: int | None,
+                 nodes: int | None = None, cpus: int | None = None, threads: int | None = None) -> Resources:
+    """What a run of this config gets on this cluster, or this machine; `threads` there, where they are to be as before.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    from trainers.config import SearchConfig
+
+    if isinstance(config, SearchConfig):
+        return search_resources(cluster, gpus, procs, nodes, cpus or threads)
+    if cpus is not None:
+        raise UserError("`--cpus` is for tasks that run themselves, such as `wine`",
+                        "--procs N asks for N CPU ranks" if cluster.kind == "local" else "a cluster's file has cpus_per_gpu and "
+                        "cpus_per_rank")
+    if cluster.kind == "slurm":
+        return slurm_resources(cluster, gpus, procs, nodes)
+    return local_resources(gpus, procs, threads=threads)
 
 
 def local_resources(gpus: int | None, procs: int | None, env: Mapping[str, str] = os.environ,
@@ -115,6 +136,34 @@ def planned_resources(cluster: ClusterConfig, gpus: int | None, procs: int | Non
     if cluster.kind == "slurm":
         return slurm_resources(cluster, gpus, procs, nodes)
     return local_resources(None, procs) if gpus is None else Resources("cuda", gpus)
+
+
+def search_resources(cluster: ClusterConfig, gpus: int | None, procs: int | None, nodes: int | None, cpus: int | None,
+                     env: Mapping[str, str] = os.environ) -> Resources:
+    """Resources of a task that runs itself, on CPUs: `cpus` cores a rank, here by default its share of this machine's, on
+    SLURM one rank a node with all cores of it.
+
+    Raises:
+        UserError: GPUs were asked for, or more nodes than there are.
+    """
+    if gpus is not None:
+        raise UserError("`--gpus`: this task computes on CPUs", "--cpus N gives it cores")
+    if cluster.kind != "slurm":
+        return Resources("cpu", procs or 1, threads=cpus or _threads(procs or 1, env))
+    nodes = nodes or procs or 1
+    ranks = procs or nodes
+    if ranks % nodes:
+        raise UserError(f"--procs {ranks} cannot be spread evenly over {nodes} nodes", f"use --procs {nodes}, one a node")
+    if cluster.max_nodes is not None and nodes > cluster.max_nodes:
+        raise UserError(f"--nodes {nodes}: cluster `{cluster.name}` has {cluster.max_nodes}", f"use --nodes {cluster.max_nodes}")
+    whole = cluster.cpus_per_node // (ranks // nodes) if cluster.cpus_per_node else 0
+    if cpus is not None and whole and cpus > whole:
+        raise UserError(f"--cpus {cpus} for each of {ranks // nodes} rank(s) of a node: a node of cluster `{cluster.name}` has "
+                        f"{cluster.cpus_per_node} cores", f"use --cpus {whole}" if whole else "use fewer --procs")
+    if cpus is None and not whole:
+        raise UserError(f"cluster `{cluster.name}` does not say how many cores a node has",
+                        "give --cpus N, or `cpus_per_node` in its file")
+    return Resources("cpu", ranks, nodes, cpus or whole)
 
 
 def _fewest(count: int, a_node: int) -> int:

@@ -15,7 +15,7 @@ from trainers.spec import config_class, holds, mapping, read_spec, read_text, va
 if TYPE_CHECKING:
     from launch.cluster import ClusterConfig
     from launch.weights import Weights
-    from trainers.config import RunConfig, ScriptConfig
+    from trainers.config import RunConfig, ScriptConfig, SearchConfig, TaskConfig
     from trainers.paths import RunPaths
     from trainers.yaml12 import Key
 
@@ -35,7 +35,7 @@ class Spec:
     """What a run is, and why."""
 
     name: str
-    config: RunConfig | ScriptConfig
+    config: RunConfig | SearchConfig | ScriptConfig
     values: dict[str, Any]   # the config as plain values, defaults included
     origins: dict[str, str]  # by dotted key: "default", "cifar10.yaml:12", "cluster local", "command line", ...
     text: str                # run.yaml: `trainers.spec.read_spec` makes the same config of it
@@ -123,8 +123,14 @@ def with_overrides(spec: Spec, overrides: Sequence[str]) -> Spec:
     return _spec(type(spec.config), merged)
 
 
-def for_debugging(overrides: Sequence[str]) -> list[str]:
-    """The overrides of a run under a debugger: a few steps, each logged, unless they say otherwise."""
+def for_debugging(word: str | Path, overrides: Sequence[str]) -> list[str]:
+    """The overrides of a run of this task under a debugger: a few steps, each logged, unless they say otherwise.
+
+    Raises:
+        UserError: no such task or file, or its config class cannot be had.
+    """
+    if "train" not in _class_of(word).model_fields:  # it has no steps
+        return list(overrides)
     said = {word.partition("=")[0] for word in overrides}
     more = [] if said & {"train.steps", "train.epochs"} else ["train.steps=3"]
     return [*overrides, *more, *([] if "log.every" in said else ["log.every=1"])]
@@ -151,10 +157,7 @@ def schema(word: str | Path | None = None) -> dict[str, Any]:
 
     cls: Any = RunConfig
     if word is not None:
-        path = tasks().get(str(word)) or Path(word)
-        merged = _file(path, path.name)
-        _find_modules(merged, [path.absolute().parent, Path.cwd()])
-        cls = config_class(_nest(merged))
+        cls = _class_of(word)
     found = cls.model_json_schema()
     found.pop("required", None)
     data = found["properties"]["data"]
@@ -162,7 +165,15 @@ def schema(word: str | Path | None = None) -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
 
 
-def _spec(cls: type[RunConfig | ScriptConfig], merged: Layer) -> Spec:
+def _class_of(word: str | Path) -> type[TaskConfig]:
+    """The config class of a task. Raises: UserError."""
+    path = tasks().get(str(word)) or Path(word)
+    merged = _file(path, path.name)
+    _find_modules(merged, [path.absolute().parent, Path.cwd()])
+    return config_class(_nest(merged))
+
+
+def _spec(cls: type[TaskConfig | ScriptConfig], merged: Layer) -> Spec:
     from trainers import yaml12
 
     config = validate(cls, _nest(merged), lambda key: _origin(key, merged))

@@ -18,7 +18,7 @@ from launch.cluster import ClusterConfig, load_cluster
 from launch.fit import memory_of
 from launch.node import Outcome
 from launch.plan import Plan, as_json, make_plan, show
-from launch.resources import Resources, local_resources
+from launch.resources import Resources, resources_of
 from launch.spec import Spec, spec_of
 from launch.view import View, make_view
 from launch.weights import resolved
@@ -28,8 +28,8 @@ from trainers.files import read_json
 from trainers.paths import RunPaths
 
 
-def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, debug: bool, dry_run: bool, json: bool,
-          cluster: ClusterConfig) -> int:
+def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, cpus: int | None = None, debug: bool,
+          dry_run: bool, json: bool, cluster: ClusterConfig) -> int:
     """Plan a new run on this machine and execute it. Returns the exit code.
 
     Raises:
@@ -37,7 +37,7 @@ def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, debug:
     """
     if debug and max(gpus or 0, procs or 0) > 1:
         raise UserError("--debug runs one rank in this process", "leave out --gpus and --procs, or give 1")
-    resources = local_resources(gpus, procs)
+    resources = resources_of(spec.config, cluster, gpus=gpus, procs=procs, cpus=cpus)
     spec = resolved(spec, runs)
     if hasattr(spec.config, "check"):
         spec.config.check()
@@ -53,7 +53,8 @@ def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, debug:
     return run_attempts(plan_of, paths, 1, view, plan.max_restarts, debug)
 
 
-def resume(run: records.Run, *, gpus: int | None, procs: int | None, json: bool, take_over: bool = False) -> int:
+def resume(run: records.Run, *, gpus: int | None, procs: int | None, cpus: int | None = None, json: bool,
+           take_over: bool = False) -> int:
     """Continue a run that is neither running nor finished. Returns the exit code. `take_over`: believe no record
     that it runs on another host; should it do so after all, that attempt can commit nothing more.
 
@@ -76,7 +77,7 @@ def resume(run: records.Run, *, gpus: int | None, procs: int | None, json: bool,
         view.close()
         return 0
     spec = spec_of(paths)
-    resources, cwd = as_before(paths, gpus, procs)
+    resources, cwd = as_before(paths, spec, gpus, procs, cpus)
     plan_of = partial(plan_here, paths.id, spec, load_cluster("local"), resources, paths.root.parent, cwd)
     plan = plan_of(number)
     view.notice(f"run {paths.id} in {shown(paths.root)}, attempt {plan.attempt}: {on(resources)}")
@@ -88,7 +89,8 @@ def new_run_id(name: str) -> str:
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def as_before(paths: RunPaths, gpus: int | None, procs: int | None) -> tuple[Resources, Path]:
+def as_before(paths: RunPaths, spec: Spec, gpus: int | None, procs: int | None, cpus: int | None = None
+              ) -> tuple[Resources, Path]:
     """(as many ranks of this machine as the run's last attempt had, unless told; the folder where that stood)
 
     Raises:
@@ -100,7 +102,8 @@ def as_before(paths: RunPaths, gpus: int | None, procs: int | None) -> tuple[Res
     cwd = Path(before["cwd"]) if before and Path(before["cwd"]).is_dir() else Path.cwd()
     # As many threads as before: another number sums in another order.
     same = before and before["ranks"] == (gpus or procs)
-    return local_resources(gpus, procs, threads=before.get("threads") if same else None), cwd
+    threads = before.get("threads") if same else None
+    return resources_of(spec.config, load_cluster("local"), gpus=gpus, procs=procs, cpus=cpus, threads=threads), cwd
 
 
 def plan_here(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resources, runs: Path, cwd: Path,
@@ -130,11 +133,14 @@ def _ending(outcome: Outcome, paths: RunPaths, seconds: float) -> list[str]:
     record = read_json(paths.record)
     if outcome.kind == "finished":
         model = [paths.checkpoint(record["checkpoint"])] if record["checkpoint"] is not None else []
-        figures = sorted(paths.figures.glob("*.png"))
-        return [*(f"model   {shown(path)}" for path in model), *(f"figure  {shown(path)}" for path in figures),
-                f"took    {duration(seconds)}"]
+        left = [*(("model", path) for path in (*model, paths.model)), ("table", paths.results),
+                *(("figure", path) for path in sorted(paths.figures.glob("*.png")))]
+        return [*(f"{what:<8}{shown(path)}" for what, path in left if path.exists()), f"took    {duration(seconds)}"]
+    onward = f"go on with `launch resume {named(paths)}`"
+    if paths.pieces.is_dir():  # a search
+        return [f"stopped after {record['step']} of {record['total']} fits, which are kept; {onward}"]
     kept = f", checkpoint {record['checkpoint']}" if record["checkpoint"] is not None else ", without a checkpoint"
-    return [f"stopped at step {record['step']}{kept}; go on with `launch resume {named(paths)}`"]
+    return [f"stopped at step {record['step']}{kept}; {onward}"]
 
 
 def _print_failure(outcome: Outcome, paths: RunPaths) -> None:

@@ -35,7 +35,7 @@ from launch.node import stop_signals
 from launch.on_slurm import check
 from launch.plan import Plan, as_json, make_plan, show
 from launch.processes import alive
-from launch.resources import Resources, local_resources, slurm_resources
+from launch.resources import Resources, resources_of
 from launch.spec import Spec, spec_of
 from launch.submission import Submission, last_submission, plan_of
 from launch.submit import as_copied, code_of, hand_over, make_submission, release, try_out, withdraw
@@ -235,7 +235,8 @@ def _submission_file(sweep: Sweep) -> str:
 
 
 def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], request: Request, root: Path, gpus: int | None,
-          procs: int | None, nodes: int | None, parallel: int | None, dry_run: bool, json: bool) -> int:
+          procs: int | None, cpus: int | None = None, nodes: int | None, parallel: int | None, dry_run: bool, json: bool
+          ) -> int:
     """Run a new sweep, or submit it. Returns the exit code.
 
     Args:
@@ -249,7 +250,7 @@ def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], reques
     """
     grid_points, here = grid(words), request.cluster.kind == "local"
     specs = load_specs(grid_points, lambda words: resolved(load(words), root))
-    resources = local_resources(gpus, procs) if here else slurm_resources(request.cluster, gpus, procs, nodes)
+    resources = resources_of(specs[0].config, request.cluster, gpus=gpus, procs=procs, nodes=nodes, cpus=cpus)
     for point, spec in zip(grid_points, specs):
         with _at(point.overrides):
             check(spec, request, dry_run)
@@ -438,8 +439,8 @@ def _tell(message: str, json: bool) -> None:
 # Going on with one
 
 
-def resume(root: Path, word: str, *, request: Request | None, gpus: int | None, procs: int | None, nodes: int | None,
-           parallel: int | None, json: bool) -> int:
+def resume(root: Path, word: str, *, request: Request | None, gpus: int | None, procs: int | None, cpus: int | None = None,
+           nodes: int | None, parallel: int | None, json: bool) -> int:
     """Go on with those runs of a sweep that have not finished, where it was last (`request`: there). Returns the exit code.
 
     Raises:
@@ -460,8 +461,8 @@ def resume(root: Path, word: str, *, request: Request | None, gpus: int | None, 
     if request is None:
         request = Request(before.cluster, before.time, before.options)
     here = request.cluster.kind == "local"
-    resources = _resources(before, request, gpus, procs, nodes)
     specs = {element: spec_of(run.paths) for element, run in left.items()}
+    resources = _resources(next(iter(specs.values())), before, request, gpus, procs, nodes, cpus)
     for element, spec in specs.items():
         with _at(points[element]["overrides"]):
             check(spec, request, False)
@@ -491,15 +492,14 @@ def resume(root: Path, word: str, *, request: Request | None, gpus: int | None, 
     return 0
 
 
-def _resources(before: Submission, request: Request, gpus: int | None, procs: int | None, nodes: int | None) -> Resources:
-    given, last = (gpus, procs, nodes) != (None, None, None), before.resources
+def _resources(spec: Spec, before: Submission, request: Request, gpus: int | None, procs: int | None, nodes: int | None,
+               cpus: int | None) -> Resources:
+    given, last = (gpus, procs, nodes, cpus) != (None, None, None, None), before.resources
     if not given and before.cluster.name == request.cluster.name:
         return last
     if not given:
         gpus, procs = (last.gpus or last.ranks, None) if last.gpus or last.device == "cuda" else (None, last.ranks)
-    if request.cluster.kind == "local":
-        return local_resources(gpus, procs)
-    return slurm_resources(request.cluster, gpus, procs, nodes)
+    return resources_of(spec.config, request.cluster, gpus=gpus, procs=procs, nodes=nodes, cpus=cpus)
 
 
 def _members(sweep: RunPaths, points: Sequence[Mapping[str, Any]]) -> dict[int, runs.Run]:

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from trainers.events import duration, number
+from trainers.events import duration, number, speed
 from trainers.events import line as plain_line
 
 if TYPE_CHECKING:  # rich is imported only where something is drawn
@@ -273,7 +273,7 @@ class Progress:
         if "lr" in event:
             parts.append((6, "lr", number(event["lr"])))
         if "rate" in event:
-            parts.append((4, "", f"{event['rate']:,.0f} {event['unit']}/s"))
+            parts.append((4, "", speed(event)))
         if "data_wait" in event:
             parts.append((5, "data", f"{event['data_wait']:.0%}"))
         parts.append((7, "", duration(time.monotonic() - self._began)))

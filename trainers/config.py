@@ -202,8 +202,8 @@ class WatchedRun(Run):
     )
 
 
-class RunConfig(Section):
-    """What a run of a training task is."""
+class TaskConfig(Section):
+    """What the runs of all tasks have."""
 
     name: Name = Field(description="what the run's id begins with")
     task: Reference = Field(description="the task's class, `module:Class`")
@@ -211,6 +211,18 @@ class RunConfig(Section):
         None, description="its config class, `module:Class`, a subclass of trainers.config.RunConfig"
     )
     path: str | None = Field(None, description="the folder of a user's own modules: comes last on sys.path")
+
+    def check(self) -> None:
+        """What can be refused before a rank starts; reads the file system; raises UserError."""
+
+    def missing(self, environment: Mapping[str, str] = os.environ) -> list[str]:
+        """What ranks with this environment would have to download, in words. Asks the file system, and nobody else."""
+        return []
+
+
+class RunConfig(TaskConfig):
+    """What a run of a training task is."""
+
     model: Any = Field(default_factory=dict)
     data: Any = Field(default_factory=dict)
     train: Train = Field(description="give `train.epochs` or `train.steps`")
@@ -243,17 +255,20 @@ class RunConfig(Section):
                 raise
             return 4 * max(1, self.train.batch_size // ranks)
 
-    def check(self) -> None:
-        """What can be refused before a rank starts; reads the file system; raises UserError."""
-
-    def missing(self, environment: Mapping[str, str] = os.environ) -> list[str]:
-        """What ranks with this environment would have to download, in words. Asks the file system, and nobody else."""
-        return []
-
     def counts(self) -> Counts | None:
         """How large the models are, for what is said of memory before a rank starts; None if only torch can tell.
         May read the file system."""
         return None
+
+
+class SearchConfig(TaskConfig):
+    """What a run of a task without steps is, which runs itself (trainers/runner.py), on CPUs."""
+
+    model: Any = Field(default_factory=dict)
+    data: Any = Field(default_factory=dict)
+    search: Any = Field(default_factory=dict)
+    wandb: Wandb = Wandb()
+    run: Run = Run()
 
 
 class ScriptConfig(Section):

@@ -7,13 +7,14 @@ node process draws them. Elsewhere (torchrun, accelerate) the plain line is prin
 | event      | keys beside `event`                                                                  |
 |------------|--------------------------------------------------------------------------------------|
 | start      | step, total, world_size, device, precision, parameters, samples, resumed (bool)      |
+|            | of a search, whose steps are fits: step, total, about (words), resumed               |
 | step       | step, total, rate, unit, data_wait (share of time), eta_s, and the measured: loss, lr |
 | eval       | step, total (null in `launch eval`), metrics                                         |
 | checkpoint | step, path, bytes, seconds, stall_s                                                  |
 | note       | level (`info` or `warning`), message                                                 |
 | error      | message, hint, exit_code, retry (bool): a rank's last word, shown by the launcher    |
 | failure    | what attempt.json says of the first rank that failed: from the launcher, for `--json` |
-| end        | state (`finished` or `preempted`), step, total, metrics, checkpoint                  |
+| end        | state (`finished` or `preempted`), step, total, metrics, checkpoint; of a search unit |
 """
 
 from __future__ import annotations
@@ -55,14 +56,18 @@ def line(event: Mapping[str, Any]) -> str:
     """The plain line of an event, for logs and for terminals that cannot draw."""
     match event["event"]:
         case "start":
+            if "about" in event:
+                verb = "resuming at" if event["resumed"] else "from"
+                return f"{verb} fit {event['step']} of {event['total']}: {event['about']}"
             verb = "resuming at" if event["resumed"] else "training from"
             return (f"{verb} step {event['step']} of {event['total']}: {event['world_size']} rank(s) on "
                     f"{event['device']}, {event['precision']}, {event['parameters']:,} parameters, "
                     f"{event['samples']:,} samples")
         case "step":
+            if event["unit"] == "fits":
+                return f"fit {event['step']}/{event['total']}  {speed(event)}  eta {duration(event['eta_s'])}"
             return (f"step {event['step']}/{event['total']}  {metrics_line(step_metrics(event))}  "
-                    f"{event['rate']:,.0f} {event['unit']}/s  data {event['data_wait']:.0%}  "
-                    f"eta {duration(event['eta_s'])}")
+                    f"{speed(event)}  data {event['data_wait']:.0%}  eta {duration(event['eta_s'])}")
         case "eval":
             of = f"/{event['total']}" if event["total"] is not None else ""
             return f"eval {event['step']}{of}  {metrics_line(brief(event['metrics']))}"
@@ -74,9 +79,16 @@ def line(event: Mapping[str, Any]) -> str:
         case "error":
             return f"error: {event['message']}" + (f"\nhint: {event['hint']}" if event.get("hint") else "")
         case "end":
-            return f"{event['state']} at step {event['step']}/{event['total']}  {metrics_line(brief(event['metrics']))}"
+            what = "fit" if event.get("unit") == "fits" else "step"
+            return f"{event['state']} at {what} {event['step']}/{event['total']}  {metrics_line(brief(event['metrics']))}"
         case _:
             return json.dumps(dict(event), ensure_ascii=False)
+
+
+def speed(event: Mapping[str, Any]) -> str:
+    """'1,234 images/s'; of slow things '0.42 fits/s'."""
+    rate = event["rate"]
+    return f"{rate:,.0f} {event['unit']}/s" if rate >= 10 else f"{rate:.2g} {event['unit']}/s"
 
 
 def step_metrics(event: Mapping[str, Any]) -> dict[str, float]:

@@ -58,6 +58,21 @@ class RunPaths:
         return self.root / "evals"
 
     @property
+    def pieces(self) -> Path:
+        """A search's finished pieces of work, a file each."""
+        return self.root / "pieces"
+
+    @property
+    def results(self) -> Path:
+        """A search's table: `cv_results_`, a line a grid point."""
+        return self.root / "cv_results.csv"
+
+    @property
+    def model(self) -> Path:
+        """A search's best forest, fitted to all rows."""
+        return self.root / "model.npz"
+
+    @property
     def figures(self) -> Path:
         return self.root / "figures"
 
@@ -103,6 +118,10 @@ class RunPaths:
     def slow(self, number: int) -> Path:
         """Which of this attempt's ranks are slower than the others; not there if none ever was."""
         return self.attempt(number) / "slow.json"
+
+    def claim(self, number: int, key: str) -> Path:
+        """A folder: which rank makes it has that piece of the search in this attempt."""
+        return self.attempt(number) / "claims" / key
 
     def cancellation(self, number: int) -> Path:
         """Exists if somebody asked for this attempt to be cancelled."""

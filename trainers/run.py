@@ -1,4 +1,4 @@
-"""A rank's entry point: read run.yaml, build the task, hand it to the loop.
+"""A rank's entry point: read run.yaml, build the task, hand it to the loop, or let it run itself.
 
     python -P -m trainers.run RUN_DIR
 
@@ -17,8 +17,10 @@ import traceback
 from pathlib import Path
 
 from trainers import events, heartbeat, micro_batch
+from trainers.config import SearchConfig
 from trainers.errors import UserError
 from trainers.paths import RunPaths
+from trainers.runner import Place, Runner
 from trainers.signals import Stopped, hold, listen
 from trainers.spec import read_spec, resolve
 
@@ -30,6 +32,8 @@ def run(paths: RunPaths, attempt: int | None) -> int:
         listen()
     config = read_spec(paths.spec)
     task_class = resolve(config.task, config.path)
+    if isinstance(config, SearchConfig):
+        return _run_itself(task_class, config, paths, attempt)
     import torch
 
     if config.eval.only:
@@ -54,6 +58,14 @@ def run(paths: RunPaths, attempt: int | None) -> int:
             raise
         traceback.print_exc()
         raise micro_batch.too_large(config, settled, paths, attempt, world.rank, world.size) from error
+
+
+def _run_itself(task_class: type, config: SearchConfig, paths: RunPaths, attempt: int | None) -> int:
+    """A task without steps, which needs no torch."""
+    if not (isinstance(task_class, type) and issubclass(task_class, Runner)):
+        raise UserError(f"`task` is `{config.task}`, which is no subclass of trainers.runner.Runner",
+                        f"write `class {config.task.partition(':')[2]}(Runner)`")
+    return task_class(config).run(Place.from_env(os.environ), paths, attempt)
 
 
 def main(argv: list[str]) -> int:
@@ -86,5 +98,6 @@ if __name__ == "__main__":
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # At once: other ranks may hang in a collective that a normal exit would wait for.
-    os._exit(code)
+    if "torch" in sys.modules:  # at once: other ranks may hang in a collective that a normal exit would wait for
+        os._exit(code)
+    sys.exit(code)

@@ -16,11 +16,11 @@ from trainers.errors import UserError
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-    from trainers.config import RunConfig, ScriptConfig, Section
+    from trainers.config import RunConfig, ScriptConfig, SearchConfig, Section, TaskConfig
     from trainers.yaml12 import Key
 
 
-def read_spec(path: Path) -> RunConfig | ScriptConfig:
+def read_spec(path: Path) -> RunConfig | SearchConfig | ScriptConfig:
     """The config that a run.yaml holds.
 
     Raises:
@@ -56,19 +56,19 @@ def mapping(value: Any, name: str) -> dict[str, Any]:
     return value
 
 
-def config_class(values: Mapping[str, Any]) -> type[RunConfig]:
+def config_class(values: Mapping[str, Any]) -> type[TaskConfig]:
     """The class that a task's values must satisfy: the one named by `config`, else RunConfig.
 
     Raises:
         UserError: the named class cannot be had, or is none.
     """
-    from trainers.config import RunConfig
+    from trainers.config import RunConfig, TaskConfig
 
     reference, folder = values.get("config"), values.get("path")
     if not isinstance(reference, str) or ":" not in reference:
         return RunConfig  # which says what is wrong, if something is
     found = resolve(reference, folder)
-    if not (isinstance(found, type) and issubclass(found, RunConfig)):
+    if not (isinstance(found, type) and issubclass(found, TaskConfig)):
         raise UserError(f"`config` is `{reference}`, which is no subclass of trainers.config.RunConfig",
                         f"write `class {reference.partition(':')[2]}(RunConfig)`")
     return found

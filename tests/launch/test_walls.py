@@ -12,7 +12,7 @@ import pytest
 import launch
 import trainers
 
-HEAVY = {"torch", "torchvision", "transformers", "accelerate", "deepspeed", "numpy", "wandb"}
+HEAVY = {"torch", "torchvision", "transformers", "accelerate", "deepspeed", "numpy", "wandb", "sklearn", "joblib", "scipy"}
 LATE = {"pydantic", "ruamel", "rich"}
 
 
@@ -29,7 +29,8 @@ def test_help_imports_little() -> None:
     assert not loaded & (HEAVY | LATE)
 
 
-@pytest.mark.parametrize("words", ["show cifar10", "cifar10 --help", "tasks", "runs", "schema cifar10"])
+@pytest.mark.parametrize("words", ["show cifar10", "show wine", "schema wine", "cifar10 --help", "tasks", "runs",
+                                   "schema cifar10"])
 def test_commands_import_no_framework(words: str) -> None:
     loaded = loaded_by(f"from launch.cli import main; assert main({words.split()}) == 0")
     assert not loaded & (HEAVY | {"rich"})
@@ -59,6 +60,12 @@ def imported(node: ast.AST) -> list[str]:
         case ast.ImportFrom(level=0):
             return [node.module or ""]
     return []
+
+
+def test_a_search_needs_no_torch() -> None:
+    modules = ["trainers.run", *(f"trainers.wine.{path.stem}" for path in Path(trainers.__file__).parent.glob("wine/*.py"))]
+    loaded = loaded_by("\n".join(f"import {module}" for module in modules if not module.endswith("__init__")))
+    assert "sklearn" in loaded and not loaded & {"torch", "accelerate", "launch"}
 
 
 def test_no_task_imports_another() -> None:

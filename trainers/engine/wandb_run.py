@@ -5,9 +5,9 @@ from __future__ import annotations
 import struct
 import threading
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
-from trainers.config import RunConfig
+from trainers.config import RunConfig, SearchConfig
 from trainers.files import read_json
 from trainers.paths import RunPaths
 
@@ -24,7 +24,7 @@ class WandbRun:
     logged from metrics.jsonl.
     """
 
-    def __init__(self, config: RunConfig, paths: RunPaths, step: int, rows: Iterable[Mapping[str, Any]],
+    def __init__(self, config: RunConfig | SearchConfig, paths: RunPaths, step: int, rows: Iterable[Mapping[str, Any]],
                  note: Callable[[str, str], None]):
         """`rows`: what metrics.jsonl holds up to `step`, from which the run resumes.
         `note(level, message)` tells the user why a run that was to be online is offline, or not tracked any more."""
@@ -74,6 +74,12 @@ class WandbRun:
             self._late = {}
         elif row["step"] == self._resumed_at and row["split"] == "eval":
             self._late = values
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows that have the same keys, as a table, with what is logged next."""
+        columns = list(rows[0])
+        self._safely(lambda: self._run.log({name: self._wandb.Table(columns, [list(row.values()) for row in rows])},
+                                           commit=False))
 
     def finish(self, step: int, figures: Path, finished: bool) -> None:
         """Log the pictures and end. `finished` False: stopped, to be resumed, and so within a time."""

@@ -1,0 +1,111 @@
+"""Pictures of a search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from trainers.forest import ForestSearchCV
+
+MOST_LINES = 12
+MOST_NUMBERED = 120  # cells
+
+
+def draw_heat_map(search: ForestSearchCV, metric: str, name: str, path: Path) -> None:
+    """The best score at each pair of values of the two parameters that matter most, `n_estimators` last."""
+    varied = _varied(search)
+    matter = sorted(varied, key=lambda parameter: (parameter == "n_estimators", -_spread(search, metric, varied, parameter)))
+    rows, columns = (matter + [None, None])[:2]
+    row_values, column_values = varied.get(rows, [None]), varied.get(columns, [None])
+    best = np.full((len(row_values), len(column_values)), np.nan)
+    for params, score in zip(search.cv_results_["params"], search.cv_results_[f"mean_test_{metric}"]):
+        at = row_values.index(params.get(rows)), column_values.index(params.get(columns))
+        best[at] = score if np.isnan(best[at]) else max(best[at], score)
+    figure, axes = _figure(2.5 + 0.8 * len(column_values), 1.8 + 0.5 * len(row_values))
+    image = axes.imshow(best, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(column_values)), [_word(value) for value in column_values])
+    axes.set_yticks(range(len(row_values)), [_word(value) for value in row_values])
+    axes.set_xlabel(columns or "")
+    axes.set_ylabel(rows or "")
+    axes.set_title(f"best mean {name}", fontsize=10)
+    figure.colorbar(image)
+    if best.size <= MOST_NUMBERED:
+        middle = (np.nanmin(best) + np.nanmax(best)) / 2 if not np.all(np.isnan(best)) else 0
+        for at in np.ndindex(best.shape):
+            axes.text(at[1], at[0], f"{best[at]:.3f}", ha="center", va="center", fontsize=8,
+                      color="black" if best[at] > middle else "white")
+    _write(figure, path)
+
+
+def draw_trees(search: ForestSearchCV, metric: str, name: str, path: Path) -> None:
+    """Score against the number of trees, a line for each of the best of the other parameters."""
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    results, fixed = search.cv_results_, search.estimator.n_estimators
+    for number, params in enumerate(results["params"]):
+        rest = ", ".join(f"{key}={_word(value)}" for key, value in params.items() if key != "n_estimators")
+        lines.setdefault(rest, []).append((params.get("n_estimators", fixed), results[f"mean_test_{metric}"][number],
+                                           results[f"std_test_{metric}"][number]))
+    best_first = sorted(lines, key=lambda rest: -max((point[1] for point in lines[rest]), default=0))[:MOST_LINES]
+    figure, axes = _figure(7.5, 4.5)
+    for rest in best_first:
+        trees, mean, _ = np.array(sorted(lines[rest])).T
+        axes.plot(trees, mean, marker="o", markersize=3, linewidth=1, label=rest or "the grid")
+    trees, mean, std = np.array(sorted(lines[best_first[0]])).T
+    axes.fill_between(trees, mean - std, mean + std, alpha=0.12)
+    axes.set_xlabel("n_estimators")
+    axes.set_ylabel(f"mean {name} (band: std over folds, of the best)", fontsize=8)
+    axes.legend(fontsize=6, loc="best", title=None if len(lines) <= MOST_LINES else f"the best {MOST_LINES} of {len(lines)}",
+                title_fontsize=6)
+    _write(figure, path)
+
+
+def draw_importance(importance: list[dict[str, Any]], name: str, path: Path, most: int = 30) -> None:
+    """A bar for each feature."""
+    shown = importance[:most][::-1]
+    figure, axes = _figure(6.5, 1.2 + 0.28 * len(shown))
+    axes.barh([row["feature"].replace("$", r"\$") for row in shown], [row["mean"] for row in shown],
+              xerr=[row["std"] for row in shown], color="tab:blue", height=0.7)
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel(f"fall of {name} when the column is shuffled (model and data of the refit)", fontsize=8)
+    _write(figure, path)
+
+
+def _varied(search: ForestSearchCV) -> dict[str, list[Any]]:
+    """The values of each parameter that has several, in the grid's order."""
+    found: dict[str, list[Any]] = {}
+    for params in search.cv_results_["params"]:
+        for name in {**params, **found}:
+            values = found.setdefault(name, [])
+            if params.get(name) not in values:
+                values.append(params.get(name))
+    several = {name: values for name, values in found.items() if len(values) > 1}
+    return several or dict(list(found.items())[:2])
+
+
+def _spread(search: ForestSearchCV, metric: str, varied: dict[str, list[Any]], parameter: str) -> float:
+    """Between the parameter's best and worst value, by their mean scores."""
+    scores = search.cv_results_[f"mean_test_{metric}"]
+    params = search.cv_results_["params"]
+    means = [np.mean([score for one, score in zip(params, scores) if one.get(parameter) == value])
+             for value in varied[parameter]]
+    return float(np.nan_to_num(max(means) - min(means)))
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure((min(width, 14), min(height, 14)), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _write(figure: Figure, path: Path) -> None:
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, format="png", dpi=120)
+    beside.replace(path)
