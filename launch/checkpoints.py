@@ -96,7 +96,8 @@ def prune(run: Run, keep_last: int | None, dry_run: bool) -> dict[str, Any]:
     found = shelf.metrics(shelf.manifests(paths))
     keep = retention.kept(found, config)
     stale = [step for step in found if step not in keep]
-    if stale:
+    leftovers = shelf.leftovers(paths, shelf.TMP, shelf.OLD, shelf.BROKEN)
+    if stale or leftovers:
         whole = next((step for step in sorted(keep, reverse=True) + stale[::-1] if _whole(paths, step)), None)
         if whole is None:
             raise UserError(f"no checkpoint of `{run.id}` is whole: nothing is deleted",
@@ -104,7 +105,6 @@ def prune(run: Run, keep_last: int | None, dry_run: bool) -> dict[str, Any]:
         if whole in stale:
             stale.remove(whole)
             keep[whole] = ["whole"]
-    leftovers = shelf.leftovers(paths, shelf.TMP, shelf.OLD, shelf.BROKEN)
     size_bytes = sum(_size(path) for path in [*leftovers, *map(paths.checkpoint, stale)])
     if not dry_run:
         shelf.sweep(paths)
@@ -124,7 +124,8 @@ def pruned(found: dict[str, Any]) -> str:
 
 
 def chosen(run: Run, asked: int | str | None) -> tuple[int, dict[int, str]]:
-    """The step to take, whole to the last byte, and what is wrong with each newer one that was passed over.
+    """The step to take, whole to the last byte, and what is wrong with each one that was passed over: of newer ones, and of
+    those that cannot say how good they are.
 
     Args:
         asked: a step, `best`, or None: the newest whole one.
@@ -132,10 +133,11 @@ def chosen(run: Run, asked: int | str | None) -> tuple[int, dict[int, str]]:
         UserError: there is none, or the one that was asked for is broken.
     """
     paths = run.paths
+    broken: dict[int, str] = {}
     if asked == "best":
         asked = _best(run)
+        broken = {step: problem for step in _steps(paths) if (problem := _unreadable(paths, step))}
     steps = [existing(paths, asked)] if asked is not None else _steps(paths)
-    broken: dict[int, str] = {}
     for step in reversed(steps):
         try:
             manifest.verify(paths.checkpoint(step), step)
@@ -191,6 +193,15 @@ def _best(run: Run) -> int:
         raise UserError(f"no checkpoint of `{run.id}` has the metric `{config.metric}`",
                         f"`launch checkpoint list {run.id}` shows the metrics of each: --step N")
     return ranked[-1]
+
+
+def _unreadable(paths: RunPaths, step: int) -> str | None:
+    """What is wrong with its manifest."""
+    try:
+        manifest.read(paths.checkpoint(step), step)
+    except manifest.Broken as problem:
+        return str(problem)
+    return None
 
 
 def _glance(folder: Path, step: int) -> tuple[dict[str, Any], str | None]:

@@ -19,7 +19,7 @@ TINY = Path(__file__).parent / "tinybert"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec, strategy, ranks", [
-    ("classify", "zero3", 2), ("classify", "fsdp", 2), ("fill", "ddp", 1), ("fill", "zero3", 2)])
+    ("classify", "zero3", 2), ("classify", "fsdp", 2), ("fill", "ddp", 1), ("fill", "zero3", 2), ("fill", "fsdp", 2)])
 def test_what_is_exported_computes_what_was_trained(launch, monkeypatch, spec, strategy, ranks):
     done = launch(TINY / f"{spec}.yaml", "--procs", ranks, "--strategy", strategy)
     assert done.returncode == 0, done.stderr

@@ -90,6 +90,14 @@ def test_a_broken_one_is_passed_over_and_said(paths, capsys):
     assert list(json.loads(capsys.readouterr().out)["passed_over"]) == ["30"]
 
 
+def test_of_the_best_those_that_cannot_say_are_said(paths, capsys):
+    flip(paths.checkpoint(20) / "manifest.json", 3)
+    assert main(["export", "r-1", "--step", "best"]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("warning: the checkpoint of step 20 is broken (manifest.json is not a manifest)")
+    assert equal(load_file(said.out.strip()), expected(30))
+
+
 @pytest.mark.parametrize("word", ["20", "best"])
 def test_a_broken_one_that_was_asked_for_is_refused(paths, capsys, word):
     flip(paths.checkpoint(20) / "2.safetensors")

@@ -28,7 +28,7 @@ from crashes import CODE, crash_at, forked
 from trainers import config
 from trainers.engine import manifest, storage, tensor_files
 from trainers.engine.checkpoint import Checkpoints, owners
-from trainers.engine.fragments import Fragment, fill
+from trainers.engine.fragments import Fragment, fill, no_others
 from trainers.engine.world import World
 from trainers.errors import UserError
 from trainers.paths import RunPaths
@@ -464,6 +464,9 @@ def test_a_tensor_of_another_name_or_shape_is_an_error(run):
     for tensors, problem in [({"more": torch.zeros(1)}, "has no `more`"), ({"mask": torch.zeros(3, 3)}, r"`mask` is \[9\]")]:
         with pytest.raises(UserError, match=problem):
             fill(whole(tensors), reader.shapes, reader.read)
+    no_others({"models/model/a": (1,), "optim/model/b/step": ()}, {"models/model/a"})
+    with pytest.raises(UserError, match="has `models/model/b`, which the model has not"):
+        no_others({"models/model/a": (1,), "models/model/b": (1,)}, {"models/model/a"})
 
 
 def test_other_readers_of_safetensors_open_the_files(run):

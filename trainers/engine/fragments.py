@@ -6,7 +6,7 @@ ZeRO a stretch of its flattened elements. So one checkpoint format serves them a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -77,6 +77,14 @@ def slots(update: str, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) 
                                 "the code has changed since: put it back, or start a new run")
             found[parameter][slot] = slot != "step"
     return found
+
+
+def no_others(shapes: Mapping[str, tuple[int, ...]], known: Collection[str]) -> None:
+    """Raises: UserError: a checkpoint has a tensor of a model that is not among the models' `known` ones."""
+    for name in shapes:
+        if name.startswith("models/") and name not in known:
+            raise UserError(f"the checkpoint has `{name}`, which the model has not",
+                            "the code or spec has changed since: put it back, or start a new run")
 
 
 def _fits(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:

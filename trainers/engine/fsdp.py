@@ -32,7 +32,8 @@ class Fsdp:
         self.mesh = init_device_mesh(world.device.type, (world.size,))
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Blocks are sharded each by itself, what is left with the model as a whole."""
+        """Blocks are sharded each by itself, what is left with the model as a whole: also a block that shares a parameter
+        with something outside (tied embeddings)."""
         if self.config.checkpoint_activations:
             checkpoint_activations(model)
         # Gathered in half precision, which halves what crosses ranks; gradients are summed over ranks in fp32.
@@ -45,7 +46,7 @@ class Fsdp:
                 if isinstance(module, _BatchNorm):
                     fully_shard(module, mesh=self.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
                                 offload_policy=offload)
-        for module in [*blocks(model), model]:
+        for module in [*(block for block in blocks(model) if _by_itself(block, model)), model]:
             if self.config.compile:
                 module.compile()  # before it is sharded, so that its hooks stay outside
             fully_shard(module, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
@@ -88,6 +89,14 @@ class FsdpTrainee(Trainee):
         squares = super()._norms(gradients).square()
         dist.all_reduce(squares)
         return squares.sqrt()
+
+
+def _by_itself(block: nn.Module, model: nn.Module) -> bool:
+    """Whether no module outside has a parameter of the block."""
+    inside = set(block.modules())
+    others = {id(parameter) for module in model.modules() if module not in inside
+              for parameter in module.parameters(recurse=False)}
+    return not any(id(parameter) in others for parameter in block.parameters())
 
 
 def _reshard(model: nn.Module) -> None:

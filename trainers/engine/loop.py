@@ -13,7 +13,7 @@ from trainers import events, heartbeat
 from trainers.config import RunConfig
 from trainers.engine.checkpoint import Checkpoints
 from trainers.engine.evaluation import draw_figures, evaluate
-from trainers.engine.fragments import Fragment, fill, tied
+from trainers.engine.fragments import Fragment, fill, no_others, tied
 from trainers.engine.huggingface import describe
 from trainers.engine.learner import Learner
 from trainers.engine.setup import set_up
@@ -162,6 +162,7 @@ class Loop:
     def _fill(self, reader: Reader) -> None:
         """Put a checkpoint's tensors in place."""
         shapes = reader.shapes
+        no_others(shapes, {place.key for place in self.layout})
         for learner in self.learners:
             learner.trainee.allocate(learner.update.name, shapes)
         fill(self._fragments(), shapes, reader.read)
