@@ -106,7 +106,7 @@ def wait_until(condition, timeout_s: float = 120, process: subprocess.Popen | No
 
 
 def pace(run: Path, pause_s: float) -> None:
-    """From now on the ranks of a run of BLOBS pause this long before each batch, if it began with `model.pause_s`."""
+    """From now on the ranks of a run that began with `model.pause_s` pause this long instead before each batch."""
     (run / "pace.new").write_text(str(pause_s))
     (run / "pace.new").replace(run / "pace")
 

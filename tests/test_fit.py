@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Command, attempt, record, rows
+from conftest import Command, attempt, pace, record, rows, wait_until
 
 NARROW = Path(__file__).parent / "sentences" / "narrow.yaml"
 
@@ -20,15 +20,19 @@ def test_auto_takes_the_largest_micro_batch_that_fits_and_changes_no_loss(tmp_pa
     at_once, later, given = (Command(tmp_path / name) for name in ("at-once", "later", "given"))
     for command, *words in ((at_once, "train.micro_batch_size=auto", "data.most=4"),
                             (later, "train.micro_batch_size=auto", "data.most=6", "data.calls=3",
-                             "model.pause_s=0.5"),  # time for the checkpoint of step 2
+                             "model.pause_s=2"),  # time for the checkpoint of step 2
                             (given, "train.micro_batch_size=4")):
         command.folder.mkdir()
-        done = command(NARROW, "--procs", 2, "run.max_restarts=0", *words)
-        assert done.returncode == 0, done.stdout + done.stderr
-        if command is at_once:
-            assert "train.micro_batch_size=auto: 4, 3 to a step (12, 6 did not fit)" in done.stdout
+        process = command.start(NARROW, "--procs", 2, "run.max_restarts=0", *words)
         if command is later:
-            assert "resuming at step 2 " in done.stdout
+            wait_until(lambda: list(command.folder.glob("runs/*/attempts/2")), process=process)
+            pace(command.run(), 0)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, out + err
+        if command is at_once:
+            assert "train.micro_batch_size=auto: 4, 3 to a step (12, 6 did not fit)" in out
+        if command is later:
+            assert "resuming at step 2 " in out
     assert record(at_once.run())["attempt"] == 3 and record(later.run())["attempt"] == 2
     assert losses(at_once.run()) == losses(given.run())
     assert losses(later.run()) == pytest.approx(losses(given.run()), abs=1e-6)

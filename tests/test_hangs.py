@@ -13,7 +13,7 @@ from conftest import BLOBS, Command, attempt, logged_steps, ranks_of, record, ro
 pytestmark = pytest.mark.slow
 
 HANG_S = 3
-ENDED_S = HANG_S * 1.2 + 1 + 5 + 3  # the looks, the stacks, the grace of those that hang, and a busy machine
+ENDED_S = HANG_S * 1.2 + 1 + 5 + 30  # the looks, the stacks, the grace of those that hang, and a busy machine
 
 
 def told(run) -> tuple[list, list]:
@@ -67,7 +67,7 @@ def test_a_slow_rank_is_named_and_slow_steps_and_a_slow_start_are_no_hang(launch
     args = ("train.steps=100000", "model.pause_s=0.3", "model.slow=[1, 0.5]", "run.hang_s=3")  # importing alone takes longer
     process = launch.start(BLOBS, "--procs", 2, *args)
     try:
-        wait_until(lambda: list(launch.folder.glob("runs/*/attempts/1/slow.json")), process=process, timeout_s=60)
+        wait_until(lambda: list(launch.folder.glob("runs/*/attempts/1/slow.json")), process=process)
         run = launch.run()
         (slow,) = json.loads(launch("status", run.name, "--json").stdout)["slow"]
         assert slow["rank"] == 1 and slow["factor"] > 1.5 and 0.8 <= slow["work_s"] <= slow["step_s"] * 1.1

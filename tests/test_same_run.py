@@ -21,9 +21,13 @@ def told(run) -> tuple[list, list]:
 
 
 def interrupt(launch: Command, how: str, at: int, *words: object) -> tuple[int, str]:
-    """A command that trains the folder's only run, interrupted once `at` rows are logged: its exit code and output."""
+    """A command that trains the folder's only run, interrupted once `at` rows are logged: its exit code and output.
+    Of `model.pause_s` it has made more by then, so that it cannot be over before, or be far beyond."""
+    for run in launch.runs():
+        (run / "pace").unlink(missing_ok=True)
     process = launch.start(*words)
     wait_until(lambda: logged_steps(launch.folder) >= at, process=process)
+    pace(launch.run(), 0.3)
     ranks = ranks_of(process.pid)
     match how:
         case "kill node":
@@ -36,7 +40,7 @@ def interrupt(launch: Command, how: str, at: int, *words: object) -> tuple[int, 
             process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     began = time.monotonic()
-    wait_until(lambda: not any(map(alive, ranks)), timeout_s=5)
+    wait_until(lambda: not any(map(alive, ranks)), timeout_s=20)
     print(f"{how} at row {at}: exit code {process.returncode}, ranks gone {time.monotonic() - began:.2f} s later")
     return process.returncode, out
 
@@ -83,7 +87,7 @@ def test_an_interrupted_run_is_the_same_run(tmp_path, ranks, accumulation):
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp"])
 def test_each_strategy_is_the_same_run(tmp_path, strategy):
     """One run through a kill -9 and a SIGTERM, each at a random step."""
-    args = ["--procs", 2, "--strategy", strategy, "train.micro_batch_size=6", "model.dropout=0.1", "model.pause_s=0.02"]
+    args = ["--procs", 2, "--strategy", strategy, "train.micro_batch_size=6", "model.dropout=0.1"]
     (tmp_path / "whole").mkdir(), (tmp_path / "cut").mkdir()
     whole, cut = Command(tmp_path / "whole"), Command(tmp_path / "cut")
     done = whole(SENTENCES, *args)
@@ -94,11 +98,12 @@ def test_each_strategy_is_the_same_run(tmp_path, strategy):
     seed = random.randrange(2**32)
     print(f"random.seed({seed})")
     random.seed(seed)
-    code, _ = interrupt(cut, "kill rank", random.randint(3, 14), SENTENCES, *args)
+    code, _ = interrupt(cut, "kill rank", random.randint(3, 14), SENTENCES, *args, "model.pause_s=0.05")
     assert code == 1
     run = cut.run()
     code, _ = interrupt(cut, "SIGTERM", random.randint(16, 25), "resume", run.name)
     assert code == 75
+    pace(run, 0)
     resumed = cut("resume", run.name)
     assert resumed.returncode == 0, resumed.stderr
     assert told(run) == expected and record(run)["attempt"] == 3

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BLOBS, Command, attempt, environment, logged_steps, record, rows, wait_until
+from conftest import BLOBS, Command, attempt, environment, logged_steps, pace, record, rows, wait_until
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -167,7 +167,7 @@ def test_a_full_disk_ends_no_run(launch):
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
     try:
-        process = launch.start(BLOBS, "--runs", disk, "--procs", 2, "train.steps=600", "eval.every=100",
+        process = launch.start(BLOBS, "--runs", disk, "--procs", 2, "train.steps=600", "eval.every=100", "model.pause_s=0.01",
                                "checkpoint.keep_best=0", "checkpoint.keep_last=1")
         whole = wait_until(lambda: list(disk.glob("*/checkpoints/step_15")), process=process)[0]
         filler = disk / "filler"
@@ -190,6 +190,7 @@ def test_a_full_disk_ends_no_run(launch):
             if line.startswith("eval 400/"):
                 break
         filler.unlink()
+        pace(run, 0)
         out, err = process.communicate(timeout=200)
         output = "".join(seen) + out
         assert process.returncode == 0, output + err
