@@ -98,7 +98,7 @@ def prune(run: Run, keep_last: int | None, dry_run: bool) -> dict[str, Any]:
     stale = [step for step in found if step not in keep]
     leftovers = shelf.leftovers(paths, shelf.TMP, shelf.OLD, shelf.BROKEN)
     if stale or leftovers:
-        whole = next((step for step in sorted(keep, reverse=True) + stale[::-1] if _whole(paths, step)), None)
+        whole = next((step for step in sorted(found, reverse=True) if _whole(paths, step)), None)
         if whole is None:
             raise UserError(f"no checkpoint of `{run.id}` is whole: nothing is deleted",
                             f"`launch checkpoint verify {run.id}` says what is wrong with each")

@@ -571,6 +571,7 @@ def cancel(word: str, root: Path, json: bool) -> None:
 @command
 @run_argument
 @click.argument("overrides", nargs=-1, metavar="[sbatch.KEY=VALUE]...")
+@click.option("--strategy", metavar="WORD", help="Spread its models otherwise from now on: ddp, zero1, zero2, zero3, fsdp.")
 @ranks_options
 @slurm_options
 @runs_option
@@ -578,15 +579,13 @@ def cancel(word: str, root: Path, json: bool) -> None:
 @click.option("--take-over", is_flag=True, help="Though its record says that it runs on another host.")
 def resume(word: str, root: Path, gpus: int | None, procs: int | None, cpus: int | None, json: bool, take_over: bool,
            slurm: bool, cluster: str | None, nodes: int | None, time: str | None, after: str | None, here: bool, follow: bool,
-           overrides: Sequence[str]) -> int:
+           overrides: Sequence[str], strategy: str | None) -> int:
     """Continue a run from its last checkpoint, where it ran last unless told."""
     _one_kind(gpus, procs)
     from launch.runs import find_run
 
     run = find_run(root, word)
-    rest, options = _sbatch_options(overrides)
-    if rest:
-        raise UserError(f"`{rest[0]}`: a run's spec never changes", "start a new run for that; resume takes sbatch.KEY=VALUE")
+    spread, options = _sbatch_options([*overrides, *([f"{ALIASES['strategy']}={strategy}"] if strategy is not None else [])])
     last = run.record.get("job") or {}
     if slurm or cluster or last.get("kind") == "slurm":
         where = _cluster(slurm, cluster or (last.get("cluster") if not slurm else None))
@@ -597,11 +596,11 @@ def resume(word: str, root: Path, gpus: int | None, procs: int | None, cpus: int
                 raise UserError("a run is resumed by a job of its own", "leave out --here")
             asked = slurm or cluster or time or after or options
             return on_slurm.resume(run, request=_request(where, root, time, after, options) if asked else None, gpus=gpus,
-                                   procs=procs, cpus=cpus, nodes=nodes, json=json, follow=follow)
+                                   procs=procs, cpus=cpus, nodes=nodes, spread=spread, json=json, follow=follow)
     _only_on_slurm(nodes=nodes, time=time, after=after, here=here, follow=follow, **options)
     from launch import start
 
-    return start.resume(run, gpus=gpus, procs=procs, cpus=cpus, json=json, take_over=take_over)
+    return start.resume(run, gpus=gpus, procs=procs, cpus=cpus, spread=spread, json=json, take_over=take_over)
 
 
 @command
@@ -614,13 +613,15 @@ def resume(word: str, root: Path, gpus: int | None, procs: int | None, cpus: int
 @runs_option
 @json_option
 def eval(word: str, root: Path, which: str | None, overrides: Sequence[str], data: str | None, gpus: int | None,
-         procs: int | None, json: bool, slurm: bool, cluster: str | None, nodes: int | None, time: str | None,
+         procs: int | None, cpus: int | None, json: bool, slurm: bool, cluster: str | None, nodes: int | None, time: str | None,
          after: str | None, here: bool, follow: bool) -> int:
     """Evaluate a checkpoint of a run, without training."""
     _one_kind(gpus, procs)
     from launch import evaluate
     from launch.runs import find_run
 
+    if cpus is not None:
+        raise UserError("`--cpus` is for tasks that run themselves, such as `wine`", "--procs N asks for N CPU ranks")
     run = find_run(root, word)
     words, options = _sbatch_options([*overrides, *([f"{ALIASES['data']}={data}"] if data is not None else [])])
     where = _cluster(slurm, cluster)

@@ -19,6 +19,7 @@ from launch.view import make_view
 from launch.weights import weights_of
 from trainers.errors import UserError
 from trainers.files import read_json
+from trainers.micro_batch import tried
 
 # What an override may change: by which the weights mean the same. A section, or a key.
 ALLOWED = ("data", "eval", "run", "train.precision", "train.strategy", "train.offload", "train.deterministic")
@@ -90,6 +91,8 @@ def evaluation_spec(run: runs.Run, which: str | None, overrides: Sequence[str]) 
         offload = "none"
     # What is of training alone, and might not go with another strategy.
     train = {**values["train"], "deepspeed": {}, "compile": False, "offload": offload}
+    if train["micro_batch_size"] == "auto" and (sizes := tried(run.paths)):
+        train["micro_batch_size"] = sizes[-1]["next"]  # which was found to fit: evaluation goes by it
     return replace(with_values(spec, {
         "init": {"source": weights.path}, "eval": {**values["eval"], "only": True}, "train": train,
         "checkpoint": {**values["checkpoint"], "layout": "sharded"}, "wandb": {**values["wandb"], "mode": "off"},

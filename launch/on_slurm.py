@@ -25,7 +25,7 @@ from launch.plan import Plan, as_json, show
 from launch.prefetch import missing, prefetch
 from launch.processes import alive
 from launch.resources import Resources, resources_of
-from launch.spec import Spec, spec_of
+from launch.spec import Spec, record_spread, spec_of, spread_anew
 from launch.start import named, new_run_id, shown
 from launch.submission import last_submission, next_submission
 from launch.submit import code_of, hand_over, make_submission, release, submit, try_out
@@ -66,7 +66,7 @@ def start(*, spec: Spec, root: Path, request: Request, gpus: int | None, procs: 
 
 
 def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: int | None, nodes: int | None,
-           cpus: int | None = None, json: bool, follow: bool) -> int:
+           cpus: int | None = None, spread: Sequence[str] = (), json: bool, follow: bool) -> int:
     """Submit a run anew that has stopped. What is not given is as it was submitted last.
 
     Raises:
@@ -100,7 +100,7 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
     elif before and before.cluster.name == request.cluster.name:
         request = replace(request, time=request.time or before.time, options={**before.options, **request.options})
     given = gpus is not None or procs is not None or nodes is not None or cpus is not None
-    spec = spec_of(paths)
+    spec = spread_anew(spec_of(paths), spread) if spread else spec_of(paths)
     if before and not given and before.cluster.name == request.cluster.name:
         resources = before.resources
     else:
@@ -118,6 +118,8 @@ def resume(run: runs.Run, *, request: Request | None, gpus: int | None, procs: i
     except FileExistsError:
         raise UserError(f"run {paths.id} has just been resumed by another process",
                         f"see `launch status {named(paths)}`") from None
+    if spread:
+        record_spread(paths, spec)
     was = {key: run.record[key] for key in ("state", "job")}
     update_json(paths.record, state="submitted", updated=record.now(),
                 job=record.submitting(request.cluster.name, number))

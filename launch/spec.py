@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.errors import UserError
-from trainers.spec import config_class, holds, mapping, read_spec, read_text, validate
+from trainers.files import replace_json
+from trainers.spec import config_class, holds, mapping, read_run, read_text, validate
 
 if TYPE_CHECKING:
     from launch.cluster import ClusterConfig
@@ -103,9 +104,34 @@ def script_spec(path: str | Path, args: Sequence[str] = (), overrides: Sequence[
 
 def spec_of(paths: RunPaths) -> Spec:
     """The spec that a run directory holds. Raises: UserError."""
-    config = read_spec(paths.spec)
+    config = read_run(paths)
     return Spec(name=config.name, config=config, values=config.model_dump(mode="json"), origins={},
                 text=paths.spec.read_text(encoding="utf-8"))
+
+
+SPREAD = ("strategy", "offload", "checkpoint_activations")  # keys of `train` that change no number
+
+
+def spread_anew(spec: Spec, words: Sequence[str]) -> Spec:
+    """The spec of a run whose models are to be spread otherwise from now on.
+
+    Raises:
+        UserError: a word is another key's, which no resumption may change, or its value is wrong.
+    """
+    for word in words:
+        if word.partition("=")[0] not in [f"train.{key}" for key in SPREAD] or "train" not in spec.values:
+            raise UserError(f"`{word}`: a run's spec never changes",
+                            "start a new run for that; resume takes sbatch.KEY=VALUE, and how models are spread: --strategy, "
+                            "train.offload and train.checkpoint_activations")
+    changed = with_overrides(spec, words)
+    if not changed.config.train.strategy.startswith("zero"):
+        changed = with_values(changed, {"train": {**changed.values["train"], "deepspeed": {}}})
+    return replace(changed, text=spec.text)
+
+
+def record_spread(paths: RunPaths, spec: Spec) -> None:
+    """For this attempt's ranks and those to come. Raises: OSError."""
+    replace_json(paths.spread, {key: spec.values["train"][key] for key in (*SPREAD, "deepspeed")})
 
 
 def with_values(spec: Spec, changes: Mapping[str, Any]) -> Spec:

@@ -8,6 +8,7 @@ import secrets
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from launch.fit import memory_of
 from launch.node import Outcome
 from launch.plan import Plan, as_json, make_plan, show
 from launch.resources import Resources, resources_of
-from launch.spec import Spec, spec_of
+from launch.spec import Spec, record_spread, spec_of, spread_anew
 from launch.view import View, make_view
 from launch.weights import resolved
 from trainers.errors import UserError
@@ -53,10 +54,14 @@ def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, cpus: 
     return run_attempts(plan_of, paths, 1, view, plan.max_restarts, debug)
 
 
-def resume(run: records.Run, *, gpus: int | None, procs: int | None, cpus: int | None = None, json: bool,
-           take_over: bool = False) -> int:
-    """Continue a run that is neither running nor finished. Returns the exit code. `take_over`: believe no record
-    that it runs on another host; should it do so after all, that attempt can commit nothing more.
+def resume(run: records.Run, *, gpus: int | None, procs: int | None, cpus: int | None = None, spread: Sequence[str] = (),
+           json: bool, take_over: bool = False) -> int:
+    """Continue a run that is neither running nor finished. Returns the exit code.
+
+    Args:
+        spread: how its models are spread from now on, as `spread_anew` takes it.
+        take_over: believe no record that it runs on another host; should it do so after all, that attempt can commit
+            nothing more.
 
     Raises:
         UserError: it is running, or its record cannot be read.
@@ -77,9 +82,13 @@ def resume(run: records.Run, *, gpus: int | None, procs: int | None, cpus: int |
         view.close()
         return 0
     spec = spec_of(paths)
+    if spread:
+        spec = spread_anew(spec, spread)
     resources, cwd = as_before(paths, spec, gpus, procs, cpus)
     plan_of = partial(plan_here, paths.id, spec, load_cluster("local"), resources, paths.root.parent, cwd)
     plan = plan_of(number)
+    if spread:
+        record_spread(paths, spec)
     view.notice(f"run {paths.id} in {shown(paths.root)}, attempt {plan.attempt}: {on(resources)}")
     return run_attempts(plan_of, paths, number, view, plan.max_restarts, debug=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -107,6 +108,30 @@ def test_each_strategy_is_the_same_run(tmp_path, strategy):
     resumed = cut("resume", run.name)
     assert resumed.returncode == 0, resumed.stderr
     assert told(run) == expected and record(run)["attempt"] == 3
+
+
+@pytest.mark.slow
+def test_it_may_go_on_under_another_strategy(tmp_path):
+    (tmp_path / "whole").mkdir(), (tmp_path / "moved").mkdir()
+    whole, moved = Command(tmp_path / "whole"), Command(tmp_path / "moved")
+    assert whole(SENTENCES, "--procs", 2).returncode == 0
+    code, _ = interrupt(moved, "SIGTERM", 12, SENTENCES, "--procs", 2, "--strategy", "zero2", "train.offload=optimizer",
+                        "model.pause_s=0.1")
+    run = moved.run()
+    refused = moved("resume", run.name, "--strategy", "fsdp")
+    assert (code, refused.returncode) == (75, 2) and "`train.offload` is `optimizer`, which `fsdp` cannot do" in refused.stderr
+    refused = moved("resume", run.name, "optim.lr=1")
+    assert refused.returncode == 2 and "a run's spec never changes" in refused.stderr
+    assert not (run / "spread.json").exists()
+    pace(run, 0)
+    resumed = moved("resume", run.name, "--strategy", "fsdp", "train.offload=none", "--procs", 3)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "strategy: zero2" in (run / "run.yaml").read_text()
+    newest = max((run / "checkpoints").glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+    assert json.loads((newest / "manifest.json").read_text())["strategy"] == "fsdp"
+    expected, got = told(whole.run())[0], told(run)[0]
+    assert len(got) == len(expected) == 30
+    assert max(abs(a[1] - b[1]) for a, b in zip(expected, got)) < 1e-5
 
 
 def went_on(output: str, stopped: dict | None) -> None:

@@ -253,7 +253,8 @@ class RunConfig(TaskConfig):
         except UserError:
             if not self.eval.only:
                 raise
-            return 4 * max(1, self.train.batch_size // ranks)
+            micro = self.train.micro_batch_size
+            return 4 * (micro if isinstance(micro, int) else max(1, self.train.batch_size // ranks))
 
     def counts(self) -> Counts | None:
         """How large the models are, for what is said of memory before a rank starts; None if only torch can tell.

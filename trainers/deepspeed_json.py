@@ -71,6 +71,10 @@ def check(theirs: Mapping[str, Any]) -> None:
     zero = theirs.get("zero_optimization") or {}
     if not isinstance(zero, Mapping):
         raise UserError("`train.deepspeed` has a `zero_optimization` that is no object")
+    for word, value in zero.items():
+        if value == "auto":
+            raise UserError(f"`train.deepspeed` has `zero_optimization.{word}` as `auto`, which transformers fills in",
+                            "give a number, or leave it out")
     for word in [*(w for w in REFUSED if w in theirs), *(f"zero_optimization.{w}" for w in REFUSED_OF_ZERO if w in zero)]:
         raise UserError(f"`train.deepspeed` sets `{word}`, which launch does not support: resuming a run would not be exact",
                         "leave it out")

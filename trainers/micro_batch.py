@@ -65,7 +65,7 @@ def too_large(config: RunConfig, settled: RunConfig, paths: RunPaths, attempt: i
     if smaller is None:
         return OutOfMemory(f"{said}, the smallest there is", less, retry=False)
     if config.train.micro_batch_size != "auto":
-        return OutOfMemory(said, f"a new run with train.micro_batch_size={smaller} or auto; or {less}", retry=True)
+        return OutOfMemory(said, f"a new run with train.micro_batch_size={smaller} or auto; or {less}", retry=False)
     entry = {"attempt": attempt, "size": micro, "next": smaller}
     found = tried(paths)
     if entry not in found:  # another rank may have said so

@@ -24,6 +24,11 @@ class RunPaths:
         return self.root / "run.yaml"
 
     @property
+    def spread(self) -> Path:
+        """Keys of `train` that a resumption has set anew: how the models are spread, which changes no number."""
+        return self.root / "spread.json"
+
+    @property
     def record(self) -> Path:
         """What became of it, small."""
         return self.root / "run.json"

@@ -22,7 +22,7 @@ from trainers.errors import UserError
 from trainers.paths import RunPaths
 from trainers.runner import Place, Runner
 from trainers.signals import Stopped, hold, listen
-from trainers.spec import read_spec, resolve
+from trainers.spec import read_run, resolve
 
 
 def run(paths: RunPaths, attempt: int | None) -> int:
@@ -30,7 +30,7 @@ def run(paths: RunPaths, attempt: int | None) -> int:
     debugging = bool(os.environ.get("LAUNCH_DEBUG"))
     if not debugging:  # there, the terminal's Ctrl-C is the debugger's
         listen()
-    config = read_spec(paths.spec)
+    config = read_run(paths)
     task_class = resolve(config.task, config.path)
     if isinstance(config, SearchConfig):
         return _run_itself(task_class, config, paths, attempt)

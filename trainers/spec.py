@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
     from trainers.config import RunConfig, ScriptConfig, SearchConfig, Section, TaskConfig
+    from trainers.paths import RunPaths
     from trainers.yaml12 import Key
 
 
@@ -33,6 +34,20 @@ def read_spec(path: Path) -> RunConfig | SearchConfig | ScriptConfig:
     values = mapping(document.value, path.name)
     cls = ScriptConfig if "script" in values else config_class(values)
     return validate(cls, values, lambda key: f"{path.name}:{document.lines[key]}")
+
+
+def read_run(paths: RunPaths) -> RunConfig | SearchConfig | ScriptConfig:
+    """What a run directory says of its run: run.yaml, and how a resumption has spread its models anew.
+
+    Raises:
+        UserError: a file is missing or wrong.
+    """
+    config = read_spec(paths.spec)
+    if not paths.spread.exists():
+        return config
+    values = config.model_dump(mode="json")
+    anew = mapping(json.loads(read_text(paths.spread)), paths.spread.name)
+    return validate(type(config), {**values, "train": {**values["train"], **anew}}, lambda key: paths.spread.name)
 
 
 def read_text(path: Path) -> str:

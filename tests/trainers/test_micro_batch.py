@@ -52,7 +52,7 @@ def test_a_size_that_was_given_stays(tmp_path: Path):
     for asked in (config(4), config(None)):
         assert settled(asked, paths, 2) is asked
         error = runs_out(asked, paths, 1)
-        assert error.retry and "train.micro_batch_size=" in error.hint
+        assert not error.retry and "train.micro_batch_size=" in error.hint
     assert not paths.micro_batch.exists() and not gave_way(paths, 1)
 
 

@@ -10,13 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The outermost modules of the classes that the model names in `_no_split_modules` (as transformers' models do),
-    else the outermost children of its ModuleLists; none if it has no such."""
+    else the outermost children of its ModuleLists that are no lists themselves; none if it has no such."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     found: list[nn.Module] = []
 
     def look(module: nn.Module) -> None:
         for child in module.children():
-            listed = isinstance(module, nn.ModuleList) and not names
+            listed = isinstance(module, nn.ModuleList) and not names and not isinstance(child, (nn.ModuleList, nn.ModuleDict))
             if listed or type(child).__name__ in names:
                 found.append(child)
             else:

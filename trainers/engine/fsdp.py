@@ -21,6 +21,7 @@ from trainers.engine.optimizer import make_optimizer
 from trainers.engine.precision import HALVES
 from trainers.engine.trainee import Shapes, Trainee
 from trainers.engine.world import World
+from trainers.errors import UserError
 
 
 class Fsdp:
@@ -36,6 +37,9 @@ class Fsdp:
         with something outside (tied embeddings)."""
         if self.config.checkpoint_activations:
             checkpoint_activations(model)
+        if scalar := next((name for name, parameter in model.named_parameters() if parameter.ndim == 0), None):
+            raise UserError(f"`train.strategy` is `fsdp`, which cannot take apart `{scalar}`, a parameter without dimensions",
+                            "make it of shape [1], or use ddp or zero1 to zero3")
         # Gathered in half precision, which halves what crosses ranks; gradients are summed over ranks in fp32.
         half = HALVES.get(self.config.precision)
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)

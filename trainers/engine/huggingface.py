@@ -8,13 +8,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from trainers import events
 from trainers.engine.task import Task
-from trainers.errors import UserError
 from trainers.paths import RunPaths
 
 
 def describe(task: Task, models: Mapping[str, nn.Module], paths: RunPaths) -> None:
-    """Write it once, on one rank; `models` as the task has made them. Raises: UserError if it cannot be written."""
+    """Write it once, on one rank; `models` as the task has made them."""
     final = paths.descriptions
     if final.exists():
         return
@@ -28,7 +28,8 @@ def describe(task: Task, models: Mapping[str, nn.Module], paths: RunPaths) -> No
                 folder.rmdir()
         if any(beside.iterdir()):
             os.rename(beside, final)
-    except OSError as error:
-        raise UserError(f"cannot write `{final}`: {error.strerror}") from error
+    except Exception as error:  # whatever a model's own code raises: nobody has asked for an export yet
+        events.emit({"event": "note", "level": "warning",
+                     "message": f"no Hugging Face layout for later exports: {type(error).__name__}: {error}"})
     finally:
         shutil.rmtree(beside, ignore_errors=True)

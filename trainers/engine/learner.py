@@ -45,7 +45,7 @@ class Learner:
         self.lr = self.optim.lr
         self._last = torch.zeros(2, dtype=torch.float64, device=world.device)  # [loss sum, count] of the last step
         self._items = torch.zeros((), dtype=torch.float64, device=world.device)
-        self._bad = torch.full((2,), -1, device=world.device)  # (draw, gradient) of the first that was not finite
+        self._bad = torch.full((2,), -1, device=self.trainee.bad.device)  # (draw, gradient) of the first that was not finite
 
     @property
     def norm(self) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from trainers import support
 from trainers.config import RunConfig
+from trainers.engine.blocks import blocks
 from trainers.engine.precision import set_deterministic, set_precision
 from trainers.engine.sampling import mix
 from trainers.engine.stopping import Stopping
@@ -17,6 +18,7 @@ from trainers.engine.strategy import Strategy, make_strategy
 from trainers.engine.task import Dataset, Task
 from trainers.engine.weights import Layout, layout
 from trainers.engine.world import World
+from trainers.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -54,5 +56,8 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
     made(models)
     found = layout(models)
     parameters = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
+    if train.checkpoint_activations and not any(map(blocks, models.values())):
+        raise UserError("`train.checkpoint_activations` is given, and the model has no blocks to compute again",
+                        "name their classes in its `_no_split_modules`, or put them in a ModuleList; or leave it out")
     return Setup(strategy, stopping, train_set, eval_set, {name: strategy.place(model) for name, model in models.items()},
                  found, parameters)

@@ -48,6 +48,7 @@ class Trainee:
         """
         gradients = [self._local(p.grad) for p in self._parameters if p.grad is not None]
         norms = self._norms(gradients)
+        factor = factor.to(norms.device)  # gradients may lie in host memory
         self.norm = norms.square().sum().sqrt() * factor
         finite = norms.isfinite()
         self.bad = torch.where(finite.all(), -1, (~finite).byte().argmax())

@@ -39,10 +39,11 @@ class Zero:
         self._trainees: dict[nn.Module, ZeroTrainee] = {}
 
     def place(self, model: nn.Module) -> nn.Module:
-        """The engine does it, once there is an optimizer."""
+        """Here whole; the engine takes it apart, once there is an optimizer."""
         if self.config.train.checkpoint_activations:
             checkpoint_activations(model)
-        return model
+        # Stage 3's need not fit on the device whole: of its models, the engine brings the one that is trained.
+        return model if self.stage == 3 else model.to(self.world.device)
 
     def trainee(self, model: nn.Module, optim: Optim) -> Trainee:
         if self._trainees:
@@ -61,16 +62,27 @@ class Zero:
 
         model.forward = in_precision
         settings = deepspeed_config(self.config, self.world.size, optim.clip_norm)
+        self._check(settings)
         if self.stage == 3:
             # One parameter after another goes to the device and into parts: the whole model need not fit there.
             self.deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=torch.float32)
             for buffer in model.buffers():
                 buffer.data = buffer.data.to(self.world.device)
-        else:
-            model.to(self.world.device)
         engine, *_ = self.deepspeed.initialize(model=model, optimizer=make_optimizer(optim, model.parameters()),
                                                config=settings, dist_init_required=False)
         return engine
+
+    def _check(self, settings: Mapping[str, Any]) -> None:
+        """Raises: UserError: DeepSpeed does not take the user's own keys."""
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+        from pydantic import ValidationError
+
+        try:
+            DeepSpeedZeroConfig(**settings["zero_optimization"])
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, ("zero_optimization", *first["loc"])))
+            raise UserError(f"`train.deepspeed`: `{place}`: {first['msg']}", "DeepSpeed's documentation lists its keys") from None
 
     def clear(self, models: Iterable[nn.Module]) -> None:
         for model in models:
