@@ -16,11 +16,12 @@ import numpy as np
 import sklearn
 from joblib.externals.loky import get_reusable_executor, reusable_executor
 from sklearn.base import BaseEstimator
+from sklearn.metrics._scorer import _BaseScorer, _MultimetricScorer, _PassthroughScorer
 
 from trainers.forest.fitting import Result, fit_family, fit_plainly
 from trainers.forest.folds import Folds
 from trainers.forest.kept import Kept
-from trainers.forest.pieces import Piece, plain_piece
+from trainers.forest.pieces import Piece, identity, plain_piece
 
 PARENT_EVERY_S = 1.0
 
@@ -72,11 +73,9 @@ class Work:
         """The pieces by the names of their results, which tell them from those of any other data, folds or library."""
         if not self._data:  # a table of 1 GB takes some two seconds
             splits = [(np.asarray(train), np.asarray(test)) for train, test in self.splits]
-            # A function of one's own is known by its address: in another process it is taken for another one.
-            scorers = repr(getattr(self.scorer, "_scorers", self.scorer))
             self._data.append(joblib.hash([
-                sklearn.__version__, self.X, self.y, splits, self.fit_params, self.score_params, scorers,
-                self.return_train_score, repr(self.error_score)]))
+                sklearn.__version__, self.X, self.y, splits, self.fit_params, self.score_params,
+                _known(self.scorer), self.return_train_score, repr(self.error_score)]))
         return {piece.key(self._data[0]): piece for piece in self.pieces}
 
     def results(self, *, n_jobs: int | None = None, pre_dispatch: Any = "2*n_jobs", kept: Kept | None = None,
@@ -154,6 +153,22 @@ class Work:
         return key, piece, dict(estimator=self.estimator, X=self.X, y=self.y, train=train, test=test,
                                 parameters=parameters[piece.plain[0]], fit_params=self.fit_params,
                                 score_params=self.score_params, verbose=self.verbose, **common)
+
+
+def _known(scorer: Any) -> Any:
+    """What tells a scorer from others, in a key. The repr of what `make_scorer` makes has the function's bare name."""
+    if isinstance(scorer, _MultimetricScorer):
+        return sorted((name, _known(one)) for name, one in scorer._scorers.items())
+    if isinstance(scorer, _PassthroughScorer):  # the estimator's own score: its class is in the piece's key
+        return repr(scorer)
+    if not isinstance(scorer, _BaseScorer):
+        return identity(scorer)
+    given = {name: identity(value) if callable(value) else value for name, value in scorer._kwargs.items()}
+    try:
+        given = joblib.hash(given)
+    except Exception:  # it cannot be pickled
+        given = identity(scorer)
+    return [repr(scorer), identity(type(scorer)), identity(scorer._score_func), given]
 
 
 def _do(key: str, piece: Piece, given: Mapping[str, Any]) -> Done:
