@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from numbers import Integral
 from typing import Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
@@ -96,7 +97,7 @@ def plain_piece(fold: int, number: int, estimator: BaseEstimator, candidates: Se
         what = joblib.hash(what)
     except Exception:  # a lambda in a pipeline
         what = repr(what)
-    return Piece(fold, (), (number,), what, trees if isinstance(trees, int) else 1)
+    return Piece(fold, (), (number,), what, int(trees) if isinstance(trees, Integral) else 1)
 
 
 _OWN: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
@@ -121,8 +122,10 @@ def identity(thing: Any) -> str:
 def _of_family(fold: int, name: str, members: Mapping[int, BaseEstimator]) -> Piece:
     by_depth: dict[int | None, dict[int, tuple[int, ...]]] = {}
     for number, forest in members.items():
-        sizes = by_depth.setdefault(forest.max_depth, {})
-        sizes[forest.n_estimators] = (*sizes.get(forest.n_estimators, ()), number)
+        # As Python's integers, which a file can have: those of np.arange are none.
+        depth, trees = None if forest.max_depth is None else int(forest.max_depth), int(forest.n_estimators)
+        sizes = by_depth.setdefault(depth, {})
+        sizes[trees] = (*sizes.get(trees, ()), number)
     deepest_first = sorted(by_depth, key=lambda depth: -(inf if depth is None else depth))
     forests = tuple(Forest(depth, by_depth[depth]) for depth in deepest_first)
     what = joblib.hash([name, [(forest.max_depth, sorted(forest.sizes.items())) for forest in forests]])

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import joblib
@@ -67,14 +68,13 @@ class Work:
     def trees_asked(self) -> int:
         """What GridSearchCV would grow."""
         asked = [{**self.estimator.get_params(deep=False), **one}.get("n_estimators", 1) for one in self.candidates]
-        return len(self.splits) * sum(number for number in asked if isinstance(number, int))
+        return len(self.splits) * sum(int(number) for number in asked if isinstance(number, Integral))
 
     def keys(self) -> dict[str, Piece]:
         """The pieces by the names of their results, which tell them from those of any other data, folds or library."""
         if not self._data:  # a table of 1 GB takes some two seconds
-            splits = [(np.asarray(train), np.asarray(test)) for train, test in self.splits]
             self._data.append(joblib.hash([
-                sklearn.__version__, self.X, self.y, splits, self.fit_params, self.score_params,
+                sklearn.__version__, self.X, self.y, self.splits, self.fit_params, self.score_params,
                 _known(self.scorer), self.return_train_score, repr(self.error_score)]))
         return {piece.key(self._data[0]): piece for piece in self.pieces}
 
