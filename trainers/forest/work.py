@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -186,9 +187,15 @@ def _do(key: str, piece: Piece, given: Mapping[str, Any]) -> Done:
 
 
 def guarded_workers() -> AbstractContextManager:
-    """In it joblib's workers leave signals to this process, and go when it has gone, even by kill -9. They are others
-    than joblib starts outside of it, where these have to go for those."""
+    """In it joblib's workers leave signals to this process, do not warn of each score that fails (`quiet_scores`), and go
+    when this process has gone, even by kill -9. They are others than joblib starts outside of it, where these have to go
+    for those."""
     return joblib.parallel_config(backend="loky", initializer=_worker, initargs=(os.getpid(),))
+
+
+def quiet_scores() -> None:
+    """For a task that says itself when scores are no numbers: scikit-learn warns of each with its traceback."""
+    warnings.filterwarnings("ignore", "Scoring failed", UserWarning)
 
 
 def end_workers() -> None:
@@ -199,6 +206,7 @@ def end_workers() -> None:
 
 def _worker(parent: int) -> None:
     """A worker leaves signals to the process that has it, and goes when that has gone, even by kill -9."""
+    quiet_scores()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 

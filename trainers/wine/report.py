@@ -24,11 +24,15 @@ Row = dict[str, Any]
 
 
 def check_scores(config: WineConfig, table: Table, search: ForestSearchCV) -> None:
-    """Raises: UserError if the score that decides is no number at any grid point: nothing is best then."""
+    """Say it where the score that decides is no number. Raises: UserError if that is so at every grid point."""
     metric = search.refit if isinstance(search.refit, str) else "score"
-    if np.any(np.isfinite(search.cv_results_[f"mean_test_{metric}"])):
-        return
+    numbers = np.isfinite(search.cv_results_[f"mean_test_{metric}"])
     name = metric_name(config, search)
+    if np.any(numbers):
+        if not np.all(numbers):
+            _say(f"{name} is no number at {np.sum(~numbers)} of {len(numbers)} grid points: a fold of each cannot be scored",
+                 "warning")
+        return
     scorer = search.scorer_[metric] if search.multimetric_ else search.scorer_
     why = "each grid point has a fold where it is undefined"
     try:  # scikit-learn has told why in a warning alone
@@ -36,7 +40,7 @@ def check_scores(config: WineConfig, table: Table, search: ForestSearchCV) -> No
     except Exception as error:
         why = last_line(error)
     raise UserError(f"the score `{name}` is no number at any grid point: {why}",
-                    f"use another `search.scoring`, or other folds (`search.cv`, `search.split`); the model is {config.model.name}")
+                    f"use another `search.scoring`, one for a {config.model.name}, or other folds (`search.cv`, `search.split`)")
 
 
 def metric_name(config: WineConfig, search: ForestSearchCV) -> str:
@@ -84,7 +88,7 @@ def report(config: WineConfig, table: Table, search: ForestSearchCV, paths: RunP
         try:
             found["importance"] = _importance(config, table, search, scorer, cores)
         except ValueError as error:
-            _say(f"no importance of features: {last_line(error)}")
+            _say(f"no importance of features: {last_line(error)}", "warning")
     if found.get("importance"):
         draw_importance(found["importance"], name, paths.figures / "importance.png")
         most = found["importance"][0]
@@ -161,5 +165,5 @@ def _importance(config: WineConfig, table: Table, search: ForestSearchCV, scorer
              "std": float(found.importances_std[place])} for place in order]
 
 
-def _say(message: str) -> None:
-    events.emit({"event": "note", "level": "info", "message": message})
+def _say(message: str, level: str = "info") -> None:
+    events.emit({"event": "note", "level": level, "message": message})

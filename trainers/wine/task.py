@@ -48,9 +48,10 @@ class Wine(Runner):
             return STOPPED
 
     def _run(self, place: Place, paths: RunPaths, attempt: int | None) -> int:
-        from trainers.forest.work import end_workers  # scikit-learn takes a second: a stop during it is heeded
+        from trainers.forest.work import end_workers, quiet_scores  # scikit-learn takes a second: a stop during it is heeded
         from trainers.wine.searching import make_search
 
+        quiet_scores()
         self.config.check()
         table = load_table(self.config.data, self.config.model.classifies, self.config.search.group)
         search, given = make_search(self.config, table, place.cores)
@@ -117,7 +118,8 @@ class Wine(Runner):
     def _say_what(self, table: Table, work: Work) -> None:
         if missing := table.missing:
             columns = ", ".join(f"`{name}` {count:,}" for name, count in missing.items())
-            side = "a side drawn at random" if self.config.model.name.startswith("extra_trees") else "the side that is better for it"
+            drawn = self.config.model.name.startswith("extra_trees")
+            side = "a side drawn at random" if drawn else "the side that is better for it"
             _note("info", f"missing values ({columns}): at each split the trees send them to {side}, and where training had "
                           "none, to the side with more rows")
         for reason, count in work.plain.items():
