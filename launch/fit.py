@@ -66,7 +66,8 @@ def fit(spec: Spec, cluster: ClusterConfig, resources: Resources, probed: bool) 
     """
     config = spec.config
     if isinstance(config, SearchConfig):
-        raise UserError(f"`{spec.name}` trains no model on GPUs", "`launch plan` is for tasks that do")
+        raise UserError(f"`{spec.name}` is a search on CPUs: there is no model whose memory could be planned",
+                        f"`launch {spec.name} --dry-run` says what would run; `launch plan` is for tasks that train by steps")
     if not isinstance(config, RunConfig):
         raise UserError(f"`{spec.name}` is a script, whose model nobody knows before it runs", "`launch plan` is for tasks")
     config.check()

@@ -15,6 +15,7 @@ from forests.random_grids import compare, differences, own_score
 from sklearn.base import clone
 from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier, RandomForestRegressor
 from sklearn.linear_model import Ridge
+from sklearn.metrics import fbeta_score, make_scorer
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
@@ -262,6 +263,65 @@ def test_what_is_kept_of_another_search_is_not_taken(table, tmp_path, change):
     found = ForestSearchCV(**given, keep_in=tmp_path).fit(X, y)
     assert differences(found, GridSearchCV(**given).fit(X, y)) == []
     assert found.n_trees_ == found.n_splits_ * max(given["param_grid"]["n_estimators"])
+
+
+def test_a_function_or_class_of_the_same_name_is_another_one(table, tmp_path):
+    """As when a cell of a notebook is run again, or a file is edited."""
+    def scorer(sign: int):
+        def own(y, predicted):
+            return sign * float(np.mean(np.abs(y - predicted)))
+        return make_scorer(own)
+
+    def estimator(shift: float):
+        class Own(Ridge):
+            def predict(self, X):
+                return super().predict(X) + shift
+        return Own()
+
+    def fit(estimator, **given):
+        return ForestSearchCV(estimator, cv=2, keep_in=tmp_path, **given).fit(*table)
+
+    grid, forest, first = {"n_estimators": [2]}, RandomForestRegressor(random_state=0), scorer(1)
+    found = fit(forest, param_grid=grid, scoring=first)
+    assert fit(forest, param_grid=grid, scoring=first).n_trees_ == 0
+    assert fit(forest, param_grid=grid, scoring=scorer(-1)).best_score_ == -found.best_score_
+    grid = {"alpha": [1.0]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is fitted plainly
+        assert fit(estimator(0.0), param_grid=grid).best_score_ != fit(estimator(9.0), param_grid=grid).best_score_
+
+
+def test_arguments_of_a_score_are_in_the_key(table, tmp_path):
+    y = (table[1] > np.median(table[1])).astype(int)
+    given = dict(param_grid={"n_estimators": [3]}, cv=2, keep_in=tmp_path)
+    found = [ForestSearchCV(RandomForestClassifier(random_state=0), scoring=make_scorer(fbeta_score, beta=beta), **given).fit(
+        table[0], y) for beta in (0.1, 0.1, 9.0)]
+    assert [one.n_trees_ > 0 for one in found] == [True, False, True]
+
+
+def test_numbers_of_numpy_are_kept(table, tmp_path):
+    grid = {"n_estimators": np.arange(2, 4), "max_depth": np.arange(2, 4)}
+    given = dict(estimator=RandomForestRegressor(random_state=0), param_grid=grid, cv=2)
+    theirs = GridSearchCV(**given).fit(*table)
+    for trees in (2 * 2 * 3, 0):
+        found = ForestSearchCV(**given, keep_in=tmp_path).fit(*table)
+        assert differences(found, theirs) == [] and found.n_trees_ == trees and found.n_trees_asked_ == 20
+
+
+def test_numbers_of_numpy_are_kept_of_plain_fits(table, tmp_path):
+    given = dict(param_grid={"n_estimators": np.arange(2, 4)}, cv=2, keep_in=tmp_path)
+    for trees in (10, 0):
+        with pytest.warns(UserWarning, match="fitted plainly"):
+            assert ForestSearchCV(RandomForestRegressor(), **given).fit(*table).n_trees_ == trees
+
+
+@pytest.mark.parametrize("of", [list, tuple, np.asarray, lambda rows: rows])
+def test_folds_given_as_any_kind_of_rows(table, of):
+    half = len(table[0]) // 2
+    cv = [(of(range(half)), of(range(half, 2 * half))), (of(range(half, 2 * half)), of(range(half)))]
+    given = dict(estimator=RandomForestRegressor(random_state=0), param_grid={"n_estimators": [2, 3]})
+    theirs = GridSearchCV(**given, cv=[(np.asarray(train), np.asarray(test)) for train, test in cv]).fit(*table)
+    assert differences(ForestSearchCV(**given, cv=cv).fit(*table), theirs) == []
 
 
 def test_scores_are_kept_to_the_last_bit(tmp_path):

@@ -5,6 +5,7 @@ import os
 
 from trainers.engine import metrics
 from trainers.engine.metrics import MetricsFile
+from trainers.files import jsonable
 
 
 def lines(path):
@@ -51,3 +52,7 @@ def test_an_evaluation_that_is_yet_to_come_is_cut(tmp_path):
     file.close()
     assert lines(path) == [{"step": 1, "split": "eval"}, {"step": 2, "split": "train"},
                            {"step": 2, "split": "eval", "loss": None}]
+
+
+def test_json_has_no_number_for_nan_in_a_list_either():
+    assert jsonable({"a": [1.0, float("nan"), {"b": (float("inf"), 2)}]}) == {"a": [1.0, None, {"b": [None, 2]}]}

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from trainers.errors import UserError
+from trainers.paths import RunPaths
+from trainers.runner import Place
 from trainers.wine.config import OF_CLASSIFIERS, PARAMETERS, Data, WineConfig
 from trainers.wine.table import load_table
+from trainers.wine.task import Claims, Progress, Wine
 
 UCI = '"acid";"sugar";"quality"\n7.4;0.7;5\n7.8;0.88;5\n7.4;0.7;5\n11.2;0.28;6\n7.4;0.7;6\n'
 
@@ -97,6 +100,12 @@ def test_tables_that_are_refused(table, text, given, said, hint):
     assert hint is None or hint in (error.value.hint or "")
 
 
+def test_text_that_is_not_utf8_far_into_a_table(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"a,who,y\n" + b"1,ann,2\n" * 3000 + b"1,Ren\xe9,2\n" * 2 + b"1,ann,2\n" * 3000)
+    with pytest.raises(UserError, match="is no text in UTF-8: byte 0xe9, after line"):
+        load_table(Data(source=str(tmp_path / "t.csv")), classes=False)
+
+
 def test_a_url_is_checked_by_hash(tmp_path, monkeypatch):
     (tmp_path / "served").mkdir()
     (tmp_path / "served/t.csv").write_text(UCI)
@@ -165,6 +174,64 @@ def test_what_does_not_fit_the_table_is_refused(table, text, given, said, hint):
     with pytest.raises(UserError) as error:
         make_search(made, table(text, classes=made.model.classifies), 1)
     assert said in error.value.message and hint in (error.value.hint or "")
+
+
+@pytest.mark.parametrize("given, said", [
+    ({"search": {"scoring": "accuracy"}}, "the score `accuracy` is no number at any grid point: continuous is not supported"),
+    ({"search": {"scoring": ["roc_auc"]}, "model": {"name": "random_forest_classifier"}}, "`roc_auc` is no number"),
+    ({"search": {"cv": 12}}, "`r2` is no number at any grid point: each grid point has a fold where it is undefined"),
+])
+@pytest.mark.filterwarnings("ignore")
+def test_a_score_that_is_never_a_number_is_an_error(table, given, said):
+    from trainers.wine.report import check_scores
+    from trainers.wine.searching import make_search
+
+    made = config(**given)
+    read = table("a,y\n" + "".join(f"{row},{row % 3 if made.model.classifies else row * .3}\n" for row in range(12)),
+                 classes=made.model.classifies)
+    search, _ = make_search(made, read, 1)
+    with pytest.raises(UserError) as error:
+        check_scores(made, read, search.fit(read.X, read.y))
+    assert said in error.value.message and not error.value.retry and error.value.hint
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fits_that_all_fail_are_an_error(tmp_path):
+    given = config(model={"params": {"monotonic_cst": [1, 0]}})  # ten features
+    paths = RunPaths(tmp_path)
+    with pytest.raises(UserError) as error:
+        Wine(given).run(Place(0, 1, 1), paths, None)
+    assert error.value.message.startswith("the forests cannot be fitted: ValueError: monotonic_cst has shape 2")
+    assert "\n" not in error.value.message and error.value.exit_code == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_broken_pieces_are_not_done(tmp_path):
+    from trainers.forest.kept import Kept
+    from trainers.wine.searching import make_search
+
+    given, paths, place = config(), RunPaths(tmp_path), Place(0, 1, 1)
+    read = load_table(given.data, False)
+    work = make_search(given, read, 1)[0].prepare(read.X, read.y)
+    kept = Kept(paths.pieces)
+    for _ in work.results(kept=kept):
+        pass
+    assert Progress(work, kept, paths, None, place).look()
+    broken = next(paths.pieces.iterdir())
+    whole = broken.read_text()
+    broken.write_text(whole[:-20])
+    progress = Progress(work, kept, paths, None, place)
+    assert not progress.look() and progress.fits == 1
+    broken.write_text(whole)
+    assert progress.look()
+
+
+def test_ranks_started_by_hand_share_the_pieces_whenever_each_looks(tmp_path):
+    keys = [f"0-{number:016x}" for number in range(7)]
+    ranks = [Claims(RunPaths(tmp_path), None, Place(rank, 3, 1), keys) for rank in range(3)]
+    for late in (0, 2):  # a rank that finds some kept is not asked of those
+        taken = [key for rank, mine in enumerate(ranks) for key in keys[late * rank:] if mine(key)]
+        assert len(taken) == len(set(taken)) and set(keys[4:]) <= set(taken)
 
 
 def test_folds_of_each_kind(table):

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trainers.files import read_json, replace_json
 from trainers.forest.fitting import Result
 
@@ -41,7 +43,8 @@ SCORES = ("test_scores", "train_scores")
 
 
 def _written(result: Result) -> dict[str, Any]:
-    return {name: _each(value, _text) if name in SCORES else value for name, value in result.items()}
+    return {name: _each(value, _text) if name in SCORES else value.item() if isinstance(value, np.generic) else value
+            for name, value in result.items()}
 
 
 def _read(row: dict[str, Any]) -> Result:

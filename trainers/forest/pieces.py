@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from numbers import Integral
 from typing import Any
+from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 import joblib
 from sklearn.base import BaseEstimator, clone
@@ -86,19 +89,43 @@ def plain_piece(fold: int, number: int, estimator: BaseEstimator, candidates: Se
     """One fit as GridSearchCV makes it."""
     asked = {**estimator.get_params(deep=False), **candidates[number]}
     trees = asked.get("n_estimators", 1)
-    what = ["plain", number, type(estimator).__name__, sorted(asked.items(), key=lambda item: item[0])]
+    parts = {**estimator.get_params(), **candidates[number]}  # a pipeline's steps are of classes too
+    kinds = [(name, identity(type(part) if hasattr(part, "get_params") else part)) for name, part in sorted(parts.items())
+             if hasattr(part, "get_params") or callable(part)]
+    what = ["plain", number, identity(type(estimator)), kinds, sorted(asked.items(), key=lambda item: item[0])]
     try:
         what = joblib.hash(what)
     except Exception:  # a lambda in a pipeline
         what = repr(what)
-    return Piece(fold, (), (number,), what, trees if isinstance(trees, int) else 1)
+    return Piece(fold, (), (number,), what, int(trees) if isinstance(trees, Integral) else 1)
+
+
+_OWN: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def identity(thing: Any) -> str:
+    """What tells a class or function from any other, in a piece's key.
+
+    scikit-learn's own are known by their names, as its version is in the key. Another one of the same name may do
+    something else by now, also in the same process (a cell of a notebook that is run again): so it is this very object,
+    and what is kept of it is found by this process alone.
+    """
+    name = f"{getattr(thing, '__module__', None)}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+    if name.startswith("sklearn."):
+        return name
+    try:
+        return f"{name} {_OWN.setdefault(thing, uuid4().hex)}"
+    except TypeError:  # no weak reference or no hash
+        return f"{name} {uuid4().hex}"
 
 
 def _of_family(fold: int, name: str, members: Mapping[int, BaseEstimator]) -> Piece:
     by_depth: dict[int | None, dict[int, tuple[int, ...]]] = {}
     for number, forest in members.items():
-        sizes = by_depth.setdefault(forest.max_depth, {})
-        sizes[forest.n_estimators] = (*sizes.get(forest.n_estimators, ()), number)
+        # As Python's integers, which a file can have: those of np.arange are none.
+        depth, trees = None if forest.max_depth is None else int(forest.max_depth), int(forest.n_estimators)
+        sizes = by_depth.setdefault(depth, {})
+        sizes[trees] = (*sizes.get(trees, ()), number)
     deepest_first = sorted(by_depth, key=lambda depth: -(inf if depth is None else depth))
     forests = tuple(Forest(depth, by_depth[depth]) for depth in deepest_first)
     what = joblib.hash([name, [(forest.max_depth, sorted(forest.sizes.items())) for forest in forests]])

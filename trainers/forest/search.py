@@ -83,7 +83,8 @@ class ForestSearchCV(GridSearchCV):
         params = _check_method_params(X, params=params)
         routed = self._get_routed_params_for_fit(params)
         folds = check_cv(self.cv, y, classifier=is_classifier(self.estimator))
-        splits = list(folds.split(X, y, **routed.splitter.split))
+        # A split given as ranges, lists or tuples is no index of an array.
+        splits = [(np.asarray(train), np.asarray(test)) for train, test in folds.split(X, y, **routed.splitter.split)]
         expected = folds.get_n_splits(X, y, **routed.splitter.split)
         if len(splits) != expected:
             raise ValueError(f"cv.split and cv.get_n_splits return inconsistent results. Expected {expected} splits, "

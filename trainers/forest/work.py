@@ -6,9 +6,11 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import joblib
@@ -16,11 +18,12 @@ import numpy as np
 import sklearn
 from joblib.externals.loky import get_reusable_executor, reusable_executor
 from sklearn.base import BaseEstimator
+from sklearn.metrics._scorer import _BaseScorer, _MultimetricScorer, _PassthroughScorer
 
 from trainers.forest.fitting import Result, fit_family, fit_plainly
 from trainers.forest.folds import Folds
 from trainers.forest.kept import Kept
-from trainers.forest.pieces import Piece, plain_piece
+from trainers.forest.pieces import Piece, identity, plain_piece
 
 PARENT_EVERY_S = 1.0
 
@@ -66,17 +69,14 @@ class Work:
     def trees_asked(self) -> int:
         """What GridSearchCV would grow."""
         asked = [{**self.estimator.get_params(deep=False), **one}.get("n_estimators", 1) for one in self.candidates]
-        return len(self.splits) * sum(number for number in asked if isinstance(number, int))
+        return len(self.splits) * sum(int(number) for number in asked if isinstance(number, Integral))
 
     def keys(self) -> dict[str, Piece]:
         """The pieces by the names of their results, which tell them from those of any other data, folds or library."""
         if not self._data:  # a table of 1 GB takes some two seconds
-            splits = [(np.asarray(train), np.asarray(test)) for train, test in self.splits]
-            # A function of one's own is known by its address: in another process it is taken for another one.
-            scorers = repr(getattr(self.scorer, "_scorers", self.scorer))
             self._data.append(joblib.hash([
-                sklearn.__version__, self.X, self.y, splits, self.fit_params, self.score_params, scorers,
-                self.return_train_score, repr(self.error_score)]))
+                sklearn.__version__, self.X, self.y, self.splits, self.fit_params, self.score_params,
+                _known(self.scorer), self.return_train_score, repr(self.error_score)]))
         return {piece.key(self._data[0]): piece for piece in self.pieces}
 
     def results(self, *, n_jobs: int | None = None, pre_dispatch: Any = "2*n_jobs", kept: Kept | None = None,
@@ -156,6 +156,22 @@ class Work:
                                 score_params=self.score_params, verbose=self.verbose, **common)
 
 
+def _known(scorer: Any) -> Any:
+    """What tells a scorer from others, in a key. The repr of what `make_scorer` makes has the function's bare name."""
+    if isinstance(scorer, _MultimetricScorer):
+        return sorted((name, _known(one)) for name, one in scorer._scorers.items())
+    if isinstance(scorer, _PassthroughScorer):  # the estimator's own score: its class is in the piece's key
+        return repr(scorer)
+    if not isinstance(scorer, _BaseScorer):
+        return identity(scorer)
+    given = {name: identity(value) if callable(value) else value for name, value in scorer._kwargs.items()}
+    try:
+        given = joblib.hash(given)
+    except Exception:  # it cannot be pickled
+        given = identity(scorer)
+    return [repr(scorer), identity(type(scorer)), identity(scorer._score_func), given]
+
+
 def _do(key: str, piece: Piece, given: Mapping[str, Any]) -> Done:
     """In a worker: a piece, with no results if one of its fits fails."""
     began = time.perf_counter()
@@ -171,9 +187,15 @@ def _do(key: str, piece: Piece, given: Mapping[str, Any]) -> Done:
 
 
 def guarded_workers() -> AbstractContextManager:
-    """In it joblib's workers leave signals to this process, and go when it has gone, even by kill -9. They are others
-    than joblib starts outside of it, where these have to go for those."""
+    """In it joblib's workers leave signals to this process, do not warn of each score that fails (`quiet_scores`), and go
+    when this process has gone, even by kill -9. They are others than joblib starts outside of it, where these have to go
+    for those."""
     return joblib.parallel_config(backend="loky", initializer=_worker, initargs=(os.getpid(),))
+
+
+def quiet_scores() -> None:
+    """For a task that says itself when scores are no numbers: scikit-learn warns of each with its traceback."""
+    warnings.filterwarnings("ignore", "Scoring failed", UserWarning)
 
 
 def end_workers() -> None:
@@ -184,6 +206,7 @@ def end_workers() -> None:
 
 def _worker(parent: int) -> None:
     """A worker leaves signals to the process that has it, and goes when that has gone, even by kill -9."""
+    quiet_scores()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 

@@ -12,6 +12,7 @@ from sklearn.inspection import permutation_importance
 from sklearn.model_selection import GroupKFold, KFold, cross_val_score
 
 from trainers import events
+from trainers.errors import UserError
 from trainers.files import replace_json, replace_text
 from trainers.forest import ForestSearchCV, save_forest
 from trainers.paths import RunPaths
@@ -22,6 +23,37 @@ from trainers.wine.table import Table
 Row = dict[str, Any]
 
 
+def check_scores(config: WineConfig, table: Table, search: ForestSearchCV) -> None:
+    """Say it where the score that decides is no number. Raises: UserError if that is so at every grid point."""
+    metric = search.refit if isinstance(search.refit, str) else "score"
+    numbers = np.isfinite(search.cv_results_[f"mean_test_{metric}"])
+    name = metric_name(config, search)
+    if np.any(numbers):
+        if not np.all(numbers):
+            _say(f"{name} is no number at {np.sum(~numbers)} of {len(numbers)} grid points: a fold of each cannot be scored",
+                 "warning")
+        return
+    scorer = search.scorer_[metric] if search.multimetric_ else search.scorer_
+    why = "each grid point has a fold where it is undefined"
+    try:  # scikit-learn has told why in a warning alone
+        scorer(search.best_estimator_, table.X, table.y)
+    except Exception as error:
+        why = last_line(error)
+    raise UserError(f"the score `{name}` is no number at any grid point: {why}",
+                    f"use another `search.scoring`, one for a {config.model.name}, or other folds (`search.cv`, `search.split`)")
+
+
+def metric_name(config: WineConfig, search: ForestSearchCV) -> str:
+    """Of the score that decides."""
+    if isinstance(search.refit, str):
+        return search.refit
+    return config.search.scores[0] if config.search.scores else "accuracy" if config.model.classifies else "r2"
+
+
+def last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+
+
 def report(config: WineConfig, table: Table, search: ForestSearchCV, paths: RunPaths, cores: int
            ) -> tuple[dict[str, float], list[Row]]:
     """Write it, and say the most of it. Returns the metrics, and the table's rows.
@@ -30,7 +62,7 @@ def report(config: WineConfig, table: Table, search: ForestSearchCV, paths: RunP
         OSError: something cannot be written.
     """
     metric = search.refit if isinstance(search.refit, str) else "score"
-    name = metric if metric != "score" else config.search.scoring or ("accuracy" if config.model.classifies else "r2")
+    name = metric_name(config, search)
     rows = table_rows(search)
     replace_text(paths.results, _csv(rows))
     best = {"params": _plain(search.best_params_), "score": name, "mean": float(search.best_score_),
@@ -42,7 +74,10 @@ def report(config: WineConfig, table: Table, search: ForestSearchCV, paths: RunP
     _say(f"best {name} {best['mean']:.4f} (std {best['std']:.4f} over {search.n_splits_} folds): "
          + ", ".join(f"{key}={value}" for key, value in best["params"].items()))
     if config.search.compare_grouped:
-        found["folds"] = _folds(config, table, search, scorer, name, cores)
+        try:
+            found["folds"] = _folds(config, table, search, scorer, name, cores)
+        except ValueError as error:  # of a fold without some class, say: the search itself is none the worse
+            found["folds"] = {"why": f"the best parameters cannot be scored under other folds: {last_line(error)}"}
         if grouped := found["folds"].get("grouped"):
             metrics[f"{name}_grouped"] = grouped["mean"]
         _say(found["folds"]["why"])
@@ -50,7 +85,11 @@ def report(config: WineConfig, table: Table, search: ForestSearchCV, paths: RunP
     draw_heat_map(search, metric, name, paths.figures / "heat_map.png")
     draw_trees(search, metric, name, paths.figures / "n_estimators.png")
     if config.search.importance_repeats:
-        found["importance"] = _importance(config, table, search, scorer, cores)
+        try:
+            found["importance"] = _importance(config, table, search, scorer, cores)
+        except ValueError as error:
+            _say(f"no importance of features: {last_line(error)}", "warning")
+    if found.get("importance"):
         draw_importance(found["importance"], name, paths.figures / "importance.png")
         most = found["importance"][0]
         _say(f"most important: `{most['feature']}`, without which {name} of the training data falls by {most['mean']:.4f}")
@@ -126,5 +165,5 @@ def _importance(config: WineConfig, table: Table, search: ForestSearchCV, scorer
              "std": float(found.importances_std[place])} for place in order]
 
 
-def _say(message: str) -> None:
-    events.emit({"event": "note", "level": "info", "message": message})
+def _say(message: str, level: str = "info") -> None:
+    events.emit({"event": "note", "level": level, "message": message})

@@ -144,6 +144,7 @@ def _read(path: Path, data: Data) -> tuple[list[str], list[Any]]:
 
 def _columns(path: Path, delimiter: str, header: bool, names: list[str]) -> list[Any]:
     rows: list[list[str]] = []
+    line = 0
     try:
         for line, cells in _lines(path, delimiter):
             if header and line == 1 or not any(cell.strip() for cell in cells):
@@ -154,6 +155,9 @@ def _columns(path: Path, delimiter: str, header: bool, names: list[str]) -> list
             rows.append(cells)
     except csv.Error as error:
         raise UserError(f"`{path}` is no CSV file: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"`{path}` is no text in UTF-8: byte {error.object[error.start]:#04x}, after line {line}",
+                        f"turn it into UTF-8, if it is Latin-1 by `iconv -f latin1 -t utf-8 {path}`") from error
     if not rows:
         raise UserError(f"`{path}` has no rows", "data.header=false if its only line is one")
     columns: list[Any] = []

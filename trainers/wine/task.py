@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from trainers import events
 from trainers.engine.wandb_run import WandbRun
-from trainers.errors import TrainingError
+from trainers.errors import TrainingError, UserError
 from trainers.files import update_json
 from trainers.paths import RunPaths
 from trainers.runner import FINISHED, STOPPED, Place, Runner
@@ -48,9 +48,10 @@ class Wine(Runner):
             return STOPPED
 
     def _run(self, place: Place, paths: RunPaths, attempt: int | None) -> int:
-        from trainers.forest.work import end_workers  # scikit-learn takes a second: a stop during it is heeded
+        from trainers.forest.work import end_workers, quiet_scores  # scikit-learn takes a second: a stop during it is heeded
         from trainers.wine.searching import make_search
 
+        quiet_scores()
         self.config.check()
         table = load_table(self.config.data, self.config.model.classifies, self.config.search.group)
         search, given = make_search(self.config, table, place.cores)
@@ -73,7 +74,7 @@ class Wine(Runner):
             if place.rank == 0:
                 self._say_what(table, work)
                 progress.start()
-            mine = Claims(paths, attempt, place) if place.size > 1 else None
+            mine = Claims(paths, attempt, place, work.keys()) if place.size > 1 else None
             for done in work.results(n_jobs=place.cores, kept=kept, mine=mine, guarded=True):
                 if place.rank == 0 and not done.kept:
                     progress.look()
@@ -91,13 +92,22 @@ class Wine(Runner):
                 attempt: int | None) -> int:
         """The same whoever does it, and however often."""
         from trainers.forest.work import guarded_workers
-        from trainers.wine.report import report
+        from trainers.wine.report import check_scores, last_line, report
 
         found = {(number, piece.fold): result for key, piece in work.keys().items()
                  for number, result in (kept.read(key) or {}).items()}
-        search.reduce(work, found)
-        with guarded_workers():
-            metrics, rows = report(self.config, table, search, paths, place.cores)
+        try:
+            search.reduce(work, found)
+        except ValueError as error:  # scikit-learn's, of fits that failed, with the tracebacks of all of them
+            raise UserError(f"the forests cannot be fitted: {last_line(error)}",
+                            "mend `search.grid`, `model.params` or the table") from error
+        check_scores(self.config, table, search)
+        try:
+            with guarded_workers():
+                metrics, rows = report(self.config, table, search, paths, place.cores)
+        except OSError as error:
+            raise TrainingError(f"what was found cannot be written: {error.strerror or error}",
+                                f"mend that, then `launch resume {paths.id}`") from error
         hold()
         record(paths, attempt, step=work.fits, metrics=metrics)
         self._track(paths, metrics, rows)
@@ -108,8 +118,10 @@ class Wine(Runner):
     def _say_what(self, table: Table, work: Work) -> None:
         if missing := table.missing:
             columns = ", ".join(f"`{name}` {count:,}" for name, count in missing.items())
-            _note("info", f"missing values ({columns}): the trees send them to whichever side of a split is better for it, and "
-                          "where training had none, to the side with more rows")
+            drawn = self.config.model.name.startswith("extra_trees")
+            side = "a side drawn at random" if drawn else "the side that is better for it"
+            _note("info", f"missing values ({columns}): at each split the trees send them to {side}, and where training had "
+                          "none, to the side with more rows")
         for reason, count in work.plain.items():
             _note("warning", f"{count} of {len(work.candidates)} grid points are fitted plainly, as GridSearchCV does: {reason}")
 
@@ -127,16 +139,19 @@ class Wine(Runner):
 
 
 class Claims:
-    """Who begins a piece first has it. The claims of another attempt, whose ranks have gone, count for nothing."""
+    """Who begins a piece first has it. The claims of another attempt, whose ranks have gone, count for nothing.
 
-    def __init__(self, paths: RunPaths, attempt: int | None, place: Place):
+    Ranks started by hand have nothing to tell attempts apart by: they take the pieces in turn, by their places among all
+    of the search, as what was kept already when a rank looked may differ from rank to rank.
+    """
+
+    def __init__(self, paths: RunPaths, attempt: int | None, place: Place, keys: Iterable[str]):
         self._paths, self._attempt, self._place = paths, attempt, place
-        self._asked = -1
+        self._in_turn = {key: number % place.size for number, key in enumerate(keys)}
 
     def __call__(self, key: str) -> bool:
-        self._asked += 1
-        if self._attempt is None:  # started by hand: there is nothing to tell attempts apart by
-            return self._asked % self._place.size == self._place.rank
+        if self._attempt is None:
+            return self._in_turn[key] == self._place.rank
         try:
             self._paths.claim(self._attempt, key).mkdir(parents=True)
         except FileExistsError:
@@ -150,6 +165,7 @@ class Progress:
     def __init__(self, work: Work, kept: Kept, paths: RunPaths, attempt: int | None, place: Place):
         self._work, self._kept, self._paths, self._attempt, self._place = work, kept, paths, attempt, place
         self._pieces: Mapping[str, Any] = work.keys()
+        self._whole: set[str] = set()  # keys of files that have been read once: a file is replaced as a whole or not at all
         self._began = self._said = time.monotonic()
         self._at_start = self._done()
 
@@ -163,7 +179,10 @@ class Progress:
 
     def _done(self) -> tuple[int, int, bool]:
         """(fits, trees at most, whether that is all)"""
-        done = self._kept.keys() & self._pieces.keys()
+        there = self._kept.keys() & self._pieces.keys()
+        # A broken file is none: some rank fits that piece again.
+        self._whole |= {key for key in there - self._whole if self._kept.read(key) is not None}
+        done = there & self._whole
         return (sum(len(self._pieces[key].candidates) for key in done), sum(self._pieces[key].trees for key in done),
                 len(done) == len(self._pieces))
 
