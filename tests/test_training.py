@@ -228,7 +228,8 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_its_checkpoints_whole(lau
     done = launch(BLOBS, "--procs", 1, "optim.lr=1e30", "optim.clip_norm=null", "optim.warmup=0",
                   "optim.momentum=0", "run.max_restarts=2")
     assert done.returncode == 1
-    assert re.match(r"error: the loss of update `model` is (nan|inf) at step \d+\nhint: lower optim.lr", done.stderr)
+    assert re.match(r"error: update `model`, step \d+: the gradient of `[\w.]+` is not finite \(the last loss is (nan|inf)\)\n"
+                    r"hint: lower optim.lr", done.stderr)
     assert record(launch.run())["attempt"] == 1  # it would happen again
 
 

@@ -182,7 +182,7 @@ def test_what_is_of_training_alone_stands_in_no_evaluations_way(paths, root):
     for more, offload in (([], "none"), (["train.strategy=ddp"], "none"), (["train.offload=parameters"], "parameters")):
         spec = evaluation_spec(read_run(run.root), None, more)
         plan = make_plan("x", spec, LOCAL, Resources("cpu", 3), runs=run.evaluations, python="python", cwd=Path("/"))
-        assert spec.config.train.offload == offload and plan.batch == "12 samples a rank at a time, evaluated"
+        assert spec.config.train.offload == offload and plan.batch == "20 samples a rank at a time, evaluated"
         assert not any("deepspeed" in name for name in plan.files)
 
 
