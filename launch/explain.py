@@ -72,7 +72,8 @@ CAUSES = (
     Cause(r"oom[-_]kill|state OUT_OF_MEMORY|Out Of Memory|OOM Killed|Exceeded (?:job|step) memory limit|Cannot allocate memory"
           r"|(?<!Of)MemoryError|can't allocate memory|not enough memory: you tried",
           "the host's memory, or the job's share of it, was full", (("{resume} {memory}", "with more memory a node"), *LESS)),
-    Cause(r"the loss of update .* is \S+ at step|overflowed in \d+ steps in a row", "training diverged, and would again",
+    Cause(r"the loss of update .* is \S+ at step|the gradient of .* is not finite|overflowed in \d+ steps in a row",
+          "training diverged, and would again",
           (("{new} optim.lr={lower}{where}", "a new run with a lower learning rate"),
            ("{new} optim.clip_norm=1{where}", "a new run with a limit to its gradients' norm"))),
     Cause(r"No space left on device|Disk quota exceeded", "the disk, or your share of it, is full",

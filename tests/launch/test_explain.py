@@ -187,6 +187,8 @@ def test_a_known_traceback(make, last, meaning, command):
 @pytest.mark.parametrize("message, meaning, command", [
     ("the loss of update `main` is nan at step 3", "training diverged, and would again",
      "launch runs/bert-1/run.yaml optim.lr=0.01 --procs 4"),
+    ("update `main`, step 3: the gradient of `0.weight` is not finite", "training diverged, and would again",
+     "launch runs/bert-1/run.yaml optim.lr=0.01 --procs 4"),
     ("rank 1 did not stop within 60 s of SIGTERM and was killed", "a step and a checkpoint took longer than run.grace_s, 60 s",
      "launch resume bert-1"),
     ("rank 1 needs GPU 1; torch 2.15.0 sees 1", "torch sees 1 GPU(s) there, fewer than the run was given", "nvidia-smi"),
