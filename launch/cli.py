@@ -19,6 +19,24 @@ from typing import Any
 import click
 
 from launch import spec as specs
+from launch.options import (
+    ALIASES,
+    cluster_of,
+    cpus_option,
+    json_option,
+    one_kind,
+    only_on_slurm,
+    queue_options,
+    ranks_options,
+    request_of,
+    root_of,
+    run_argument,
+    runs_option,
+    sbatch_options,
+    slurm_options,
+    spec_options,
+    verbose_option,
+)
 from trainers.errors import UserError
 
 EXAMPLES = """\b
@@ -91,111 +109,11 @@ def _options(context: click.Context) -> list[str]:
     return [name[2:] for option in context.command.get_params(context) for name in option.opts if name.startswith("--")]
 
 
-# What is told twice is declared once
+# Reading a spec
 
 
-def _set_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
-    context.find_object(SimpleNamespace).verbose |= value
-
-
-def verbose_option() -> click.Option:
-    return click.Option(["--verbose"], is_flag=True, expose_value=False, is_eager=True, callback=_set_verbose,
-                        help="Show the traceback of an error.")
-
-
-def runs_option(command: Callable) -> Callable:
-    return click.option("--runs", "root", type=click.Path(path_type=Path), envvar="LAUNCH_RUNS", default="runs",
-                        metavar="DIR", help="Where runs lie (LAUNCH_RUNS; ./runs).")(command)
-
-
-json_option = click.option("--json", is_flag=True, help="Print JSON.")
-run_argument = click.argument("word", metavar="RUN")
-
-
-def ranks_options(command: Callable) -> Callable:
-    gpus = click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="GPUs, one rank on each.")
-    procs = click.option("--procs", type=click.IntRange(min=1), metavar="N", help="CPU ranks, instead of GPUs.")
-    cpus = click.option("--cpus", type=click.IntRange(min=1), metavar="N", help="Cores of a rank of a search (all there are).")
-    return gpus(procs(cpus(command)))
-
-
-def slurm_options(command: Callable) -> Callable:
-    """Where and how on a cluster."""
-    for option in (click.option("--follow", is_flag=True, help="Stay, and show the log."),
-                   click.option("--here", is_flag=True, help="In the allocation one stands in (salloc).")):
-        command = option(command)
-    return queue_options(command)
-
-
-def queue_options(command: Callable) -> Callable:
-    for option in (click.option("--after", metavar="RUN", help="Begin once that run has finished."),
-                   click.option("--time", metavar="TIME", help="Time limit of the job: 4h, 12:00:00, 2-00:00:00."),
-                   click.option("--nodes", type=click.IntRange(min=1), metavar="N",
-                                help="Nodes; alone, whole ones. By default as few as hold the ranks evenly."),
-                   click.option("--cluster", metavar="NAME", help="The cluster (LAUNCH_CLUSTER; slurm): see `launch clusters`."),
-                   click.option("--slurm", is_flag=True, help="Submit to SLURM. sbatch.KEY=VALUE sets any option of sbatch.")):
-        command = option(command)
-    return command
-
-
-def spec_options(command: Callable) -> Callable:
-    """The spec's parts that are given by options; `_load` reads them."""
-    for option in (click.option("--config", type=click.Path(), metavar="FILE", help="A spec over the task's own."),
-                   click.option("--strategy", metavar="WORD", help="Short for train.strategy=WORD."),
-                   click.option("--wandb", metavar="MODE", help="Short for wandb.mode=MODE: online, offline, off."),
-                   click.option("--from", metavar="RUN|PATH", help="Short for init.source=RUN|PATH: start from these weights."),
-                   click.option("--data", metavar="PATH", help="Short for data=PATH, or data=sample.")):
-        command = option(command)
-    return click.argument("overrides", nargs=-1, metavar="[key=value]...")(command)
-
-
-ALIASES = {"data": "data.source", "wandb": "wandb.mode", "strategy": "train.strategy", "from": "init.source"}
-
-
-def _cluster(slurm: bool, name: str | None) -> Any:
-    """Raises: UserError."""
-    from launch.cluster import load_cluster
-
-    cluster = load_cluster(name or (os.environ.get("LAUNCH_CLUSTER") or "slurm" if slurm else "local"))
-    if slurm and cluster.kind != "slurm":
-        raise UserError(f"cluster `{cluster.name}` is no SLURM cluster", "`launch clusters` lists those there are")
-    return cluster
-
-
-def _request(cluster: Any, root: Path, time: str | None, after: str | None, options: dict[str, Any]) -> Any:
-    """What is asked of SLURM. Raises: UserError."""
-    from launch.batch import Request
-    from launch.cluster import seconds
-
-    if time is not None:
-        try:
-            seconds(time)
-        except ValueError as error:
-            raise UserError(f"--time is `{time}`, which {error}") from None
-    waits_for = ()
-    if after:
-        from launch.on_slurm import jobs_of
-        from launch.runs import find_run
-
-        waits_for = jobs_of(find_run(root, after))
-    return Request(cluster, time, options, waits_for)
-
-
-def _sbatch_options(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """(the spec's overrides, sbatch's options)"""
-    from trainers import yaml12
-
-    options = {}
-    for word in overrides:
-        key, _, text = word.partition("=")
-        if key.startswith("sbatch."):
-            value = yaml12.argument(text)
-            options[key.removeprefix("sbatch.")] = value if isinstance(value, bool) else text
-    return [word for word in overrides if not word.startswith("sbatch.")], options
-
-
-def _load(context: click.Context, task: str, config: str | None, overrides: Sequence[str], cluster: Any,
-          **given: str | None) -> Any:
+def load(context: click.Context, task: str, config: str | None, overrides: Sequence[str], cluster: Any,
+         **given: str | None) -> Any:
     """The spec. Raises: UserError."""
     overrides = [*overrides, *(f"{ALIASES[name]}={text}" for name, text in given.items() if text is not None)]
     if task not in specs.tasks() and not os.path.exists(task):
@@ -206,26 +124,6 @@ def _load(context: click.Context, task: str, config: str | None, overrides: Sequ
     if config is not None:
         raise UserError(f"`--config` is for tasks; `{task}` is a script", "give its keys as key=value")
     return specs.script_spec(task, context.obj.script_args or [], overrides, cluster=cluster)
-
-
-def _root(context: click.Context, root: Path, cluster: Any) -> Path:
-    """Where runs lie: what was given, else what the cluster's file says."""
-    by_default = context.get_parameter_source("root") is click.core.ParameterSource.DEFAULT
-    if by_default and cluster.runs:
-        root = Path(cluster.runs)
-    return root.absolute()
-
-
-def _only_on_slurm(**given: Any) -> None:
-    for name, value in given.items():
-        if value:
-            said = f"--{name}" if name in ("nodes", "time", "after", "here", "follow") else f"sbatch.{name}"
-            raise UserError(f"`{said}` is for SLURM", "add --slurm, or --cluster NAME")
-
-
-def _one_kind(gpus: int | None, procs: int | None) -> None:
-    if gpus is not None and procs is not None:
-        raise UserError("both `--gpus` and `--procs` are given", "GPU ranks or CPU ranks: keep one")
 
 
 def _no_such(word: str, names: Sequence[str]) -> UserError:
@@ -316,6 +214,7 @@ def _task_command(word: str, about: str, kind: type[click.Command] = click.Comma
     @click.command(word, cls=kind, help=about)
     @spec_options
     @ranks_options
+    @cpus_option
     @slurm_options
     @click.option("--debug", is_flag=True, help="One rank, in this process: breakpoint() works.")
     @click.option("--dry-run", is_flag=True, help="Print what would run, and do nothing.")
@@ -325,12 +224,12 @@ def _task_command(word: str, about: str, kind: type[click.Command] = click.Comma
     def run(context: click.Context, root: Path, gpus: int | None, procs: int | None, cpus: int | None, debug: bool,
             dry_run: bool, json: bool, slurm: bool, cluster: str | None, nodes: int | None, time: str | None, after: str | None,
             here: bool, follow: bool, overrides: Sequence[str], **given: Any) -> int:
-        _one_kind(gpus, procs)
-        where = _cluster(slurm, cluster)
-        overrides, options = _sbatch_options(overrides)
+        one_kind(gpus, procs)
+        where = cluster_of(slurm, cluster)
+        overrides, options = sbatch_options(overrides)
         if debug and kind is not Script:
             overrides = specs.for_debugging(word, overrides)
-        spec = _load(context, word, cluster=where, overrides=overrides, **given)
+        spec = load(context, word, cluster=where, overrides=overrides, **given)
         if where.kind == "slurm":
             if debug:
                 raise UserError("--debug runs one rank in this process, not on SLURM", "leave out --slurm or --debug")
@@ -340,10 +239,10 @@ def _task_command(word: str, about: str, kind: type[click.Command] = click.Comma
                 raise UserError("--here takes the allocation as it is", "leave out --follow, --time, --after and sbatch.KEY")
             if here and json and not dry_run:
                 raise UserError("--here shows what the ranks say as plain lines", "leave out --json")
-            root = _root(context, root, where)
-            return on_slurm.start(spec=spec, root=root, request=_request(where, root, time, after, options), gpus=gpus,
+            root = root_of(context, root, where)
+            return on_slurm.start(spec=spec, root=root, request=request_of(where, root, time, after, options), gpus=gpus,
                                   procs=procs, cpus=cpus, nodes=nodes, dry_run=dry_run, json=json, follow=follow, here=here)
-        _only_on_slurm(nodes=nodes, time=time, after=after, here=here, follow=follow, **options)
+        only_on_slurm(nodes=nodes, time=time, after=after, here=here, follow=follow, **options)
         from launch.start import start
 
         return start(spec=spec, runs=root, gpus=gpus, procs=procs, cpus=cpus, debug=debug, dry_run=dry_run, json=json,
@@ -378,7 +277,7 @@ def tasks(json: bool) -> None:
 @click.pass_context
 def show(context: click.Context, task: str, json: bool, slurm: bool, cluster: str | None, **given: Any) -> None:
     """Print a run's whole spec, and where each value comes from."""
-    spec = _load(context, task, cluster=_cluster(slurm, cluster), **given)
+    spec = load(context, task, cluster=cluster_of(slurm, cluster), **given)
     if json:
         return _print_json({"name": spec.name, "values": spec.values, "origins": spec.origins})
     print(specs.show(spec))
@@ -419,10 +318,10 @@ def clusters(detect: bool, json: bool) -> None:
 @click.pass_context
 def prefetch(context: click.Context, task: str, cluster: str | None, **given: Any) -> int:
     """Download a task's data, and what else its ranks would download."""
-    where = _cluster(False, cluster)
+    where = cluster_of(False, cluster)
     from launch.prefetch import prefetch as fetch
 
-    return fetch(_load(context, task, cluster=where, **given), where)
+    return fetch(load(context, task, cluster=where, **given), where)
 
 
 @command
@@ -438,11 +337,11 @@ def prefetch(context: click.Context, task: str, cluster: str | None, **given: An
 def plan(context: click.Context, task: str, gpus: int | None, procs: int | None, nodes: int | None, slurm: bool,
          cluster: str | None, probe: bool, json: bool, **given: Any) -> None:
     """Say what memory a run needs under each strategy, and what would fit."""
-    _one_kind(gpus, procs)
-    where = _cluster(slurm, cluster)
+    one_kind(gpus, procs)
+    where = cluster_of(slurm, cluster)
     if where.kind != "slurm":
-        _only_on_slurm(nodes=nodes)
-    spec = _load(context, task, cluster=where, **given)
+        only_on_slurm(nodes=nodes)
+    spec = load(context, task, cluster=where, **given)
     from launch import fit
     from launch.resources import planned_resources
 
@@ -502,7 +401,7 @@ def explain(word: str, root: Path, json: bool) -> None:
 def doctor(context: click.Context, root: Path, json: bool, slurm: bool, cluster: str | None, job: bool, nodes: int | None
            ) -> int:
     """Look for what would go wrong, before anything is queued."""
-    where = _cluster(slurm, cluster)
+    where = cluster_of(slurm, cluster)
     if nodes and not job:
         raise UserError("--nodes is for --job", "add --job")
     from dataclasses import asdict
@@ -510,7 +409,7 @@ def doctor(context: click.Context, root: Path, json: bool, slurm: bool, cluster:
     from launch import doctor as looks
 
     checks = []
-    for check in looks.doctor(where, _root(context, root, where), job, nodes, lambda text: print(text, file=sys.stderr)):
+    for check in looks.doctor(where, root_of(context, root, where), job, nodes, lambda text: print(text, file=sys.stderr)):
         checks.append(check)
         if not json:
             print(looks.line(check), flush=True)
@@ -573,6 +472,7 @@ def cancel(word: str, root: Path, json: bool) -> None:
 @click.argument("overrides", nargs=-1, metavar="[sbatch.KEY=VALUE]...")
 @click.option("--strategy", metavar="WORD", help="Spread its models otherwise from now on: ddp, zero1, zero2, zero3, fsdp.")
 @ranks_options
+@cpus_option
 @slurm_options
 @runs_option
 @json_option
@@ -581,23 +481,23 @@ def resume(word: str, root: Path, gpus: int | None, procs: int | None, cpus: int
            slurm: bool, cluster: str | None, nodes: int | None, time: str | None, after: str | None, here: bool, follow: bool,
            overrides: Sequence[str], strategy: str | None) -> int:
     """Continue a run from its last checkpoint, where it ran last unless told."""
-    _one_kind(gpus, procs)
+    one_kind(gpus, procs)
     from launch.runs import find_run
 
     run = find_run(root, word)
-    spread, options = _sbatch_options([*overrides, *([f"{ALIASES['strategy']}={strategy}"] if strategy is not None else [])])
+    spread, options = sbatch_options([*overrides, *([f"{ALIASES['strategy']}={strategy}"] if strategy is not None else [])])
     last = run.record.get("job") or {}
     if slurm or cluster or last.get("kind") == "slurm":
-        where = _cluster(slurm, cluster or (last.get("cluster") if not slurm else None))
+        where = cluster_of(slurm, cluster or (last.get("cluster") if not slurm else None))
         if where.kind == "slurm":
             from launch import on_slurm
 
             if here:
                 raise UserError("a run is resumed by a job of its own", "leave out --here")
             asked = slurm or cluster or time or after or options
-            return on_slurm.resume(run, request=_request(where, root, time, after, options) if asked else None, gpus=gpus,
+            return on_slurm.resume(run, request=request_of(where, root, time, after, options) if asked else None, gpus=gpus,
                                    procs=procs, cpus=cpus, nodes=nodes, spread=spread, json=json, follow=follow)
-    _only_on_slurm(nodes=nodes, time=time, after=after, here=here, follow=follow, **options)
+    only_on_slurm(nodes=nodes, time=time, after=after, here=here, follow=follow, **options)
     from launch import start
 
     return start.resume(run, gpus=gpus, procs=procs, cpus=cpus, spread=spread, json=json, take_over=take_over)
@@ -613,24 +513,22 @@ def resume(word: str, root: Path, gpus: int | None, procs: int | None, cpus: int
 @runs_option
 @json_option
 def eval(word: str, root: Path, which: str | None, overrides: Sequence[str], data: str | None, gpus: int | None,
-         procs: int | None, cpus: int | None, json: bool, slurm: bool, cluster: str | None, nodes: int | None, time: str | None,
+         procs: int | None, json: bool, slurm: bool, cluster: str | None, nodes: int | None, time: str | None,
          after: str | None, here: bool, follow: bool) -> int:
     """Evaluate a checkpoint of a run, without training."""
-    _one_kind(gpus, procs)
+    one_kind(gpus, procs)
     from launch import evaluate
     from launch.runs import find_run
 
-    if cpus is not None:
-        raise UserError("`--cpus` is for tasks that run themselves, such as `wine`", "--procs N asks for N CPU ranks")
     run = find_run(root, word)
-    words, options = _sbatch_options([*overrides, *([f"{ALIASES['data']}={data}"] if data is not None else [])])
-    where = _cluster(slurm, cluster)
+    words, options = sbatch_options([*overrides, *([f"{ALIASES['data']}={data}"] if data is not None else [])])
+    where = cluster_of(slurm, cluster)
     if where.kind == "slurm":
         if here:
             raise UserError("an evaluation on SLURM is a job of its own", "leave out --here")
-        return evaluate.submit(run, which=which, overrides=words, request=_request(where, root, time, after, options),
+        return evaluate.submit(run, which=which, overrides=words, request=request_of(where, root, time, after, options),
                                gpus=gpus, procs=procs, nodes=nodes, json=json, follow=follow)
-    _only_on_slurm(nodes=nodes, time=time, after=after, here=here, follow=follow, **options)
+    only_on_slurm(nodes=nodes, time=time, after=after, here=here, follow=follow, **options)
     return evaluate.evaluate(run, which=which, overrides=words, gpus=gpus, procs=procs, json=json)
 
 
@@ -737,6 +635,7 @@ def prune_checkpoints(word: str, root: Path, keep_last: int | None, dry_run: boo
 @click.argument("task", required=False)
 @spec_options
 @ranks_options
+@cpus_option
 @queue_options
 @click.option("--max-parallel", "parallel", type=click.IntRange(min=1), metavar="N", help="On SLURM, at most N runs at once.")
 @click.option("--resume", "again", metavar="SWEEP", help="Go on with those of its runs that have not finished.")
@@ -753,10 +652,10 @@ def sweep(context: click.Context, task: str | None, root: Path, gpus: int | None
     On SLURM they are one array; on this machine they run one after another. A value that holds a comma itself needs
     quotes, which the shell must leave: 'name="a,b"'.
     """
-    _one_kind(gpus, procs)
+    one_kind(gpus, procs)
     from launch import sweep as sweeps
 
-    words, options = _sbatch_options([*([task] if again and task else []), *overrides])
+    words, options = sbatch_options([*([task] if again and task else []), *overrides])
     words += [f"{ALIASES[name]}={text}" for name, text in given.items() if text is not None]
     if again:
         from launch.runs import read_sweep
@@ -765,19 +664,19 @@ def sweep(context: click.Context, task: str | None, root: Path, gpus: int | None
             raise UserError("--resume goes on with a sweep as it was started, and takes no task and no keys",
                             f"launch sweep --resume {again}")
         last = read_sweep(root, again)["job"]
-        where = _cluster(slurm, cluster or last.get("cluster")) if slurm or cluster or last["kind"] == "slurm" else None
+        where = cluster_of(slurm, cluster or last.get("cluster")) if slurm or cluster or last["kind"] == "slurm" else None
         if where is None or where.kind != "slurm":
-            _only_on_slurm(nodes=nodes, time=time, after=after, **options)
+            only_on_slurm(nodes=nodes, time=time, after=after, **options)
         asked = slurm or cluster or time or after or options
-        return sweeps.resume(root, again, request=_request(where, root, time, after, options) if asked else None, gpus=gpus,
+        return sweeps.resume(root, again, request=request_of(where, root, time, after, options) if asked else None, gpus=gpus,
                              procs=procs, cpus=cpus, nodes=nodes, parallel=parallel, json=json)
     if task is None:
         raise UserError("`launch sweep` needs a task, a spec or a script", "launch sweep TASK key=a,b, or --resume SWEEP")
-    where = _cluster(slurm, cluster)
+    where = cluster_of(slurm, cluster)
     if where.kind == "slurm":
-        root = _root(context, root, where)
+        root = root_of(context, root, where)
     else:
-        _only_on_slurm(nodes=nodes, time=time, after=after, **options)
-    return sweeps.start(words=words, load=lambda words: _load(context, task, config, words, where), root=root.absolute(),
-                        request=_request(where, root, time, after, options), gpus=gpus, procs=procs, cpus=cpus,
+        only_on_slurm(nodes=nodes, time=time, after=after, **options)
+    return sweeps.start(words=words, load=lambda words: load(context, task, config, words, where), root=root.absolute(),
+                        request=request_of(where, root, time, after, options), gpus=gpus, procs=procs, cpus=cpus,
                         nodes=nodes, parallel=parallel, dry_run=dry_run, json=json)

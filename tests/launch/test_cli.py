@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
-from launch.cli import main
+from launch.cli import cli, main
+from launch.options import ALIASES
 from trainers.errors import UserError
 
 RUN_ID = "my-20250101-000000-abcd"
@@ -256,3 +259,21 @@ def test_a_reader_that_stops_early(folder: Path) -> None:
     line = f"{sys.executable} -P -m launch show my.yaml | true; exit ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", line], check=False, capture_output=True, text=True, cwd=folder)
     assert (ran.returncode in (0, 1), ran.stderr) == (True, "")
+
+
+def test_each_command_takes_what_it_declares(tmp_path, monkeypatch):
+    """An option that reaches no parameter would end in a TypeError, or be ignored."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work.py").touch()
+    context = click.Context(cli)
+    commands = {**cli.commands, **cli.commands["checkpoint"].commands,
+                **{word: cli.get_command(context, word) for word in ("cifar10", "wine", "work.py")}}
+    for name, made in commands.items():
+        if isinstance(made, click.Group):
+            continue
+        takes = inspect.signature(inspect.unwrap(made.callback)).parameters
+        declared = {option.name for option in made.params if option.expose_value}
+        named = {parameter for parameter, about in takes.items() if about.kind is not about.VAR_KEYWORD} - {"context"}
+        rest = declared - named
+        assert named <= declared, name
+        assert not rest or "given" in takes and rest <= {*ALIASES, "overrides", "config"}, (name, rest)
