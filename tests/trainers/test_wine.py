@@ -6,6 +6,7 @@ import functools
 import hashlib
 import http.server
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,18 @@ def test_fits_that_all_fail_are_an_error(tmp_path):
         Wine(given).run(Place(0, 1, 1), paths, None)
     assert error.value.message.startswith("the forests cannot be fitted: ValueError: monotonic_cst has shape 2")
     assert "\n" not in error.value.message and error.value.exit_code == 2
+
+
+def test_fits_that_fail_in_part_are_told_in_a_line(tmp_path, capfd):
+    table = tmp_path / "table.csv"
+    table.write_text("a,y\n" + "".join(f"{row},{row % 5 - 2}\n" for row in range(20)))
+    grid = {"n_estimators": [2], "criterion": ["squared_error", "poisson"]}
+    given = config(data={"source": str(table)}, search={"grid": grid, "cv": 2, "scoring": "neg_mean_squared_error"})
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert Wine(given).run(Place(0, 1, 1), RunPaths(tmp_path), None) == 0
+    said = "".join([*capfd.readouterr(), *(str(one.message) for one in warned)])
+    assert "2 of 4 fits failed: ValueError: Some value(s) of y are negative" in said and "Traceback" not in said
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainers import heartbeat
 from trainers.config import RunConfig
 from trainers.engine.precision import autocast
-from trainers.engine.sampling import evaluation_shares, mix
+from trainers.engine.sampling import evaluation_shares, seed_noise
 from trainers.engine.stopping import Stopping
 from trainers.engine.task import Dataset, Task
 from trainers.engine.world import World
@@ -33,7 +33,7 @@ def evaluate(task: Task, models: Mapping[str, nn.Module], dataset: Dataset, conf
                 if stopping.at_boundary():
                     return None
                 heartbeat.beat("evaluation")
-                torch.manual_seed(mix(config.train.seed, "evaluation", world.rank, number))
+                seed_noise(world.device, config.train.seed, "evaluation", world.rank, number)
                 for name, pair in task.evaluate(models, dataset.batch(share)).items():
                     new = [torch.as_tensor(part, device=world.device).double() for part in pair]
                     sums[name] = tuple(old + more for old, more in zip(sums[name], new)) if name in sums else tuple(new)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainers import heartbeat
 from trainers.config import RunConfig
 from trainers.engine.precision import LossScale, autocast
-from trainers.engine.sampling import Shuffled, mix
+from trainers.engine.sampling import Shuffled, seed_noise
 from trainers.engine.schedule import learning_rate
 from trainers.engine.strategy import Strategy
 from trainers.engine.task import Dataset, Loss, Update
@@ -94,7 +94,7 @@ class Learner:
         scale = factor * self.scale.scale * self.world.size / self.config.train.batch_size
         shares = self.samples.shares(draw, self.world.rank, self.world.size, self.accumulation)
         for micro, share in enumerate(shares):
-            torch.manual_seed(mix(self.config.train.seed, "noise", self.update.name, draw, self.world.rank, micro))
+            seed_noise(self.world.device, self.config.train.seed, "noise", self.update.name, draw, self.world.rank, micro)
             heartbeat.batch_begins()
             began = time.perf_counter()
             batch = self.dataset.batch(share)

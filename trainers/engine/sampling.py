@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import torch
 
 from trainers.engine.task import Share
 
@@ -17,6 +18,18 @@ def mix(*parts: int | str) -> int:
     """A 63-bit seed from numbers and words."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def seed_noise(device: torch.device, *parts: int | str) -> None:
+    """Seed what models draw from, on the CPU and on this rank's device, by `mix(*parts)`.
+
+    The numbers are those after torch.manual_seed, which costs 0.3 ms where CUDA was never used: it notes a stack for
+    each kind of device there could be.
+    """
+    seed = mix(*parts)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 class Shuffled:

@@ -18,6 +18,7 @@ import numpy as np
 import sklearn
 from joblib.externals.loky import get_reusable_executor, reusable_executor
 from sklearn.base import BaseEstimator
+from sklearn.exceptions import FitFailedWarning
 from sklearn.metrics._scorer import _BaseScorer, _MultimetricScorer, _PassthroughScorer
 
 from trainers.forest.fitting import Result, fit_family, fit_plainly
@@ -187,15 +188,17 @@ def _do(key: str, piece: Piece, given: Mapping[str, Any]) -> Done:
 
 
 def guarded_workers() -> AbstractContextManager:
-    """In it joblib's workers leave signals to this process, do not warn of each score that fails (`quiet_scores`), and go
+    """In it joblib's workers leave signals to this process, do not warn of each score that fails (`quiet`), and go
     when this process has gone, even by kill -9. They are others than joblib starts outside of it, where these have to go
     for those."""
     return joblib.parallel_config(backend="loky", initializer=_worker, initargs=(os.getpid(),))
 
 
-def quiet_scores() -> None:
-    """For a task that says itself when scores are no numbers: scikit-learn warns of each with its traceback."""
+def quiet() -> None:
+    """For a task that says itself which fits fail and which scores are no numbers: scikit-learn warns with tracebacks."""
     warnings.filterwarnings("ignore", "Scoring failed", UserWarning)
+    warnings.filterwarnings("ignore", "One or more of the (test|train) scores are non-finite", UserWarning)
+    warnings.filterwarnings("ignore", category=FitFailedWarning)
 
 
 def end_workers() -> None:
@@ -206,7 +209,7 @@ def end_workers() -> None:
 
 def _worker(parent: int) -> None:
     """A worker leaves signals to the process that has it, and goes when that has gone, even by kill -9."""
-    quiet_scores()
+    quiet()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,14 @@ from trainers.wine.table import Table
 Row = dict[str, Any]
 
 
+def say_failures(results: Iterable[Mapping[str, Any]]) -> None:
+    """A line for each reason why some fits failed: their grid points have no score."""
+    results = list(results)
+    reasons = Counter(last_line(result["fit_error"]) for result in results if result["fit_error"] is not None)
+    for reason, count in reasons.items():
+        _say(f"{count} of {len(results)} fits failed: {reason}", "warning")
+
+
 def check_scores(config: WineConfig, table: Table, search: ForestSearchCV) -> None:
     """Say it where the score that decides is no number. Raises: UserError if that is so at every grid point."""
     metric = search.refit if isinstance(search.refit, str) else "score"
@@ -30,8 +40,8 @@ def check_scores(config: WineConfig, table: Table, search: ForestSearchCV) -> No
     name = metric_name(config, search)
     if np.any(numbers):
         if not np.all(numbers):
-            _say(f"{name} is no number at {np.sum(~numbers)} of {len(numbers)} grid points: a fold of each cannot be scored",
-                 "warning")
+            _say(f"{name} is no number at {np.sum(~numbers)} of {len(numbers)} grid points: a fold of each cannot be fitted or "
+                 "scored", "warning")
         return
     scorer = search.scorer_[metric] if search.multimetric_ else search.scorer_
     why = "each grid point has a fold where it is undefined"
@@ -50,7 +60,7 @@ def metric_name(config: WineConfig, search: ForestSearchCV) -> str:
     return config.search.scores[0] if config.search.scores else "accuracy" if config.model.classifies else "r2"
 
 
-def last_line(error: Exception) -> str:
+def last_line(error: Exception | str) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
 
 

@@ -48,10 +48,10 @@ class Wine(Runner):
             return STOPPED
 
     def _run(self, place: Place, paths: RunPaths, attempt: int | None) -> int:
-        from trainers.forest.work import end_workers, quiet_scores  # scikit-learn takes a second: a stop during it is heeded
+        from trainers.forest.work import end_workers, quiet  # scikit-learn takes a second: a stop during it is heeded
         from trainers.wine.searching import make_search
 
-        quiet_scores()
+        quiet()
         self.config.check()
         table = load_table(self.config.data, self.config.model.classifies, self.config.search.group)
         search, given = make_search(self.config, table, place.cores)
@@ -92,7 +92,7 @@ class Wine(Runner):
                 attempt: int | None) -> int:
         """The same whoever does it, and however often."""
         from trainers.forest.work import guarded_workers
-        from trainers.wine.report import check_scores, last_line, report
+        from trainers.wine.report import check_scores, last_line, report, say_failures
 
         found = {(number, piece.fold): result for key, piece in work.keys().items()
                  for number, result in (kept.read(key) or {}).items()}
@@ -101,6 +101,7 @@ class Wine(Runner):
         except ValueError as error:  # scikit-learn's, of fits that failed, with the tracebacks of all of them
             raise UserError(f"the forests cannot be fitted: {last_line(error)}",
                             "mend `search.grid`, `model.params` or the table") from error
+        say_failures(found.values())
         check_scores(self.config, table, search)
         try:
             with guarded_workers():
