@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from launch.choose import existing, settings
 from launch.runs import Run
 from launch.truth import ACTIVE, look
 from trainers.engine import manifest, retention, shelf
@@ -59,7 +60,7 @@ def verify(paths: RunPaths, step: int | None) -> list[dict[str, Any]]:
         UserError: there is no such checkpoint, or none.
     """
     rows = []
-    for one in reversed(_steps(paths)) if step is None else [existing(paths, step)]:
+    for one in reversed(existing(paths, step)):
         folder = paths.checkpoint(one)
         try:
             content = manifest.verify(folder, one)
@@ -92,7 +93,7 @@ def prune(run: Run, keep_last: int | None, dry_run: bool) -> dict[str, Any]:
         config = config.model_copy(update={"keep_last": keep_last})
     if not dry_run:
         shelf.put_back(paths)
-    _steps(paths)
+    existing(paths)
     found = shelf.metrics(shelf.manifests(paths))
     keep = retention.kept(found, config)
     stale = [step for step in found if step not in keep]
@@ -123,51 +124,6 @@ def pruned(found: dict[str, Any]) -> str:
     return f"{verb} {what}\nkept {kept or 'nothing'}"
 
 
-def chosen(run: Run, asked: int | str | None) -> tuple[int, dict[int, str]]:
-    """The step to take, whole to the last byte, and what is wrong with each one that was passed over: of newer ones, and of
-    those that cannot say how good they are.
-
-    Args:
-        asked: a step, `best`, or None: the newest whole one.
-    Raises:
-        UserError: there is none, or the one that was asked for is broken.
-    """
-    paths = run.paths
-    broken: dict[int, str] = {}
-    if asked == "best":
-        asked = _best(run)
-        broken = {step: problem for step in _steps(paths) if (problem := _unreadable(paths, step))}
-    steps = [existing(paths, asked)] if asked is not None else _steps(paths)
-    for step in reversed(steps):
-        try:
-            manifest.verify(paths.checkpoint(step), step)
-            return step, broken
-        except manifest.Broken as problem:
-            broken[step] = str(problem)
-    if asked is not None:
-        raise UserError(f"the checkpoint of step {asked} is broken: {broken[asked]}",
-                        f"without --step the newest whole one is taken; `launch checkpoint verify {run.id}` looks at all")
-    raise UserError(f"no checkpoint in {paths.checkpoints} is whole (" +
-                    "; ".join(f"step_{step}: {problem}" for step, problem in broken.items()) + ")", "put a good copy back")
-
-
-def settings(paths: RunPaths) -> Any:
-    """The run's `checkpoint` section: no more of its spec, which may need modules that are not here. Raises: UserError."""
-    from trainers import yaml12
-    from trainers.config import Checkpoint
-    from trainers.spec import mapping, read_text, validate
-
-    values = mapping(yaml12.read(read_text(paths.spec), paths.spec.name).value, paths.spec.name)
-    return validate(Checkpoint, values.get("checkpoint") or {}, lambda key: paths.spec.name)
-
-
-def existing(paths: RunPaths, step: int) -> int:
-    """Raises: UserError if it is no step of a checkpoint."""
-    if step not in (steps := _steps(paths)):
-        raise UserError(f"`{paths.id}` has no checkpoint of step {step}", f"it has those of {', '.join(map(str, steps))}")
-    return step
-
-
 def size(count: int) -> str:
     """'12.3 MiB'"""
     units = iter(("B", "KiB", "MiB", "GiB", "TiB"))
@@ -177,31 +133,8 @@ def size(count: int) -> str:
     return f"{value:.1f} {unit}" if unit != "B" else f"{count} B"
 
 
-def _steps(paths: RunPaths) -> list[int]:
-    if steps := paths.checkpoint_steps():
-        return steps
-    raise UserError(f"`{paths.id}` has no checkpoint", f"looked in {paths.checkpoints}")
-
-
-def _best(run: Run) -> int:
-    config = settings(run.paths)
-    if config.metric is None:
-        raise UserError(f"`{run.id}` has no `checkpoint.metric`, by which one would be the best",
-                        f"`launch checkpoint list {run.id}` shows the metrics of each: --step N")
-    ranked = retention.ranked(shelf.metrics(shelf.manifests(run.paths)), config)
-    if not ranked:
-        raise UserError(f"no checkpoint of `{run.id}` has the metric `{config.metric}`",
-                        f"`launch checkpoint list {run.id}` shows the metrics of each: --step N")
-    return ranked[-1]
-
-
-def _unreadable(paths: RunPaths, step: int) -> str | None:
-    """What is wrong with its manifest."""
-    try:
-        manifest.read(paths.checkpoint(step), step)
-    except manifest.Broken as problem:
-        return str(problem)
-    return None
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _glance(folder: Path, step: int) -> tuple[dict[str, Any], str | None]:
@@ -209,8 +142,7 @@ def _glance(folder: Path, step: int) -> tuple[dict[str, Any], str | None]:
     content: dict[str, Any] = {}
     try:
         content = manifest.read(folder, step)
-        for name, expected in content["files"].items():
-            manifest.check_size(folder, name, expected)
+        manifest.sealed(folder, step)
     except manifest.Broken as problem:
         return content, str(problem)
     return content, None
@@ -222,7 +154,3 @@ def _whole(paths: RunPaths, step: int) -> bool:
     except manifest.Broken:
         return False
     return True
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

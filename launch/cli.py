@@ -543,20 +543,9 @@ def sync(word: str, root: Path) -> int:
     return upload(find_run(root, word))
 
 
-class Step(click.ParamType):
-    name = "step"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
-        if isinstance(value, int) or value == "best":
-            return value
-        if not value.isdecimal():
-            self.fail(f"{value!r} is neither a step nor `best`", param, context)
-        return int(value)
-
-
 @command
 @run_argument
-@click.option("--step", type=Step(), metavar="N|best", help="Of this checkpoint, or of the best by checkpoint.metric; by "
+@click.option("--step", "which", metavar="N|best", help="Of this checkpoint, or of the best by checkpoint.metric; by "
               "default of the newest whole one.")
 @click.option("--to", type=click.Choice(["safetensors", "huggingface"]), default="safetensors",
               help="A file a model, or a folder that from_pretrained loads.")
@@ -564,12 +553,12 @@ class Step(click.ParamType):
               help="A folder, or one model's very file (.safetensors); by default the run's export/step_<n>/.")
 @runs_option
 @json_option
-def export(word: str, root: Path, step: int | str | None, to: str, output: Path | None, json: bool) -> None:
+def export(word: str, root: Path, which: str | None, to: str, output: Path | None, json: bool) -> None:
     """Write a checkpoint's models to files for others."""
     from launch import export as exports
     from launch.runs import find_run
 
-    found = exports.export(find_run(root, word), step=step, to=to, output=output)
+    found = exports.export(find_run(root, word), which=which, to=to, output=output)
     _print_json(found) if json else exports.say(found)
 
 

@@ -16,7 +16,7 @@ from launch.resources import local_resources
 from launch.spec import Spec, spec_of, with_overrides, with_values
 from launch.start import as_before, new_run_id, on, plan_here, run_attempts, shown
 from launch.view import make_view
-from launch.weights import weights_of
+from launch.weights import warn, weights_of
 from trainers.errors import UserError
 from trainers.files import read_json
 from trainers.micro_batch import tried
@@ -43,6 +43,7 @@ def evaluate(run: runs.Run, *, which: str | None, overrides: Sequence[str], gpus
         UserError: something the user must mend; nothing was written.
     """
     spec = evaluation_spec(run, which, overrides)
+    warn([spec])
     here = (run.record["job"] or {}).get("kind") == "local"
     resources, cwd = as_before(run.paths, spec, gpus, procs) if here else (local_resources(gpus, procs), Path.cwd())
     spec.config.check()

@@ -6,27 +6,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.checkpoints import chosen, size
+from launch.checkpoints import size
+from launch.choose import choose
 from launch.runs import Run
 from trainers.engine import export as engine
+from trainers.engine import manifest
 from trainers.errors import UserError
 
 SUFFIX = ".safetensors"
 
 
-def export(run: Run, *, step: int | str | None, to: str, output: Path | None) -> dict[str, Any]:
-    """Write the models of one checkpoint, without what else it holds: `step`, `passed_over` (the problem of each newer
-    checkpoint, by step), `files` (the path of each model's file or folder, by the model's name), `bytes`.
+def export(run: Run, *, which: str | None, to: str, output: Path | None) -> dict[str, Any]:
+    """Write the models of one checkpoint, without what else it holds: `step`, `warnings` (of those that were
+    passed over), `files` (the path of each model's file or folder, by the model's name), `bytes`.
 
     Args:
-        step: a step, `best`, or None: the newest whole one.
+        which: a step, `best`, or None: the newest whole one.
         to: `safetensors`, a file a model, or `huggingface`, a folder a model.
         output: by default in the run's `export/step_<n>/`. A folder; of a single model the very file, if its name ends so,
             or the very folder in Hugging Face's layout.
     Raises:
         UserError: there is no such checkpoint, it is broken, a model has no such layout, or the output cannot be written.
     """
-    step, passed_over = chosen(run, step)
+    choice = choose(run.paths, which, manifest.verify)
+    step = choice.step
     checkpoint = run.paths.checkpoint(step)
     try:
         models = engine.read_models(checkpoint)
@@ -46,13 +49,13 @@ def export(run: Run, *, step: int | str | None, to: str, output: Path | None) ->
             raise UserError(f"the checkpoint of step {step} was deleted meanwhile", "the run has newer ones: once more") from None
         raise
     files = {name: str(path) for name, path in places.items()}
-    return {"step": step, "passed_over": passed_over, "files": files, "bytes": written}
+    return {"step": step, "warnings": choice.warnings(), "files": files, "bytes": written}
 
 
 def say(found: dict[str, Any]) -> None:
     """What `export` did, for a person: the paths to standard output."""
-    for step, problem in found["passed_over"].items():
-        print(f"warning: the checkpoint of step {step} is broken ({problem}): passed over", file=sys.stderr)
+    for line in found["warnings"]:
+        print(f"warning: {line}", file=sys.stderr)
     print(f"step {found['step']}, {size(found['bytes'])}", file=sys.stderr)
     for path in found["files"].values():
         print(path)

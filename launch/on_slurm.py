@@ -30,7 +30,7 @@ from launch.start import named, new_run_id, shown
 from launch.submission import last_submission, next_submission
 from launch.submit import code_of, hand_over, make_submission, release, submit, try_out
 from launch.truth import ACTIVE
-from launch.weights import resolved
+from launch.weights import resolved, warn
 from trainers.config import SearchConfig
 from trainers.errors import UserError
 from trainers.files import read_json, replace_text, update_json
@@ -48,6 +48,7 @@ def start(*, spec: Spec, root: Path, request: Request, gpus: int | None, procs: 
     """
     resources = resources_of(spec.config, request.cluster, gpus=gpus, procs=procs, nodes=nodes, cpus=cpus)
     spec = resolved(spec, root)
+    warn([spec])
     check(spec, request, dry_run)
     run_id = new_run_id(spec.name)
     copy = None if here else snapshot.survey(code_of(spec), RunPaths(root / run_id).code)

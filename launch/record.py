@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ def create_run(plan: Plan, **more: Any) -> RunPaths:
     try:
         paths.root.mkdir(parents=True)
         if plan.weights:
-            more = {"init": asdict(plan.weights), **more}
+            more = {"init": {"path": plan.weights.path, "run": plan.weights.run, "step": plan.weights.step}, **more}
             keep(plan.weights, paths)
         replace_text(paths.spec, plan.files["run.yaml"])
         replace_json(paths.record, {

@@ -22,7 +22,7 @@ from launch.plan import Plan, as_json, make_plan, show
 from launch.resources import Resources, resources_of
 from launch.spec import Spec, record_spread, spec_of, spread_anew
 from launch.view import View, make_view
-from launch.weights import resolved
+from launch.weights import resolved, warn
 from trainers.errors import UserError
 from trainers.events import duration
 from trainers.files import read_json
@@ -40,6 +40,7 @@ def start(*, spec: Spec, runs: Path, gpus: int | None, procs: int | None, cpus: 
         raise UserError("--debug runs one rank in this process", "leave out --gpus and --procs, or give 1")
     resources = resources_of(spec.config, cluster, gpus=gpus, procs=procs, cpus=cpus)
     spec = resolved(spec, runs)
+    warn([spec])
     if hasattr(spec.config, "check"):
         spec.config.check()
     plan_of = partial(plan_here, new_run_id(spec.name), spec, cluster, resources, runs.absolute(), Path.cwd())

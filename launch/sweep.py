@@ -40,7 +40,7 @@ from launch.spec import Spec, spec_of
 from launch.submission import Submission, last_submission, plan_of
 from launch.submit import as_copied, code_of, hand_over, make_submission, release, try_out, withdraw
 from launch.view import make_view
-from launch.weights import resolved
+from launch.weights import resolved, warn
 from trainers.errors import UserError
 from trainers.files import read_json, replace_json, replace_text, update_json
 from trainers.paths import RunPaths
@@ -250,6 +250,7 @@ def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], reques
     """
     grid_points, here = grid(words), request.cluster.kind == "local"
     specs = load_specs(grid_points, lambda words: resolved(load(words), root))
+    warn(specs)
     resources = resources_of(specs[0].config, request.cluster, gpus=gpus, procs=procs, nodes=nodes, cpus=cpus)
     for point, spec in zip(grid_points, specs):
         with _at(point.overrides):

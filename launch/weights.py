@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.choose import choose
 from launch.runs import find_run, read_run
 from trainers.engine import manifest
-from trainers.engine.choose import choose
 from trainers.errors import UserError
 from trainers.files import read_json
 from trainers.paths import RunPaths
@@ -26,6 +28,7 @@ class Weights:
     path: str                # absolute
     run: str | None = None   # whose checkpoint it is
     step: int | None = None  # of a checkpoint
+    warnings: tuple[str, ...] = ()  # of others that were passed over
 
     def __str__(self) -> str:
         return f"run {self.run}, step {self.step}" if self.run else self.path
@@ -73,12 +76,17 @@ def weights_of(paths: RunPaths, which: str | None) -> Weights:
     """A checkpoint of a run: see `choose`. Raises: UserError."""
     from launch.spec import spec_of
 
-    config = spec_of(paths).config
-    if not hasattr(config, "checkpoint"):
-        raise UserError(f"run {paths.id} is a script's: what it has saved is its own",
+    if not hasattr(spec_of(paths).config, "checkpoint"):
+        raise UserError(f"run {paths.id} has no checkpoints: what a script or a search saves is its own",
                         "a file of safetensors can be given by its path")
-    step = choose(paths, which, config.checkpoint)
-    return Weights(str(paths.checkpoint(step).absolute()), paths.id, step)
+    choice = choose(paths, which)
+    return Weights(str(paths.checkpoint(choice.step).absolute()), paths.id, choice.step, tuple(choice.warnings()))
+
+
+def warn(specs: Iterable[Spec]) -> None:
+    """Say of each broken checkpoint once that another was taken."""
+    for line in dict.fromkeys(line for spec in specs if spec.weights for line in spec.weights.warnings):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def _at(path: Path) -> Weights:

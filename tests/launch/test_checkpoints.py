@@ -60,7 +60,8 @@ def test_verify(paths, capsys):
         assert main(["checkpoint", "verify", "r-1", "--step", step]) == code
     capsys.readouterr()
     assert main(["checkpoint", "verify", "r-1", "--step", "31"]) == 2
-    assert capsys.readouterr().err == "error: `r-1` has no checkpoint of step 31\nhint: it has those of 10, 20, 30, 40, 50\n"
+    assert capsys.readouterr().err == ("error: `r-1` has no checkpoint of step 31\n"
+                                       "hint: there is step 10, step 20, step 30, step 40, step 50\n")
 
 
 def test_prune_by_the_runs_own_retention(paths, capsys):

@@ -87,7 +87,7 @@ def test_a_broken_one_is_passed_over_and_said(paths, capsys):
     assert said.err.startswith("warning: the checkpoint of step 30 is broken (2.safetensors has changed")
     assert equal(load_file(said.out.strip()), expected(20))
     assert main(["export", "r-1", "--json"]) == 0
-    assert list(json.loads(capsys.readouterr().out)["passed_over"]) == ["30"]
+    assert [line[:35] for line in json.loads(capsys.readouterr().out)["warnings"]] == ["the checkpoint of step 30 is broken"]
 
 
 def test_of_the_best_those_that_cannot_say_are_said(paths, capsys):
@@ -98,18 +98,25 @@ def test_of_the_best_those_that_cannot_say_are_said(paths, capsys):
     assert equal(load_file(said.out.strip()), expected(30))
 
 
-@pytest.mark.parametrize("word", ["20", "best"])
-def test_a_broken_one_that_was_asked_for_is_refused(paths, capsys, word):
+def test_a_broken_one_that_was_asked_for_is_refused(paths, capsys):
     flip(paths.checkpoint(20) / "2.safetensors")
-    assert main(["export", "r-1", "--step", word]) == 2
-    assert "the checkpoint of step 20 is broken: 2.safetensors has changed" in capsys.readouterr().err
+    assert main(["export", "r-1", "--step", "20"]) == 2
+    assert "the checkpoint of step 20 of `r-1` is broken: 2.safetensors has changed" in capsys.readouterr().err
     assert not (paths.root / "export").exists()
+
+
+def test_where_the_best_is_broken_the_next_best_is_taken_and_that_is_said(paths, capsys):
+    flip(paths.checkpoint(20) / "2.safetensors")
+    assert main(["export", "r-1", "--step", "best"]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("warning: the checkpoint of step 20 is broken (2.safetensors has changed")
+    assert equal(load_file(said.out.strip()), expected(30))
 
 
 def test_what_is_wrong_is_said(paths, capsys):
     for words, problem in [
-        (["--step", "11"], "error: `r-1` has no checkpoint of step 11\nhint: it has those of 10, 20, 30\n"),
-        (["--step", "worst"], "error: `--step`: 'worst' is neither a step nor `best`\n"),
+        (["--step", "11"], "error: `r-1` has no checkpoint of step 11\nhint: there is step 10, step 20, step 30\n"),
+        (["--step", "worst"], "error: `worst` names no checkpoint of a run\nhint: give `newest`, `best` or a step: step 10, "),
         (["--to", "onnx"], "error: `--to`: 'onnx' is not one of"),
         (["-o", "runs/r-1/run.json/x"], r"error: cannot write `.*/run.json/x/model.safetensors`: Not a directory\nhint: -o"),
         (["--to", "huggingface"], r"error: model `model` of `r-1` has no Hugging Face layout: it is no model of transformers"),
@@ -118,10 +125,10 @@ def test_what_is_wrong_is_said(paths, capsys):
         assert re.match(problem, capsys.readouterr().err)
     for step in (10, 20, 30):
         flip(paths.checkpoint(step) / "manifest.json")
-    assert main(["export", "r-1"]) == 2 and "step_30: manifest.json is not a manifest" in capsys.readouterr().err
-    assert main(["export", "r-1", "--step", "best"]) == 2 and "has the metric `loss`" in capsys.readouterr().err
+    assert main(["export", "r-1"]) == 2 and "(step 30: manifest.json is not a manifest)" in capsys.readouterr().err
+    assert main(["export", "r-1", "--step", "best"]) == 2 and "is whole (step 30: manifest.json" in capsys.readouterr().err
     paths.spec.write_text("task: nowhere:Task\n")
-    assert main(["export", "r-1", "--step", "best"]) == 2 and "has no `checkpoint.metric`" in capsys.readouterr().err
+    assert main(["export", "r-1", "--step", "best"]) == 2 and "names no metric" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_what_was_there(paths, capsys):

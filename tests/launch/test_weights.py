@@ -71,7 +71,10 @@ def refused(root: Path, word: str) -> str:
     ("./runs/blobs-1", 30), ("runs/blobs-1/checkpoints/step_20", 20),
 ])
 def test_a_run_or_its_checkpoint(paths, root, word, step):
-    assert find_weights(word, root) == Weights(str(paths.checkpoint(step)), "blobs-1", step)
+    found = find_weights(word, root)
+    assert (found.path, found.run, found.step) == (str(paths.checkpoint(step)), "blobs-1", step)
+    passed = ["the checkpoint of step 40 is broken (0.safetensors has 7 bytes, not 18): passed over"]
+    assert list(found.warnings) == (passed if "10" not in word and "step_20" not in word else [])
 
 
 def test_files_and_folders(paths, root, tmp_path):
@@ -90,20 +93,20 @@ def test_what_cannot_be_meant_is_said(paths, root, tmp_path):
     assert "there is no `some/where` whose weights" in refused(root, "some/where")
     assert "has no checkpoint of step 15\nhint: there is step 10, step 20" in refused(root, "blobs-1@15")
     assert "`bets` names no checkpoint" in refused(root, "blobs-1@bets")
-    assert "checkpoint of step 40 of run blobs-1 is broken: 0.safetensors has 7 bytes" in refused(root, "blobs-1@40")
+    assert "checkpoint of step 40 of `blobs-1` is broken: 0.safetensors has 7 bytes" in refused(root, "blobs-1@40")
     assert "is a part of a checkpoint" in refused(root, "runs/blobs-1/checkpoints/step_10/0.safetensors")
     (tmp_path / "model.bin").touch()
     assert "no file of safetensors" in refused(root, "model.bin")
     (tmp_path / "empty").mkdir()
     assert "holds no checkpoint and no *.safetensors" in refused(root, "empty")
     create_run(a_plan(root, "other-1"))
-    assert "run other-1 has no checkpoint" in refused(root, "other")
+    assert "`other-1` has no checkpoint" in refused(root, "other")
     (paths.checkpoint(30) / manifest.NAME).unlink()
     assert find_weights("blobs-1", root).step == 20
     for step in (10, 20):
         (paths.checkpoint(step) / manifest.NAME).unlink()
-    assert "no checkpoint of run blobs-1 is whole (step 40: 0.safetensors has 7 bytes" in refused(root, "blobs-1")
-    assert "no checkpoint of run blobs-1 is whole" in refused(root, "blobs-1@best")
+    assert "no checkpoint of `blobs-1` is whole (step 40: 0.safetensors has 7 bytes" in refused(root, "blobs-1")
+    assert "no checkpoint of `blobs-1` is whole" in refused(root, "blobs-1@best")
 
 
 def test_the_best_needs_a_metric(paths, root):
@@ -154,7 +157,9 @@ def test_the_flag_is_an_alias(paths, capsys):
     assert "source: blobs@best" in capsys.readouterr().out
     assert main([str(BLOBS), "--from", "blobs@best", "--procs", "1", "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["weights"] == {"path": str(paths.checkpoint(20)), "run": "blobs-1", "step": 20}
+    assert plan["weights"] | {"warnings": []} == {"path": str(paths.checkpoint(20)), "run": "blobs-1", "step": 20, "warnings": []}
+    assert main([str(BLOBS), "--from", "blobs@best", "--procs", "1", "--dry-run"]) == 0
+    assert "warning: the checkpoint of step 40 is broken" in capsys.readouterr().err
     assert main(["sweep", str(BLOBS), "--from", "blobs@10", "train.seed=1,2", "--procs", "1", "--dry-run", "--json"]) == 0
     assert [plan["weights"]["step"] for plan in json.loads(capsys.readouterr().out)["plans"]] == [10, 10]
     assert main([str(BLOBS), "init.skip=[head]"]) == 2
@@ -188,7 +193,7 @@ def test_what_is_of_training_alone_stands_in_no_evaluations_way(paths, root):
 
 @pytest.mark.parametrize("words, error, hint", [
     (["nope"], "there is no run `nope`", "see `launch runs`"),
-    (["blobs-1", "--step", "15"], "run blobs-1 has no checkpoint of step 15", "there is step 10"),
+    (["blobs-1", "--step", "15"], "`blobs-1` has no checkpoint of step 15", "there is step 10"),
     (["blobs-1", "--step", "last"], "`last` names no checkpoint of a run", "give `newest`, `best` or a step"),
     (["blobs-1", "model.width=3"], "`model.width` cannot be given to an evaluation: the weights are those of the model",
      "it takes data.*, eval.*"),
@@ -196,7 +201,7 @@ def test_what_is_of_training_alone_stands_in_no_evaluations_way(paths, root):
     (["blobs-1", "init.source=x"], "`init.source` cannot be given to an evaluation: the weights are the run's own", "it takes"),
     (["blobs-1", "name=x"], "`name` cannot be given to an evaluation", "it takes"),
     (["blobs-1", "eval.bach_size=3"], "`eval.bach_size` is no key of this spec", "did you mean `eval.batch_size`?"),
-    (["script-1"], "run script-1 is a script's", "a file of safetensors"),
+    (["script-1"], "run script-1 has no checkpoints: what a script or a search saves", "a file of safetensors"),
     (["blobs-1", "--here", "--slurm"], "an evaluation on SLURM is a job of its own", "leave out --here"),
     (["blobs-1", "--time", "4h"], "`--time` is for SLURM", "add --slurm"),
 ])

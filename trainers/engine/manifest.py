@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Mapping
@@ -60,10 +60,7 @@ def sealed(folder: Path, step: int) -> dict[str, Any]:
     Raises:
         Broken: they have not.
     """
-    content = read(folder, step)
-    for name, expected in content["files"].items():
-        check_size(folder, name, expected)
-    return content
+    return _each(folder, step, check_size)
 
 
 def verify(folder: Path, step: int) -> dict[str, Any]:
@@ -72,9 +69,13 @@ def verify(folder: Path, step: int) -> dict[str, Any]:
     Raises:
         Broken: they are not.
     """
+    return _each(folder, step, check)
+
+
+def _each(folder: Path, step: int, look: Callable[[Path, str, Mapping[str, Any]], None]) -> dict[str, Any]:
     content = read(folder, step)
     for name, expected in content["files"].items():
-        check(folder, name, expected)
+        look(folder, name, expected)
     return content
 
 
