@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainers.errors import UserError
+from trainers.spec import nearest_keys
 
 if TYPE_CHECKING:
     from trainers.config import RunConfig
@@ -20,12 +21,19 @@ SPEC_KEYS = {
     ("torch_autocast",): "train.precision", ("activation_checkpointing",): "train.checkpoint_activations",
     ("wandb",): "wandb.mode", ("tensorboard",): "wandb.mode", ("checkpoint",): "checkpoint",
 }
-# What would change numbers or states in ways that checkpoints, or the promise that a resumed run is the same, do not follow.
-REFUSED = ("amp", "compression_training", "sparse_gradients", "communication_data_type", "data_types",
-           "gradient_predivide_factor", "prescale_gradients", "managed_gradient_accumulation", "elasticity", "autotuning",
-           "data_efficiency", "curriculum_learning", "aio", "tensor_parallel", "pipeline", "zenflow")
-REFUSED_OF_ZERO = ("zenflow", "zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights",
-                   "zero_hpz_partition_size", "cpu_offload", "cpu_offload_param", "compute_grad_norm", "mics_shard_size")
+# What else a user's own JSON may hold. DeepSpeed has more, which would change numbers or states in ways that checkpoints, or
+# the promise that a resumed run is the same, do not follow; and it ignores what it does not know.
+TAKEN = ("zero_optimization", "comms_logger", "flops_profiler", "csv_monitor", "dump_state", "memory_breakdown", "steps_per_print",
+         "wall_clock_breakdown", "zero_allow_untested_optimizer")
+TAKEN_OF_ZERO: dict[str, type] = {
+    "contiguous_gradients": bool, "reduce_scatter": bool, "reduce_bucket_size": int, "use_multi_rank_bucket_allreduce": bool,
+    "allgather_partitions": bool, "allgather_bucket_size": int, "overlap_comm": bool, "sub_group_size": int,
+    "stage3_prefetch_bucket_size": int, "stage3_param_persistence_threshold": int, "stage3_model_persistence_threshold": int,
+    "stage3_max_live_parameters": int, "stage3_max_reuse_distance": int, "stage3_module_granularity_threshold": int,
+    "stage3_use_all_reduce_for_fetch_params": bool, "stage3_allgather_sequential": bool,
+    "stage3_gather_16bit_weights_on_model_save": bool, "ignore_unused_parameters": bool, "memory_efficient_linear": bool,
+    "log_trace_cache_warnings": bool,
+}
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
@@ -56,10 +64,10 @@ def deepspeed_config(config: RunConfig, ranks: int, clip_norm: float | None) -> 
 
 
 def check(theirs: Mapping[str, Any]) -> None:
-    """Whether a user's own JSON leaves alone what the spec says.
+    """Whether a user's own JSON leaves alone what the spec says, and holds what is known to keep runs exact.
 
     Raises:
-        UserError: it does not; the hint names the spec's key.
+        UserError: it does not.
     """
     for place, key in SPEC_KEYS.items():
         value: Any = theirs
@@ -68,16 +76,30 @@ def check(theirs: Mapping[str, Any]) -> None:
         if value is not None:
             raise UserError(f"`train.deepspeed` sets `{'.'.join(place)}`, which is the spec's to say",
                             f"leave it out there, and set {key}")
+    _known(theirs, TAKEN, "")
     zero = theirs.get("zero_optimization") or {}
     if not isinstance(zero, Mapping):
         raise UserError("`train.deepspeed` has a `zero_optimization` that is no object")
+    _known(zero, tuple(TAKEN_OF_ZERO), "zero_optimization.")
     for word, value in zero.items():
         if value == "auto":
             raise UserError(f"`train.deepspeed` has `zero_optimization.{word}` as `auto`, which transformers fills in",
                             "give a number, or leave it out")
-    for word in [*(w for w in REFUSED if w in theirs), *(f"zero_optimization.{w}" for w in REFUSED_OF_ZERO if w in zero)]:
-        raise UserError(f"`train.deepspeed` sets `{word}`, which launch does not support: resuming a run would not be exact",
-                        "leave it out")
+        wanted = TAKEN_OF_ZERO[word]
+        if wanted is bool and not isinstance(value, bool):
+            raise UserError(f"`train.deepspeed`: `zero_optimization.{word}` is {value!r}, not true or false")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if wanted is int and not (number and value >= 0 and float(value).is_integer()):
+            raise UserError(f"`train.deepspeed`: `zero_optimization.{word}` is {value!r}, not a whole number from 0")
+
+
+def _known(theirs: Mapping[str, Any], taken: Sequence[str], prefix: str) -> None:
+    for word in theirs:
+        if word not in taken:
+            near = nearest_keys(word, taken)
+            raise UserError(f"`train.deepspeed` sets `{prefix}{word}`, which launch does not pass on to DeepSpeed",
+                            f"did you mean `{prefix}{near[0]}`?" if near else
+                            f"leave it out: it takes {', '.join(f'{prefix}{name}' for name in taken)}")
 
 
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,10 +105,11 @@ def test_four_ranks_resume_to_the_bit(ranks, tmp_path, name):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_more_settings_change_no_loss(ranks, tmp_path, name):
-    """Activations computed again, states in host memory, DeepSpeed's own keys."""
+    """Activations computed again, states in host memory, DeepSpeed's own keys, compilation."""
     more = [{"train.checkpoint_activations": True}]
     more += {"zero1": [{"train.offload": "optimizer"}], "zero2": [{"train.offload": "optimizer"}],
-             "zero3": [{"train.offload": "parameters"}], "fsdp": [{"train.offload": "parameters"}], "ddp": []}[name]
+             "zero3": [{"train.offload": "parameters"}], "fsdp": [{"train.offload": "parameters"}, {"train.compile": True}],
+             "ddp": [{"train.compile": True}]}[name]
     if name.startswith("zero"):
         more += [{"train.deepspeed": {"zero_optimization": {"reduce_bucket_size": 5000, "overlap_comm": True}}}]
     plain = ranks(2)("trained", root=tmp_path / "plain", keys={"train.strategy": name})[0]

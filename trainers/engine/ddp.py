@@ -13,7 +13,7 @@ from torch import nn
 
 from trainers.config import Optim, RunConfig
 from trainers.engine.blocks import checkpoint_activations
-from trainers.engine.fragments import Fragment, buffers
+from trainers.engine.fragments import Fragment, state
 from trainers.engine.optimizer import make_optimizer
 from trainers.engine.trainee import Trainee
 from trainers.engine.world import World
@@ -52,7 +52,7 @@ class Ddp:
 
     def fragments(self, models: Mapping[str, nn.Module]) -> dict[str, Fragment]:
         return {f"models/{name}/{key}": Fragment.whole(tensor) for name, model in models.items()
-                for key, tensor in {**dict(model.named_parameters()), **buffers(model)}.items()}
+                for key, tensor in state(model).items()}
 
 
 class DdpTrainee(Trainee):

@@ -36,6 +36,11 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in parameters}
 
 
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: its parameters, each by its first name, and its persistent buffers."""
+    return dict(model.named_parameters()) | buffers(model)
+
+
 def tied(models: Mapping[str, nn.Module]) -> dict[str, str]:
     """By each further name of a parameter that a model names more than once: its first name; as checkpoints name them."""
     found = {}

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainers.config import Optim, RunConfig
 from trainers.engine.blocks import blocks, checkpoint_activations
-from trainers.engine.fragments import Fragment, buffers
+from trainers.engine.fragments import Fragment, state
 from trainers.engine.optimizer import make_optimizer
 from trainers.engine.precision import HALVES
 from trainers.engine.trainee import Shapes, Trainee
@@ -71,7 +71,7 @@ class Fsdp:
         for model in models.values():
             _reshard(model)
         return {f"models/{name}/{key}": fragment(tensor) for name, model in models.items()
-                for key, tensor in {**dict(model.named_parameters()), **buffers(model)}.items()}
+                for key, tensor in state(model).items()}
 
 
 class FsdpTrainee(Trainee):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainers.engine import manifest, storage
-from trainers.engine.fragments import Fragment, buffers, fill
+from trainers.engine.fragments import Fragment, fill, state
 from trainers.engine.world import World
 from trainers.errors import UserError
 
@@ -46,7 +46,7 @@ def layout(models: Mapping[str, nn.Module]) -> Layout:
         names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(prefix + name)
-        for name, tensor in {**dict(model.named_parameters()), **buffers(model)}.items():
+        for name, tensor in state(model).items():
             found.append(Place(f"models/{model_name}/{name}", tuple(tensor.shape),
                                tuple(names.get(id(tensor), [prefix + name])), tensor.is_floating_point()))
     return found

@@ -36,13 +36,15 @@ class Zero:
         self.stage = STAGES[config.train.strategy]
         world.start_process_group()
         self.deepspeed = _import_deepspeed(world.device)
+        self._placed: list[nn.Module] = []
         self._trainees: dict[nn.Module, ZeroTrainee] = {}
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Here whole; the engine takes it apart, once there is an optimizer."""
+        """Whole; the engine takes it apart, once there is an optimizer."""
         if self.config.train.checkpoint_activations:
             checkpoint_activations(model)
-        # Stage 3's need not fit on the device whole: of its models, the engine brings the one that is trained.
+        self._placed.append(model)
+        # Stage 3's trained model need not fit on the device whole: it waits for its engine, and the others for that.
         return model if self.stage == 3 else model.to(self.world.device)
 
     def trainee(self, model: nn.Module, optim: Optim) -> Trainee:
@@ -50,6 +52,9 @@ class Zero:
             raise UserError(f"`train.strategy` is `{self.config.train.strategy}`, which trains one model by one update; this "
                             "task has several", "use train.strategy=ddp or fsdp")
         self._trainees[model] = ZeroTrainee(self._engine(model, optim), model, self.stage, self.world)
+        for other in self._placed:
+            if other is not model:
+                other.to(self.world.device)
         return self._trainees[model]
 
     def _engine(self, model: nn.Module, optim: Optim) -> Any:
