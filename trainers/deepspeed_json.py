@@ -23,8 +23,8 @@ SPEC_KEYS = {
 }
 # What else a user's own JSON may hold. DeepSpeed has more, which would change numbers or states in ways that checkpoints, or
 # the promise that a resumed run is the same, do not follow; and it ignores what it does not know.
-TAKEN = ("zero_optimization", "comms_logger", "flops_profiler", "csv_monitor", "dump_state", "memory_breakdown", "steps_per_print",
-         "wall_clock_breakdown", "zero_allow_untested_optimizer")
+TAKEN = ("zero_optimization", "comms_logger", "flops_profiler", "csv_monitor", "dump_state", "memory_breakdown",
+         "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer")
 TAKEN_OF_ZERO: dict[str, type] = {
     "contiguous_gradients": bool, "reduce_scatter": bool, "reduce_bucket_size": int, "use_multi_rank_bucket_allreduce": bool,
     "allgather_partitions": bool, "allgather_bucket_size": int, "overlap_comm": bool, "sub_group_size": int,

@@ -33,18 +33,19 @@ def gave_way(paths: RunPaths, attempt: int) -> bool:
 
 def settled(config: RunConfig, paths: RunPaths, ranks: int) -> RunConfig:
     """The config with a number in place of `auto`: the whole share of a rank, or the largest part of it that is not
-    larger than what was found to be worth a try."""
+    larger than what was found to be worth a try. What another node has just written, a network file system may not show
+    yet: ranks take the least of what each has found."""
     if config.train.micro_batch_size != "auto" or config.eval.only:
         return config
     share, _ = config.train.split(ranks)
     found = tried(paths)
     most = found[-1]["next"] if found else share
-    return _with(config, max(size for size in range(1, min(share, most) + 1) if share % size == 0))
+    return with_size(config, max(size for size in range(1, min(share, most) + 1) if share % size == 0))
 
 
-def note(config: RunConfig, paths: RunPaths, ranks: int) -> str:
-    """What `settled` chose, in words."""
-    micro, accumulation = settled(config, paths, ranks).train.split(ranks)
+def note(settled: RunConfig, paths: RunPaths, ranks: int) -> str:
+    """What was chosen, in words."""
+    micro, accumulation = settled.train.split(ranks)
     full = [str(entry["size"]) for entry in tried(paths)]
     why = f" ({', '.join(full)} did not fit)" if full else ""
     return f"train.micro_batch_size=auto: {micro}, {accumulation} to a step{why}"
@@ -73,5 +74,5 @@ def too_large(config: RunConfig, settled: RunConfig, paths: RunPaths, attempt: i
     return OutOfMemory(said, f"the next attempt takes {smaller} at a time", retry=True)
 
 
-def _with(config: RunConfig, micro: int) -> RunConfig:
+def with_size(config: RunConfig, micro: int) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": micro})})

@@ -49,8 +49,10 @@ def run(paths: RunPaths, attempt: int | None) -> int:
     torch.autograd.set_detect_anomaly(debugging)
     world = World.from_env()
     settled = micro_batch.settled(config, paths, world.size)
-    if world.main and settled is not config:
-        events.emit({"event": "note", "level": "info", "message": micro_batch.note(config, paths, world.size)})
+    if settled is not config:
+        settled = micro_batch.with_size(settled, world.least(settled.train.micro_batch_size))
+        if world.main:
+            events.emit({"event": "note", "level": "info", "message": micro_batch.note(settled, paths, world.size)})
     try:
         return work(task_class(settled), settled, world, paths, attempt)
     except Exception as error:

@@ -27,7 +27,7 @@ def test_each_attempt_that_runs_out_makes_way_for_the_next_smaller_size(tmp_path
         assert gave_way(paths, attempt) == error.retry == (attempt < 6)
     assert had == [(12, 1), (6, 2), (4, 3), (3, 4), (2, 6), (1, 12)]
     assert error.message == "rank 1 ran out of memory with a micro-batch of 1, the smallest there is"
-    assert note(asked, paths, 2) == "train.micro_batch_size=auto: 1, 12 to a step (12, 6, 4, 3, 2 did not fit)"
+    assert note(settled(asked, paths, 2), paths, 2) == "train.micro_batch_size=auto: 1, 12 to a step (12, 6, 4, 3, 2 did not fit)"
 
 
 def test_what_was_found_holds_on_other_ranks_too(tmp_path: Path):

@@ -60,6 +60,15 @@ class World:
         else:
             dist.init_process_group(backend)
 
+    def least(self, number: int) -> int:
+        """The least of what ranks give."""
+        if self.size == 1:
+            return number
+        self.start_process_group()
+        value = torch.tensor(number)
+        dist.all_reduce(value, dist.ReduceOp.MIN)
+        return int(value)
+
     @contextmanager
     def local_main_first(self) -> Iterator[None]:
         """The node's first rank goes through the block alone, the others after it (a download, a cache)."""
