@@ -10,7 +10,7 @@ from launch.runs import Run
 from launch.truth import ACTIVE, look
 from trainers.engine import manifest, retention, shelf
 from trainers.errors import UserError
-from trainers.events import brief, metrics_line
+from trainers.events import brief, metrics_line, size
 from trainers.paths import RunPaths
 
 COLUMNS = ("STEP", "WHEN", "SIZE", "STRATEGY", "RANKS", "KEPT AS", "METRICS")
@@ -122,15 +122,6 @@ def pruned(found: dict[str, Any]) -> str:
     kept = ", ".join(f"step_{step} ({', '.join(why)})" for step, why in found["kept"].items())
     what = f"{', '.join(gone)}: {size(found['bytes'])}" if gone else "nothing"
     return f"{verb} {what}\nkept {kept or 'nothing'}"
-
-
-def size(count: int) -> str:
-    """'12.3 MiB'"""
-    units = iter(("B", "KiB", "MiB", "GiB", "TiB"))
-    value, unit = float(count), next(units)
-    while value >= 1024 and unit != "TiB":
-        value, unit = value / 1024, next(units)
-    return f"{value:.1f} {unit}" if unit != "B" else f"{count} B"
 
 
 def _size(folder: Path) -> int:

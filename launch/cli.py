@@ -595,13 +595,14 @@ def verify_checkpoints(word: str, root: Path, step: int | None, json: bool) -> i
     """Read and hash every file; the exit code is 1 if one is not as it was written."""
     from launch import checkpoints
     from launch.runs import find_run
+    from trainers.events import size
 
     rows = checkpoints.verify(find_run(root, word).paths, step)
     if json:
         _print_json(rows)
     else:
         for row in rows:
-            print(f"step_{row['step']}: " + (row["problem"] or f"whole, {checkpoints.size(row['bytes'])}"))
+            print(f"step_{row['step']}: " + (row["problem"] or f"whole, {size(row['bytes'])}"))
     return int(any(row["problem"] for row in rows))
 
 

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.checkpoints import size
 from launch.choose import choose
 from launch.runs import Run
 from trainers.engine import export as engine
 from trainers.engine import manifest
 from trainers.errors import UserError
+from trainers.events import size
 
 SUFFIX = ".safetensors"
 

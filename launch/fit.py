@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster import ClusterConfig, size_bytes
-from launch.plan import PARTS, size
+from launch.plan import PARTS
 from launch.resources import Resources
 from launch.spec import Spec
 from trainers.config import RunConfig, SearchConfig
 from trainers.errors import UserError
+from trainers.events import size
 from trainers.memory import HALF, Counts, Memory, expected
 from trainers.support import OFFLOADS, ZERO, unsupported
 

@@ -21,6 +21,7 @@ from launch.weights import Weights
 from trainers import heartbeat, support
 from trainers.config import RunConfig, ScriptConfig, SearchConfig
 from trainers.deepspeed_json import deepspeed_config
+from trainers.events import size
 from trainers.paths import RunPaths
 
 # What SLURM says of a node's process, one a node, is wrong of its ranks, which have torchrun's variables.
@@ -214,14 +215,6 @@ def memory_line(memory: Mapping[str, int] | None) -> str:
     host = f"; in host memory {size(memory['host'])}" if memory["host"] else ""
     ready = f"; {size(memory['ready'])} while it gets ready" if memory["ready"] >= memory["total"] else ""
     return f"{size(memory['total'])} a rank without activations ({', '.join(parts)}{host}{ready})"
-
-
-def size(count: int) -> str:
-    """Bytes as people read them."""
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if count >= 2**power:
-            return f"{count / 2**power:.3g} {unit}" if count < 1000 * 2**power else f"{count / 2**power:.0f} {unit}"
-    return f"{count} B"
 
 
 def _rank_envs(plan: Plan) -> list[dict[str, str]]:

@@ -58,7 +58,7 @@ class Memory:
 
 
 def expected(config: RunConfig, counts: Counts, ranks: int, device: str) -> Memory:
-    """The memory of one of `ranks` on `device` (cuda, cpu), from the code of torch 2.15 and DeepSpeed 0.19 and measured beside it
+    """The memory of one of `ranks` on `device` (cuda, cpu), from the code of torch 2.14 and DeepSpeed 0.19 and measured beside it
     (tests/benchmarks/memory.py). Small tensors are split as evenly as large ones here."""
     strategy = config.train.strategy
     if strategy == "ddp":

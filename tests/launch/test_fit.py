@@ -9,10 +9,10 @@ from launch.cli import main
 from launch.cluster import ClusterConfig, load_cluster
 from launch.fit import Room as Has
 from launch.fit import _activations, fit, row
-from launch.plan import size
 from launch.resources import Resources
 from launch.spec import load_spec
 from trainers.errors import UserError
+from trainers.events import size
 from trainers.memory import Counts
 
 GIB = 2**30
