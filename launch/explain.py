@@ -10,8 +10,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from string import Formatter
-from typing import Any, NamedTuple
+from typing import Any
 
+from launch.causes import CAUSES, GOING, MENDED, RESUME, WAITING, Cause
 from launch.runs import Run, node_logs, node_of, slow_words, status
 from launch.truth import ACTIVE
 from trainers.errors import UserError
@@ -31,113 +32,9 @@ SPEED = re.compile(r"^(?:step|fit) \d+/\d+ .*?([\d,.]+ \w+/s) .*eta (\S+)$", re.
 BY_SLURM = re.compile(r"^(?:srun|slurmstepd[^:]*|.*/slurm_script): .*", re.MULTILINE)
 NOISE = re.compile(r"lacks support for cpu binding|Exited with exit code|got SIGCONT|Job step aborted|Terminating StepId")
 UNFIT = ("DOWN", "FAIL", "DRAIN", "NOT_RESPONDING")  # how the states of nodes begin that do no work
-ENDED = {"running": "is at work", "preempted": "stopped with a checkpoint", "lost": "was lost", "cancelled": "was cancelled"}
-
-
-class Cause(NamedTuple):
-    """What a text that fits `pattern` means, and the commands that may help, each with the reason. In braces: the
-    pattern's groups, by number, and what `_facts` knows; a command of which something is not known is left out."""
-
-    pattern: str
-    meaning: str
-    advice: tuple[tuple[str, str], ...] = ()
-    consequence: bool = False  # of another rank's end
-
-
-RESUME = ("{resume}", "{onward}")
-MENDED = ("{resume}", "once that is mended: {onward}")
-NODES = ("launch doctor --cluster {cluster} --job", "tries its nodes and their network in a job of a minute, and names those "
-                                                    "that fail")
-ELSEWHERE = ("{resume} sbatch.exclude={node}", "without this node, if it was the node's fault")
-MEMORY = ("{resume} {memory}", "with more memory a node, if that was it")
-LESS = (("{resume} {more}", "on twice as many ranks, each of which takes half as much of a batch"),
-        ("{new} train.micro_batch_size={smaller}{where}", "a new run of the same spec, with its batches in smaller parts"))
-
-# The first that fits: what another rank's end brings with it comes last.
-CAUSES = (
-    Cause(r"hung (?:after step|before its first step)[^\n]*its process was stopped",
-          "something stopped its process (SIGSTOP, a debugger), and nothing let it go on", (RESUME, ELSEWHERE)),
-    Cause(r"hung (?:after step|before its first step)[^\n]*waits for a disk",
-          "a file system does not answer", (ELSEWHERE, RESUME)),
-    Cause(r"hung (?:after step|before its first step)[^\n]*silent for",
-          "it came no further for longer than run.hang_s; where it was, the stack says",
-          (("launch logs {run} --rank K", "the logs of all ranks hold their stacks"), RESUME, ELSEWHERE,
-           ("{new} run.hang_s={hang_s}{where}", "a new run that may be silent for longer, if it was only slow"))),
-    Cause(r"did not stop within ([\d.]+) s of \w+", "a step and a checkpoint took longer than run.grace_s, {0} s",
-          (RESUME, ("{new} run.grace_s={grace_s}{where}", "a new run that is given longer; `defaults: {{run: {{grace_s: "
-                                                          "{grace_s}}}}}` in a cluster's file gives it to all"))),
-    Cause(r"ran out of memory with a micro-batch of (\d+)", "the memory of the GPU, or of the CPU rank, was full with a "
-          "micro-batch of {0}", (*LESS, ("{plan}{where}", "what of it would fit"))),
-    Cause(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED", "the GPU's memory was full", LESS),
-    Cause(r"oom[-_]kill|state OUT_OF_MEMORY|Out Of Memory|OOM Killed|Exceeded (?:job|step) memory limit|Cannot allocate memory"
-          r"|(?<!Of)MemoryError|can't allocate memory|not enough memory: you tried",
-          "the host's memory, or the job's share of it, was full", (("{resume} {memory}", "with more memory a node"), *LESS)),
-    Cause(r"the loss of update .* is \S+ at step|the gradient of .* is not finite|overflowed in \d+ steps in a row",
-          "training diverged, and would again",
-          (("{new} optim.lr={lower}{where}", "a new run with a lower learning rate"),
-           ("{new} optim.clip_norm=1{where}", "a new run with a limit to its gradients' norm"))),
-    Cause(r"No space left on device|Disk quota exceeded", "the disk, or your share of it, is full",
-          (("df -h {folder}", "how full it is; old runs and checkpoints may go"), MENDED)),
-    Cause(r"No module named '([^']+)'", "the Python that ran it has no module `{0}`",
-          (("launch doctor --cluster {cluster}", "whether what launch needs is installed"),
-           ("{resume}", "once it is; a module of your own must lie in the folder, or git work tree, of the task"))),
-    Cause(r"EADDRINUSE|[Aa]ddress already in use", "another process had taken the port",
-          (("{resume}", "a new attempt takes another port: {onward}"),)),
-    Cause(r"needs GPU \d+; torch \S+ sees (\d+)", "torch sees {0} GPU(s) there, fewer than the run was given",
-          (("nvidia-smi", "on that machine: whether the driver is there, and fits torch's CUDA"), NODES, ELSEWHERE, MENDED)),
-    Cause(r"uncorrectable ECC|CUDA error: (?:unspecified launch failure|unknown error)|\bXid\b|CUDA-capable device"
-          r"|CUDA driver version is insufficient|fallen off the bus", "a GPU, or its driver, is not in order",
-          (ELSEWHERE, NODES, MENDED)),
-    Cause(r"SIGBUS|[Bb]us error", "shared memory (/dev/shm) was full, or a file was cut while it was mapped",
-          (("df -h /dev/shm", "on its machine; a container may have little"), ELSEWHERE, RESUME)),
-    Cause(r"signal 53\b|Slurmd could not connect IO",  # 53: SLURM's own, for an output file that it could not open
-          "a node could not write into {folder}: most likely it cannot see that folder",
-          (NODES, ("{new}{where} --runs DIR", "a new run, in a folder that this host and all nodes share; `runs: DIR` in the "
-                                              "cluster's file sets it for all"), ELSEWHERE)),
-    Cause(r"execve\(\): (?:bad interpreter\()?([^\n]+?)\)?: (?:No such file|Permission denied)",
-          "there is no `{0}` on the node, or it may not be run",
-          (NODES, ("{resume}", "once `python:`, `prefix:` or `setup:` in the file of cluster {cluster} is right: {onward}"))),
-    Cause(r"slurm_script: line \d+: ([^\n]*)", "a line of `setup:` in the file of cluster {cluster} failed: {0}", (MENDED,)),
-    Cause(r"couldn't chdir to `([^']+)'", "the node cannot see {0}", (NODES, MENDED)),
-    Cause(r"of \d+ did not come|head node's process could not be reached|has no interface `",
-          "the nodes' processes did not find each other: `interface:` in the cluster's file names the network between them",
-          (NODES, ELSEWHERE, RESUME)),
-    Cause(r"DUE TO NODE FAILURE|Node failure on|state NODE_FAIL|node \S+ (?:went|is) down|SLURM ended the job before",
-          "a node of its job failed", (RESUME, ("sinfo -R", "which nodes are down, and why"))),
-    Cause(r"DUE TO TIME LIMIT|state (?:TIMEOUT|DEADLINE)", "the job's time was over before a checkpoint was written at its end",
-          (("{resume} --time {time}", "with more time: {onward}"),)),
-    Cause(r"DUE TO PREEMPTION|state PREEMPTED", "another job took its nodes", (RESUME,)),
-    Cause(r"node process on (\S+) (?:is gone|was killed)",
-          "something killed launch's own process there: the kernel for want of memory, somebody, or a failing node",
-          (RESUME, MEMORY, ELSEWHERE)),
-    Cause(r"SIGKILL", "it was killed from outside: by the kernel for want of memory, or by somebody",
-          (RESUME, MEMORY, ELSEWHERE)),
-    Cause(r"SIGSEGV|SIGILL|SIGABRT|SIGFPE", "it crashed in native code",
-          (("PYTHONFAULTHANDLER=1 {resume}", "another crash then shows where in Python it was"), ELSEWHERE)),
-    Cause(r"unhandled (?:system|cuda) error|nccl(?:System|UnhandledCuda|Internal)Error",
-          "NCCL could not use a GPU, or the network between ranks",
-          (NODES, ("NCCL_DEBUG=INFO {resume}", "its logs then name the call that fails"))),
-    Cause(r"Permission denied", "a file or folder may not be read or written",
-          (("ls -ld {folder}", "who may write there"), MENDED)),
-    Cause(r"before the first attempt began", "launch did not come to start a rank: a line of `setup:` in the file of cluster "
-          "{cluster} may have ended the job", (NODES, MENDED)),
-    Cause(r"taken the run over", "a newer attempt had taken the run over", (RESUME,), consequence=True),
-    Cause(r"collective operation timeout|Timed out waiting \d+ms|Socket Timeout",
-          "a rank waited for others that did not come: one hung, or went another way",
-          (("launch logs {run} --rank K", "the last words of each rank: which differs?"), NODES, RESUME), consequence=True),
-    Cause(r"Connection (?:closed|reset) by peer|Broken pipe|Connection refused|remote process exited|ncclRemoteError"
-          r"|recvValue failed|failed to recv", "it had lost another rank, of whose end nothing is known",
-          (("launch logs {run} --rank K", "the last words of each rank"), RESUME), consequence=True),
-)
-# What a job that waits may need, by SLURM's reason.
-WAITING = (
-    (r"JobHeldUser|JobHoldMaxRequeue|.*[Hh]eld$", ("scontrol release {jobs}", "lets it start")),
-    (r"Partition\w+Limit|BadConstraints|DependencyNeverSatisfied",
-     ("launch cancel {run}", "it will never start as it is; `{resume}` then submits it anew, with other options")),
-    (r"ReqNodeNotAvail|NodeDown", ("sinfo -R", "which nodes are down, and why")),
-)
-GOING = (("launch logs {run} --follow", "shows it as it goes on"),
-         ("launch cancel {run}", "stops it, with a checkpoint if it is at work"))
+ENDED = {"running": "is at work", "preempted": "stopped", "lost": "was lost", "cancelled": "was cancelled"}
+# How one that stopped is told of, by what it kept: at first, and after where it was and why.
+STOPPED = {"checkpoint": ("stopped with a checkpoint", ""), "pieces": ("stopped", "; its finished pieces are kept")}
 
 Found = Mapping[str, Any]  # what `launch.runs.status` gives
 
@@ -152,8 +49,8 @@ def explain(run: Run) -> dict[str, Any]:
       "forgotten" (ids of others), "nodes" (of a lost attempt: those that are down, and their states), "said" (its lines
       in the job's logs), "queue" (as in `launch.runs.status`)}
     - `attempts`: of each {"attempt", "outcome", "why", "nodes", "job", "began", "ended", "seconds", "from_step", "to_step",
-      "next_step" (at which the next one went on), "lost_steps" (that it did again), "next_s" (until it began)}; None where
-      that is not known
+      "kept" (by one that stopped: "checkpoint", or of a search "pieces"), "next_step" (at which the next one went on),
+      "lost_steps" (that it did again), "next_s" (until it began)}; None where that is not known
     - `next`: [{"command", "why"}, ...]
 
     Nothing is raised because SLURM cannot be asked.
@@ -200,7 +97,7 @@ def told(explanation: Mapping[str, Any]) -> str:
 
 
 def _attempts(paths: RunPaths, found: Found) -> list[dict[str, Any]]:
-    rows = []
+    rows, kept = [], "checkpoint" if found["checkpoint"] is not None else "pieces" if paths.pieces.exists() else None
     for record in found["attempts"]:
         number, log = record["attempt"], paths.log(record["attempt"], 0)
         first, last = _steps(log)
@@ -212,8 +109,8 @@ def _attempts(paths: RunPaths, found: Found) -> list[dict[str, Any]]:
         rows.append({
             "attempt": number, "outcome": record["outcome"], "why": _failed(failure) if failure else record.get("reason"),
             "nodes": record.get("nodes") or [], "job": record.get("job"), "began": record.get("began"), "ended": ended,
-            "seconds": _between(record.get("began"), ended), "from_step": first, "to_step": last, "next_step": None,
-            "lost_steps": None, "next_s": None,
+            "seconds": _between(record.get("began"), ended), "from_step": first, "to_step": last,
+            "kept": kept if record["outcome"] == "preempted" else None, "next_step": None, "lost_steps": None, "next_s": None,
         })
     for row, later in zip(rows, rows[1:]):
         row |= {"next_step": later["from_step"], "next_s": _between(row["ended"], later["began"])}
@@ -239,13 +136,18 @@ def _failed(failure: Mapping[str, Any]) -> str:
     return who + message.removeprefix(f"rank {rank}") if message.startswith(f"rank {rank} ") else f"{who}: {message}"
 
 
+def _outcome(row: Mapping[str, Any]) -> tuple[str, str]:
+    """How an attempt ended, and what is to be said of that at the end of the sentence."""
+    return STOPPED.get(row["kept"]) or (ENDED.get(row["outcome"], row["outcome"]), "")
+
+
 def _attempt(row: Mapping[str, Any]) -> str:
-    line = ENDED.get(row["outcome"], row["outcome"])
+    line, kept = _outcome(row)
     line += f" after {duration(row['seconds'])}" if row["seconds"] is not None else ""
     line += f" at step {row['to_step']}" if row["to_step"] is not None else ""
     line += f" (from {row['from_step']})" if row["from_step"] else ""
     line += f" on {', '.join(row['nodes'])}" if row["nodes"] else ""
-    line += f": {row['why']}" if row["why"] else ""
+    line += (f": {row['why']}" if row["why"] else "") + kept
     if row["lost_steps"] is not None:
         line += f"; the next went on at step {row['next_step']}"
         line += f", {duration(row['next_s'])} later" if row["next_s"] is not None else ""
@@ -388,8 +290,10 @@ def _sentence(run: Run, found: Found, attempts: Sequence[Mapping[str, Any]], cau
     where += f" in attempt {last['attempt']}" if last else ""
     why = cause["message"] if cause else last["why"] if last else None
     if found["queue"] and found["queue"]["reason"]:
-        before = f"; it {ENDED.get(last['outcome'], last['outcome'])}{where}{f': {why}' if why else ''}" if last else ""
-        return _waits(run, found, last) + before
+        if last is None:
+            return _waits(run, found, last)
+        ended, kept = _outcome(last)
+        return f"{_waits(run, found, last)}; it {ended}{where}{f': {why}' if why else ''}{kept}"
     match state:
         case "finished":
             return state + where
@@ -471,6 +375,8 @@ def _facts(run: Run, found: Found, attempts: Sequence[Mapping[str, Any]], cause:
         "onward": "it does what is missing: finished pieces are kept" if "search" in spec else
                   "it has no checkpoint, and begins anew" if kept is None else
                   f"it goes on from its checkpoint of step {kept}" + (f" ({again} steps are done again)" if again > 0 else ""),
+        "stop": "stops it: finished pieces are kept" if "search" in spec else
+                "stops it, with a checkpoint if it is at work",
         "new": f"launch {shlex.quote(shown(paths.spec))}" if train or "search" in spec else None,
         "plan": f"launch plan {shlex.quote(shown(paths.spec))}" if train else None,
         "smaller": str(max(size for size in range(1, micro) if share % size == 0)) if micro > 1 else None,

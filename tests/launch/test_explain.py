@@ -117,6 +117,34 @@ def test_runs_that_did_not_fail(make, state, outcome, sentence, next):
     assert (found["sentence"], found["cause"], commands(found)) == (sentence, None, next)
 
 
+SEARCH = "name: wine\nsearch: {grid: {n_estimators: [5, 20]}, cv: 3}\n"
+
+
+def test_what_one_that_stopped_has_kept_is_told_of_it(make):
+    """A search has no checkpoint, and keeps its pieces; a script may keep nothing."""
+    logs = {(1, 0): "from fit 0 of 36\nfit 12/36  trees 9/40  eta 0:10\npreempted at fit 12/36\n"}
+    stopped = ("preempted", {"reason": "time limit"})
+    found = make("preempted", stopped, logs=logs, spec=SEARCH, total=36)
+    assert "\nattempt 1   stopped after 0:50 at step 12: time limit\n" in told(found)
+    paths = RunPaths(Path("runs/bert-1").absolute())
+    paths.pieces.mkdir()
+    found = explain(read_run(paths.root))
+    assert found["attempts"][0]["kept"] == "pieces" and "checkpoint" not in told(found)
+    assert "\nattempt 1   stopped after 0:50 at step 12: time limit; its finished pieces are kept\n" in told(found)
+    assert found["next"] == [{"command": "launch resume bert-1", "why": "it does what is missing: finished pieces are kept"}]
+
+    replace_json(paths.record, {**read_json(paths.record), "state": "running"})
+    assert [step["why"] for step in explain(read_run(paths.root))["next"]] == [
+        "shows it as it goes on", "stops it: finished pieces are kept"]
+
+
+def test_one_that_stopped_with_a_checkpoint(make):
+    found = make("preempted", ("preempted", {"reason": "time limit"}), checkpoint=90,
+                 logs={(1, 0): "training from step 0 of 100:\npreempted at step 90/100\n"})
+    assert found["attempts"][0]["kept"] == "checkpoint"
+    assert "\nattempt 1   stopped with a checkpoint after 0:50 at step 90: time limit\n" in told(found)
+
+
 def test_a_run_whose_process_is_gone(make):
     job = {"kind": "local", "host": socket.gethostname(), "pid": 1, "started": "another"}
     found = make("running", ("running", {"ended": None}), job=job, logs={(1, 0): "training from step 0 of 9:\nstep 7/9\n"})
