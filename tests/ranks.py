@@ -1,6 +1,6 @@
 """Real ranks over gloo that stay, for tests of what ranks do together: they import torch once.
 
-A test module is its own ranks' program: `Ranks(4, tmp_path, __file__)` starts it four times, `serve(globals())` at its end
+A test module is its own ranks' program: `Ranks(4, __file__)` starts it four times, `serve(globals())` at its end
 makes each answer calls of its functions `function(world, **arguments)` with what they return, as JSON.
 """
 
@@ -64,7 +64,8 @@ def serve(functions: dict) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what anything prints goes elsewhere
     world = World.from_env()
-    world.start_process_group()
+    if world.size > 1:  # one rank needs no group, whose threads would hinder it from forking
+        world.start_process_group()
     for line in sys.stdin:
         function, arguments = json.loads(line)
         try:

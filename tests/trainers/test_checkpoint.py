@@ -1,104 +1,28 @@
-"""Checkpoints, on one rank in this process and on several real ones.
-
-This file is also the program of those ranks: it reads calls of the functions under "on the ranks" from
-standard input and answers each with what the function returns.
-"""
+"""Checkpoints, on one rank in this process and on several real ones, of which this file is also the program."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import pickle
 import resource
 import shutil
-import subprocess
-import sys
 import threading
-import traceback
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
 import torch.distributed as dist
 from crashes import CODE, crash_at, forked
+from ranks import Ranks, serve
+from saving import Run, bits, make, whole
 
-from trainers import config
 from trainers.engine import manifest, storage, tensor_files
-from trainers.engine.checkpoint import Checkpoints, owners
-from trainers.engine.fragments import Fragment, fill, no_others
-from trainers.engine.world import World
 from trainers.errors import UserError
 from trainers.paths import RunPaths
 
-ONE = World(0, 1, 0, 1, torch.device("cpu"))
-
 pytestmark = pytest.mark.timeout(180)
-
-
-def make(seed: int) -> dict[str, torch.Tensor]:
-    """Tensors of all awkward kinds; the same for the same seed."""
-    g = torch.Generator().manual_seed(seed)
-    return {
-        "model.layers.0/weight": torch.randn(64, 33, generator=g),
-        "model/names with spaces, ünd dots...": torch.nn.Parameter(torch.randn(40, 50, generator=g)),
-        "bf16": torch.randn(129, generator=g).bfloat16(),
-        "fp16": torch.randn(7, generator=g).half(),
-        "int64": torch.randint(-2**62, 2**62, (5, 3), generator=g),
-        "bytes": torch.randint(0, 256, (11,), generator=g).byte(),
-        "mask": torch.rand(9, generator=g) > 0.5,
-        "complex": torch.randn(3, generator=g) + 1j,
-        "conjugated": (torch.randn(3, generator=g) + 1j).conj(),
-        "step": torch.tensor(2**60 + seed),
-        "empty": torch.empty(0, 3),
-        "transposed": torch.randn(5, 7, generator=g).t(),
-        "strided": torch.randn(20, generator=g)[::3],
-        "expanded": torch.randn(4, 1, generator=g).expand(4, 6),
-        "part of more": torch.randn(1000, generator=g)[10:14],
-        "channels last": torch.randn(2, 3, 4, 5, generator=g).to(memory_format=torch.channels_last),
-        "one of many": torch.randn(1, 20, generator=g)[:, ::20],
-        "special": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
-    }
-
-
-def bits(tensors) -> dict[str, list]:
-    """Each tensor to the last bit: dtype, shape, hash."""
-    plain = {name: t.detach().resolve_conj().contiguous() for name, t in tensors.items()}
-    flat = {name: t.reshape(-1).clone(memory_format=torch.contiguous_format) for name, t in plain.items()}
-    raw = {name: t.view(torch.uint8).numpy() for name, t in flat.items()}
-    return {name: [str(t.dtype), list(t.shape), hashlib.sha256(raw[name]).hexdigest()] for name, t in plain.items()}
-
-
-def whole(tensors) -> dict[str, Fragment]:
-    return {name: Fragment.whole(tensor) for name, tensor in tensors.items()}
-
-
-class Run:
-    """One rank's view of a run's checkpoints, and what was said."""
-
-    def __init__(self, root: Path, world: World = ONE, attempt: int | None = None, **settings):
-        self.paths = RunPaths(Path(root))
-        self.said: list[dict] = []
-        self.committed: list[int] = []
-        self.checkpoints = Checkpoints(self.paths, world, config.Checkpoint(**{"keep_last": 9, **settings}),
-                                       strategy="ddp", attempt=attempt, say=self.said.append, committed=self.committed.append)
-
-    def save(self, step: int, metrics=None, tensors=None) -> str | None:
-        self.checkpoints.save(step, whole(make(step) if tensors is None else tensors), {"step": step}, metrics or {})
-        return self.checkpoints.wait()
-
-    def load(self, step: int) -> dict[str, list]:
-        reader, state = self.checkpoints.load(step)
-        assert state == {"step": step}
-        return bits({name: reader.tensor(name) for name in reader.shapes})
-
-    def notes(self) -> list[str]:
-        return [event["message"] for event in self.said if event["event"] == "note"]
-
-    def names(self) -> list[str]:
-        return sorted(os.listdir(self.paths.checkpoints))
 
 
 @pytest.fixture
@@ -208,7 +132,7 @@ def damage(path: Path, content: bytes | None) -> None:
 
 
 def test_any_damage_to_any_file_is_passed_over(tmp_path, two):
-    two.run("save", root=tmp_path / "whole", steps=[1, 2])
+    two("save", root=tmp_path / "whole", steps=[1, 2])
     names = sorted(os.listdir(tmp_path / "whole/checkpoints/step_2"))
     assert names == FILES
     for name in names:
@@ -380,250 +304,53 @@ def test_a_remnant_is_put_back_if_its_successor_never_came(tmp_path, monkeypatch
     assert Run(tmp_path).checkpoints.newest() == 5 and run.names() == ["step_5"]
 
 
-# ---- parts
-
-
-def cut(count: int, ranks: int, how: str) -> list[tuple[int, int]]:
-    """(start, elements) of each rank's part of a tensor of `count` elements."""
-    if how == "evenly":  # as fully_shard cuts rows: the last ranks may have fewer, or none
-        each = -(-count // ranks)
-        places = [min(rank * each, count) for rank in range(ranks + 1)]
-    else:
-        random = Random(f"{how} {count} {ranks}")
-        places = [0, *sorted(random.randrange(count + 1) for _ in range(ranks - 1)), count]
-    return [(first, last - first) for first, last in zip(places, places[1:])]
-
-
-def split(tensors, rank: int, ranks: int, how: str) -> dict[str, Fragment]:
-    """A rank's parts: of rows, or of the flattened elements. Single numbers are everywhere."""
-    parts = {}
-    for name, tensor in tensors.items():
-        if tensor.ndim == 0:
-            parts[name] = Fragment.whole(tensor)
-        elif how == "rows":
-            row = tensor.shape[1:].numel()
-            first, rows = cut(len(tensor), ranks, "evenly")[rank]
-            parts[name] = Fragment(tensor[first:first + rows], first * row, tuple(tensor.shape))
-        else:
-            first, count = cut(tensor.numel(), ranks, how)[rank]
-            parts[name] = Fragment(tensor.reshape(-1)[first:first + count], first, tuple(tensor.shape))
-    return parts
-
-
-def empty_like(fragments: dict[str, Fragment]) -> dict[str, Fragment]:
-    return {name: Fragment(torch.zeros_like(f.part).contiguous(), f.start, f.shape, f.everywhere)
-            for name, f in fragments.items()}
-
-
-SPLITS = ["rows", "evenly", "somehow", "anyhow"]
-
-
-@pytest.mark.parametrize("how", SPLITS)
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_any_part_is_read_of_what_any_ranks_wrote(tmp_path, ranks, how):
-    tensors = make(1)
-    places = {}
-    for rank in range(ranks):
-        parts = {name: f for name, f in split(tensors, rank, ranks, how).items()
-                 if (f.part.numel() or 0 in f.shape) and (rank == 0 or not f.everywhere)}
-        plain = {name: f.part.detach().resolve_conj().contiguous() for name, f in parts.items()}
-        storage.write(tmp_path / f"{rank}.safetensors", plain)
-        places[f"{rank}.safetensors"] = {name: (f.start, f.shape) for name, f in parts.items()}
-    storage.write_index(tmp_path, places)
-    reader = storage.Reader(tmp_path)
-    assert bits({name: reader.tensor(name) for name in reader.shapes}) == bits(tensors)
-    random = Random(ranks)
-    for name, tensor in tensors.items():
-        flat = tensor.detach().resolve_conj().reshape(-1)
-        for _ in range(30):
-            start = random.randrange(len(flat) + 1)
-            count = random.randrange(len(flat) - start + 1)
-            read = reader.read(name, start, count)
-            assert bits({"": read}) == bits({"": flat[start:start + count]})
-        with pytest.raises(UserError, match=f"1 of the {len(flat) + 1} elements"):
-            reader.read(name, 0, len(flat) + 1)
-    for other in (1, 2, 5):
-        for rank in range(other):
-            wanted = split(tensors, rank, other, SPLITS[other % 4])
-            got = empty_like(wanted)
-            fill(got, reader.shapes, reader.read)
-            assert bits({n: f.part for n, f in got.items()}) == bits({n: f.part for n, f in wanted.items()})
-
-
-def test_a_part_that_no_rank_wrote_is_missed(tmp_path):
-    storage.write(tmp_path / "0.safetensors", {"a": torch.arange(10)})
-    for parts in ({"0.safetensors": (4, (20,))}, {"0.safetensors": (0, (20,))}):
-        storage.write_index(tmp_path, {file: {"a": part} for file, part in parts.items()})
-        with pytest.raises(UserError, match=r"\d+ of the 20 elements of `a`"):
-            storage.Reader(tmp_path).tensor("a")
-
-
-def test_a_tensor_of_another_name_or_shape_is_an_error(run):
-    run.save(1)
-    reader, _ = run.checkpoints.load(1)
-    for tensors, problem in [({"more": torch.zeros(1)}, "has no `more`"), ({"mask": torch.zeros(3, 3)}, r"`mask` is \[9\]")]:
-        with pytest.raises(UserError, match=problem):
-            fill(whole(tensors), reader.shapes, reader.read)
-    no_others({"models/model/a": (1,), "optim/model/b/step": ()}, {"models/model/a"})
-    with pytest.raises(UserError, match="has `models/model/b`, which the model has not"):
-        no_others({"models/model/a": (1,), "models/model/b": (1,)}, {"models/model/a"})
-
-
-def test_other_readers_of_safetensors_open_the_files(run):
-    from safetensors.torch import load_file
-
-    tensors = {f"{i} ü\"\\/\n\u2028 {'x' * i}": tensor for i, tensor in enumerate(make(1).values())}
-    run.save(1, tensors=tensors)
-    found = load_file(run.paths.checkpoint(1) / "0.safetensors")
-    assert bits(found) == bits({name: tensor.reshape(-1) for name, tensor in tensors.items()})
-    assert run.load(1) == bits(tensors)
-
-
-def test_a_dtype_that_files_cannot_hold_fails_the_save(run):
-    assert "`x` is torch.complex128" in run.save(1, tensors={"x": torch.zeros(2, dtype=torch.complex128)})
-    assert run.names() == []
-
-
-def test_very_many_tensors(run):
-    tensors = {f"models/model/layer.{i}.weight": torch.full((i % 3,), i) for i in range(20_000)}
-    assert run.save(1, tensors=tensors) is None
-    reader, _ = run.checkpoints.load(1)
-    assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in tensors.items())
-
-
-def test_files_of_many_ranks_are_not_all_open_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "OPEN_FILES", 3)
-    places = {}
-    for rank in range(30):
-        storage.write(tmp_path / f"{rank}.safetensors", {"a": torch.arange(rank * 5, rank * 5 + 5)})
-        places[f"{rank}.safetensors"] = {"a": (rank * 5, (150,))}
-    storage.write_index(tmp_path, places)
-    before = len(os.listdir("/proc/self/fd"))
-    reader = storage.Reader(tmp_path)
-    assert torch.equal(reader.tensor("a"), torch.arange(150)) and torch.equal(reader.read("a", 33, 100), torch.arange(33, 133))
-    assert len(os.listdir("/proc/self/fd")) <= before + 4
-
-
-def test_reading_and_writing_take_no_memory_of_their_own(tmp_path):
-    code = """
-import re, sys, torch
-from pathlib import Path
-from trainers.engine import storage
-folder, size = Path(sys.argv[1]), 2**26
-def peak(): return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-large = torch.arange(size, dtype=torch.float32)  # 256 MiB
-small = torch.zeros(1000)
-storage.write(folder / "1.safetensors", {"b": small})
-before = peak()
-storage.write(folder / "0.safetensors", {"a": large})
-storage.write_index(folder, {"0.safetensors": {"a": (0, (size,))}, "1.safetensors": {"b": (0, (1000,))}})
-assert peak() - before < 2**25, peak() - before
-assert before > 2**28
-del large
-part = storage.Reader(folder).read("a", size // 3, size // 4)
-for piece in storage.Reader(folder)._parts.pieces("a"): pass
-assert part[0] == size // 3 and len(part) == size // 4 and peak() - before < 2**25, peak() - before
-"""
-    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4, 7])
-def test_bytes_are_spread_evenly(ranks):
-    sizes = {f"layer {i}": size for i, size in enumerate([64, 64, 128, 128, 4000, 9, 9, 300, 301, 2000, 2000])}
-    owner = owners(sizes, ranks)
-    load = [sum(size for name, size in sizes.items() if owner[name] == rank) for rank in range(ranks)]
-    assert sum(load) == sum(sizes.values()) and max(load) <= max(4000, sum(load) / ranks * 1.1)
-    assert owners(dict(reversed(sizes.items())), ranks) == owner  # whatever the order of the dict
-
-
 # ---- several ranks
 
 
-class Ranks:
-    """Real ranks over gloo, kept for several tests."""
-
-    def __init__(self, size: int, folder: Path):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        self.processes = [
-            subprocess.Popen([sys.executable, __file__, str(rank), str(size), str(folder / "store")], text=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-            for rank in range(size)
-        ]
-
-    def run(self, function: str, **arguments) -> list:
-        """The function's results by rank."""
-        for process in self.processes:
-            process.stdin.write(json.dumps([function, arguments], default=str) + "\n")
-            process.stdin.flush()
-        answers = [json.loads(process.stdout.readline() or '["died", null]') for process in self.processes]
-        assert all(error is None for error, _ in answers), "\n".join(str(error) for error, _ in answers)
-        return [value for _, value in answers]
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.stdin.close()
-        for process in self.processes:
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            process.stdout.close()
-
-
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    ranks = Ranks(2, tmp_path_factory.mktemp("two"))
+def two():
+    ranks = Ranks(2, __file__)
     yield ranks
     ranks.close()
 
 
 @pytest.mark.parametrize("layout", ["full", "sharded"])
 def test_from_two_ranks_to_one_and_back(two, tmp_path, layout):
-    assert two.run("save", root=tmp_path, steps=[1], layout=layout) == [[None], [None]]
+    assert two("save", root=tmp_path, steps=[1], layout=layout) == [[None], [None]]
     parts = sorted(path.name for path in (tmp_path / "checkpoints/step_1").glob("*.safetensors"))
     assert parts == (["0.safetensors"] if layout == "full" else ["0.safetensors", "1.safetensors"])
     run = Run(tmp_path, layout=layout)
     assert run.checkpoints.newest() == 1 and run.load(1) == bits(make(1))
     assert run.save(2) is None
-    for step, loaded in two.run("load_newest", root=tmp_path, layout=layout):
+    for step, loaded in two("load_newest", root=tmp_path, layout=layout):
         assert step == 2 and loaded == bits(make(2))
 
 
-@pytest.mark.parametrize("how", SPLITS)
-def test_parts_of_two_ranks_become_those_of_one_and_back(two, tmp_path, how):
-    assert two.run("save_parts", root=tmp_path, step=1, how=how) == [None, None]
-    run = Run(tmp_path)
-    assert run.checkpoints.newest() == 1 and run.load(1) == bits(make(1))
-    assert run.save(2) is None
-    two.run("load_parts", root=tmp_path, step=2, how=how)
-
-
 def test_two_ranks_write_half_each(two, tmp_path):
-    two.run("save_megabytes", root=tmp_path, count=10)
+    two("save_megabytes", root=tmp_path, count=10)
     parts = [path.stat().st_size for path in (tmp_path / "checkpoints/step_1").glob("*.safetensors")]
     assert len(parts) == 2 and all(abs(size - 5 * 2**20) < 2**17 for size in parts)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_all_ranks_pass_over_what_one_finds_broken(two, tmp_path, name):
-    two.run("save", root=tmp_path, steps=[1, 2])
+    two("save", root=tmp_path, steps=[1, 2])
     damage(tmp_path / "checkpoints/step_2" / name, b"x" * (tmp_path / "checkpoints/step_2" / name).stat().st_size)
-    assert [step for step, _ in two.run("load_newest", root=tmp_path)] == [1, 1]
+    assert [step for step, _ in two("load_newest", root=tmp_path)] == [1, 1]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_1", "step_2.broken"]
 
 
 def test_all_ranks_get_the_error_if_none_is_whole(two, tmp_path):
-    two.run("save", root=tmp_path, steps=[1])
+    two("save", root=tmp_path, steps=[1])
     damage(tmp_path / "checkpoints/step_1/1.safetensors", None)
-    messages = two.run("newest_error", root=tmp_path)
+    messages = two("newest_error", root=tmp_path)
     assert messages[0] == messages[1] and "1.safetensors is missing" in messages[0]
 
 
 @pytest.mark.parametrize("how", ["file limit", "flush", "hash", "write"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_that_cannot_write_fails_the_save_for_all(two, tmp_path, how, rank):
-    results = two.run("fail_on", root=tmp_path, rank=rank, how=how)
+    results = two("fail_on", root=tmp_path, rank=rank, how=how)
     reasons = [reason for reason, *_ in results]
     expected = {"file limit": "File too large", "write": "odd"}.get(how, "No space left on device")
     assert reasons[0] == reasons[1] and expected in reasons[0]
@@ -634,26 +361,26 @@ def test_one_rank_that_cannot_write_fails_the_save_for_all(two, tmp_path, how, r
 
 def test_training_may_communicate_while_a_thread_writes(two, tmp_path):
     total, reasons = 2 * sum(range(300)), [None, None, None]
-    assert two.run("save_and_reduce", root=tmp_path, count=300) == [[total, reasons], [total, reasons]]
+    assert two("save_and_reduce", root=tmp_path, count=300) == [[total, reasons], [total, reasons]]
 
 
 def test_a_superseded_attempt_is_stopped_on_all_ranks(two, tmp_path):
     RunPaths(tmp_path).attempt(4).mkdir(parents=True)
-    assert two.run("save_superseded", root=tmp_path, attempt=3) == [[True, True], [True, True]]
+    assert two("save_superseded", root=tmp_path, attempt=3) == [[True, True], [True, True]]
 
 
 @pytest.mark.slow
 def test_four_ranks(tmp_path):
-    ranks = Ranks(4, tmp_path)
+    ranks = Ranks(4, __file__)
     for layout in ("sharded", "full"):
         root = tmp_path / layout
-        assert ranks.run("save", root=root, steps=[1], layout=layout) == [[None]] * 4
-        for step, loaded in ranks.run("load_newest", root=root):
+        assert ranks("save", root=root, steps=[1], layout=layout) == [[None]] * 4
+        for step, loaded in ranks("load_newest", root=root):
             assert step == 1 and loaded == bits(make(1))
         assert Run(root).load(1) == bits(make(1))
     Run(tmp_path / "one").save(1)
-    assert [loaded for _, loaded in ranks.run("load_newest", root=tmp_path / "one")] == [bits(make(1))] * 4
-    ranks.run("save_megabytes", root=tmp_path / "even", count=12)
+    assert [loaded for _, loaded in ranks("load_newest", root=tmp_path / "one")] == [bits(make(1))] * 4
+    ranks("save_megabytes", root=tmp_path / "even", count=12)
     parts = [path.stat().st_size for path in (tmp_path / "even/checkpoints/step_1").glob("*.safetensors")]
     assert len(parts) == 4 and all(abs(size - 3 * 2**20) < 2**17 for size in parts)
     ranks.close()
@@ -662,10 +389,10 @@ def test_four_ranks(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_while_writing_leaves_the_older_one(tmp_path, victim):
-    ranks = Ranks(2, tmp_path)
-    ranks.run("save", root=tmp_path / "run", steps=[1])
+    ranks = Ranks(2, __file__)
+    ranks("save", root=tmp_path / "run", steps=[1])
     with pytest.raises((AssertionError, BrokenPipeError), match="died"):
-        ranks.run("die", root=tmp_path / "run", rank=victim)
+        ranks("die", root=tmp_path / "run", rank=victim)
     ranks.close()
     run = Run(tmp_path / "run")
     assert run.checkpoints.newest() == 1 and run.load(1) == bits(make(1))
@@ -674,8 +401,8 @@ def test_a_rank_that_dies_while_writing_leaves_the_older_one(tmp_path, victim):
 
 @pytest.mark.slow
 def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path):
-    ranks = Ranks(1, tmp_path)
-    [newest] = ranks.run("kill_everywhere", folder=tmp_path)
+    ranks = Ranks(1, __file__)
+    [newest] = ranks("kill_everywhere", folder=tmp_path)
     ranks.close()
     # Killed before the commit, the older one is the newest; after it, the new one; and there is no third.
     turn = newest.index(2)
@@ -704,22 +431,6 @@ def load_newest(world, root, **settings):
     run = Run(root, world, **settings)
     step = run.checkpoints.newest()
     return step, run.load(step)
-
-
-def save_parts(world, root, step, how):
-    run = Run(root, world)
-    run.checkpoints.save(step, split(make(step), world.rank, world.size, how), {"step": step}, {})
-    return run.checkpoints.wait()
-
-
-def load_parts(world, root, step, how):
-    run = Run(root, world)
-    assert run.checkpoints.newest() == step
-    reader, _ = run.checkpoints.load(step)
-    wanted = split(make(step), world.rank, world.size, how)
-    got = empty_like(wanted)
-    fill(got, reader.shapes, reader.read)
-    assert bits({name: f.part for name, f in got.items()}) == bits({name: f.part for name, f in wanted.items()})
 
 
 def newest_error(world, root):
@@ -813,21 +524,5 @@ def kill_everywhere(world, folder):
     raise AssertionError("the save never came to its end")
 
 
-def serve(rank: int, size: int, store: str) -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what anything prints goes elsewhere
-    if size > 1:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    world = World(rank, size, rank, size, torch.device("cpu"))
-    for line in sys.stdin:
-        function, arguments = json.loads(line)
-        try:
-            answer = None, globals()[function](world, **arguments)
-        except BaseException:
-            answer = traceback.format_exc(), None
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    serve(globals())
