@@ -20,6 +20,7 @@ from trainers.engine.world import World
 from trainers.errors import TrainingError
 
 MENDS = "lower optim.lr, set optim.clip_norm, or use train.precision=fp32; the checkpoints before it are whole"
+UNCHECKED = 100    # steps after which gradients are looked at, if logs and checkpoints are rarer
 SKIPS_IN_ROW = 25  # halving fp16's loss scale so often brings it from 2**16 to below 1
 
 
@@ -45,7 +46,7 @@ class Learner:
         self.lr = self.optim.lr
         self._last = torch.zeros(2, dtype=torch.float64, device=world.device)  # [loss sum, count] of the last step
         self._items = torch.zeros((), dtype=torch.float64, device=world.device)
-        self._bad = torch.full((2,), -1, device=self.trainee.bad.device)  # (draw, gradient) of the first that was not finite
+        self._norms: list[tuple[int, Tensor]] = []  # (draw, gradients' norms) of the steps since the last check
 
     @property
     def norm(self) -> Tensor:
@@ -70,7 +71,7 @@ class Learner:
         self._items += sums[1]
         # Gradients were divided by the batch size beforehand, which keeps fp16 in range; the true divisor is the
         # number of items over all ranks and micro-batches.
-        factor = self.config.train.batch_size / sums[1].clamp(min=1) / self.scale.scale
+        factor = (self.config.train.batch_size / self.scale.scale) / sums[1].clamp(min=1)
         applied = self.trainee.step(factor, self.optim.clip_norm, finite_only=self.scale.enabled)
         if not applied and not self.scale.enabled:
             def again() -> None:
@@ -78,13 +79,14 @@ class Learner:
                 self._accumulate(draw)
 
             raise self._not_finite(draw, self.trainee.first_bad(again))
-        if not self.scale.enabled:
-            first = (self._bad[0] < 0) & (self.trainee.bad >= 0)
-            self._bad = torch.where(first, torch.stack([self._bad.new_full((), draw), self.trainee.bad]), self._bad)
         self.scale.update(applied)
         self.applied += applied
         self.skipped += not applied
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
+        if not self.scale.enabled:
+            self._norms.append((draw, self.trainee.norms))
+            if len(self._norms) == UNCHECKED:
+                self.check()
 
     def _accumulate(self, draw: int, factor: float = 1.0) -> Tensor:
         """Backward over this rank's micro-batches. Returns its [loss sum, count], float64."""
@@ -132,9 +134,10 @@ class Learner:
         Raises:
             TrainingError: one was not.
         """
-        draw, index = self._bad.tolist()
-        if draw >= 0:
-            raise self._not_finite(draw, self.trainee.bad_name(index))
+        norms, self._norms = self._norms, []
+        if norms and not torch.cat([each for _, each in norms]).isfinite().all():
+            draw, name = next((draw, name) for draw, each in norms if (name := self.trainee.bad_name(each)))
+            raise self._not_finite(draw, name)
         step = (self.applied + self.skipped - 1) // self.update.draws + 1
         if self.skipped_in_row > SKIPS_IN_ROW:
             raise TrainingError(f"the gradients of update `{self.update.name}` overflowed in {self.skipped_in_row} steps in a "

@@ -22,7 +22,7 @@ class Trainee:
         model: the module whose parameters are trained.
         optimizer: the learning rates of its groups are the learner's to set.
         norm: of the last step's gradients, as they were before clipping; on the device.
-        bad: the last step's first gradient (by the order of `names`) that was not finite, -1 if all were; on the device.
+        norms: those of its single gradients, in the order of `names`; on the device, and of each step a tensor of its own.
     """
 
     def __init__(self, module: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer):
@@ -31,7 +31,7 @@ class Trainee:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         device = self._parameters[0].device
         self.norm = torch.zeros((), dtype=torch.float64, device=device)
-        self.bad = torch.full((), -1, device=device)
+        self.norms = torch.zeros(len(self._parameters), dtype=torch.float64, device=device)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         """The context of a micro-batch's forward and backward; `last`: of the step."""
@@ -47,12 +47,10 @@ class Trainee:
         answer is False.
         """
         gradients = [self._local(p.grad) for p in self._parameters if p.grad is not None]
-        norms = self._norms(gradients)
-        factor = factor.to(norms.device)  # gradients may lie in host memory
-        self.norm = norms.square().sum().sqrt() * factor
-        finite = norms.isfinite()
-        self.bad = torch.where(finite.all(), -1, (~finite).byte().argmax())
-        if finite_only and self.bad.item() >= 0:
+        self.norms = self._norms(gradients)
+        factor = factor.to(self.norms.device)  # gradients may lie in host memory
+        self.norm = torch.linalg.vector_norm(self.norms) * factor
+        if finite_only and not self.norms.isfinite().all().item():
             return False
         if clip_norm is not None:
             # As torch.nn.utils.clip_grad_norm_ does, in one pass with the factor.
@@ -62,15 +60,16 @@ class Trainee:
         self.optimizer.step()
         return True
 
-    def bad_name(self, index: int) -> str:
-        """The parameter that an earlier `bad` meant."""
-        with_gradient = [name for name, p in zip(self.names, self._parameters) if p.grad is not None] or self.names
-        return with_gradient[index]
+    def bad_name(self, norms: Tensor) -> str | None:
+        """The first parameter whose gradient is not finite, by a step's `norms`; None: they all are. Waits for the device."""
+        finite = norms.isfinite().tolist()
+        names = [name for name, p in zip(self.names, self._parameters) if p.grad is not None]
+        return None if all(finite) else (names if len(names) == len(finite) else self.names)[finite.index(False)]
 
     def first_bad(self, again: Callable[[], object]) -> str | None:
         """After a step that was not taken: the first parameter whose gradient is not finite. `again` does the step's
         backwards once more, from no gradients on."""
-        return self.bad_name(int(self.bad.item()))
+        return self.bad_name(self.norms)
 
     def fragments(self, update: str) -> dict[str, Fragment]:
         """The optimizer's states, by the names that a checkpoint gives them."""

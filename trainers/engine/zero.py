@@ -111,7 +111,7 @@ class ZeroTrainee(Trainee):
         self.stage, self.world = stage, world
         self.optimizer = engine.optimizer  # its groups are those of torch's optimizer within
         self.norm = torch.zeros((), device=world.device)
-        self.bad = torch.full((), -1, device=world.device)
+        self.norms = self.norm.view(1)  # of all gradients together
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -133,6 +133,7 @@ class ZeroTrainee(Trainee):
             self._gather_persistent()  # it let go of them, and gets them back only after a step that it takes
             return False
         self.norm = torch.as_tensor(self.optimizer._global_grad_norm)
+        self.norms = self.norm.view(1)
         return True
 
     def first_bad(self, again: Callable[[], object]) -> str | None:
