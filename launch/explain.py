@@ -315,11 +315,13 @@ def _sentence(run: Run, found: Found, attempts: Sequence[Mapping[str, Any]], cau
 
 
 def _waits(run: Run, found: Found, last: Mapping[str, Any] | None) -> str:
+    from launch import slurm
+
     queue, submission = found["queue"], (found["job"] or {}).get("submission")
     # SLURM forgets since when at each requeue.
     again = last and found["attempts"][-1].get("submission") == submission
     since = found["attempts"][-1].get("ended") if again else _changed(run.paths.submission(submission) / "submission.json")
-    reason = queue["reason_words"] + (f" ({queue['reason']})" if queue["reason"] not in (queue["reason_words"], "None") else "")
+    reason = slurm.told(queue["reason"])
     return ("waits in SLURM's queue" + (f" since {_local(since)}" if since else "")
             + (f", at place {queue['position']} of {queue['of']}" if queue["position"] else "") + f": {reason}"
             + (f"; by SLURM's estimate it starts at {_local(queue['start'])}" if queue["start"] else ""))

@@ -122,8 +122,7 @@ class Watch:
             return None
         from launch import slurm
 
-        reason = truth.jobs[0].reason
-        return f"waiting in the queue: {slurm.words(reason)}" + (f" ({reason})" if slurm.words(reason) != reason else "")
+        return f"waiting in the queue: {slurm.told(truth.jobs[0].reason)}"
 
     def _look(self) -> Truth:
         self.run = self.run.again()

@@ -122,8 +122,10 @@ def _job(status: dict[str, Any]) -> str:
 
 
 def _place(queue: dict[str, Any]) -> str:
+    from launch import slurm
+
     place = f"place {queue['position']} of {queue['of']} in partition {queue['partition']}: " if queue["position"] else ""
-    return place + queue["reason_words"] + (f" ({queue['reason']})" if queue["reason"] != queue["reason_words"] else "")
+    return place + slurm.told(queue["reason"])
 
 
 def _start(queue: dict[str, Any]) -> str:

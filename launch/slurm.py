@@ -201,6 +201,12 @@ def words(reason: str) -> str:
     return reason
 
 
+def told(reason: str) -> str:
+    """A pending reason in plain words, with SLURM's own word behind, if it has one."""
+    plain = words(reason)
+    return plain if reason in (plain, "None") else f"{plain} ({reason})"
+
+
 def position(job: Queued) -> tuple[int, int]:
     """The place of a pending job among the pending jobs of its partition (of an array each element), by priority, and
     how many these are.

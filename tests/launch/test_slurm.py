@@ -103,6 +103,14 @@ def test_reasons_in_plain_words(reason, plain):
     assert plain in slurm.words(reason)
 
 
+@pytest.mark.parametrize("reason, said", [
+    ("Priority", "jobs of higher priority come first (Priority)"), ("None", "SLURM has not looked at it yet"),
+    ("SomethingNew", "SomethingNew"),
+])
+def test_slurms_own_word_stands_behind_if_it_has_one(reason, said):
+    assert slurm.told(reason) == said
+
+
 def test_the_environment_of_jobs_is_the_users_own():
     own = {"PATH": "/bin", "SLURM_CONF": "/etc/c", "HOME": "/h", "RANKING": "1", "LAUNCH_RUNS": "/r", "LAUNCH_DATA": "/d",
            "WORLD_SIZES": "1", "WANDB_API_KEY": "k"}
