@@ -54,9 +54,11 @@ def choose(paths: RunPaths, which: str | None, look: Callable[[Path, int], Any] 
     step, problem = max(passed_over.items())
     see = f"`launch checkpoint verify {paths.id}` looks at all"
     if which in (None, "newest", "best"):
-        raise UserError(f"no checkpoint of `{paths.id}` is whole (step {step}: {problem})", f"put a good copy back; {see}")
+        evaluated = " that was evaluated" if which == "best" else ""
+        hint = "`newest` takes the newest whole one" if which == "best" else "put a good copy back"
+        raise UserError(f"no checkpoint of `{paths.id}`{evaluated} is whole (step {step}: {problem})", f"{hint}; {see}")
     raise UserError(f"the checkpoint of step {step} of `{paths.id}` is broken: {problem}",
-                    f"without a step the newest whole one is taken; {see}")
+                    f"`newest` takes the newest whole one; {see}")
 
 
 def existing(paths: RunPaths, step: int | None = None) -> list[int]:
@@ -92,7 +94,7 @@ def _best_first(paths: RunPaths) -> tuple[list[int], dict[int, str]]:
         except manifest.Broken as problem:
             unreadable[step] = str(problem)
     ranked = retention.ranked(metrics, config)[::-1]
-    if metrics and not ranked:
+    if not ranked and not unreadable:
         raise UserError(f"no checkpoint of `{paths.id}` was evaluated by `{config.metric}` (`checkpoint.metric`)", see)
     return ranked, unreadable
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json as jsonlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -101,6 +102,14 @@ def _usage(error: click.UsageError) -> UserError:
         case click.BadOptionUsage():
             return UserError(f"`{error.option_name}` needs a value" if "requires" in error.message
                              else f"`{error.option_name}` takes no value", hint)
+    if context and isinstance(context.command, click.Group):
+        commands = context.command.list_commands(context)
+        if error.message.startswith("Missing command"):
+            return UserError(f"`{path}` needs a command", f"one of {', '.join(commands)}")
+        if unknown := re.match(r"No such command '(.*)'", error.message):
+            near = difflib.get_close_matches(unknown[1], commands, n=1)
+            return UserError(f"`{path}` has no command `{unknown[1]}`",
+                             f"did you mean `{near[0]}`?" if near else f"it has {', '.join(commands)}")
     return UserError(error.message.rstrip("."), hint)
 
 
@@ -332,9 +341,10 @@ def prefetch(context: click.Context, task: str, cluster: str | None, **given: An
 @click.option("--slurm", is_flag=True, help="As on SLURM.")
 @click.option("--cluster", metavar="NAME", help="As on this cluster.")
 @click.option("--probe", is_flag=True, help="Measure the activations too: one step on this machine, in a process of its own.")
+@runs_option
 @json_option
 @click.pass_context
-def plan(context: click.Context, task: str, gpus: int | None, procs: int | None, nodes: int | None, slurm: bool,
+def plan(context: click.Context, task: str, root: Path, gpus: int | None, procs: int | None, nodes: int | None, slurm: bool,
          cluster: str | None, probe: bool, json: bool, **given: Any) -> None:
     """Say what memory a run needs under each strategy, and what would fit."""
     one_kind(gpus, procs)
@@ -344,7 +354,9 @@ def plan(context: click.Context, task: str, gpus: int | None, procs: int | None,
     spec = load(context, task, cluster=where, **given)
     from launch import fit
     from launch.resources import planned_resources
+    from launch.weights import resolved
 
+    spec = resolved(spec, root_of(context, root, where))
     found = fit.fit(spec, where, planned_resources(where, gpus, procs, nodes), probe)
     _print_json(found) if json else print(fit.show(found))
 
@@ -449,7 +461,7 @@ def _write(text: str) -> None:
 @runs_option
 @json_option
 def cancel(word: str, root: Path, json: bool) -> None:
-    """Stop a run, with a checkpoint, or a whole sweep."""
+    """Stop a run, which keeps what it has done, or a whole sweep."""
     from launch.cancel import cancel as stop
     from launch.cancel import cancel_sweep
     from launch.runs import find_run, find_sweep
@@ -506,7 +518,7 @@ def resume(word: str, root: Path, gpus: int | None, procs: int | None, cpus: int
 @command
 @run_argument
 @click.argument("overrides", nargs=-1, metavar="[key=value]...")
-@click.option("--step", "which", metavar="N|best", help="Of this checkpoint; by default of the newest.")
+@click.option("--step", "which", metavar="N|best", help="Of this checkpoint; by default of the `newest`.")
 @click.option("--data", metavar="PATH", help="Short for data=PATH, or data=sample.")
 @ranks_options
 @slurm_options

@@ -332,7 +332,7 @@ def _watch(plan: Plan, ranks: list[Rank], selector, stop: StopSignals, peers: Pe
             if asked is None:
                 asked = number
                 how = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-                what = "stopping at the next step, with a checkpoint" if plan.batch else "asking the script to stop"
+                what = "stopping at the next step; what is done is kept" if plan.batch else "asking the script to stop"
                 view.notice(f"{signal.Signals(number).name}: {what}{how}")
                 peers.tell({"signal": int(number)})
                 for rank in ranks:

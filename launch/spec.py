@@ -302,6 +302,10 @@ def _merge(layers: Sequence[Layer]) -> Layer:
         for key, (value, place) in layer.items():
             inside = [other for other in merged if other[:len(key)] == key]
             if value == {} and inside:
+                if place == "command line":
+                    name = ".".join(key)
+                    raise UserError(f"`{name}={{}}` changes nothing: what `{name}` holds is merged key by key",
+                                    f"`launch show` lists its keys; say what each is to be: {'.'.join(inside[0])}=...")
                 continue  # an empty mapping takes nothing away
             for other in inside + [key[:length] for length in range(1, len(key))]:
                 merged.pop(other, None)

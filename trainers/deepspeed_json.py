@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainers.errors import UserError
@@ -21,15 +21,17 @@ SPEC_KEYS = {
     ("torch_autocast",): "train.precision", ("activation_checkpointing",): "train.checkpoint_activations",
     ("wandb",): "wandb.mode", ("tensorboard",): "wandb.mode", ("checkpoint",): "checkpoint",
 }
-# What else a user's own JSON may hold. DeepSpeed has more, which would change numbers or states in ways that checkpoints, or
-# the promise that a resumed run is the same, do not follow; and it ignores what it does not know.
-TAKEN = ("zero_optimization", "comms_logger", "flops_profiler", "csv_monitor", "dump_state", "memory_breakdown",
-         "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer")
-TAKEN_OF_ZERO: dict[str, type] = {
-    "contiguous_gradients": bool, "reduce_scatter": bool, "reduce_bucket_size": int, "use_multi_rank_bucket_allreduce": bool,
-    "allgather_partitions": bool, "allgather_bucket_size": int, "overlap_comm": bool, "sub_group_size": int,
-    "stage3_prefetch_bucket_size": int, "stage3_param_persistence_threshold": int, "stage3_model_persistence_threshold": int,
-    "stage3_max_live_parameters": int, "stage3_max_reuse_distance": int, "stage3_module_granularity_threshold": int,
+# What else a user's own JSON may hold: true or false, an object, or a whole number from this one on. DeepSpeed has more, which
+# would change numbers or states in ways that checkpoints, or the promise that a resumed run is the same, do not follow; and
+# it ignores what it does not know.
+Kind = int | type
+TAKEN: dict[str, Kind] = {"zero_optimization": dict, "wall_clock_breakdown": bool, "memory_breakdown": bool,
+                          "dump_state": bool, "steps_per_print": 1}
+TAKEN_OF_ZERO: dict[str, Kind] = {
+    "contiguous_gradients": bool, "reduce_scatter": bool, "reduce_bucket_size": 1, "use_multi_rank_bucket_allreduce": bool,
+    "allgather_partitions": bool, "allgather_bucket_size": 0, "overlap_comm": bool, "sub_group_size": 0,
+    "stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_module_granularity_threshold": 0,
     "stage3_use_all_reduce_for_fetch_params": bool, "stage3_allgather_sequential": bool,
     "stage3_gather_16bit_weights_on_model_save": bool, "ignore_unused_parameters": bool, "memory_efficient_linear": bool,
     "log_trace_cache_warnings": bool,
@@ -69,37 +71,32 @@ def check(theirs: Mapping[str, Any]) -> None:
     Raises:
         UserError: it does not.
     """
-    for place, key in SPEC_KEYS.items():
-        value: Any = theirs
-        for word in place:
-            value = value.get(word) if isinstance(value, Mapping) else None
-        if value is not None:
-            raise UserError(f"`train.deepspeed` sets `{'.'.join(place)}`, which is the spec's to say",
-                            f"leave it out there, and set {key}")
-    _known(theirs, TAKEN, "")
-    zero = theirs.get("zero_optimization") or {}
+    zero = theirs.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         raise UserError("`train.deepspeed` has a `zero_optimization` that is no object")
-    _known(zero, tuple(TAKEN_OF_ZERO), "zero_optimization.")
-    for word, value in zero.items():
-        if value == "auto":
-            raise UserError(f"`train.deepspeed` has `zero_optimization.{word}` as `auto`, which transformers fills in",
-                            "give a number, or leave it out")
-        wanted = TAKEN_OF_ZERO[word]
-        if wanted is bool and not isinstance(value, bool):
-            raise UserError(f"`train.deepspeed`: `zero_optimization.{word}` is {value!r}, not true or false")
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if wanted is int and not (number and value >= 0 and float(value).is_integer()):
-            raise UserError(f"`train.deepspeed`: `zero_optimization.{word}` is {value!r}, not a whole number from 0")
+    for place, key in SPEC_KEYS.items():
+        if place[-1] in (zero if len(place) == 2 else theirs):
+            raise UserError(f"`train.deepspeed` sets `{'.'.join(place)}`, which is the spec's to say",
+                            f"leave it out there, and set {key}")
+    _taken(theirs, TAKEN, "")
+    _taken(zero, TAKEN_OF_ZERO, "zero_optimization.")
 
 
-def _known(theirs: Mapping[str, Any], taken: Sequence[str], prefix: str) -> None:
-    for word in theirs:
-        if word not in taken:
-            near = nearest_keys(word, taken)
-            raise UserError(f"`train.deepspeed` sets `{prefix}{word}`, which launch does not pass on to DeepSpeed",
+def _taken(theirs: Mapping[str, Any], known: Mapping[str, Kind], prefix: str) -> None:
+    for name, value in theirs.items():
+        if name not in known:
+            near = nearest_keys(name, list(known))
+            raise UserError(f"`train.deepspeed` sets `{prefix}{name}`, which launch does not pass on to DeepSpeed",
                             f"did you mean `{prefix}{near[0]}`?" if near else
-                            f"leave it out: it takes {', '.join(f'{prefix}{name}' for name in taken)}")
+                            f"leave it out: {f'of {prefix[:-1]} ' if prefix else ''}it takes {', '.join(known)}")
+        kind, number = known[name], isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(kind, int):
+            right, wanted = number and value >= kind and float(value).is_integer(), f"a whole number from {kind} on"
+        else:
+            right, wanted = isinstance(value, kind), "true or false"
+        if not right:
+            raise UserError(f"`train.deepspeed`: `{prefix}{name}` is {value!r}, not {wanted}",
+                            "transformers fills in `auto`: leave it out, or say what it is to be" if value == "auto" else None)
 
 
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -261,6 +261,17 @@ def test_a_reader_that_stops_early(folder: Path) -> None:
     assert (ran.returncode in (0, 1), ran.stderr) == (True, "")
 
 
+@pytest.mark.parametrize("words, said", [
+    (["checkpoint"], "error: `launch checkpoint` needs a command\nhint: one of list, prune, verify\n"),
+    (["checkpoint", "lsit"], "error: `launch checkpoint` has no command `lsit`\nhint: did you mean `list`?\n"),
+    (["checkpoint", "x"], "error: `launch checkpoint` has no command `x`\nhint: it has list, prune, verify\n"),
+    (["plan", "my.yaml", "--from", "nothing"], "error: there is no run `nothing` in "),
+])
+def test_commands_within_a_command_and_plans_of_what_is_not_there(folder: Path, capsys, words, said):
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith(said)
+
+
 def test_each_command_takes_what_it_declares(tmp_path, monkeypatch):
     """An option that reaches no parameter would end in a TypeError, or be ignored."""
     monkeypatch.chdir(tmp_path)

@@ -126,7 +126,8 @@ def test_what_is_wrong_is_said(paths, capsys):
     for step in (10, 20, 30):
         flip(paths.checkpoint(step) / "manifest.json")
     assert main(["export", "r-1"]) == 2 and "(step 30: manifest.json is not a manifest)" in capsys.readouterr().err
-    assert main(["export", "r-1", "--step", "best"]) == 2 and "is whole (step 30: manifest.json" in capsys.readouterr().err
+    assert main(["export", "r-1", "--step", "best"]) == 2
+    assert "no checkpoint of `r-1` that was evaluated is whole (step 30: manifest.json" in capsys.readouterr().err
     paths.spec.write_text("task: nowhere:Task\n")
     assert main(["export", "r-1", "--step", "best"]) == 2 and "names no metric" in capsys.readouterr().err
 

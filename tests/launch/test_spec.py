@@ -74,12 +74,13 @@ def test_a_later_layer_wins_and_says_so(folder: Path) -> None:
 
 
 def test_layers_merge_key_by_key(folder: Path) -> None:
-    (folder / "over.yaml").write_text("optim: {name: sgd}\nmodel: {a: {b: 1, c: 2}}\noptim.momentum: 0.5\n")
-    spec = load("model.a.b=3", "model.d={e: [1, x]}", "optim={}", config_file="over.yaml")
+    (folder / "over.yaml").write_text("optim: {name: sgd}\nmodel: {a: {b: 1, c: 2}}\noptim.momentum: 0.5\ntrain: {}\n")
+    spec = load("model.a.b=3", "model.d={e: [1, x]}", config_file="over.yaml")
     assert spec.config.model == {"a": {"b": 3, "c": 2}, "d": {"e": [1, "x"]}}
     assert (spec.config.optim.name, spec.config.optim.lr, spec.config.optim.momentum) == ("sgd", 0.01, 0.5)
     assert spec.origins["model.a.c"] == "over.yaml:2"
     assert load("model.a=1", config_file="over.yaml").config.model == {"a": 1}
+    assert "`optim={}` changes nothing" in said("optim={}")
 
 
 def test_a_later_layer_chooses_the_other_of_two_alternatives(folder: Path) -> None:

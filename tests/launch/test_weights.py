@@ -106,7 +106,7 @@ def test_what_cannot_be_meant_is_said(paths, root, tmp_path):
     for step in (10, 20):
         (paths.checkpoint(step) / manifest.NAME).unlink()
     assert "no checkpoint of `blobs-1` is whole (step 40: 0.safetensors has 7 bytes" in refused(root, "blobs-1")
-    assert "no checkpoint of `blobs-1` is whole" in refused(root, "blobs-1@best")
+    assert "no checkpoint of `blobs-1` that was evaluated is whole" in refused(root, "blobs-1@best")
 
 
 def test_the_best_needs_a_metric(paths, root):

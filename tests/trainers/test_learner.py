@@ -12,6 +12,7 @@ from trainers.engine.learner import Learner
 from trainers.engine.precision import LossScale
 from trainers.engine.task import Loss, Update
 from trainers.engine.world import World
+from trainers.errors import TrainingError
 
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -37,11 +38,25 @@ def token_loss(models, batch):
     return Loss(models["model"](tokens).squeeze(-1).pow(2)[counted].sum(), int(counted.sum()))
 
 
-def learner(update=None, momentum=0.0, **train) -> Learner:
+class Heads(nn.Module):
+    """Of two heads each step has another, on a body that all have; a third is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused, self.first, self.second, self.body = nn.Linear(4, 1), nn.Linear(4, 1), nn.Linear(4, 1), nn.Linear(4, 4)
+        self.calls, self.bad_call = 0, None
+
+    def forward(self, tokens):
+        self.calls += 1
+        factor = float("inf") if self.calls == self.bad_call else 1.0
+        return (self.first if self.calls % 2 else self.second)(self.body(tokens)) * factor
+
+
+def learner(update=None, momentum=0.0, model=None, name="sgd", **train) -> Learner:
     config = RunConfig(name="x", task="x:X", train=Train(steps=5, batch_size=8, **train),
-                       optim=Optim(name="sgd", lr=0.1, momentum=momentum))
+                       optim=Optim(name=name, lr=0.1, momentum=momentum))
     torch.manual_seed(0)
-    models = {"model": nn.Linear(4, 1), "other": nn.Linear(4, 4)}
+    models = {"model": model or nn.Linear(4, 1), "other": nn.Linear(4, 4)}
     update = update or Update("model", trains="model", loss=token_loss)
     return Learner(update, config, WORLD, Ddp(WORLD, config), Sentences(), models)
 
@@ -105,3 +120,41 @@ def test_a_first_step_that_fp16_skips_leaves_the_momentum_sound():
         half.take_step(draw, 5)
     assert half.applied == 2
     assert all(torch.isfinite(p).all() for p in half.models["model"].parameters())
+
+
+def test_a_gradient_that_was_not_finite_is_named_though_other_parameters_have_theirs_by_now():
+    heads = Heads()
+    one = learner(model=heads, name="adamw")
+    heads.bad_call = 3
+    for draw in range(4):
+        one.take_step(draw, 5)
+    with pytest.raises(TrainingError, match="update `model`, step 3: the gradient of `first.weight` is not finite"):
+        one.check()
+
+
+def test_gradients_are_looked_at_now_and_then_though_nothing_is_logged(monkeypatch):
+    heads = Heads()
+    one = learner(model=heads, name="adamw")
+    heads.bad_call = 2
+    monkeypatch.setattr("trainers.engine.learner.UNCHECKED", 3)
+    one.take_step(0, 5)
+    one.take_step(1, 5)
+    with pytest.raises(TrainingError, match="update `model`, step 2: the gradient of `second.weight`"):
+        one.take_step(2, 5)
+
+
+def test_a_parameter_may_get_its_first_gradient_after_others():
+    """torch's fused SGD cannot; the numbers are those of the one that is not fused."""
+    heads = Heads()
+    one = learner(model=heads, momentum=0.9)
+    plain = Heads()
+    plain.load_state_dict({name: value.clone() for name, value in heads.state_dict().items()})
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for draw in range(5):
+        one.take_step(draw, 5)
+        sgd.zero_grad()
+        loss = token_loss({"model": plain}, one.dataset.batch(one.samples.shares(draw, 0, 1, 1)[0]))
+        (loss.sum / loss.count).backward()
+        sgd.step()
+    for ours, theirs in zip(heads.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -124,12 +124,13 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_step(ranks, tmp_path, n
 
     order = Shuffled(500, 48, 0, "model")
     row = int(order.shares(7, 0, 1, 1)[0].indices[-1])  # which comes in step 8, and once in these ten
-    keys = {"train.strategy": name, "model": {"bad_row": row}, "log.every": 5, "checkpoint.every": 5}
+    keys = {"train.strategy": name, "model": {"bad_row": row}, "log.every": 100, "eval.every": 9, "checkpoint.every": 5}
     said = ranks(2)("error_of", root=tmp_path / "run", keys=keys)
     print(f"{name}: {said[0]}")
     assert said[0] == said[1]
     assert "update `model`, step 8: the gradient of `words.weight` is not finite" in said[0]
     assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["step_5"]
+    assert '"eval"' not in (tmp_path / "run/metrics.jsonl").read_text()  # nor is anything evaluated after it
 
 
 def test_skipped_steps_of_fp16_are_no_progress_of_the_schedule(ranks, tmp_path):

@@ -192,7 +192,7 @@ def test_a_score_that_is_never_a_number_is_an_error(table, given, said):
                  classes=made.model.classifies)
     search, _ = make_search(made, read, 1)
     with pytest.raises(UserError) as error:
-        check_scores(made, read, search.fit(read.X, read.y))
+        check_scores(made, read, search.fit(read.X, read.y), None)
     assert said in error.value.message and not error.value.retry and error.value.hint
 
 
@@ -216,6 +216,17 @@ def test_fits_that_fail_in_part_are_told_in_a_line(tmp_path, capfd):
         assert Wine(given).run(Place(0, 1, 1), RunPaths(tmp_path), None) == 0
     said = "".join([*capfd.readouterr(), *(str(one.message) for one in warned)])
     assert "2 of 4 fits failed: ValueError: Some value(s) of y are negative" in said and "Traceback" not in said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_each_grid_point_has_a_fit_that_fails_that_is_the_error(tmp_path):
+    table = tmp_path / "table.csv"  # the targets of the second half sum to 0
+    table.write_text("a,y\n" + "".join(f"{row},{max(0, 10 - row)}\n" for row in range(20)))
+    given = config(data={"source": str(table)}, search={"grid": {"n_estimators": [2], "criterion": ["poisson"]}, "cv": 2})
+    with pytest.raises(UserError) as error:
+        Wine(given).run(Place(0, 1, 1), RunPaths(tmp_path), None)
+    assert "no grid point can be fitted and scored on all folds: 1 of 2 fits failed: ValueError: Sum" in error.value.message
+    assert "search.grid" in error.value.hint
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from trainers.engine.world import World
 from trainers.errors import TrainingError
 
 MENDS = "lower optim.lr, set optim.clip_norm, or use train.precision=fp32; the checkpoints before it are whole"
-UNCHECKED = 100    # steps after which gradients are looked at, if logs and checkpoints are rarer
+UNCHECKED = 100    # steps of an update after which gradients are looked at, if logs and checkpoints are rarer
 SKIPS_IN_ROW = 25  # halving fp16's loss scale so often brings it from 2**16 to below 1
 
 
@@ -46,7 +46,8 @@ class Learner:
         self.lr = self.optim.lr
         self._last = torch.zeros(2, dtype=torch.float64, device=world.device)  # [loss sum, count] of the last step
         self._items = torch.zeros((), dtype=torch.float64, device=world.device)
-        self._norms: list[tuple[int, Tensor]] = []  # (draw, gradients' norms) of the steps since the last check
+        # (draw, gradients' norms, whose they are) of the steps since the last check
+        self._norms: list[tuple[int, Tensor, Sequence[str | None]]] = []
 
     @property
     def norm(self) -> Tensor:
@@ -84,7 +85,7 @@ class Learner:
         self.skipped += not applied
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
         if not self.scale.enabled:
-            self._norms.append((draw, self.trainee.norms))
+            self._norms.append((draw, self.trainee.norms, self.trainee.named))
             if len(self._norms) == UNCHECKED:
                 self.check()
 
@@ -135,9 +136,10 @@ class Learner:
             TrainingError: one was not.
         """
         norms, self._norms = self._norms, []
-        if norms and not torch.cat([each for _, each in norms]).isfinite().all():
-            draw, name = next((draw, name) for draw, each in norms if (name := self.trainee.bad_name(each)))
-            raise self._not_finite(draw, name)
+        if norms and not torch.cat([each for _, each, _ in norms]).isfinite().all():
+            for draw, each, named in norms:
+                if not all(finite := each.isfinite().tolist()):
+                    raise self._not_finite(draw, named[finite.index(False)])
         step = (self.applied + self.skipped - 1) // self.update.draws + 1
         if self.skipped_in_row > SKIPS_IN_ROW:
             raise TrainingError(f"the gradients of update `{self.update.name}` overflowed in {self.skipped_in_row} steps in a "

@@ -171,6 +171,7 @@ class Loop:
 
     def _evaluate(self) -> bool:
         """False if the run is to stop first."""
+        self._finite()
         began = time.perf_counter()
         if self.eval_set is not None:
             share_buffers(self.models, self.world)
@@ -273,7 +274,7 @@ class Loop:
         self._logged_at = (step, since + time.perf_counter() - began)
 
     def _finite(self) -> None:
-        """Neither log nor save past a gradient or loss that is not a number."""
+        """Neither log, evaluate nor save past a gradient or loss that is not a number."""
         for learner in self.learners:
             learner.check()
 

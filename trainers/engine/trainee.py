@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -22,16 +22,18 @@ class Trainee:
         model: the module whose parameters are trained.
         optimizer: the learning rates of its groups are the learner's to set.
         norm: of the last step's gradients, as they were before clipping; on the device.
-        norms: those of its single gradients, in the order of `names`; on the device, and of each step a tensor of its own.
+        norms: those of its single gradients; on the device, and of each step a tensor of its own.
+        named: whose they are: the parameters' names, None where a norm is of several.
     """
 
     def __init__(self, module: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer):
         self.module, self.evaluated, self.model, self.optimizer = module, model, model, optimizer
-        self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         device = self._parameters[0].device
         self.norm = torch.zeros((), dtype=torch.float64, device=device)
-        self.norms = torch.zeros(len(self._parameters), dtype=torch.float64, device=device)
+        self.norms = self.norm.view(1)
+        self.named: Sequence[str | None] = [None]
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         """The context of a micro-batch's forward and backward; `last`: of the step."""
@@ -47,6 +49,8 @@ class Trainee:
         answer is False.
         """
         gradients = [self._local(p.grad) for p in self._parameters if p.grad is not None]
+        self.named = self._names if len(gradients) == len(self._names) else [
+            name for name, p in zip(self._names, self._parameters) if p.grad is not None]
         self.norms = self._norms(gradients)
         factor = factor.to(self.norms.device)  # gradients may lie in host memory
         self.norm = torch.linalg.vector_norm(self.norms) * factor
@@ -60,16 +64,10 @@ class Trainee:
         self.optimizer.step()
         return True
 
-    def bad_name(self, norms: Tensor) -> str | None:
-        """The first parameter whose gradient is not finite, by a step's `norms`; None: they all are. Waits for the device."""
-        finite = norms.isfinite().tolist()
-        names = [name for name, p in zip(self.names, self._parameters) if p.grad is not None]
-        return None if all(finite) else (names if len(names) == len(finite) else self.names)[finite.index(False)]
-
     def first_bad(self, again: Callable[[], object]) -> str | None:
-        """After a step that was not taken: the first parameter whose gradient is not finite. `again` does the step's
-        backwards once more, from no gradients on."""
-        return self.bad_name(self.norms)
+        """After a step that was not taken, without `finite_only`: the first parameter whose gradient is not finite. `again`
+        does the step's backwards once more, from no gradients on."""
+        raise NotImplementedError("only ZeRO refuses a step by itself")
 
     def fragments(self, update: str) -> dict[str, Fragment]:
         """The optimizer's states, by the names that a checkpoint gives them."""

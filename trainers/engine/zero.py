@@ -111,7 +111,7 @@ class ZeroTrainee(Trainee):
         self.stage, self.world = stage, world
         self.optimizer = engine.optimizer  # its groups are those of torch's optimizer within
         self.norm = torch.zeros((), device=world.device)
-        self.norms = self.norm.view(1)  # of all gradients together
+        self.norms, self.named = self.norm.view(1), [None]  # of all gradients together
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         self.engine.set_gradient_accumulation_boundary(last)

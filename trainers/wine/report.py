@@ -25,24 +25,31 @@ from trainers.wine.table import Table
 Row = dict[str, Any]
 
 
-def say_failures(results: Iterable[Mapping[str, Any]]) -> None:
-    """A line for each reason why some fits failed: their grid points have no score."""
+def failures(results: Iterable[Mapping[str, Any]]) -> str | None:
+    """Which of a search's fits failed, and why most of them did."""
     results = list(results)
     reasons = Counter(last_line(result["fit_error"]) for result in results if result["fit_error"] is not None)
-    for reason, count in reasons.items():
-        _say(f"{count} of {len(results)} fits failed: {reason}", "warning")
+    if not reasons:
+        return None
+    return f"{reasons.total()} of {len(results)} fits failed: {reasons.most_common(1)[0][0]}"
 
 
-def check_scores(config: WineConfig, table: Table, search: ForestSearchCV) -> None:
-    """Say it where the score that decides is no number. Raises: UserError if that is so at every grid point."""
+def check_scores(config: WineConfig, table: Table, search: ForestSearchCV, failed: str | None) -> None:
+    """Say it where the score that decides is no number, or a fit has `failed`. Raises: UserError if that is so at every grid
+    point."""
     metric = search.refit if isinstance(search.refit, str) else "score"
     numbers = np.isfinite(search.cv_results_[f"mean_test_{metric}"])
     name = metric_name(config, search)
     if np.any(numbers):
+        if failed:
+            _say(failed, "warning")
         if not np.all(numbers):
             _say(f"{name} is no number at {np.sum(~numbers)} of {len(numbers)} grid points: a fold of each cannot be fitted or "
                  "scored", "warning")
         return
+    if failed:
+        raise UserError(f"no grid point can be fitted and scored on all folds: {failed}",
+                        "mend `search.grid`, `model.params` or the table, or use other folds (`search.cv`, `search.split`)")
     scorer = search.scorer_[metric] if search.multimetric_ else search.scorer_
     why = "each grid point has a fold where it is undefined"
     try:  # scikit-learn has told why in a warning alone

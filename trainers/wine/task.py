@@ -92,7 +92,7 @@ class Wine(Runner):
                 attempt: int | None) -> int:
         """The same whoever does it, and however often."""
         from trainers.forest.work import guarded_workers
-        from trainers.wine.report import check_scores, last_line, report, say_failures
+        from trainers.wine.report import check_scores, failures, last_line, report
 
         found = {(number, piece.fold): result for key, piece in work.keys().items()
                  for number, result in (kept.read(key) or {}).items()}
@@ -101,8 +101,7 @@ class Wine(Runner):
         except ValueError as error:  # scikit-learn's, of fits that failed, with the tracebacks of all of them
             raise UserError(f"the forests cannot be fitted: {last_line(error)}",
                             "mend `search.grid`, `model.params` or the table") from error
-        say_failures(found.values())
-        check_scores(self.config, table, search)
+        check_scores(self.config, table, search, failures(found.values()))
         try:
             with guarded_workers():
                 metrics, rows = report(self.config, table, search, paths, place.cores)
