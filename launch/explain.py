@@ -33,8 +33,6 @@ BY_SLURM = re.compile(r"^(?:srun|slurmstepd[^:]*|.*/slurm_script): .*", re.MULTI
 NOISE = re.compile(r"lacks support for cpu binding|Exited with exit code|got SIGCONT|Job step aborted|Terminating StepId")
 UNFIT = ("DOWN", "FAIL", "DRAIN", "NOT_RESPONDING")  # how the states of nodes begin that do no work
 ENDED = {"running": "is at work", "preempted": "stopped", "lost": "was lost", "cancelled": "was cancelled"}
-# How one that stopped is told of, by what it kept: at first, and after where it was and why.
-STOPPED = {"checkpoint": ("stopped with a checkpoint", ""), "pieces": ("stopped", "; its finished pieces are kept")}
 
 Found = Mapping[str, Any]  # what `launch.runs.status` gives
 
@@ -49,8 +47,8 @@ def explain(run: Run) -> dict[str, Any]:
       "forgotten" (ids of others), "nodes" (of a lost attempt: those that are down, and their states), "said" (its lines
       in the job's logs), "queue" (as in `launch.runs.status`)}
     - `attempts`: of each {"attempt", "outcome", "why", "nodes", "job", "began", "ended", "seconds", "from_step", "to_step",
-      "kept" (by one that stopped: "checkpoint", or of a search "pieces"), "next_step" (at which the next one went on),
-      "lost_steps" (that it did again), "next_s" (until it began)}; None where that is not known
+      "kept" (by one that stopped or was cancelled: "checkpoint", or of a search "pieces"), "next_step" (at which the next
+      one went on), "lost_steps" (that it did again), "next_s" (until it began)}; None where that is not known
     - `next`: [{"command", "why"}, ...]
 
     Nothing is raised because SLURM cannot be asked.
@@ -110,7 +108,8 @@ def _attempts(paths: RunPaths, found: Found) -> list[dict[str, Any]]:
             "attempt": number, "outcome": record["outcome"], "why": _failed(failure) if failure else record.get("reason"),
             "nodes": record.get("nodes") or [], "job": record.get("job"), "began": record.get("began"), "ended": ended,
             "seconds": _between(record.get("began"), ended), "from_step": first, "to_step": last,
-            "kept": kept if record["outcome"] == "preempted" else None, "next_step": None, "lost_steps": None, "next_s": None,
+            "kept": kept if record["outcome"] in ("preempted", "cancelled") else None,
+            "next_step": None, "lost_steps": None, "next_s": None,
         })
     for row, later in zip(rows, rows[1:]):
         row |= {"next_step": later["from_step"], "next_s": _between(row["ended"], later["began"])}
@@ -138,7 +137,10 @@ def _failed(failure: Mapping[str, Any]) -> str:
 
 def _outcome(row: Mapping[str, Any]) -> tuple[str, str]:
     """How an attempt ended, and what is to be said of that at the end of the sentence."""
-    return STOPPED.get(row["kept"]) or (ENDED.get(row["outcome"], row["outcome"]), "")
+    ended = ENDED.get(row["outcome"], row["outcome"])
+    if row["outcome"] == "preempted" and row["kept"] == "checkpoint":
+        return f"{ended} with a checkpoint", ""
+    return ended, "; its finished pieces are kept" * (row["kept"] == "pieces")
 
 
 def _attempt(row: Mapping[str, Any]) -> str:

@@ -133,6 +133,12 @@ def test_what_one_that_stopped_has_kept_is_told_of_it(make):
     assert "\nattempt 1   stopped after 0:50 at step 12: time limit; its finished pieces are kept\n" in told(found)
     assert found["next"] == [{"command": "launch resume bert-1", "why": "it does what is missing: finished pieces are kept"}]
 
+    ended = read_json(paths.attempt_record(1))
+    replace_json(paths.attempt_record(1), {**ended, "outcome": "cancelled", "reason": None})
+    cancelled = explain(read_run(paths.root))
+    assert "\nattempt 1   was cancelled after 0:50 at step 12; its finished pieces are kept\n" in told(cancelled)
+
+    replace_json(paths.attempt_record(1), ended)
     replace_json(paths.record, {**read_json(paths.record), "state": "running"})
     assert [step["why"] for step in explain(read_run(paths.root))["next"]] == [
         "shows it as it goes on", "stops it: finished pieces are kept"]
