@@ -261,7 +261,7 @@ def picture(slurm, run: Path, ranks: int) -> dict:
     """Of a run of SHOW what must not depend on where and how it was submitted."""
     finish(run)
     assert record(run)["attempt"] == 1 and attempt(run, 1)["restart"] == 0
-    job = slurm.job(attempt(run, 1)["job"])
+    job = slurm.wait(attempt(run, 1)["job"])  # until then SLURM counts the nodes that have not let go of it
     keys = (*TORCHRUN, "OMP_NUM_THREADS", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_CPU_BIND",
             "SLURM_GPUS_ON_NODE", "SLURM_ARRAY_TASK_ID", "SLURM_SUBMIT_DIR", "HOME")
     found = {rank: seen(run, rank) for rank in range(ranks)}
