@@ -59,7 +59,7 @@ class Learner:
         (fp16 has one, to learn whether the step was skipped, and ZeRO's own).
 
         Raises:
-            TrainingError: a gradient was found that is not finite (elsewhere `check` finds it).
+            TrainingError: by `check`, which is asked where a strategy does not take the step, and every UNCHECKED steps.
         """
         self.lr = learning_rate(self.optim, self.applied, total)
         for group in self.trainee.optimizer.param_groups:
@@ -73,20 +73,19 @@ class Learner:
         # Gradients were divided by the batch size beforehand, which keeps fp16 in range; the true divisor is the
         # number of items over all ranks and micro-batches.
         factor = (self.config.train.batch_size / self.scale.scale) / sums[1].clamp(min=1)
-        applied = self.trainee.step(factor, self.optim.clip_norm, finite_only=self.scale.enabled)
-        if not applied and not self.scale.enabled:
-            def again() -> None:
-                self._clear()
-                self._accumulate(draw)
 
-            raise self._not_finite(draw, self.trainee.first_bad(again))
+        def again() -> None:
+            self._clear()
+            self._accumulate(draw)
+
+        applied = self.trainee.step(factor, self.optim.clip_norm, finite_only=self.scale.enabled, again=again)
         self.scale.update(applied)
         self.applied += applied
         self.skipped += not applied
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
         if not self.scale.enabled:
             self._norms.append((draw, self.trainee.norms, self.trainee.named))
-            if len(self._norms) == UNCHECKED:
+            if not applied or len(self._norms) == UNCHECKED:
                 self.check()
 
     def _accumulate(self, draw: int, factor: float = 1.0) -> Tensor:

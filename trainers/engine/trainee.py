@@ -42,11 +42,16 @@ class Trainee:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, factor: Tensor, clip_norm: float | None, finite_only: bool) -> bool:
+    def step(self, factor: Tensor, clip_norm: float | None, finite_only: bool,
+             again: Callable[[], object]) -> bool:
         """Multiply the gradients by `factor`, scale them to at most `clip_norm`, and let the optimizer step.
 
         No host sync, except with `finite_only`: then nothing is changed if a gradient is not finite, and the
         answer is False.
+
+        Args:
+            again: does the step's backwards once more, from no gradients on: for a strategy that has let go of those
+                that it must name.
         """
         gradients = [self._local(p.grad) for p in self._parameters if p.grad is not None]
         self.named = self._names if len(gradients) == len(self._names) else [
@@ -63,11 +68,6 @@ class Trainee:
             torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
         self.optimizer.step()
         return True
-
-    def first_bad(self, again: Callable[[], object]) -> str | None:
-        """After a step that was not taken, without `finite_only`: the first parameter whose gradient is not finite. `again`
-        does the step's backwards once more, from no gradients on."""
-        raise NotImplementedError("only ZeRO refuses a step by itself")
 
     def fragments(self, update: str) -> dict[str, Fragment]:
         """The optimizer's states, by the names that a checkpoint gives them."""

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from math import inf
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ class ZeroTrainee(Trainee):
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, factor: Tensor, clip_norm: float | None, finite_only: bool) -> bool:
+    def step(self, factor: Tensor, clip_norm: float | None, finite_only: bool, again: Callable[[], object]) -> bool:
         """DeepSpeed waits for the device in each step, and takes none whose gradients are not finite."""
         scaler = self.optimizer.loss_scaler
         # It divides gradients and their norm by this, in the pass that clips.
@@ -131,15 +132,18 @@ class ZeroTrainee(Trainee):
             scaler.cur_scale = 1.0
         if self.optimizer.overflow:
             self._gather_persistent()  # it let go of them, and gets them back only after a step that it takes
+            if not finite_only:
+                again()  # it has dropped the gradients
+                self.norms, self.named = self.norm.new_full((1,), inf), [self._first_bad()]
             return False
         self.norm = torch.as_tensor(self.optimizer._global_grad_norm)
         self.norms = self.norm.view(1)
         return True
 
-    def first_bad(self, again: Callable[[], object]) -> str | None:
+    def _first_bad(self) -> str | None:
+        """The first parameter whose gradient is not finite."""
         from deepspeed.utils import safe_get_full_grad
 
-        again()  # it has dropped the gradients
         for name, parameter in self.model.named_parameters():
             gradient = safe_get_full_grad(parameter) if parameter.requires_grad else None
             if gradient is not None and not gradient.isfinite().all():
