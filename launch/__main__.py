@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    from launch.cli import main as run
+    from launch.cli.main import main as run
 
     sys.exit(run())
 

@@ -19,8 +19,9 @@ SENTENCES = TESTS / "sentences" / "sentences.yaml"
 
 WORKERS = 2  # of which one may compute while the other's test waits, for SLURM or for a rank's end
 # What takes longest, which the workers begin with, so that they end together.
-LONGEST = ("slurm/test_interruptions.py", "test_same_run.py", "trainers/test_strategies.py", "slurm/test_submission.py",
-           "test_training.py", "slurm/test_explain.py", "slurm/test_many.py", "slurm/test_reading.py", "slurm/test_doctor.py")
+LONGEST = ("slurm/test_interruptions.py", "test_same_run.py", "trainers/engine/parallel/test_strategies.py",
+           "slurm/test_submission.py", "test_training.py", "slurm/test_explain.py", "slurm/test_many.py", "slurm/test_reading.py",
+           "slurm/test_doctor.py")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainers.engine import manifest, storage
-from trainers.files import replace_json, replace_text
-from trainers.paths import RunPaths
+from trainers.checkpoints import manifest
+from trainers.contract.files import replace_json, replace_text
+from trainers.contract.paths import RunPaths
+from trainers.engine.saving import storage
 
 
 def make_run(root: Path, spec: str = "", **changes: Any) -> RunPaths:

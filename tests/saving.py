@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from trainers import config
-from trainers.engine.checkpoint import Checkpoints
-from trainers.engine.fragments import Fragment
+from trainers.config import schema as config
+from trainers.contract.paths import RunPaths
+from trainers.engine.parallel.fragments import Fragment
+from trainers.engine.saving.checkpoint import Checkpoints
 from trainers.engine.world import World
-from trainers.paths import RunPaths
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
 

@@ -11,8 +11,8 @@ import torch
 from conftest import record
 from safetensors.torch import load_file
 
+from trainers.config.spec import read_spec
 from trainers.engine.world import World
-from trainers.spec import read_spec
 
 TINY = Path(__file__).parent / "tinybert"
 

@@ -83,10 +83,10 @@ def test_the_line_to_run_by_hand_gives_the_same_losses(launch, tmp_path):
 @pytest.mark.slow
 def test_the_accelerate_line_gives_the_same_losses(launch):
     """The config that goes with GPU runs, told to use the CPU."""
-    from launch.cluster import load_cluster
-    from launch.plan import make_plan
-    from launch.resources import Resources
-    from launch.spec import load_spec
+    from launch.cluster.config import load_cluster
+    from launch.cluster.resources import Resources
+    from launch.plan.plan import make_plan
+    from launch.plan.spec import load_spec
 
     assert launch(BLOBS, "--procs", 1, "train.steps=10").returncode == 0
     spec = load_spec(str(BLOBS), ["train.steps=10"], cluster=load_cluster("local"), environment={})
@@ -129,7 +129,7 @@ def test_without_a_key_an_online_run_goes_on_offline(launch):
 
 @pytest.mark.slow
 def test_resuming_passes_over_a_broken_checkpoint(launch):
-    """By the command, with a flipped bit; tests/trainers/test_checkpoint.py damages each file in each way."""
+    """By the command, with a flipped bit; tests/trainers/engine/saving/test_checkpoint.py damages each file in each way."""
     assert launch(BLOBS, "--procs", 1).returncode == 0
     run = launch.run()
     expected = losses(run)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import BLOBS, logged_steps, ranks_of, rows, wait_until
 
-from trainers.engine.wandb_run import offline_records
+from trainers.engine.tracking.wandb_run import offline_records
 
 
 def history(path: Path) -> dict[int, dict]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from trainers.errors import UserError
-from trainers.spec import read_spec, resolve
+from trainers.config.spec import read_spec, resolve
+from trainers.contract.errors import UserError
 
 
 def prefetch(file: Path) -> list[str]:

@@ -1,9 +1,10 @@
-"""Tries a rank's place: the run folder, torch, its GPU, and one all-reduce over all ranks. For `launch doctor --job`.
+"""Counts a task's models and measures the activations of a step, in a process of its own. For `launch plan --probe`.
 
-    python -P -m trainers.probe
+    python -P -m trainers.probe RUN_YAML RANKS
 
-Needs what any rank needs, torchrun's environment and LAUNCH_RUN_DIR, and nothing else of this package. Each finding is
-a line of JSON on standard output: {"probe": its name, "ok", "said"}.
+It needs one device (ACCELERATE_USE_CPU=true: the CPU) and starts no other rank. It prints one object of JSON: `counts`
+(trainers/config/memory.py), and `activations`, bytes by the size of a micro-batch: on a GPU the most that was allocated, on a
+CPU what autograd keeps for backward. Of samples of uneven lengths they are those of the first batch.
 """
 
 from __future__ import annotations
@@ -11,85 +12,140 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from collections.abc import Callable
-from datetime import timedelta
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
-SIZE = 2**20              # numbers that are summed
-COLLECTIVE_S = 60.0
-OTHERS_S = 10.0           # for other ranks to say what they find: the first that ends, ends them all
-ON_CPU = os.environ.get("ACCELERATE_USE_CPU") == "true"
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK, LOCAL_RANKS = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+import torch
+from torch import Tensor, nn
+
+from trainers.config.counts import Counts
+from trainers.config.schema import RunConfig
+from trainers.config.spec import read_spec, resolve
+from trainers.contract.errors import UserError
+from trainers.engine.batches.sampling import Shuffled
+from trainers.engine.parallel.blocks import blocks, checkpoint_activations
+from trainers.engine.precision import autocast, set_precision
+from trainers.engine.task import Share, Task, Update
+from trainers.engine.world import World
 
 
-def folder() -> str:
-    file = Path(os.environ["LAUNCH_RUN_DIR"]) / f"probe-{RANK}"
-    file.write_text(str(RANK))
-    said = file.read_text()
-    file.unlink()
-    return f"wrote and read {len(said)} byte(s)"
+def count(models: Mapping[str, nn.Module]) -> Counts:
+    parameters = [parameter.numel() for model in models.values() for parameter in model.parameters()]
+    in_blocks = [sum(parameter.numel() for parameter in block.parameters())
+                 for model in models.values() for block in blocks(model)]
+    return Counts(parameters=sum(parameters), tensor=max(parameters), block=max(in_blocks, default=0), blocks=sum(in_blocks),
+                  buffers=sum(buffer.numel() for model in models.values() for buffer in model.buffers()))
 
 
-def torch() -> str:
-    began = time.monotonic()
-    import torch
-
-    return f"{torch.__version__}, imported in {time.monotonic() - began:.1f} s"
-
-
-def gpu() -> str:
-    if ON_CPU:
-        return "none wanted"
-    import torch
-
-    count = torch.cuda.device_count()
-    if count < LOCAL_RANKS:
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        raise RuntimeError(f"torch sees {count} GPU(s) of {LOCAL_RANKS}; it is {built}")
-    torch.cuda.set_device(LOCAL_RANK)
-    ones = torch.ones(256, 256, device="cuda")
-    if (ones @ ones)[0, 0].item() != 256:
-        raise RuntimeError("a sum of 256 ones is not 256")
-    found = torch.cuda.get_device_properties(LOCAL_RANK)
-    return f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
-
-
-def all_reduce() -> str:
-    import torch.distributed as dist
-    from torch import ones
-
-    backend = "gloo" if ON_CPU else "nccl"
-    began = time.monotonic()
-    dist.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_S))
-    numbers = ones(SIZE, device="cpu" if ON_CPU else f"cuda:{LOCAL_RANK}")
-    dist.all_reduce(numbers)
-    if not (numbers == RANKS).all().item():
-        raise RuntimeError(f"the sum of {RANKS} ones is {numbers[0].item():g}")
-    dist.destroy_process_group()
-    return f"over {backend}, {RANKS} rank(s), in {time.monotonic() - began:.1f} s"
+def weigh(task: Task, config: RunConfig, world: World, ranks: int) -> tuple[Counts, dict[int, int]]:
+    """(counts, activations of the most demanding update by micro-batch size)"""
+    set_precision(config.train.precision, world.device)
+    dataset, _ = task.data(world)
+    models = {name: model.to(world.device) for name, model in task.models().items()}
+    counts = count(models)
+    largest = min(config.train.batch_size // ranks, len(dataset))
+    sizes = sorted({max(1, min(4, largest) // 2), min(4, largest)})
+    in_block = 0
+    if config.train.checkpoint_activations:
+        if world.device.type == "cpu":  # in backward a block's are there again
+            in_block = 1
+        else:
+            for model in models.values():
+                checkpoint_activations(model)
+    updates = task.updates()
+    found = {}
+    for size in sizes:
+        found[size] = max(_update(update, models, _batch(dataset, config, update, ranks, size), config, world, in_block)
+                          for update in updates)
+    return counts, found
 
 
-PROBES: dict[str, Callable[[], str]] = {"folder": folder, "torch": torch, "GPU": gpu, "all-reduce": all_reduce}
+def _batch(dataset, config: RunConfig, update: Update, ranks: int, size: int):
+    share, = Shuffled(len(dataset), config.train.batch_size, config.train.seed, update.name).shares(0, 0, ranks, 1)
+    return dataset.batch(Share(share.indices[:size], share.slots[:size], share.size, share.seed))
 
 
-def main() -> int:
-    for name, probe in PROBES.items():
-        try:
-            said, ok = probe(), True
-        except Exception as error:
-            said, ok = " ".join(f"{type(error).__name__}: {error}".split()), False
-        print(json.dumps({"probe": name, "ok": ok, "said": said}), flush=True)
-        if not ok:
-            time.sleep(OTHERS_S)
-            return 1
+def _update(update: Update, models: Mapping[str, nn.Module], batch, config: RunConfig, world: World, in_block: int) -> int:
+    """Bytes of one micro-batch."""
+    def loss() -> Tensor:
+        with autocast(config.train.precision, world.device):
+            return update.loss(models, batch).sum
+
+    try:
+        if world.device.type == "cuda":
+            return _allocated(loss)
+        whole, block = _saved(loss, models)
+        if not in_block:
+            return whole
+        plain = [(module, module.forward) for model in models.values() for module in blocks(model)]
+        for model in models.values():
+            checkpoint_activations(model)
+        kept, _ = _saved(loss, models)
+        for module, forward in plain:
+            module.forward = forward
+        return kept + block
+    finally:
+        for model in models.values():
+            model.zero_grad(set_to_none=True)
+
+
+def _allocated(loss: Callable[[], Tensor]) -> int:
+    """The rise of a GPU's allocated memory over parameters and gradients, which a first backward has made."""
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss().backward()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _saved(loss: Callable[[], Tensor], models: Mapping[str, nn.Module]) -> tuple[int, int]:
+    """(bytes that autograd keeps for backward, those of them of the block that keeps most)"""
+    own = {tensor.untyped_storage().data_ptr()
+           for model in models.values() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    largest, entered = 0, []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def enter(*_) -> None:
+        entered.append(sum(kept.values()))
+
+    def leave(*_) -> None:
+        nonlocal largest
+        largest = max(largest, sum(kept.values()) - entered.pop())
+
+    hooks = [hook for model in models.values() for block in blocks(model)
+             for hook in (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = loss()  # its graph keeps the storages, so that no two have one address
+        del result
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(kept.values()), largest
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 2:
+        print("usage: python -m trainers.probe RUN_YAML RANKS", file=sys.stderr)
+        return 2
+    try:
+        config = read_spec(Path(argv[0]))
+        task = resolve(config.task, config.path)(config)
+        counts, activations = weigh(task, config, World.from_env(os.environ), int(argv[1]))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(json.dumps({"counts": asdict(counts), "activations": activations}))
     return 0
 
 
 if __name__ == "__main__":
-    if not sys.flags.safe_path:  # Python put this folder first, where modules of ours would shadow torch's
-        del sys.path[0]
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # at once: a broken collective would be waited for
+    sys.exit(main(sys.argv[1:]))

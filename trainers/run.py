@@ -5,7 +5,7 @@
 The run directory and torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR,
 MASTER_PORT) are all a rank needs: `launch`, `torchrun` and `accelerate launch` start it alike.
 LAUNCH_ATTEMPT, where set, is the attempt that this rank belongs to; LAUNCH_DEBUG asks for anomaly detection;
-LAUNCH_HEARTBEAT: see trainers/heartbeat.py.
+LAUNCH_HEARTBEAT: see trainers/contract/heartbeat.py.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import sys
 import traceback
 from pathlib import Path
 
-from trainers import events, heartbeat, micro_batch
-from trainers.config import SearchConfig
-from trainers.errors import UserError
-from trainers.paths import RunPaths
+from trainers.config import micro_batch
+from trainers.config.schema import SearchConfig
+from trainers.config.spec import read_run, resolve
+from trainers.contract import events, heartbeat
+from trainers.contract.errors import UserError
+from trainers.contract.paths import RunPaths
+from trainers.contract.signals import Stopped, hold, listen
 from trainers.runner import Place, Runner
-from trainers.signals import Stopped, hold, listen
-from trainers.spec import read_run, resolve
 
 
 def run(paths: RunPaths, attempt: int | None) -> int:
@@ -37,7 +38,7 @@ def run(paths: RunPaths, attempt: int | None) -> int:
     import torch
 
     if config.eval.only:
-        from trainers.engine.evaluator import evaluate_only as work
+        from trainers.engine.evaluate_only import evaluate_only as work
     else:
         from trainers.engine.loop import train as work
     from trainers.engine.task import Task

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trainers.config import SearchConfig
-from trainers.errors import UserError
-from trainers.paths import RunPaths
+from trainers.config.schema import SearchConfig
+from trainers.contract.errors import UserError
+from trainers.contract.paths import RunPaths
 
 FINISHED, STOPPED = 0, 75  # a rank's exit codes
 
@@ -50,7 +50,7 @@ class Runner:
     def run(self, place: Place, paths: RunPaths, attempt: int | None) -> int:
         """One rank's part of the run, which goes on where earlier attempts have left it. Returns its exit code.
 
-        A stop raises Stopped (trainers/signals.py), until `hold` was called. Rank 0 keeps run.json and says how the
-        run goes (trainers/events.py). Raises: UserError.
+        A stop raises Stopped (trainers/contract/signals.py), until `hold` was called. Rank 0 keeps run.json and says how the
+        run goes (trainers/contract/events.py). Raises: UserError.
         """
         raise TypeError(f"{type(self).__name__} must define run(self, place, paths, attempt)")

@@ -24,7 +24,7 @@ from torchvision import transforms
 from trainers.cifar10.shapes import draw_shapes
 from trainers.data.augment import Augment
 from trainers.data.images import Raw, mean_and_std, resident
-from trainers.engine.sampling import Shuffled
+from trainers.engine.batches.sampling import Shuffled
 
 BATCH, PAD = 128, 4
 

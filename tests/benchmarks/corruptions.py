@@ -27,12 +27,13 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from crashes import CODE, crash_at, ended, fork, forked
 
-from trainers import config
-from trainers.engine import manifest, storage
-from trainers.engine.checkpoint import Checkpoints
-from trainers.engine.fragments import Fragment
+from trainers.checkpoints import manifest
+from trainers.config import schema as config
+from trainers.contract.paths import RunPaths
+from trainers.engine.parallel.fragments import Fragment
+from trainers.engine.saving import storage
+from trainers.engine.saving.checkpoint import Checkpoints
 from trainers.engine.world import World
-from trainers.paths import RunPaths
 
 SENTENCES = Path(__file__).parents[1] / "sentences" / "sentences.yaml"
 STRATEGIES, RANKS = ("ddp", "zero3", "fsdp"), (1, 2, 4)

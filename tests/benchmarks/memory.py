@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "sentences"))
 import torch
 from sentences import Counting, Model
 
-from trainers.config import RunConfig
-from trainers.memory import expected
-from trainers.weigh import count
+from trainers.config.memory import expected
+from trainers.config.schema import RunConfig
+from trainers.probe import count
 
 STEPS = 4
 SPEC = Path(__file__).parents[1] / "sentences" / "sentences.yaml"

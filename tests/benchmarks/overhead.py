@@ -24,11 +24,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from trainers.config import RunConfig
+from trainers.config.schema import RunConfig
+from trainers.contract.paths import RunPaths
 from trainers.engine import loop
 from trainers.engine.task import Loss, Task
 from trainers.engine.world import World
-from trainers.paths import RunPaths
 
 STEPS, WARM, BATCH, STEP_S = 100, 20, 64, 0.010
 OPTIM = {"name": "adamw", "lr": 1e-3, "clip_norm": 1.0}

@@ -29,9 +29,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from made import make_run
 
-from trainers import config
-from trainers.engine.checkpoint import Checkpoints
-from trainers.engine.fragments import Fragment
+from trainers.config import schema as config
+from trainers.engine.parallel.fragments import Fragment
+from trainers.engine.saving.checkpoint import Checkpoints
 from trainers.engine.world import World
 
 MB = 10**6
@@ -108,7 +108,7 @@ def main() -> None:
 
 def rss(words: list[str]) -> int:
     """Bytes that `launch` had resident at most."""
-    code = ("import re, sys\nfrom launch.cli import main\nassert main(sys.argv[1:]) == 0\n"
+    code = ("import re, sys\nfrom launch.cli.main import main\nassert main(sys.argv[1:]) == 0\n"
             "print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])")
     ran = subprocess.run([sys.executable, "-P", "-c", code, *words], check=True, capture_output=True, text=True)
     return int(re.findall(r"\d+", ran.stdout)[-1]) * 1024

@@ -20,12 +20,12 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 import torch
 from torch.nn import functional as F
 
-from launch.cluster import load_cluster
-from launch.spec import load_spec
+from launch.cluster.config import load_cluster
+from launch.plan.spec import load_spec
 from trainers.cifar10.task import Cifar10
+from trainers.contract.paths import RunPaths
 from trainers.engine.loop import train
 from trainers.engine.world import World
-from trainers.paths import RunPaths
 
 STEPS, BATCH = 100, 64
 KEYS = ["data=sample", "model.width=0.25", f"train.steps={STEPS}", f"train.batch_size={BATCH}", "data.pad=0",

@@ -14,8 +14,8 @@ import pytest
 from conftest import Command
 from slurm.cluster import Cluster, cluster, missing, outside
 
-from launch.explain import explain, told
-from launch.runs import read_run
+from launch.records.run import read_run
+from launch.report.explain import explain, told
 
 
 @pytest.fixture(scope="session")

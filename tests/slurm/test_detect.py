@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from slurm.cluster import Cluster, cluster, free_ports
 
-from launch.batch import Request, make_job
-from launch.cluster import BUILT_IN, ClusterConfig, read_cluster
-from launch.detect import draft
-from launch.resources import slurm_resources
+from launch.cluster.config import BUILT_IN, ClusterConfig, read_cluster
+from launch.cluster.detect import draft
+from launch.cluster.resources import Wanted, slurm_resources
+from launch.plan.job_script import Request, make_job
 
 # What the files of cluster_configs/ describe: nodes <letter>1 and <letter>2, and a partition of each letter's.
 NODES = {
@@ -56,8 +56,8 @@ def drafted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Cluste
 def accepted(slurm: Cluster, config: ClusterConfig, nodes: int = 2) -> str:
     """What `sbatch --test-only` says of a job of whole nodes."""
     gpus = None if config.device == "cpu" else nodes * (config.gpus_per_node or 4)
-    job = make_job(Request(config), slurm_resources(config, gpus, nodes if gpus is None else None, nodes), name="job",
-                   folder="/tmp/none", python="python3", grace_s=60)
+    resources = slurm_resources(config, Wanted(gpus=gpus, procs=nodes if gpus is None else None, nodes=nodes))
+    job = make_job(Request(config), resources, name="job", folder="/tmp/none", python="python3", grace_s=60)
     (slurm.folder / "job.sh").write_text(job.script)
     return slurm.ask("sbatch", "--test-only", "job.sh").stderr
 

@@ -8,8 +8,9 @@ import pytest
 from slurm.cluster import cluster
 from slurm.conftest import write_cluster
 
-from launch.cluster import ClusterConfig, load_cluster
-from launch.doctor import doctor, line
+from launch.cluster.config import ClusterConfig, load_cluster
+from launch.report.doctor.check import line
+from launch.report.doctor.checks import doctor
 
 pytestmark = pytest.mark.slow  # not each, but together
 
@@ -21,7 +22,7 @@ def examine(slurm, slurm_launch, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
     monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("launch.doctor.TROUBLE_S", 2.0)
+    monkeypatch.setattr("launch.report.doctor.trial_job.TROUBLE_S", 2.0)
 
     def one(job=False, nodes=None, **more):
         write_cluster(folder, **more)
@@ -125,7 +126,7 @@ def test_why_nodes_could_not_start_is_told(examine, more, node, what):
 
 
 def test_a_job_that_does_not_start(examine, slurm, slurm_launch, monkeypatch):
-    monkeypatch.setattr("launch.doctor.START_S", 1.0)
+    monkeypatch.setattr("launch.report.doctor.trial_job.START_S", 1.0)
     (job,) = examine(job=True, sbatch={"begin": "now+1hour"})["job"]
     assert job.ok == "warning" and "has not started within 1 s: its start time has not come" in job.what
     assert not slurm.run("squeue", "-h") and not list(slurm_launch.folder.glob("runs/*"))

@@ -93,7 +93,7 @@ def test_a_killed_rank(slurm, submit):
 def test_a_killed_node_process(slurm, submit):
     run, job = submit(*SLOWLY, "run.max_restarts=0", *TWO_NODES)
     wait_until(lambda: steps(run) >= 5)
-    os.kill(process(slurm, run, b"launch.job", SLURM_PROCID="1"), signal.SIGKILL)
+    os.kill(process(slurm, run, b"launch.execute.node_process", SLURM_PROCID="1"), signal.SIGKILL)
     wait_until(lambda: state(run) == "failed")
     slurm.wait(job)
     found = explained(run)

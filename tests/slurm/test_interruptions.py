@@ -150,7 +150,7 @@ def victim(run, what: str) -> tuple[int, str]:
             continue
         if what == "rank" and b"trainers.run" in words and str(run).encode() in words and env[b"RANK"] == b"3":
             found.append(int(entry))
-        node = b"launch.job" in words and str(run / "submissions/1").encode() in words and b"-u" in words
+        node = b"launch.execute.node_process" in words and str(run / "submissions/1").encode() in words and b"-u" in words
         if what == "node process" and node and env.get(b"SLURM_PROCID") == b"1" and b"srun" not in words[0]:
             found.append(int(entry))
     (pid,) = found

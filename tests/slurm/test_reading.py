@@ -13,21 +13,25 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from conftest import wait_until
 
-from launch import logs, runs, truth
-from launch import slurm as commands
-from launch.cancel import cancel, cancel_sweep
-from launch.show_runs import details, table
-from trainers.errors import UserError
-from trainers.files import read_json, replace_json, update_json
-from trainers.paths import RunPaths
+from launch.cluster import slurm as commands
+from launch.records import read as runs
+from launch.records import state as truth
+from launch.records.cancel import cancel, cancel_sweep
+from launch.records.run import read_run
+from launch.records.state import state_of
+from launch.report import logs
+from launch.report.tables import details, table
+from trainers.contract.errors import UserError
+from trainers.contract.files import read_json, replace_json, update_json
+from trainers.contract.paths import RunPaths
 
 pytestmark = pytest.mark.slow  # not each, but together
 
 NODE = """
 import os, signal, sys, time
 from pathlib import Path
-from trainers.files import replace_json, update_json
-from trainers.paths import RunPaths
+from trainers.contract.files import replace_json, update_json
+from trainers.contract.paths import RunPaths
 
 root, manner = Path(sys.argv[1]), sys.argv[2]
 if os.environ["SLURM_PROCID"] != "0":
@@ -81,7 +85,7 @@ def runs_of(slurm, tmp_path, monkeypatch):
             log = f"{paths.submission(1)}/%j_0_log.out"
             ids = [slurm.run("sbatch", "--parsable", "--open-mode=append", f"--output={log}", *options, file).strip()]
         update_json(paths.record, job={"kind": "slurm", "cluster": "test", "ids": ids, "submission": 1})
-        return runs.read_run(paths.root)
+        return read_run(paths.root)
 
     return make
 
@@ -90,8 +94,8 @@ def srun(node, root, manner):
     return f"PYTHONPATH={':'.join(sys.path)} exec srun {sys.executable} {node} '{root}' {manner}"
 
 
-def state_of(run, *states):
-    return wait_until(lambda: (now := run.state) in states and now)
+def wait_for(run, *states):
+    return wait_until(lambda: (now := state_of(run)) in states and now)
 
 
 def test_states_by_the_queue_then_by_its_memory_then_by_the_record(slurm, runs_of, monkeypatch):
@@ -115,8 +119,8 @@ def test_states_by_the_queue_then_by_its_memory_then_by_the_record(slurm, runs_o
     another = runs_of("another", state="running", ids=held.record["job"]["ids"], attempt=1)
     for run in (killed, dropped):
         slurm.run("scancel", *run.record["job"]["ids"])
-    state_of(failed, "failed")
-    state_of(silent, "lost")
+    wait_for(failed, "failed")
+    wait_for(silent, "lost")
     wait_until(lambda: not truth.look([stopped])[0][1].jobs and not truth.look([unlucky])[0][1].jobs)
     wait_until(lambda: working.again().record["state"] == "running")
 
@@ -210,7 +214,7 @@ def test_cancel_ends_a_job_that_does_not_stop(slurm, runs_of):
     wait_until(lambda: run.again().record["state"] == "running")
     said = cancel(run, wait_s=0.5)
     assert "SLURM was told to end job" in said
-    state_of(run, "cancelled")
+    wait_for(run, "cancelled")
 
 
 def test_cancel_of_a_step_leaves_its_allocation(slurm, runs_of, tmp_path):
@@ -218,7 +222,7 @@ def test_cancel_of_a_step_leaves_its_allocation(slurm, runs_of, tmp_path):
     allocation = runs_of("allocation", script=f"sleep 300 & ({step}) & wait")
     run = runs_of("run", ids=[f"{allocation.record['job']['ids'][0]}.0"])
     wait_until(lambda: run.again().record["state"] == "running")
-    assert run.state == "running" and runs.status(run)["queue"]["nodes"] == ["n1"]
+    assert state_of(run) == "running" and runs.status(run)["queue"]["nodes"] == ["n1"]
     assert cancel(run.again()) == "cancelled"
     assert read_json(run.paths.attempt_record(1))["outcome"] == "cancelled"
     assert slurm.job(allocation.record["job"]["ids"][0])["JobState"] == "RUNNING"
@@ -340,7 +344,7 @@ def test_follow_goes_on_through_a_requeue(slurm, runs_of, monkeypatch):
 
 def test_what_a_job_said_is_found_when_its_ranks_said_nothing(slurm, runs_of):
     run = runs_of("run", script="echo module not found; exit 1")
-    state_of(run, "failed")
+    wait_for(run, "failed")
     with pytest.raises(UserError) as caught:
         list(logs.lines(run, follow=True))
     assert "`launch logs run --node 0`" in caught.value.hint
@@ -353,7 +357,7 @@ def test_what_a_job_said_is_found_when_its_ranks_said_nothing(slurm, runs_of):
 def test_ended_jobs_are_remembered_without_accounting(slurm, runs_of):
     failed, signalled = runs_of("a", script="exit 3"), runs_of("b", script="kill -9 $$")
     for run in (failed, signalled):
-        state_of(run, "failed")
+        wait_for(run, "failed")
     ids = [*failed.record["job"]["ids"], *signalled.record["job"]["ids"]]
     found = commands.history([*ids, "99999"])
     assert [(found[id].state, found[id].exit_code, found[id].signal, found[id].nodes) for id in ids] == [

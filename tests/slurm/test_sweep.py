@@ -11,7 +11,8 @@ import pytest
 from conftest import BLOBS, attempt, environment, pace, record, rows, wait_until
 from slurm.conftest import LoginCommand, write_cluster
 
-from launch import runs
+from launch.records import read as runs
+from launch.records.run import read_run
 
 WORK = """
 import os, signal, sys, time
@@ -105,7 +106,7 @@ def test_an_element_that_is_requeued_goes_on_and_the_others_are_untouched(slurm,
     monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
     table = runs.list_runs(root, sweep=sweep["id"])
     assert [row["overrides"] for row in table] == [["train.seed=1"], ["train.seed=2"], ["train.seed=3"]]
-    assert [log.job for log in runs.node_logs(runs.read_run(of_2))] == [f"{job}_1"]
+    assert [log.job for log in runs.node_logs(read_run(of_2))] == [f"{job}_1"]
 
 
 def test_resume_goes_on_with_what_has_not_finished(slurm, script):
@@ -136,10 +137,11 @@ def test_resume_goes_on_with_what_has_not_finished(slurm, script):
 
 DIES = """
 import os, sys
-from launch import cli, sweep
+from launch.cli.main import main
+from launch.execute import sweep
 def update_json(*_, **__): {how}
 sweep.update_json = update_json
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 

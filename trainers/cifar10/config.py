@@ -12,9 +12,9 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from trainers.config import Fraction, RunConfig, Section
-from trainers.errors import UserError
-from trainers.memory import Counts
+from trainers.config.counts import Counts
+from trainers.config.schema import Fraction, RunConfig, Section
+from trainers.contract.errors import UserError
 
 OWN_MODELS = ("vgg", "resnet18")
 # What torchvision's CIFAR10 reads of its root: importing it to ask takes seconds.

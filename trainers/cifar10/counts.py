@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from math import prod
+from typing import TYPE_CHECKING
 
-from trainers.cifar10.config import Model
-from trainers.memory import Counts
+from trainers.config.counts import Counts
+
+if TYPE_CHECKING:
+    from trainers.cifar10.config import Model
 
 # Channels of vgg's 3x3 convolutions; "pool" halves the sides.
 VGG: tuple[int | str, ...] = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool")

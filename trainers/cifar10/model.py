@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trainers.cifar10.config import Model
 from trainers.cifar10.counts import HIDDEN, RESNET18, VGG, pooled_side
-from trainers.errors import UserError
+from trainers.contract.errors import UserError
 
 
 def make_model(config: Model, classes: int, size: int) -> nn.Module:

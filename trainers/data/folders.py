@@ -7,7 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
-from trainers.errors import UserError
+from trainers.contract.errors import UserError
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 EVALUATION = ("val", "valid", "test")  # the first that exists; val first: it is there to be looked at often

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainers.contract.errors import UserError
+from trainers.contract.events import emit
 from trainers.data.augment import NOTHING, Augment
 from trainers.data.folders import list_images
 from trainers.engine.task import Share
 from trainers.engine.world import World
-from trainers.errors import UserError
-from trainers.events import emit
 
 
 class Raw(NamedTuple):

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainers import heartbeat
-from trainers.config import RunConfig
+from trainers.config.schema import RunConfig
+from trainers.contract import heartbeat
+from trainers.engine.batches.sampling import evaluation_shares, seed_noise
 from trainers.engine.precision import autocast
-from trainers.engine.sampling import evaluation_shares, seed_noise
 from trainers.engine.stopping import Stopping
 from trainers.engine.task import Dataset, Task
 from trainers.engine.world import World

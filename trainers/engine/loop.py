@@ -9,23 +9,23 @@ from typing import Mapping
 
 from torch import Tensor, nn
 
-from trainers import events, heartbeat
-from trainers.config import RunConfig
-from trainers.engine.checkpoint import Checkpoints
+from trainers.config.schema import RunConfig
+from trainers.contract import events, heartbeat
+from trainers.contract.errors import TrainingError, UserError
+from trainers.contract.paths import RunPaths
+from trainers.contract.signals import hold
 from trainers.engine.evaluation import draw_figures, evaluate
-from trainers.engine.fragments import Fragment, fill, no_others, tied
-from trainers.engine.huggingface import describe
-from trainers.engine.learner import Learner
+from trainers.engine.parallel.fragments import Fragment, fill, no_others, tied
+from trainers.engine.parallel.strategy import close, share_buffers
+from trainers.engine.saving.checkpoint import Checkpoints
+from trainers.engine.saving.huggingface import describe
+from trainers.engine.saving.storage import Reader
+from trainers.engine.saving.weights import open_source, take
 from trainers.engine.setup import set_up
-from trainers.engine.storage import Reader
-from trainers.engine.strategy import close, share_buffers
 from trainers.engine.task import Task
-from trainers.engine.tracking import NoTracker, Tracker
-from trainers.engine.weights import open_source, take
+from trainers.engine.tracking.tracker import NoTracker, Tracker
+from trainers.engine.update_runner import Learner
 from trainers.engine.world import World
-from trainers.errors import TrainingError, UserError
-from trainers.paths import RunPaths
-from trainers.signals import hold
 
 FINISHED, STOPPED = 0, 75  # a rank's exit codes
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from trainers.config import Optim
+from trainers.config.schema import Optim
 
 
 class Sgd(torch.optim.SGD):

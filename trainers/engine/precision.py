@@ -7,8 +7,8 @@ from typing import Any, Mapping
 
 import torch
 
-from trainers.config import Precision
-from trainers.errors import UserError
+from trainers.config.schema import Precision
+from trainers.contract.errors import UserError
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

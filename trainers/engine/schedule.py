@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from trainers.config import Optim
+from trainers.config.schema import Optim
 
 
 def learning_rate(optim: Optim, updates: int, total: int) -> float:

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from trainers import support
-from trainers.config import RunConfig
-from trainers.engine.blocks import blocks
+from trainers.config import compatibility
+from trainers.config.schema import RunConfig
+from trainers.contract.errors import UserError
+from trainers.engine.batches.sampling import mix
+from trainers.engine.parallel.blocks import blocks
+from trainers.engine.parallel.strategy import Strategy, make_strategy
 from trainers.engine.precision import set_deterministic, set_precision
-from trainers.engine.sampling import mix
+from trainers.engine.saving.weights import Layout, layout
 from trainers.engine.stopping import Stopping
-from trainers.engine.strategy import Strategy, make_strategy
 from trainers.engine.task import Dataset, Task
-from trainers.engine.weights import Layout, layout
 from trainers.engine.world import World
-from trainers.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
         UserError: bad input, settings that do not go together, a device that cannot compute so.
     """
     train = config.train
-    support.check(config, world.device.type)  # ranks may be started by hand
+    compatibility.check(config, world.device.type)  # ranks may be started by hand
     set_precision(train.precision, world.device)
     if train.deterministic:
         set_deterministic(train.compile)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from trainers.contract.signals import stop_requested
 from trainers.engine.world import World
-from trainers.signals import stop_requested
 
 
 class Stopping:

@@ -10,7 +10,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from trainers.config import Optim, RunConfig
+from trainers.config.schema import Optim, RunConfig
 from trainers.engine.world import World
 
 

@@ -11,7 +11,7 @@ from typing import Iterator, Mapping
 import torch
 import torch.distributed as dist
 
-from trainers.errors import UserError
+from trainers.contract.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """When two forests of a grid are one and the same, or one a part of the other.
 
 Each shortcut is a small function that states its condition and the place in scikit-learn (1.9) that makes it true.
-What meets no condition is fitted plainly. tests/trainers/test_forest.py compares with GridSearchCV, score by score.
+What meets no condition is fitted plainly. tests/trainers/forest/test_forest.py compares with GridSearchCV, score by score.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trainers.files import read_json, replace_json
+from trainers.contract.files import read_json, replace_json
 from trainers.forest.fitting import Result
 
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import Field, field_validator
 
-from trainers.config import SearchConfig, Section
-from trainers.errors import UserError
+from trainers.config.schema import SearchConfig, Section
+from trainers.contract.errors import UserError
 
 WINE_URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/wine-quality/winequality-red.csv"
 WINE_SHA256 = "4a402cf041b025d4566d954c3b9ba8635a3a8a01e039005d97d6a710278cf05e"

@@ -13,11 +13,11 @@ from sklearn.base import clone
 from sklearn.inspection import permutation_importance
 from sklearn.model_selection import GroupKFold, KFold, cross_val_score
 
-from trainers import events
-from trainers.errors import UserError
-from trainers.files import replace_json, replace_text
+from trainers.contract import events
+from trainers.contract.errors import UserError
+from trainers.contract.files import replace_json, replace_text
+from trainers.contract.paths import RunPaths
 from trainers.forest import ForestSearchCV, save_forest
-from trainers.paths import RunPaths
 from trainers.wine.config import WineConfig
 from trainers.wine.figures import draw_heat_map, draw_importance, draw_trees
 from trainers.wine.table import Table

@@ -9,9 +9,9 @@ from sklearn.ensemble import ExtraTreesClassifier, ExtraTreesRegressor, RandomFo
 from sklearn.metrics import get_scorer_names
 from sklearn.model_selection import GroupKFold, KFold, ParameterGrid, StratifiedKFold
 
-from trainers.errors import UserError
+from trainers.config.nearest import nearest_keys
+from trainers.contract.errors import UserError
 from trainers.forest import ForestSearchCV
-from trainers.spec import nearest_keys
 from trainers.wine.config import WineConfig
 from trainers.wine.table import Table
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from trainers.errors import UserError
+from trainers.contract.errors import UserError
 from trainers.wine.config import Data
 
 MISSING = frozenset(("", "na", "n/a", "nan", "null", "none", "?"))

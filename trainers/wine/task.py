@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from trainers import events
-from trainers.engine.wandb_run import WandbRun
-from trainers.errors import TrainingError, UserError
-from trainers.files import update_json
-from trainers.paths import RunPaths
+from trainers.contract import events
+from trainers.contract.errors import TrainingError, UserError
+from trainers.contract.files import update_json
+from trainers.contract.paths import RunPaths
+from trainers.contract.signals import Stopped, hold
+from trainers.engine.tracking.wandb_run import WandbRun
 from trainers.runner import FINISHED, STOPPED, Place, Runner
-from trainers.signals import Stopped, hold
 from trainers.wine.config import WineConfig
 from trainers.wine.table import Table, fetch, load_table
 

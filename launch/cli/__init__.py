@@ -1,0 +1,1 @@
+"""What a person types: words and options become one call."""

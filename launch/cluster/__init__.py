@@ -1,0 +1,1 @@
+"""Where runs can go: cluster files, SLURM's commands, a machine's resources."""

@@ -1,0 +1,1 @@
+"""Run directories as their readers see them."""

@@ -1,0 +1,1 @@
+"""Look for what would go wrong, before anything is queued."""

@@ -1,0 +1,1 @@
+"""One node's ranks: start them, watch them, stop them."""

@@ -1,0 +1,298 @@
+"""What a person, or a program, sees of a run while it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from trainers.contract.events import duration, number, speed
+from trainers.contract.events import line as plain_line
+
+if TYPE_CHECKING:  # rich is imported only where something is drawn
+    from rich.text import Text
+
+DRAW_EVERY_S = 0.05
+
+
+class View(Protocol):
+    """Draws what the node process hears. Nothing here raises because of the stream: a run outlives its
+    reader (`| head`) and its terminal."""
+
+    def event(self, event: dict[str, Any]) -> None:
+        """An event, see trainers/contract/events.py."""
+
+    def text(self, line: str) -> None:
+        """A line of output of rank 0 that is no event, without its line end."""
+
+    def notice(self, message: str) -> None:
+        """Something the launcher itself says."""
+
+    def close(self) -> None:
+        """Leave the terminal in order. Nothing is drawn after it."""
+
+
+def make_view(json: bool, stream: IO[str] | None = None, ranks: bool = True) -> View:
+    """JSON lines if asked for, a progress line on a terminal that can draw, else plain lines; without `ranks` of what
+    the launcher itself says alone."""
+    stream = sys.stdout if stream is None else stream
+    outlet = Outlet(stream)
+    if not ranks:
+        return NoticeView(outlet)
+    if json:
+        return JsonView(outlet)
+    if outlet.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+        return RichView(outlet)
+    return PlainView(outlet)
+
+
+class Outlet:
+    """A stream that goes quiet when its reader has gone, and shows a character it cannot encode as `?`."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+        self._gone = False
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        if not self._gone:
+            try:
+                self._stream.write(text)
+            except (OSError, ValueError):  # ValueError: it was closed
+                self._leave()
+        return len(text)
+
+    def flush(self) -> None:
+        if not self._gone:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self._leave()
+
+    def line(self, text: str) -> None:
+        self.write(text + "\n")
+        self.flush()
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream.isatty()
+        except ValueError:
+            return False
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def _leave(self) -> None:
+        self._gone = True
+        # What the stream still buffers would fail once more as Python exits, with exit code 120.
+        try:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+        except (OSError, ValueError):
+            pass  # a stream without a file descriptor
+
+
+FOR_PROGRAMS = ("error", "failure")  # the launcher says these at its end, once, on standard error
+
+
+class PlainView:
+    """A line for each thing said."""
+
+    def __init__(self, outlet: Outlet):
+        self._outlet = outlet
+
+    def event(self, event: dict[str, Any]) -> None:
+        if event["event"] not in FOR_PROGRAMS:
+            self._outlet.line(event_line(event))
+
+    def text(self, line: str) -> None:
+        self._outlet.line(line)
+
+    def notice(self, message: str) -> None:
+        self._outlet.line(message)
+
+    def close(self) -> None:
+        self._outlet.flush()
+
+
+class NoticeView(PlainView):
+    """What the launcher says, and no word of the ranks: those have logs of their own."""
+
+    def event(self, event: dict[str, Any]) -> None: ...
+    def text(self, line: str) -> None: ...
+
+
+class JsonView:
+    """A JSON object a line: the events, and {"event": "text", "line"} and {"event": "notice", "message"}."""
+
+    def __init__(self, outlet: Outlet):
+        self._outlet = outlet
+
+    def event(self, event: dict[str, Any]) -> None:
+        self._outlet.line(strict_json(event))
+
+    def text(self, line: str) -> None:
+        self._outlet.line(strict_json({"event": "text", "line": line}))
+
+    def notice(self, message: str) -> None:
+        self._outlet.line(strict_json({"event": "notice", "message": message}))
+
+    def close(self) -> None:
+        self._outlet.flush()
+
+
+class RichView:
+    """Plain lines, and below them, from the first `start` on, one line of progress.
+
+    It is drawn when something is said, by no thread of its own: ranks are forked from this process.
+    """
+
+    def __init__(self, outlet: Outlet):
+        self._outlet = outlet
+        self._live = None
+        self._drawn = 0.0
+        self._progress = Progress()
+
+    def event(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case kind if kind in FOR_PROGRAMS:
+                return
+            case "step" if self._live and self._progress.take(event):
+                # A drawing costs 0.5 ms: a thousand logged steps a second must not.
+                if time.monotonic() - self._drawn > DRAW_EVERY_S:
+                    self._live.refresh()
+                    self._drawn = time.monotonic()
+                return
+            case "start":
+                self._open(event)
+            case "end":
+                self._progress.shown = False  # the line of this event says it all
+        self._above(event_line(event))
+
+    def text(self, line: str) -> None:
+        self._above(line)
+
+    def notice(self, message: str) -> None:
+        self._above(message)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.transient = not self._progress.shown
+            self._live.stop()
+            self._live = None
+        self._outlet.flush()
+
+    def _open(self, event: dict[str, Any]) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._progress = Progress()
+        self._progress.take({"step": event.get("step", 0), "total": event.get("total")})
+        if self._live is None:
+            console = Console(file=self._outlet, force_terminal=True, highlight=False, markup=False, emoji=False)
+            self._live = Live(get_renderable=lambda: self._progress, console=console, auto_refresh=False,
+                              redirect_stdout=False, redirect_stderr=False)
+            self._live.start()
+            # Live hides the cursor; a launcher that is killed could not bring it back.
+            console.show_cursor(True)
+
+    def _above(self, line: str) -> None:
+        if self._live is None:
+            self._outlet.line(line)
+            return
+        from rich.text import Text
+
+        # Colours are kept, other control sequences would tear the drawing; of what a progress bar wrote
+        # over itself with carriage returns the last stays. soft_wrap: the terminal breaks long lines.
+        self._live.console.print(Text.from_ansi(line.rstrip("\r\n")), soft_wrap=True)
+
+
+class Progress:
+    """The progress line: what fits of it, the most important first, and a bar in the room left."""
+
+    LEAST_BAR = 6  # columns
+
+    def __init__(self):
+        self.shown = True
+        self._began = time.monotonic()
+        self._event: dict[str, Any] = {"step": 0, "total": None}
+
+    def take(self, event: dict[str, Any]) -> bool:
+        """Show this step from now on; False if it cannot be drawn: a user's script may say anything."""
+        try:
+            self._parts(event)
+        except (KeyError, TypeError, ValueError):
+            return False
+        self._event = event
+        return True
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        if self.shown:
+            yield self.draw(options.max_width - 1)  # the last column stays free: some terminals wrap there
+
+    def draw(self, width: int) -> Text:
+        from rich.cells import cell_len
+        from rich.text import Text
+
+        parts, total = self._parts(self._event), self._event["total"]
+        gap = 2 if width >= 100 else 1
+        chosen, room = {0}, width - cell_len(" ".join(parts[0][1:]))
+        if total:
+            room -= self.LEAST_BAR + gap
+        for place in sorted(range(1, len(parts)), key=lambda place: parts[place][0]):
+            needed = cell_len(" ".join(parts[place][1:]).strip()) + gap
+            if needed <= room:
+                chosen.add(place)
+                room -= needed
+        text = Text(no_wrap=True, overflow="crop", end="")
+        for place in sorted(chosen):
+            _, label, value = parts[place]
+            text.append(" " * gap if place else "").append(f"{label} " if label else "", style="dim").append(value)
+            if place == 0 and total and room >= 0:
+                columns = min(self.LEAST_BAR + room, 40)
+                done = round(columns * min(1.0, self._event["step"] / total))
+                text.append(" " * gap).append("━" * done, style="green")
+                text.append("━" * (columns - done), style="bright_black")
+        return text
+
+    def _parts(self, event: dict[str, Any]) -> list[tuple[int, str, str]]:
+        """(rank of importance, label, value) in the order shown."""
+        step, total = event["step"], event["total"]
+        known = {"event", "step", "total", "loss", "lr", "rate", "unit", "data_wait", "eta_s"}
+        parts = [(0, "", f"{step}/{total}") if total else (0, "step", str(step))]
+        if total:
+            parts.append((2, "", f"{step / total:.0%}"))
+        if "loss" in event:
+            parts.append((1, "loss", number(event["loss"])))
+        parts += [(8, name, number(value)) for name, value in event.items() if name not in known]
+        if "lr" in event:
+            parts.append((6, "lr", number(event["lr"])))
+        if "rate" in event:
+            parts.append((4, "", speed(event)))
+        if "data_wait" in event:
+            parts.append((5, "data", f"{event['data_wait']:.0%}"))
+        parts.append((7, "", duration(time.monotonic() - self._began)))
+        if event.get("eta_s") is not None:
+            parts.append((3, "eta", duration(event["eta_s"])))
+        return parts
+
+
+def event_line(event: dict[str, Any]) -> str:
+    """The event's plain line, or the event itself if it lacks something."""
+    try:
+        return plain_line(event)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return json.dumps(event, ensure_ascii=False)
+
+
+def strict_json(value: dict[str, Any]) -> str:
+    """JSON as every reader takes it: a number that is none (a loss of nan) becomes null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), ensure_ascii=False)

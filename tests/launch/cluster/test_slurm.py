@@ -1,0 +1,139 @@
+"""Reading what SLURM's commands print. The texts are what SLURM 22.05 printed."""
+
+from __future__ import annotations
+
+import pytest
+
+from launch.cluster import reasons, slurm
+from trainers.contract.errors import UserError
+
+SACCT = """\
+1|FAILED|3:0|2026-11-24T02:46:36|n1|None
+1.batch|FAILED|3:0|2026-11-24T02:46:36|n1|
+2|FAILED|0:9|2026-11-24T02:46:36|n1|None
+4|CANCELLED by 0|0:0|2026-11-24T02:46:39|n[1-2]|None
+5|CANCELLED by 0|0:0|2026-11-24T02:46:39|None assigned|JobHeldUser
+8|RUNNING|0:0|Unknown|n1|None
+8.0|COMPLETED|0:0|2026-11-24T02:46:38|n1|
+8.1|RUNNING|0:0|Unknown|n1|
+6_1|FAILED|1:0|2026-11-24T02:46:36|n1|None
+6_1.batch|FAILED|1:0|2026-11-24T02:46:36|n1|
+"""
+SQUEUE = """\
+114_1|PENDING|N/A|4294901646|1||main|2026-11-24T02:11:28|JobArrayTaskLimit|/tmp/s.sh
+116|PENDING|2026-11-24T02:41:28|4294901644|3||main|2026-11-24T02:11:28|Resources|(null)
+112|RUNNING|2026-11-24T02:11:28|4294901648|2|n[1-2]|main|2026-11-24T02:11:27|None|/tmp/a b|c 中文/s.sh
+"""
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What each program says, by its name; without a word it fails."""
+    texts = {}
+
+    def call(*words, **_):
+        if words[0] not in texts:
+            raise UserError(f"`{words[0]}` failed: Slurm accounting storage is disabled")
+        return texts[words[0]]
+
+    monkeypatch.setattr(slurm, "call", call)
+    monkeypatch.setenv("TZ", "UTC")
+    return texts
+
+
+def test_the_queue(said):
+    said["squeue"] = SQUEUE
+    found = slurm.queue(["114_1", "116", "112", "99999"])
+    assert list(found) == ["114_1", "116", "112"]
+    assert (found["112"].script, found["112"].node_list, found["112"].waiting) == ("/tmp/a b|c 中文/s.sh", "n[1-2]", False)
+    assert (found["114_1"].start, found["114_1"].reason, found["114_1"].waiting) == (None, "JobArrayTaskLimit", True)
+    assert (found["116"].script, found["116"].priority, found["116"].nodes) == (None, 4294901644, 3)
+    assert list(slurm.queue(["116"])) == ["116"], "what is not asked for is not told"
+
+
+def test_what_accounting_remembers(said):
+    said["squeue"] = ""
+    said["sacct"] = SACCT
+    found = slurm.history(["1", "2", "4", "5", "6_1", "8", "8.0", "8.1"])
+    assert {id: (end.state, end.exit_code, end.signal, end.nodes) for id, end in found.items()} == {
+        "1": ("FAILED", 3, None, ["n1"]), "2": ("FAILED", None, 9, ["n1"]), "4": ("CANCELLED", 0, None, ["n1", "n2"]),
+        "5": ("CANCELLED", 0, None, []), "8.0": ("COMPLETED", 0, None, ["n1"]), "6_1": ("FAILED", 1, None, ["n1"])}
+    del said["sacct"]
+    assert slurm.history(["1"]) == {}, "no accounting is no error"
+
+
+def test_the_controller_remembers_first(said):
+    said["squeue"] = "121|FAILED|768|2026-11-24T02:11:54|n1|NonZeroExitCode\n122|FAILED|9|2026-11-24T02:11:54|n1|None\n"
+    said["sacct"] = "121|COMPLETED|0:0|2020-01-01T00:00:00|n9|None\n"
+    found = slurm.history(["121", "122"])
+    assert [(end.exit_code, end.signal, end.nodes) for end in found.values()] == [(3, None, ["n1"]), (None, 9, ["n1"])]
+
+
+def test_partitions_of_unequal_nodes(said):
+    said["sinfo"] = ("main*|up|1-00:00:00|3|16|64000|gpu:8\n"
+                     "main*|up|1-00:00:00|2|128|512000|gpu:a100:4(S:0-1),gpu:v100:2,mps:8\n"
+                     "long|drain|infinite|1|8|16000|(null)\n")
+    main, long = slurm.partitions()
+    assert main == slurm.Partition("main", True, 86400, 5, {"": 8, "a100": 4, "v100": 2}, 128, 512000, "up")
+    assert (long.default, long.time_s, long.gpus, long.up) == (False, None, {}, False)
+
+
+def test_states_of_nodes(said):
+    said["sinfo"] = "n1|idle|none\nn2|down*|Not responding\nn3|mixed*|none\nn4|idle~|none\nn5|drained|bad | disk\n"
+    assert slurm.node_states(["n1"]) == {"n1": ("IDLE", ""), "n2": ("DOWN", "Not responding"), "n3": ("NOT_RESPONDING", ""),
+                                         "n4": ("IDLE", ""), "n5": ("DRAINED", "bad | disk")}
+
+
+@pytest.mark.parametrize("node_list, names", [
+    ("", []), ("n1", ["n1"]), ("n[1-3,7],m01", ["n1", "n2", "n3", "n7", "m01"]),
+    ("n[08-11]", ["n08", "n09", "n10", "n11"]), ("r[1-2]n[3-4]x", ["r1n3x", "r1n4x", "r2n3x", "r2n4x"]),
+])
+def test_lists_of_nodes(node_list, names):
+    assert slurm.expand(node_list) == names
+
+
+@pytest.mark.parametrize("reason, plain", [
+    ("Priority", "higher priority"), ("Resources", "become free"), ("DependencyNeverSatisfied", "never start"),
+    ("BeginTime", "two minutes"), ("ReqNodeNotAvail, UnavailableNodes:n2", "down, draining or reserved"),
+    ("QOSMaxGRESPerUser", "allows a user"), ("QOSMaxGRESPerJob", "than a job"), ("QOSGrpGRES", "at once"),
+    ("AssocGrpCpuLimit", "at once"), ("AssocMaxJobsLimit", "allows a user"), ("QOSMinGRES", "less than its QOS"),
+    ("job requeued in held state", "scontrol release"), ("PartitionTimeLimit", "this length"), ("SomethingNew", "SomethingNew"),
+])
+def test_reasons_in_plain_words(reason, plain):
+    assert plain in reasons.words(reason)
+
+
+@pytest.mark.parametrize("reason, said", [
+    ("Priority", "jobs of higher priority come first (Priority)"), ("None", "SLURM has not looked at it yet"),
+    ("SomethingNew", "SomethingNew"),
+])
+def test_slurms_own_word_stands_behind_if_it_has_one(reason, said):
+    assert reasons.told(reason) == said
+
+
+def test_the_environment_of_jobs_is_the_users_own():
+    own = {"PATH": "/bin", "SLURM_CONF": "/etc/c", "HOME": "/h", "RANKING": "1", "LAUNCH_RUNS": "/r", "LAUNCH_DATA": "/d",
+           "WORLD_SIZES": "1", "WANDB_API_KEY": "k"}
+    foreign = ["SBATCH_EXPORT", "SBATCH_PARTITION", "SLURM_CPU_BIND", "SLURM_JOB_ID", "SRUN_CPUS_PER_TASK", "SQUEUE_FORMAT",
+               "SINFO_FORMAT", "SACCT_FORMAT", "SCANCEL_STATE", "CUDA_VISIBLE_DEVICES", "RANK", "LOCAL_RANK", "WORLD_SIZE",
+               "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "LAUNCH_RUN_DIR", "LAUNCH_ATTEMPT", "PMIX_RANK"]
+    assert slurm.environment({**own, **dict.fromkeys(foreign, "x")}) == own
+
+
+def test_a_command_that_cannot_be_asked_says_why(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="SLURM_CONF says .*none`, and there is no such file"):
+        slurm.call("squeue")
+    monkeypatch.delenv("SLURM_CONF")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not slurm.available()
+    with pytest.raises(UserError, match="there is no SLURM here: `squeue` is not installed"):
+        slurm.call("squeue")
+    program = tmp_path / "squeue"
+    program.write_text("#!/bin/sh\necho 'squeue: error: one' >&2; echo 'squeue: fatal: Unable to contact slurm controller' >&2\n"
+                       "exit 1\n")
+    program.chmod(0o755)
+    with pytest.raises(UserError) as caught:
+        slurm.call("squeue")
+    assert caught.value.message == "`squeue` failed: one; Unable to contact slurm controller"
+    assert "scontrol ping" in caught.value.hint

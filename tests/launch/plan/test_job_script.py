@@ -1,0 +1,186 @@
+"""The script of a SLURM job, as text."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.cluster.config import ClusterConfig
+from launch.cluster.resources import Wanted, slurm_resources
+from launch.cluster.times import seconds, slurm_time
+from launch.plan.job_script import DECIDED, Job, Request, make_job, srun_args
+from trainers.contract.errors import UserError
+
+
+def job(cluster: dict = {}, gpus: int | None = 1, nodes: int | None = None, procs: int | None = None, folder: str = "/runs/r/s/1",
+        grace_s: float = 60, request: dict = {}, **more) -> Job:
+    config = ClusterConfig(name="lab", kind="slurm", **cluster)
+    resources = slurm_resources(config, Wanted(gpus if procs is None else None, procs, nodes))
+    return make_job(Request(config, **request), resources, name="job", folder=folder, python="/venv/python", grace_s=grace_s,
+                    **more)
+
+
+def options(job: Job) -> dict[str, str | bool]:
+    """What sbatch reads in the script."""
+    words = [shlex.split(line)[1].removeprefix("--") for line in job.script.splitlines() if line.startswith("#SBATCH ")]
+    return {key: value if equals else True for key, equals, value in (word.partition("=") for word in words)}
+
+
+def command(job: Job) -> list[str]:
+    (line,) = [line for line in job.script.splitlines() if line.startswith("srun ")]
+    return shlex.split(line)
+
+
+def test_the_whole_script():
+    cluster = {"partition": "gpu", "account": "lab", "qos": "high", "constraint": "a100|h100", "gpus_per_node": 8,
+               "cpus_per_gpu": 6, "mem_per_gpu": "64G", "time": "12h", "setup": ["module load cuda"], "data": "/a b",
+               "sbatch": {"switches": "1", "exclusive": True, "overcommit": False}}
+    made = job(cluster, gpus=16, code="/runs/r/code/c d")
+    decided = {"partition": "gpu", "account": "lab", "qos": "high", "constraint": "a100|h100", "gpus-per-node": "8",
+               "cpus-per-task": "48", "mem": "512G", "time": "0-12:00:00", "switches": "1", "exclusive": True, "job-name": "job",
+               "nodes": "2", "ntasks-per-node": "1", "requeue": True, "open-mode": "append", "signal": "USR2@105",
+               "output": "/runs/r/s/1/%j_0_log.out"}
+    assert options(made) == decided
+    assert command(made) == ["srun", "--unbuffered", "--output", "/runs/r/s/1/%j_%t_log.out", "--nodes=2", "--ntasks-per-node=1",
+                             "--cpus-per-task=48", "--cpu-bind=none", "--mpi=none", "--kill-on-bad-exit=0", "--export=ALL",
+                             "/venv/python", "-P", "-u", "-m", "launch.execute.node_process", "/runs/r/s/1"]
+    lines = made.script.splitlines()
+    begin = lines.index("export SLURM_EXPORT_ENV=ALL")
+    assert lines[begin + 1:begin + 4] == ["export LAUNCH_DATA='/a b'", "module load cuda",
+                                          "export LAUNCH_CODE='/runs/r/code/c d'"]
+    assert made.command == ("sbatch", "--parsable", "--hold", "/runs/r/s/1/job.sh") and made.links == 1
+    assert made == job(cluster, gpus=16, code="/runs/r/code/c d")
+
+
+@pytest.mark.parametrize("cluster, given, expected", [
+    ({"gpu_type": "a100"}, {"gpus": 4}, {"gpus-per-node": "a100:4"}),
+    ({"gpu_type": "a100", "gpu_request": "gres"}, {"gpus": 4}, {"gres": "gpu:a100:4"}),
+    ({"gpu_request": "gres"}, {"gpus": 4, "nodes": 2}, {"gres": "gpu:2", "nodes": "2"}),
+    ({"gpu_request": "gres", "sbatch": {"gres": "scratch:100"}}, {"gpus": 1}, {"gres": "gpu:1,scratch:100"}),
+    ({"gpu_request": "none"}, {"gpus": 4}, {"gres": None, "gpus-per-node": None}),
+    ({"cpus_per_rank": 3, "mem_per_cpu": "2G", "cpus_per_node": 6}, {"procs": 4},
+     {"nodes": "2", "cpus-per-task": "6", "mem-per-cpu": "2G", "gpus-per-node": None, "gres": None}),
+    ({}, {"gpus": 1}, {"cpus-per-task": None, "mem": None, "partition": None, "account": None}),
+    ({"mem_per_gpu": "512M", "mem_per_cpu": "2G"}, {"gpus": 2}, {"mem": "1024M", "mem-per-cpu": None}),
+    ({"requeue": False}, {"gpus": 1}, {"no-requeue": True, "requeue": None}),
+    ({"partition": "a", "time": "1h"}, {"request": {"time": "30", "options": {"partition": "b", "mail_type": "END"}}},
+     {"partition": "b", "time": "0-00:30:00", "mail-type": "END"}),
+    ({"sbatch": {"exclusive": True}}, {"request": {"options": {"exclusive": False}}}, {"exclusive": None}),
+    ({}, {"request": {"options": {"job-name": "mine"}}}, {"job-name": "mine"}),
+    ({}, {"request": {"after": ["7", "8"]}}, {"dependency": "afterok:7?afterok:8"}),
+    ({}, {"request": {"options": {"dependency": "singleton"}}}, {"dependency": "singleton"}),
+    ({}, {"request": {"after": ["7"], "options": {"dependency": "singleton"}}}, {"dependency": "afterok:7,singleton"}),
+    ({}, {"grace_s": 0.5}, {"signal": "USR2@46"}),
+])
+def test_what_is_asked_of_sbatch(cluster, given, expected):
+    found = options(job(cluster, **given))
+    assert {key: found.get(key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("key", [*DECIDED, "ntasks_per_node", "out", "arr", "sig"])
+@pytest.mark.parametrize("cluster", [True, False])
+def test_what_launch_decides_cannot_be_set(key, cluster):
+    with pytest.raises(UserError, match="cannot be set\nhint: .+"):
+        job({"sbatch": {key: "1"}}) if cluster else job(request={"options": {key: "1"}})
+
+
+@pytest.mark.parametrize("key", ["p", "", "N", "two\nlines", "mem #", "-mem", "mem=1 --wrap"])
+def test_what_is_no_option_is_refused(key):
+    with pytest.raises(UserError, match="is no option of sbatch"):
+        job(request={"options": {key: "1"}})
+
+
+@pytest.mark.parametrize("value", ["two\nlines", "a\rb", "\x00", "\x1b[31m", "\u2028", "\x85", "\udc80", "\ue000"])
+def test_what_a_line_of_sbatch_cannot_hold_is_refused(value):
+    with pytest.raises(UserError, match="`comment` is .* which holds a line end or control character"):
+        job(request={"options": {"comment": value}})
+    with pytest.raises(UserError, match="the run directory's path"):
+        job(folder=f"/runs/{value}/1")
+
+
+@pytest.mark.parametrize("value", ["it's", '"', "$(id)", "`id`", "a;b & c", "%j", "中文　字 é", "👩‍🔬", "back\\slash\\", "a,b",
+                                   "# no"])
+def test_what_a_value_holds_stays(value):
+    """sbatch takes a backslash for an escape, also inside single quotes."""
+    made = job({"sbatch": {"comment": value}})
+    assert options(made)["comment"] == value.replace("\\", "\\\\") and made.script.count("#SBATCH --comment=") == 1
+
+
+@pytest.mark.parametrize("folder, sbatch, srun", [
+    ("/a b/it's", "/a b/it's/%j_0_log.out", "/a b/it's/%j_%t_log.out"),
+    ("/100% %j %A", "/100%% %%j %%A/%j_0_log.out", "/100%% %%j %%A/%j_%t_log.out"),
+    ("/%t", "/%%t/%j_0_log.out", "/%%t/%j_%t_log.out"),
+])
+def test_a_percent_sign_in_the_folder(folder, sbatch, srun):
+    made = job(folder=folder)
+    assert options(made)["output"] == sbatch and command(made)[3] == srun and command(made)[-1] == folder
+    array = job(folder=folder, elements=[0, 1])
+    assert options(array)["output"] == sbatch.replace("%j_0_", "%A_%a_0_")
+    assert command(array)[3] == srun.replace("%j_%t_", "%A_%a_%t_") and command(array)[-1] == folder
+
+
+@pytest.mark.parametrize("folder", ["/a\\b", "/my%20folder", "/%j/%t", "/%%u"])
+def test_a_folder_that_srun_cannot_be_told_is_refused(folder):
+    with pytest.raises(UserError, match="such a % as srun cannot be told"):
+        job(folder=folder)
+
+
+@pytest.mark.parametrize("elements, parallel, said", [
+    ([0, 1, 2, 5], None, "0-2,5"), ([3], None, "3"), (range(1000), 20, "0-999%20"), ([1, 3, 4], 1, "1,3-4%1")])
+def test_arrays(elements, parallel, said):
+    made = job(elements=elements, parallel=parallel)
+    assert options(made)["array"] == said and made.elements == tuple(elements) and made.links == 1
+
+
+def test_a_chain_has_as_many_links_as_the_cluster_says():
+    assert job({"requeue": False}).links == 4 and job({"requeue": False, "chain": 9}).links == 9
+    assert job({"chain": 9}).links == 1 and job({"requeue": False}, elements=[0]).links == 1
+
+
+@pytest.mark.parametrize("time, grace_s", [("1m", 60), ("105s", 60), ("10m", 600)])
+def test_a_time_limit_that_leaves_no_time_is_refused(time, grace_s):
+    with pytest.raises(UserError, match=r"the time limit is \d+ s, of which the last \d+ s .* \(run.grace_s is"):
+        job(request={"time": time}, grace_s=grace_s)
+    assert options(job(request={"time": "106s"}))["time"] == "0-00:01:46"
+
+
+@pytest.mark.parametrize("total_s, text", [(1, "0-00:00:01"), (3600, "0-01:00:00"), (90061, "1-01:01:01"),
+                                           (864000, "10-00:00:00")])
+def test_times_are_written_as_they_are_read(total_s, text):
+    assert slurm_time(total_s) == text and seconds(text) == total_s
+
+
+def test_in_an_allocation_all_that_it_has_is_taken():
+    config = ClusterConfig(name="lab", kind="slurm", cpus_per_gpu=6, srun=["--label"])
+    words = srun_args(config, slurm_resources(config, Wanted(gpus=4, nodes=2)), here=True)
+    assert {"--nodes=2", "--overlap", "--cpu-bind=none", "--label"} <= set(words)
+    assert not [word for word in words if word.startswith("--cpus-per-task")]
+
+
+@pytest.mark.parametrize("code", [0, 1, 75])
+@pytest.mark.parametrize("marked, restarts, requeued", [(True, 2, True), (False, 2, False), (True, 3, False)])
+def test_the_batch_shell_requeues_what_is_to_begin_anew(tmp_path: Path, code, marked, restarts, requeued):
+    """With stand-ins for srun and scontrol, in a folder of a hostile name; not a job that SLURM has begun anew itself."""
+    folder, programs = tmp_path / "it's a $(touch hacked)", tmp_path / "bin"
+    for path in (folder, programs):
+        path.mkdir()
+    (programs / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
+    (programs / "scontrol").write_text(f'#!/bin/sh\n[ "$1" = show ] && echo "JobId=9 Restarts={restarts} BatchFlag=1" && exit\n'
+                                       f'echo "$@" >> {tmp_path}/said\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    (folder / "exclude-9_3").write_text("n1,n4")
+    if marked:
+        (folder / "requeue-9_3-2").touch()
+    script = tmp_path / "job.sh"
+    script.write_text(job(folder=str(folder)).script)
+    env = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3",
+           "SLURM_RESTART_COUNT": "2"}
+    done = subprocess.run(["bash", script], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert done.returncode == code and done.stderr == ""
+    said = (tmp_path / "said").read_text().splitlines() if (tmp_path / "said").exists() else []
+    assert ("requeue 9_3" in said) == ("update JobId=9_3 ExcNodeList=n1,n4" in said) == requeued
+    assert (folder / "again-9_3-2").exists() == requeued and not (tmp_path / "hacked").exists()

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from conftest import BLOBS
+
+from launch.cluster.config import load_cluster
+from launch.cluster.resources import Resources, Wanted, local_resources, visible_gpus
+from launch.plan.plan import make_plan
+from launch.plan.show import CHOSEN_LATER, show
+from launch.plan.spec import load_spec
+from launch.supervise.port import reserved_port
+from trainers.contract.errors import UserError
+
+
+def plan(resources: Resources, *overrides: str, attempt: int = 1):
+    cluster = load_cluster("local")
+    spec = load_spec(str(BLOBS), overrides, cluster=cluster, environment={})
+    return make_plan("the-run", spec, cluster, resources, runs=Path("/some/runs"), python="/py thon", cwd=Path("/cwd"),
+                     attempt=attempt)
+
+
+def test_the_same_inputs_give_the_same_plan():
+    assert plan(Resources("cpu", 2)) == plan(Resources("cpu", 2))
+    assert plan(Resources("cpu", 2), attempt=2) != plan(Resources("cpu", 2))
+
+
+def test_it_shows_every_command_variable_and_file():
+    made = plan(Resources("cuda", 4, threads=3), "train.micro_batch_size=2")
+    text = show(made)
+    assert "'/py thon' -P -m trainers.run /some/runs/the-run" in text
+    for key, value in made.env.items():
+        assert f"\n{key}={value}\n" in text
+    for rank in range(4):
+        assert f"\nRANK={rank}\nLOCAL_RANK={rank}\nWORLD_SIZE=4\n" in text
+    assert text.count(CHOSEN_LATER) == 4
+    for content in made.files.values():
+        assert content.rstrip() in text
+    assert "32 = 4 rank(s) x 2 micro-batch x 4 accumulation" in text
+    assert "accelerate launch --config_file /some/runs/the-run/attempts/1/plan/accelerate.yaml -m trainers.run" in text
+    assert "num_processes: 4" in text and 'distributed_type: "MULTI_GPU"' in text
+    assert made.env["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and made.env["ACCELERATE_USE_CPU"] == "false"
+    assert "CUDA_VISIBLE_DEVICES" not in text
+
+
+@pytest.mark.parametrize("ranks, overrides, message, hint", [
+    (3, [], "`train.batch_size` is 32, not a multiple of 3 ranks", "use train.batch_size=30 or 33, or 1, 2, 4 or 8 ranks"),
+    (2, ["train.micro_batch_size=5"], "`train.micro_batch_size` is 5, which does not divide the 16 samples of each of 2 "
+     "rank(s) (`train.batch_size` is 32)", "use train.micro_batch_size=1, 2, 4, 8 or 16"),
+    (64, [], "`train.batch_size` is 32, not a multiple of 64 ranks", "use train.batch_size=64, or 1, 2, 4, 8, 16 or 32 ranks"),
+])
+def test_a_batch_that_does_not_divide_is_refused_with_what_would(ranks, overrides, message, hint):
+    with pytest.raises(UserError) as error:
+        plan(Resources("cpu", ranks), *overrides)
+    assert (error.value.message, error.value.hint) == (message, hint)
+
+
+def gpus(folder: Path, count: int) -> Path:
+    for name in [*(f"nvidia{i}" for i in range(count)), "nvidiactl", "nvidia-uvm"]:
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize("mask, count", [
+    (None, 4), ("", 0), ("-1", 0), ("0,1", 2), ("3", 1), ("0,-1,2", 1), ("GPU-aa,GPU-bb", 2), ("0,1,2,3,4,5", 4),
+    ("MIG-aa,MIG-bb", 2),
+])
+def test_the_mask_is_respected(tmp_path, mask, count):
+    env = {} if mask is None else {"CUDA_VISIBLE_DEVICES": mask}
+    assert visible_gpus(env, gpus(tmp_path, 4)) == count
+
+
+def test_no_gpu_is_no_quiet_fall_to_the_cpu(monkeypatch):
+    monkeypatch.setattr("launch.cluster.resources.visible_gpus", lambda env: 1)
+    assert local_resources(Wanted(), {}).device == "cuda"
+    assert local_resources(Wanted(procs=2), {"OMP_NUM_THREADS": "5"}) == Resources("cpu", 2, threads=5)
+    with pytest.raises(UserError, match="this machine has 1 NVIDIA GPU"):
+        local_resources(Wanted(gpus=2), {"CUDA_VISIBLE_DEVICES": "3"})
+
+
+def test_a_reserved_port_is_nobody_elses():
+    with reserved_port() as one, reserved_port() as two:
+        assert one != two
+        for port in (one, two):
+            with socket.socket() as other, pytest.raises(OSError):
+                other.bind(("", port))
+        with socket.socket() as store:  # as torch's store does
+            store.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            store.bind(("", one))
+            store.listen()

@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from launch.cluster import slurm
+from launch.records import read as runs
+from launch.records import state as truth
+from launch.records.cancel import cancel, cancel_sweep
+from launch.records.process import alive, identity
+from launch.records.run import read_run
+from launch.records.state import state_of
+from launch.report.tables import details, table
+from trainers.contract.errors import UserError
+from trainers.contract.files import replace_json
+from trainers.contract.paths import RunPaths
+
+LAST = {"rank": 1, "exit_code": None, "signal": "SIGKILL", "message": "killed", "hint": "was memory short?",
+        "traceback": "Traceback\n  here", "retry": True}
+
+
+def make_run(root, id="cifar10-1", state="finished", **changes):
+    paths = RunPaths(root / id)
+    paths.root.mkdir(parents=True)
+    replace_json(paths.record, {
+        "id": id, "task": "cifar10", "state": state, "step": 120, "total": 1000, "attempt": 1, "job": None,
+        "sweep": None, "metrics": {"top1": 0.5}, "checkpoint": 100,
+        "created": "2026-01-02T00:00:00+00:00", "updated": "2026-01-02T01:00:00+00:00", **changes,
+    })
+    return paths
+
+
+def make_attempt(paths, number, **changes):
+    paths.attempt(number).mkdir(parents=True)
+    replace_json(paths.attempt_record(number), {
+        "attempt": number, "host": "here", "pid": 1, "process_started": "1", "cwd": "/", "device": "cpu", "ranks": 2,
+        "began": "2026-01-02T00:00:00+00:00", "ended": "2026-01-02T00:10:00+00:00", "outcome": "failed",
+        "exit_code": 1, "failure": None, **changes,
+    })
+
+
+def job_of(pid, **changes):
+    return {"kind": "local", "host": socket.gethostname(), "pid": pid, "started": identity(pid) or "none", **changes}
+
+
+@pytest.fixture
+def gone():
+    """The pid of a process that has ended and been waited for."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_process_is_known_by_pid_and_time():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = identity(process.pid)
+    assert started == identity(process.pid)
+    assert alive(process.pid, started)
+    assert not alive(process.pid, started + "0"), "another process under the same number"
+    process.stdin.close()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not alive(process.pid, started), "a zombie is dead"
+    process.wait()
+    assert identity(process.pid) is None
+
+
+def test_find_by_id_beginning_and_path(tmp_path, monkeypatch):
+    make_run(tmp_path, "cifar10-1")
+    make_run(tmp_path, "cifar10-12")
+    make_run(tmp_path, "gan-7")
+    assert runs.find_run(tmp_path, "cifar10-1").id == "cifar10-1", "an id is itself though it begins another"
+    assert runs.find_run(tmp_path, "g").id == "gan-7"
+    assert runs.find_run(tmp_path / "elsewhere", str(tmp_path / "gan-7")).id == "gan-7"
+    monkeypatch.chdir(tmp_path)
+    assert runs.find_run(tmp_path / "elsewhere", "gan-7").id == "gan-7"
+    assert runs.find_run(tmp_path / "elsewhere", "./gan-7/").id == "gan-7"
+
+
+def test_find_says_what_is_wrong(tmp_path):
+    make_run(tmp_path, "cifar10-1")
+    make_run(tmp_path, "cifar10-2")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text('{"id": "bro')
+    for word, message, hint in [
+        ("cifar", "cifar10-1, cifar10-2", "more of the id"),
+        ("cifar10_1", "no run `cifar10_1`", "cifar10-1"),
+        ("zzzzzz", "no run `zzzzzz`", "launch runs"),
+        ("notes", "is no run", "launch runs"),
+        ("broken", str(tmp_path / "broken" / "run.json"), "restore"),
+        ("no/where", "no folder `no/where`", "launch runs"),
+        ("", "empty", "launch runs"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            runs.find_run(tmp_path, word)
+        assert message in caught.value.message and hint in caught.value.hint, word
+    with pytest.raises(UserError, match="no run `x`"):
+        runs.find_run(tmp_path / "nowhere", "x")
+
+
+def test_list_is_newest_first_and_survives_broken_records(tmp_path):
+    make_run(tmp_path, "a", created="2026-01-01T00:00:00+00:00")
+    make_run(tmp_path, "b", created="2026-01-03T00:00:00+00:00")
+    make_run(tmp_path, "c", created="2026-01-02T00:00:00+00:00")
+    for name, text in [("half", '{"id": "ha'), ("list", "[]"), ("binary", "\0\xff"), ("other", '{"id": "other"}')]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text, encoding="latin-1")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "file").touch()
+    rows = runs.list_runs(tmp_path)
+    assert [row["id"] for row in rows if row["state"] != "unreadable"] == ["b", "c", "a"]
+    assert {row["id"] for row in rows if row["state"] == "unreadable"} == {"half", "list", "binary", "other"}
+    assert runs.list_runs(tmp_path / "nowhere") == []
+    shown = table(rows, width=80)
+    assert "unreadable" in shown and max(map(len, shown.splitlines())) <= 80
+
+
+def test_lost_is_running_on_this_host_without_its_process(tmp_path, gone):
+    def state(recorded, job):
+        return truth.local_state({"state": recorded, "job": job})
+
+    assert state("running", job_of(os.getpid())) == "running"
+    assert state("running", job_of(gone)) == "lost"
+    assert state("submitted", job_of(gone)) == "lost"
+    assert state("running", job_of(os.getpid(), started="1")) == "lost"
+    assert state("running", job_of(gone, host="another")) == "running"
+    assert state("finished", job_of(gone)) == "finished"
+    assert state("submitted", None) == "submitted"
+
+
+def test_status_gathers_what_is_known(tmp_path, gone):
+    paths = make_run(tmp_path, state="running", job=job_of(gone), attempt=2)
+    make_attempt(paths, 1, outcome="preempted", exit_code=75)
+    make_attempt(paths, 2, failure=LAST)
+    paths.log(2, 0).parent.mkdir()
+    paths.log(2, 0).touch()
+    lines = [{"step": s, "split": "train", "loss": 1 / s, "rate": 10.0 * s} for s in range(1, 3000)]
+    lines.append({"step": 2999, "split": "eval", "loss": 7.0})
+    paths.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3000, "spl')
+    status = runs.status(runs.find_run(tmp_path, "cifar10-1"))
+    assert status["state"] == "lost"
+    assert (status["loss"], status["rate"]) == (1 / 2999, 29990.0)
+    assert [attempt["outcome"] for attempt in status["attempts"]] == ["preempted", "failed"]
+    assert status["failure"] == LAST
+    assert status["log"] == str(paths.log(2, 0))
+    assert status["checkpoint_path"] == str(paths.checkpoint(100))
+    assert status["next"] == ["launch explain cifar10-1", "launch logs cifar10-1", "launch resume cifar10-1"]
+    shown = details(status)
+    for text in ("lost", "120/1000", "rank 1 was ended by SIGKILL: killed", "was memory short?", "took 10:00",
+                 "launch resume cifar10-1", str(paths.checkpoint(100)), "top1 0.5"):
+        assert text in shown
+
+
+def test_status_of_a_run_that_has_written_nothing_else(tmp_path):
+    paths = make_run(tmp_path, state="submitted", attempt=0, step=0, checkpoint=None, total=None)
+    paths.attempt(1).mkdir(parents=True)
+    status = runs.status(runs.find_run(tmp_path, "cifar10-1"))
+    assert status["attempts"] == [{"attempt": 1, "outcome": "unreadable", "failure": None}]
+    assert status["loss"] is status["log"] is status["checkpoint_path"] is status["failure"] is None
+    assert "unreadable" in details(status)
+
+
+NODE = """
+import signal, sys, time
+from pathlib import Path
+from trainers.contract.files import update_json
+from trainers.contract.paths import RunPaths
+paths = RunPaths(Path(sys.argv[1]))
+def stop(*_):
+    update_json(paths.record, state="cancelled" if paths.cancellation(2).exists() else "preempted")
+    sys.exit()
+signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[2] == "deaf" else stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def node():
+    """Starts a process that behaves as a node process of attempt 2 does."""
+    started = []
+
+    def start(paths, manner):
+        process = subprocess.Popen([sys.executable, "-c", NODE, str(paths.root), manner], stdout=subprocess.PIPE)
+        started.append(process)
+        process.stdout.readline()
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_cancel_leaves_the_reason_before_the_signal(tmp_path, node):
+    paths = make_run(tmp_path, state="running", attempt=2)
+    make_attempt(paths, 1)
+    make_attempt(paths, 2)
+    process = node(paths, "obedient")
+    replace_json(paths.record, {**read_run(paths.root).record, "job": job_of(process.pid)})
+    assert cancel(runs.find_run(tmp_path, "cifar10-1")) == "cancelled"
+    assert not paths.cancellation(1).exists()
+
+
+def test_cancel_does_not_wait_for_ever(tmp_path, node):
+    paths = make_run(tmp_path, state="running", attempt=2)
+    make_attempt(paths, 2)
+    process = node(paths, "deaf")
+    replace_json(paths.record, {**read_run(paths.root).record, "job": job_of(process.pid)})
+    said = cancel(runs.find_run(tmp_path, "cifar10-1"), wait_s=0.2)
+    assert re.match(r"running \(.*still runs after 0 s\)", said)
+
+
+def test_cancel_of_a_local_sweep_takes_those_that_wait_first(tmp_path, node):
+    working = make_run(tmp_path, "s-0", state="running", attempt=2, sweep="s")
+    make_attempt(working, 1)
+    make_attempt(working, 2)
+    process = node(working, "obedient")
+    replace_json(working.record, {**read_run(working.root).record, "job": job_of(process.pid)})
+    for id in ("s-1", "s-2"):
+        make_run(tmp_path, id, state="submitted", attempt=0, sweep="s", job=job_of(process.pid))
+    (tmp_path / "s").mkdir()
+    replace_json(tmp_path / "s" / "sweep.json", {"id": "s", "points": [{"run": f"s-{i}", "overrides": []} for i in (0, 1, 2)]})
+    assert cancel(runs.find_run(tmp_path, "s-1")) == "cancelled"
+    assert process.poll() is None, "the one at work goes on"
+    assert cancel_sweep(tmp_path, "s") == [{"id": f"s-{i}", "state": "cancelled"} for i in (0, 1, 2)]
+    process.wait(10)
+
+
+def test_cancel_refuses_what_is_not_at_work_here(tmp_path, gone):
+    make_run(tmp_path, "done")
+    make_run(tmp_path, "lost", state="running", job=job_of(gone))
+    make_run(tmp_path, "far", state="running", job=job_of(gone, host="node17"))
+    make_run(tmp_path, "new", state="submitted")
+    for id, said in [("done", "is finished"), ("lost", "is lost"), ("far", "node17"), ("new", "no process")]:
+        with pytest.raises(UserError, match=said):
+            cancel(runs.find_run(tmp_path, id))
+        assert not (tmp_path / id / "attempts").exists()
+
+
+def test_the_table_fits_and_aligns(tmp_path):
+    make_run(tmp_path, "a", task="语料", metrics={"top1": 0.25, "loss": 1.5, "another": 2.0, "and": 0.125})
+    make_run(tmp_path, "cifar10-20260102-030405-ab12", total=None)
+    shown = table(runs.list_runs(tmp_path), width=80).splitlines()
+    assert len(shown) == 3 and max(map(len, shown)) <= 80
+    assert "120/1000" in "".join(shown) and "top1 0.25" in "".join(shown)
+    column = shown[0].index("STATE")
+    assert [line.index("finished") + 2 * ("语料" in line) for line in shown[1:]] == [column, column]
+    assert table([]) == "no runs"
+
+
+# On SLURM: what its commands say is made up here; tests/slurm/test_reading.py asks a real one
+
+
+def job_at(*ids):
+    return {"kind": "slurm", "cluster": "c", "ids": list(ids), "submission": 1}
+
+
+def queued(id, state, script=None):
+    return slurm.Queued(id, state, "Priority", None, 1, 1, "", "main", script, None)
+
+
+def ended(id, state, code=None, nodes="n1"):
+    return slurm.Ended(id, state, code, None, "None", nodes, None)
+
+
+@pytest.mark.parametrize("recorded, checkpoint, found, true", [
+    ("submitted", None, [queued("7", "PENDING")], "submitted"),
+    ("submitted", None, [queued("7", "RUNNING")], "submitted"),
+    ("running", None, [queued("7", "PENDING")], "preempted"),
+    ("running", None, [queued("7", "COMPLETING")], "running"),
+    ("preempted", 5, [queued("7", "REQUEUE_HOLD")], "preempted"),
+    ("preempted", 5, [queued("7", "RUNNING")], "running"),
+    ("preempted", 5, [queued("7", "COMPLETING")], "preempted"),
+    ("preempted", 5, [queued("7", "COMPLETING"), queued("8", "PENDING")], "preempted"),
+    ("running", 5, [queued("7", "RUNNING"), queued("8", "PENDING")], "running"),
+    ("running", None, [], "lost"),
+    ("submitted", None, [], "lost"),
+    ("preempted", 5, [], "preempted"),
+    ("running", 5, [ended("7", "CANCELLED")], "cancelled"),
+    ("preempted", 5, [ended("7", "CANCELLED")], "cancelled"),
+    ("preempted", 5, [ended("7", "FAILED", 75), ended("8", "CANCELLED", nodes="")], "cancelled"),
+    ("preempted", 5, [ended("7", "FAILED", 75)], "preempted"),
+    ("running", 5, [ended("7", "OUT_OF_MEMORY")], "failed"),
+    ("submitted", None, [ended("7", "FAILED", 1)], "failed"),
+    ("running", 5, [ended("7", "TIMEOUT")], "preempted"),
+    ("running", None, [ended("7", "TIMEOUT")], "failed"),
+    ("running", 5, [ended("7", "NODE_FAIL")], "lost"),
+    ("running", 5, [ended("7", "FAILED", 75), ended("8", "OUT_OF_MEMORY"), ended("9", "CANCELLED", nodes="")], "failed"),
+    ("finished", 5, [queued("7", "COMPLETING")], "finished"),
+    ("failed", 5, [ended("7", "CANCELLED")], "failed"),
+])
+def test_truth_by_queue_then_history_then_record(tmp_path, monkeypatch, recorded, checkpoint, found, true):
+    paths = make_run(tmp_path, state=recorded, checkpoint=checkpoint, job=job_at("7", "8", "9"))
+    asked = []
+
+    def queue(ids):
+        asked.extend(ids)
+        return {job.id: job for job in found if isinstance(job, slurm.Queued)}
+
+    monkeypatch.setattr(slurm, "queue", queue)
+    monkeypatch.setattr(slurm, "history", lambda ids: {job.id: job for job in found if isinstance(job, slurm.Ended)})
+    run = read_run(paths.root)
+    assert state_of(run) == true
+    assert asked == ([] if recorded in truth.FINAL else ["7", "8", "9"])
+    assert runs.list_runs(tmp_path)[0]["state"] == true
+
+
+def test_a_record_that_changes_while_slurm_is_asked_wins(tmp_path, monkeypatch):
+    """The job is gone from the queue because the run has just ended."""
+    paths = make_run(tmp_path, state="running", job=job_at("7"))
+
+    def queue(ids):
+        replace_json(paths.record, {**read_run(paths.root).record, "state": "finished"})
+        return {}
+
+    monkeypatch.setattr(slurm, "queue", queue)
+    monkeypatch.setattr(slurm, "history", lambda ids: {})
+    assert state_of(read_run(paths.root)) == "finished"
+
+
+def test_a_sweep_is_found_and_compared(tmp_path):
+    sweep = tmp_path / "lr-1"
+    sweep.mkdir()
+    points = [{"run": f"cifar10-2026-{i}", "overrides": [f"optim.lr=1e-{i}", f"model.lr={i}", "train.seed=7"]} for i in (3, 1)]
+    replace_json(sweep / "sweep.json", {"id": "lr-1", "points": [*points, {"run": "not-made-yet", "overrides": []}]})
+    for point in points:
+        make_run(tmp_path, point["run"], sweep="lr-1", metrics={"top1": 0.123456, "loss": 1.25, "class/ship": 0.5, "top5": 0.75})
+    make_run(tmp_path, "other")
+    assert runs.find_sweep(tmp_path, "lr-1") == runs.find_sweep(tmp_path, "lr") == runs.find_sweep(tmp_path, str(sweep)) == sweep
+    assert runs.find_sweep(tmp_path, "cifar10-2026-3") is runs.find_sweep(tmp_path, "") is None
+    rows = runs.list_runs(tmp_path, sweep="lr-1")
+    assert [row["id"] for row in rows] == ["cifar10-2026-3", "cifar10-2026-1"]
+    lines = table(rows, width=80).splitlines()
+    assert lines[0].split() == ["optim.lr", "model.lr", "STATE", "STEP", "top1", "loss", "top5", "RUN"]
+    assert lines[1].split() == ["1e-3", "3", "finished", "120/1000", "0.1235", "1.25", "0.75", "cifar10-2026-3"]
+    with pytest.raises(UserError, match="is a sweep and no run"):
+        runs.find_run(tmp_path, "lr-1")
+    with pytest.raises(UserError, match="there is no sweep `nothing`"):
+        runs.list_runs(tmp_path, sweep="nothing")
+    with pytest.raises(UserError, match="no run of sweep `lr-1` waits or is at work"):
+        cancel_sweep(tmp_path, "lr-1")
+    (tmp_path / "lr-2").mkdir()
+    replace_json(tmp_path / "lr-2" / "sweep.json", {"id": "lr-2", "points": []})
+    with pytest.raises(UserError, match="begins the ids of 2 sweeps"):
+        runs.find_sweep(tmp_path, "lr")
+
+
+def test_what_never_said_how_it_ended_is_shown_as_lost(tmp_path, gone):
+    paths = make_run(tmp_path, state="running", job=job_of(gone))
+    make_attempt(paths, 1, outcome="running", ended=None, exit_code=None, nodes=["n1", "n2"], job="7")
+    status = runs.status(runs.find_run(tmp_path, "cifar10-1"))
+    assert status["attempts"][0]["outcome"] == "lost"
+    assert "lost, 2 rank(s) on cpu, job 7 on n1, n2" in details(status)

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.cluster.config import ClusterConfig, load_cluster
+from launch.report.doctor import checks as module
+from launch.report.doctor.check import Check, line
+from launch.report.doctor.checks import COMPARE, doctor, file_system, fits, grace, requirements, slowest_checkpoint
+from launch.report.doctor.trial_job import MENDS
+from trainers.contract.files import replace_json
+from trainers.contract.paths import RunPaths
+from trainers.trial import PROBES
+
+
+def found(cluster=None, runs=Path("runs"), **given) -> dict[str, list[Check]]:
+    checks: dict[str, list[Check]] = {}
+    for check in doctor(cluster or load_cluster("local"), runs.absolute(), **given):
+        checks.setdefault(check.name, []).append(check)
+    return checks
+
+
+# --- software
+
+
+@pytest.mark.parametrize("version, versions, there", [
+    ("2.11.0", ">=2.11", True), ("2.11.0+cu128", ">=2.11", True), ("2.11.0a0+gitdeadbee", ">=2.11", True),
+    ("2.9.1", ">=2.11", False), ("1.5.4", ">=1.5,<2", True), ("2.0", ">=1.5,<2", False), ("10", ">=8", True),
+    ("3.11.7", ">=3.11", True), ("1.2", "", True), ("1.2", "!=1.2", False), ("1.2.0", "==1.2", True),
+])
+def test_versions(version, versions, there):
+    assert fits(version, versions) is there
+
+
+def test_requirements_are_the_projects(tmp_path):
+    python, wanted = requirements()
+    assert python.startswith(">=3") and {"torch", "accelerate", "submitit", "wandb"} <= wanted.keys() and "pytest" not in wanted
+    assert all(sign in COMPARE for versions in wanted.values() for sign in re.findall(r"[<>=!~]+", versions))
+    installed = requirements(tmp_path / "pyproject.toml")  # by what pip has recorded
+    assert installed[0] == python and "torch" in installed[1] and "pytest" not in installed[1]
+
+
+def test_a_package_that_is_missing_or_old(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "requirements", lambda: (">=3.11", {"click": ">=99,<100", "no-such-package": ">=1", "rich": ""}))
+    old, missing = found(runs=tmp_path)["packages"]
+    assert old.ok == missing.ok == "error"
+    assert old.what.startswith("click 8") and old.what.endswith("; >=99,<100 is needed")
+    assert missing.what == "no-such-package is not installed; >=1 is needed" and "'no-such-package>=1'" in missing.mend
+
+
+# --- the folder of runs
+
+
+MOUNTS = """\
+22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/vda rw
+30 22 0:26 / /mnt rw - xfs /dev/vdb rw
+31 30 0:27 / /mnt/with\\040space rw - nfs4 server:/export rw,vers=4.2
+32 31 0:28 / /mnt/with\\040space/fast rw shared:9 master:2 - lustre 10.0.0.1@o2ib:/fast rw
+33 22 0:29 / /mnt-else rw - beegfs beegfs_nodev rw
+"""
+
+
+@pytest.mark.parametrize("path, kind", [
+    ("/home/me", "ext4"), ("/mnt/runs", "xfs"), ("/mnt/with space/runs", "nfs4"), ("/mnt/with space/fast", "lustre"),
+    ("/mnt-else/runs", "beegfs"), ("/mnt-elsewhere", "ext4"),
+])
+def test_the_file_system_of_a_path(tmp_path, path, kind):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(MOUNTS)
+    assert file_system(Path(path), mounts)[0] == kind
+    assert file_system(Path(path), tmp_path / "none") == ("?", "?")
+
+
+def test_the_file_system_of_this_test(tmp_path):
+    assert file_system(tmp_path)[0] == file_system(Path(os.path.realpath(tmp_path)))[0] != "?"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    (check,) = found(runs=tmp_path / "file" / "runs")["runs"]
+    assert check.ok == "error" and f"nothing can be written into {tmp_path / 'file'}" in check.what
+
+
+def test_nothing_is_left_where_runs_will_lie(tmp_path):
+    (check,) = found(runs=tmp_path / "not yet" / "runs")["runs"]
+    assert check.ok == "ok" and not list(tmp_path.iterdir())
+
+
+def test_little_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROOM_BYTES", 2**60)
+    (check,) = found(runs=tmp_path)["runs"]
+    assert check.ok == "warning" and check.mend.startswith("make room")
+
+
+# --- a cluster
+
+
+def test_no_slurm_is_an_error_and_the_rest_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(module, "LOCAL", {file_system(tmp_path)[0]})
+    checks = found(ClusterConfig(name="here", kind="slurm"), tmp_path, job=True)
+    assert checks["slurm"][0].ok == "error" and "there is no SLURM here" in checks["slurm"][0].what
+    assert [check.ok for check in checks["shared"]] == ["warning"] * len(checks["shared"]) and "job" not in checks
+    assert checks["packages"][0].ok == "ok" and "W&B" in checks
+
+
+def test_a_container_brings_its_own_python(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(module, "LOCAL", {file_system(tmp_path)[0]})
+    cluster = ClusterConfig(name="here", kind="slurm", prefix=["apptainer", "exec", "x.sif"])
+    assert [check.what.partition(",")[0] for check in found(cluster, tmp_path)["shared"]] == ["the folder of runs"]
+
+
+@pytest.mark.parametrize("slowest, ok, mend", [
+    (None, "ok", None), (12.0, "ok", None), (25.0, "warning", "lower checkpoint.every"), (70.0, "warning", "grace_s: 210"),
+])
+def test_the_grace_against_checkpoints(slowest, ok, mend):
+    check = grace(60.0, 20.0, slowest and (slowest, "bert-1"))
+    assert check.ok == ok and (mend is None or mend in check.mend)
+    assert "run.grace_s is 60 s; preempted, a job is killed after 20 s" in check.what
+
+
+def test_the_slowest_checkpoint_is_that_of_recent_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "RECENT_RUNS", 2)
+    for age, (name, times) in enumerate({"new": [1.0, None], "broken": [], "old": [9.0]}.items()):
+        paths = RunPaths(tmp_path / name)
+        paths.attempts.mkdir(parents=True)
+        paths.record.touch()
+        os.utime(paths.record, (1000 - age, 1000 - age))
+        for number, took in enumerate(times, 1):
+            paths.attempt(number).mkdir()
+            replace_json(paths.attempt_record(number), {"checkpoint_s": took})
+    (RunPaths(tmp_path / "broken").attempt(1)).mkdir()
+    assert slowest_checkpoint(tmp_path) == (1.0, "new")
+    assert slowest_checkpoint(tmp_path / "none") is None
+
+
+# --- the small job
+
+
+def test_there_is_advice_for_each_probe():
+    assert list(PROBES) == list(MENDS)
+
+
+@pytest.mark.slow
+def test_the_small_job_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    said: list[str] = []
+    (check,) = found(runs=tmp_path / "runs", job=True, say=said.append)["job"]
+    assert check.ok == "ok" and check.what.startswith("2 rank(s) on ") and "all-reduce: over gloo, 2 rank(s)" in check.what
+    assert said == ["2 rank(s) on cpu try this machine"] and not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.slow
+def test_the_small_job_here_without_torch(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise ImportError('not for this CPU')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    check, all = found(runs=tmp_path / "runs", job=True)["job"]
+    assert check.ok == "error" and ": torch: rank 0: ImportError: not for this CPU" in check.what
+    (run,) = (tmp_path / "runs").iterdir()
+    assert all.mend == f"`launch explain {run}` tells more"
+
+
+def test_a_line():
+    assert line(Check("slurm", "ok", "all is well", "nothing")) == "ok       slurm       all is well"
+    assert line(Check("slurm", "error", "it is down", "wait")) == "error    slurm       it is down\n" + " " * 21 + "wait"

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+import pytest
+
+from launch.records.process import identity
+from launch.records.run import read_run
+from launch.report import logs
+from trainers.contract.errors import UserError
+from trainers.contract.files import replace_json, update_json
+from trainers.contract.paths import RunPaths
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run at work in this very process."""
+    paths = RunPaths(tmp_path / "r-1")
+    paths.root.mkdir()
+    job = {"kind": "local", "host": socket.gethostname(), "pid": os.getpid(), "started": identity(os.getpid())}
+    replace_json(paths.record, {"id": "r-1", "task": "r", "state": "running", "step": 0, "attempt": 1, "job": job,
+                                "created": "2026-01-01T00:00:00+00:00"})
+    return read_run(paths.root)
+
+
+def say(run, attempt, rank, text):
+    file = run.paths.log(attempt, rank)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "ab") as opened:
+        opened.write(text.encode())
+
+
+def printed(run, **choice):
+    said = []
+    logs.follow(run, write=said.append, **choice)
+    return "".join(said)
+
+
+def test_all_attempts_in_order_or_one(run):
+    for number in (10, 9):
+        say(run, number, 0, f"of {number}\nmore\n")
+        say(run, number, 1, f"rank 1 of {number}")
+    assert printed(run) == "of 9\nmore\n--- attempt 10 ---\nof 10\nmore\n"
+    assert printed(run, attempt=9) == "of 9\nmore\n"
+    assert printed(run, rank=1, attempt=10) == "rank 1 of 10\n"
+    assert list(logs.lines(run, rank=1, attempt=9)) == [{"attempt": 9, "rank": 1, "line": "rank 1 of 9"}]
+
+
+def test_what_is_missing_is_named(run):
+    with pytest.raises(UserError, match="no log of rank 0") as caught:
+        printed(run)
+    assert caught.value.hint == "it has no rank yet"
+    for rank in range(3):
+        say(run, 1, rank, "x\n")
+    with pytest.raises(UserError, match="no log of rank 7") as caught:
+        printed(run, rank=7)
+    assert caught.value.hint == "it has ranks 0 to 2"
+    with pytest.raises(UserError, match="no attempt 3") as caught:
+        printed(run, attempt=3)
+    assert caught.value.hint == "it has attempt 1"
+
+
+def test_follow_goes_on_into_new_attempts_until_the_end(run, monkeypatch):
+    monkeypatch.setattr(logs, "POLL_S", 0.01)
+    said, failed = [], []
+
+    def wait_for(text):
+        deadline = time.monotonic() + 20
+        while text not in "".join(said):
+            assert time.monotonic() < deadline, (text, said)
+            time.sleep(0.005)
+
+    def node():
+        try:
+            chinese = "中文\n".encode()
+            say(run, 1, 0, "one\nhal")
+            wait_for("one\n")
+            assert "hal" not in "".join(said), "half a line is held back"
+            say(run, 1, 0, "f\n")
+            wait_for("half\n")
+            with open(run.paths.log(1, 0), "ab", buffering=0) as opened:
+                opened.write(chinese[:2])
+                time.sleep(0.05)
+                opened.write(chinese[2:])
+            wait_for("中文\n")
+            say(run, 2, 0, "two\n")
+            wait_for("two\n")
+            say(run, 2, 0, "last words")
+        except AssertionError as error:
+            failed.append(error)
+        update_json(run.paths.record, state="finished")
+
+    thread = threading.Thread(target=node)
+    thread.start()
+    logs.follow(run, follow=True, write=said.append)
+    thread.join()
+    assert not failed
+    assert "".join(said) == "one\nhalf\n中文\n--- attempt 2 ---\ntwo\nlast words\n"
+
+
+def test_follow_goes_on_when_a_failed_attempt_is_followed_by_another(run, monkeypatch):
+    monkeypatch.setattr(logs, "POLL_S", 0.01)
+    said, looks = [], []
+    going = logs.Watch.going
+
+    def look(watch):
+        looks.append(going(watch))
+        if looks[-1] is False and len(said) == 1:  # seen between the two
+            update_json(run.paths.record, state="running", attempt=2)
+            say(run, 2, 0, "two\n")
+        return looks[-1]
+
+    def write(text):
+        said.append(text)
+        update_json(run.paths.record, state="failed" if text == "one\n" else "finished")
+
+    monkeypatch.setattr(logs.Watch, "going", look)
+    say(run, 1, 0, "one\n")
+    logs.follow(run, follow=True, write=write)
+    assert "".join(said) == "one\n--- attempt 2 ---\ntwo\n" and False in looks[:2]
+
+
+def test_follow_of_an_ended_run_prints_and_ends(run):
+    say(run, 1, 0, "x\n")
+    update_json(run.paths.record, state="failed")
+    assert printed(read_run(run.paths.root), follow=True) == "x\n"
+
+
+def test_control_c_ends_quietly(run):
+    say(run, 1, 0, "x\ny\n")
+    said = []
+
+    def write(text):
+        said.append(text)
+        raise KeyboardInterrupt
+
+    logs.follow(run, follow=True, write=write)
+    assert said == ["x\n"]

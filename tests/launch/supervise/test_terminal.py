@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from launch.supervise.terminal import JsonView, PlainView, Progress, RichView, make_view
+
+START = {"event": "start", "step": 0, "total": 1000, "world_size": 2, "device": "cpu", "precision": "fp32",
+         "parameters": 10, "samples": 50000, "resumed": False}
+STEP = {"event": "step", "step": 250, "total": 1000, "loss": 1.75, "lr": 0.1, "rate": 12345.6, "unit": "samples",
+        "data_wait": 0.03, "eta_s": 132.0}
+EVAL = {"event": "eval", "step": 250, "total": 1000, "metrics": {"top1": 0.5}}
+END = {"event": "end", "state": "finished", "step": 1000, "total": 1000, "metrics": {"top1": 0.9}, "checkpoint": 1000}
+ERROR = {"event": "error", "message": "SECRET FAILURE", "hint": None, "exit_code": 1, "retry": False}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    return Terminal()
+
+
+def test_the_view_fits_the_stream(terminal, monkeypatch):
+    assert isinstance(make_view(False, terminal), RichView)
+    assert isinstance(make_view(True, terminal), JsonView)
+    assert isinstance(make_view(False, io.StringIO()), PlainView)
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(make_view(False, terminal), PlainView)
+
+
+def test_plain():
+    stream = io.StringIO()
+    view = make_view(False, stream)
+    view.notice("run x in runs/x")
+    for event in (STEP, ERROR, EVAL):
+        view.event(event)
+    view.text("[bold]as it is[/bold]\ttab")
+    view.close()
+    assert stream.getvalue().splitlines() == [
+        "run x in runs/x",
+        "step 250/1000  loss 1.75  lr 0.1  12,346 samples/s  data 3%  eta 2:12",
+        "eval 250/1000  top1 0.5",
+        "[bold]as it is[/bold]\ttab",
+    ]
+
+
+def test_json_is_strict():
+    stream = io.StringIO()
+    view = make_view(True, stream)
+    view.notice("n")
+    view.event({**STEP, "loss": float("nan")})
+    view.event(ERROR)
+    view.text("长\u2028")
+    view.close()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    assert [json.loads(line, parse_constant=refuse) for line in stream.getvalue().strip("\n").split("\n")] == [
+        {"event": "notice", "message": "n"}, {**STEP, "loss": None}, ERROR, {"event": "text", "line": "长\u2028"},
+    ]
+
+
+def test_a_script_without_events_sees_its_own_output_only(terminal):
+    view = make_view(False, terminal)
+    lines = ["[bold]x[/bold]", "\x1b[31mred\x1b[0m", "1%\r2%"]
+    for line in lines:
+        view.text(line)
+    view.close()
+    assert terminal.getvalue() == "".join(line + "\n" for line in lines)
+
+
+def test_steps_move_the_bar_and_all_else_scrolls(terminal):
+    view = make_view(False, terminal)
+    view.event(START)
+    before = terminal.getvalue().count("\n")
+    for step in range(10, 260, 10):
+        view.event({**STEP, "step": step})
+    assert terminal.getvalue().count("\n") == before, "step events print no lines"
+    view.text("[bold]no markup[/bold] :smile:")
+    assert "250/1000" in terminal.getvalue() and "2:12" in terminal.getvalue()
+    view.text("1%\r2%\r3%\r")
+    view.text("a\x1b[31mred\x1b[0m\x1b[2J\x1b[1;1Hb")
+    view.text("长" * 100)
+    view.event(EVAL)
+    view.event(ERROR)
+    view.notice("from [the] launcher")
+    view.event(END)
+    view.close()
+    said = terminal.getvalue()
+    for text in ("[bold]no markup[/bold] :smile:\n", "3%\n", "aredb\n", "长" * 100 + "\n", "eval 250/1000  top1 0.5\n",
+                 "from [the] launcher\n", "finished at step 1000/1000  top1 0.9\n"):
+        assert text in said
+    for text in ("1%\r", "\x1b[2J", "\x1b[1;1H", "SECRET"):
+        assert text not in said
+    assert said.rindex("\x1b[?25h") > said.rindex("\x1b[?25l"), "the cursor is shown again"
+
+
+def test_the_last_step_stays_in_sight_when_no_end_was_said(terminal):
+    view = make_view(False, terminal)
+    view.event(START)
+    view.event(STEP)
+    mark = len(terminal.getvalue())
+    view.close()
+    assert "250/1000" in terminal.getvalue()[mark:]
+
+
+@pytest.mark.parametrize("width", [5, 10, 24, 49, 79, 119, 200])
+def test_the_progress_line_fits_any_width(width):
+    progress = Progress()
+    assert progress.take({**STEP, "generator_loss": 0.5, "语言": 1.0})
+    line = progress.draw(width)
+    assert line.cell_len <= width or line.plain == "250/1000"
+    for least, text in [(24, "25%"), (49, "loss 1.75"), (49, "eta 2:12"), (79, "12,346 samples/s"), (79, "data 3%"),
+                        (79, "lr 0.1"), (79, "━" * 6), (119, "generator_loss 0.5")]:
+        assert text in line.plain or width < least
+
+
+@pytest.mark.parametrize("event", [
+    {"event": "step"}, {"event": "step", "step": "x", "total": 3}, {**STEP, "rate": None}, {"event": "start"},
+    {"event": "start", "total": "many"}, {"event": "eval"}, {"event": "mine", "a": 1},
+])
+def test_odd_events_end_no_run(terminal, event):
+    for view in (make_view(False, terminal), make_view(False, io.StringIO()), make_view(True, io.StringIO())):
+        view.event(event)
+        view.event(START)
+        view.event(event)
+        view.close()
+
+
+def say_everything(view):
+    for _ in range(3):
+        view.event(START)
+        view.event(STEP)
+        view.text("x" * 100_000)
+        view.notice("n")
+    view.event(END)
+    view.close()
+
+
+@pytest.mark.parametrize("json", [False, True])
+def test_a_reader_that_has_gone_ends_no_run(json):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        say_everything(make_view(json, stream))
+
+
+def test_a_terminal_that_has_gone_ends_no_run(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    master, slave = os.openpty()
+    with open(slave, "w") as stream:
+        view = make_view(False, stream)
+        assert isinstance(view, RichView)
+        os.close(master)
+        with pytest.raises(OSError):
+            os.write(slave, b"the terminal is indeed gone")
+        say_everything(view)
+
+
+def test_head_leaves_the_exit_code_alone():
+    code = ("from launch.supervise.terminal import make_view\nview = make_view(False)\n"
+            "for i in range(50000): view.text(f'line {i}')\n")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"line 0\n"
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 0
+
+
+def test_a_character_that_the_stream_cannot_encode():
+    raw = io.BytesIO()
+    view = make_view(False, io.TextIOWrapper(raw, encoding="ascii"))
+    view.text("长 x")
+    view.close()
+    assert raw.getvalue() == b"? x\n"

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+import trainers.cifar10
+from trainers.cifar10.config import Cifar10Config, Data, Model, torchvision_models
+from trainers.cifar10.model import make_model
+from trainers.cifar10.task import Cifar10
+from trainers.contract.errors import UserError
+from trainers.engine.batches.sampling import Shuffled, evaluation_shares
+from trainers.engine.schedule import learning_rate
+from trainers.engine.world import World
+
+ONE = World(0, 1, 0, 1, torch.device("cpu"))
+SPEC = YAML(typ="safe").load(Path(trainers.cifar10.__file__).with_name("cifar10.yaml"))
+
+
+def config(model: dict | None = None, **data) -> Cifar10Config:
+    return Cifar10Config(**SPEC | {"model": SPEC["model"] | (model or {}), "data": {"source": "sample"} | data})
+
+
+def sample_task(model: dict | None = None, **data) -> Cifar10:
+    task = Cifar10(config({"width": 0.1} | (model or {}), **data))
+    task.train, task.test = task.data(ONE)
+    return task
+
+
+def parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# --- Config
+
+
+def test_config_imports_no_framework():
+    code = "import sys, trainers.cifar10.config as c; c.torchvision_models(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "trainers.cifar10.config" in loaded
+    assert not {"torch", "torchvision", "numpy", "PIL", "matplotlib"} & set(loaded)
+
+
+def test_the_spec_names_what_exists():
+    assert SPEC["name"] == "cifar10" and config().checkpoint.metric == "top1"
+    assert SPEC["task"] == f"{Cifar10.__module__}:{Cifar10.__name__}"
+    assert SPEC["config"] == f"{Cifar10Config.__module__}:{Cifar10Config.__name__}"
+
+
+def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert Data(source="a folder").source == str(tmp_path / "a folder")
+    assert Data(source="./sample").source == str(tmp_path / "sample")
+    assert Data(source="~/x", root="down").source == str(tmp_path / "home" / "x")
+    assert Data(root="down").root == str(tmp_path / "down")
+    assert (Data(source="sample").source, Data().source) == ("sample", "cifar10")
+    again = Data(source="a folder")
+    assert Data(**again.model_dump()) == again
+
+
+def test_where_downloads_go(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("LAUNCH_DATA", raising=False)
+    assert Data().download_root() == tmp_path / ".cache" / "launch"
+    monkeypatch.setenv("LAUNCH_DATA", "~/sets")
+    assert Data().download_root() == tmp_path / "sets"
+    assert Data(root="/elsewhere").download_root() == Path("/elsewhere")
+
+
+@pytest.mark.parametrize("model, data, says", [
+    ({"arch": "resnet18", "width": 0.5}, {}, "model.width is of vgg alone"),
+    ({}, {"pad": 32}, "narrower than data.size, 32"), ({"width": 0.0}, {}, "greater than 0"),
+    ({"dropout": 1.0}, {}, "less than 1"), ({}, {"eval_fraction": 1.0}, "less than 1"), ({}, {"source": ""}, "source"),
+])
+def test_bad_values(model, data, says):
+    with pytest.raises(ValidationError, match=says):
+        config(model, **data)
+
+
+@pytest.mark.parametrize("arch, hint", [("resnet81", "did you mean resnet18 or"), ("vg", "did you mean vgg11"),
+                                        ("bgg", "did you mean vgg"),
+                                        ("efficientnet", "efficientnet_b0"), ("???", "vgg, resnet18, or a classifier")])
+def test_unknown_architecture_is_answered_with_near_names(arch, hint):
+    with pytest.raises(UserError) as error:
+        config({"arch": arch}).check()
+    assert f"`{arch}`" in error.value.message and hint in error.value.hint and len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("arch", ["vgg", "resnet18", "mobilenet_v3_small"])
+def test_known_architecture(arch):
+    config({"arch": arch}).check()
+
+
+def test_names_read_off_the_source_are_torchvisions():
+    from torchvision import models
+    assert sorted(torchvision_models()) == models.list_models(module=models)
+
+
+def test_check_without_torchvision_leaves_the_name_to_the_rank(monkeypatch):
+    monkeypatch.setattr("trainers.cifar10.config.find_spec", lambda name: None)
+    config({"arch": "anything"}).check()
+
+
+def test_check_looks_at_the_folder(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        config(source=str(tmp_path / "none")).check()
+    with pytest.raises(UserError, match="no class folders"):
+        config(source=str(tmp_path)).check()
+
+
+# --- Models
+
+
+def test_vgg():
+    model = make_model(Model(width=1.0), 10, 32)
+    assert model.features == 2048 == model.classifier[0].in_features
+    shapes = [m.weight.shape[:2] for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert shapes == [(64, 3), (128, 64), (256, 128), (256, 256), (512, 256), (512, 512)]
+    assert sum(isinstance(m, torch.nn.MaxPool2d) for m in model.modules()) == 4
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == 6
+    assert sum(isinstance(m, torch.nn.Linear) for m in model.modules()) == 3
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in make_model(Model(batch_norm=False), 10, 32).modules())
+
+
+def test_resnet18():
+    assert parameters(make_model(Model(arch="resnet18"), 10, 32)) == 11_173_962
+    assert parameters(make_model(Model(arch="resnet18"), 100, 32)) == 11_220_132
+
+
+@pytest.mark.parametrize("arch, size", [*(("vgg", size) for size in (8, 28, 32, 40, 64, 96, 224)), ("resnet18", 16),
+                                        ("shufflenet_v2_x0_5", 32), ("squeezenet1_1", 32)])
+@pytest.mark.parametrize("n", [0, 2])
+def test_logits(arch, size, n):
+    model = make_model(Model(arch=arch, width=0.05 if arch == "vgg" else 1.0), 7, size).eval()
+    with torch.no_grad():
+        assert model(torch.randn(n, 3, size, size)).shape == (n, 7)
+
+
+def test_torchvision_has_the_last_word():
+    with pytest.raises(UserError, match="`nonesuch`"):
+        make_model(Model(arch="nonesuch"), 10, 32)
+
+
+@pytest.mark.parametrize("arch", ["vgg", "resnet18"])
+def test_gradients_lie_like_their_parameters(arch):
+    """Activations are channels-last; what is saved and reduced is not."""
+    model = make_model(Model(arch=arch), 10, 32)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(p.is_contiguous() and p.grad.stride() == p.stride() for p in model.parameters())
+
+
+# --- Task
+
+
+def test_loss_is_a_sum_with_smoothing():
+    task = sample_task({"label_smoothing": 0.2})
+    model = task.model().eval()
+    images, labels = task.test.batch(evaluation_shares(500, 8, 0, 1)[0])
+    loss = task.loss(model, (images, labels))
+    log = model(images).log_softmax(1)
+    target = 0.8 * F.one_hot(labels, 10) + 0.02
+    assert loss.count == 8 and torch.allclose(loss.sum, -(target * log).sum())
+
+
+def summed(task, model, parts):
+    sums: dict[str, list[torch.Tensor]] = {}
+    for part in parts:
+        for name, pair in task.measure(model, part).items():
+            new = [torch.as_tensor(value).double() for value in pair]
+            sums[name] = [a + b for a, b in zip(sums[name], new)] if name in sums else new
+    return {name: total / count for name, (total, count) in sums.items()}
+
+
+def test_measures():
+    """Sums over uneven and empty parts equal the whole, and what numpy counts."""
+    task = sample_task()
+    torch.manual_seed(0)
+    model = task.model().eval()
+    with torch.no_grad():
+        parts = [task.test.batch(s) for rank in range(3) for s in evaluation_shares(500, 64, rank, 3)]
+        parts.append(task.test.batch(evaluation_shares(2, 64, 2, 3)[0]))
+        assert len(parts[-1][1]) == 0
+        images, labels = task.test.batch(evaluation_shares(500, 500, 0, 1)[0])
+        measured, logits = summed(task, model, parts), model(images)
+    predicted, true = logits.argmax(1).numpy(), labels.numpy()
+    counts = np.zeros((10, 10))
+    np.add.at(counts, (true, predicted), 1)
+    np.testing.assert_array_equal((measured["confusion"] * 500).round(), counts)
+    np.testing.assert_allclose(measured["class"], counts.diagonal() / 50)
+    np.testing.assert_allclose(measured["top1"], (predicted == true).mean())
+    np.testing.assert_allclose(measured["loss"], F.cross_entropy(logits, labels), rtol=1e-5)
+
+
+def test_report_leaves_out_classes_without_images():
+    task = sample_task()
+    confusion = torch.zeros(10, 10, dtype=torch.float64)
+    confusion[0, 0], confusion[1, 0] = 0.75, 0.25
+    measured = {"loss": torch.tensor(0.5), "top1": torch.tensor(0.75), "confusion": confusion,
+                "class": confusion.diagonal() / confusion.sum(1)}
+    assert task.report(measured, None) == {"loss": 0.5, "top1": 0.75, "class/checkers": 1.0, "class/circle": 0.0}
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_picture(tmp_path, classes):
+    task = sample_task()
+    task.classes, task.evaluated = [f"class $ 数 {n}" for n in range(classes)], 20 * classes
+    confusion = (torch.eye(classes) * 15 + 5 / classes) / (20 * classes)
+    measured = {"top1": confusion.trace(), "confusion": confusion, "class": torch.full((classes,), 0.75)}
+    task.report(measured, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["confusion.png"]
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert 400 <= min(picture.size) and max(picture.size) <= 2000
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    dark = (pixels[..., 2] - pixels[..., 0] > 60).mean()  # blue cells of the diagonal, and the colour bar
+    assert 0.005 < dark < 0.5
+
+
+def test_folder_decides_the_number_of_classes(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("ä", "b", "c"):
+        for number in range(4):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(tmp_path / name / f"{number}.png")
+    task = sample_task(source=str(tmp_path), size=16, pad=2, eval_fraction=0.25)
+    assert task.train.pixels.shape == (9, 3, 16, 16) and task.evaluated == len(task.test) == 3
+    assert task.train.augment.pad == 2 and not task.test.augment.active
+    assert task.model()(task.train.batch(evaluation_shares(9, 9, 0, 1)[0])[0]).shape == (9, 3)
+
+
+@pytest.mark.slow
+def test_the_sample_is_learnt():
+    task = sample_task({"width": 0.25})
+    torch.manual_seed(0)
+    model, spec = task.model(), task.config
+    order = Shuffled(len(task.train), spec.train.batch_size, 0, "model")
+    total = order.steps(12)
+    optimizer = torch.optim.SGD(model.parameters(), lr=spec.optim.lr, momentum=spec.optim.momentum,
+                                nesterov=spec.optim.nesterov, weight_decay=spec.optim.weight_decay)
+    for step in range(total):
+        optimizer.param_groups[0]["lr"] = learning_rate(spec.optim, step, total)
+        loss = task.loss(model, task.train.batch(order.shares(step, 0, 1, 1)[0]))
+        optimizer.zero_grad()
+        (loss.sum / loss.count).backward()
+        optimizer.step()
+    with torch.no_grad():
+        measured = summed(task, model.eval(), [task.test.batch(s) for s in evaluation_shares(500, 250, 0, 1)])
+    assert measured["top1"] > 0.9

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainers.config.micro_batch import gave_way, note, settled, too_large
+from trainers.config.schema import RunConfig
+from trainers.contract.errors import OutOfMemory
+from trainers.contract.paths import RunPaths
+
+
+def config(micro, batch: int = 24) -> RunConfig:
+    return RunConfig(name="run", task="module:Task", train={"steps": 1, "batch_size": batch, "micro_batch_size": micro})
+
+
+def runs_out(asked: RunConfig, paths: RunPaths, attempt: int, ranks: int = 2) -> OutOfMemory:
+    return too_large(asked, settled(asked, paths, ranks), paths, attempt, rank=1, ranks=ranks)
+
+
+def test_each_attempt_that_runs_out_makes_way_for_the_next_smaller_size(tmp_path: Path):
+    paths, asked, had = RunPaths(tmp_path), config("auto"), []
+    for attempt in range(1, 7):
+        had.append(settled(asked, paths, 2).train.split(2))
+        error = runs_out(asked, paths, attempt)
+        assert gave_way(paths, attempt) == error.retry == (attempt < 6)
+    assert had == [(12, 1), (6, 2), (4, 3), (3, 4), (2, 6), (1, 12)]
+    assert error.message == "rank 1 ran out of memory with a micro-batch of 1, the smallest there is"
+    assert note(settled(asked, paths, 2), paths, 2) == "train.micro_batch_size=auto: 1, 12 to a step (12, 6, 4, 3, 2 did not fit)"
+
+
+def test_what_was_found_holds_on_other_ranks_too(tmp_path: Path):
+    paths, asked = RunPaths(tmp_path), config("auto")
+    for attempt in (1, 2):
+        runs_out(asked, paths, attempt)
+    assert settled(asked, paths, 2).train.split(2) == (4, 3)
+    assert settled(asked, paths, 1).train.split(1) == (4, 6)
+    assert settled(asked, paths, 8).train.split(8) == (3, 1)
+
+
+def test_two_ranks_of_one_attempt_say_the_same(tmp_path: Path):
+    paths, asked = RunPaths(tmp_path), config("auto")
+    had = settled(asked, paths, 2)
+    for rank in (0, 1):
+        too_large(asked, had, paths, 1, rank, 2)
+    assert json.loads(paths.micro_batch.read_text()) == [{"attempt": 1, "size": 12, "next": 6}]
+
+
+def test_a_size_that_was_given_stays(tmp_path: Path):
+    paths = RunPaths(tmp_path)
+    for asked in (config(4), config(None)):
+        assert settled(asked, paths, 2) is asked
+        error = runs_out(asked, paths, 1)
+        assert not error.retry and "train.micro_batch_size=" in error.hint
+    assert not paths.micro_batch.exists() and not gave_way(paths, 1)
+
+
+def test_the_smallest_is_not_tried_again(tmp_path: Path):
+    assert not runs_out(config(1), RunPaths(tmp_path), 1).retry
+
+
+@pytest.mark.parametrize("error, full", [
+    ("torch.OutOfMemoryError('CUDA out of memory')", True), ("MemoryError()", True), ("RuntimeError('shapes differ')", False),
+    ("RuntimeError(\"[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory\")", True),
+    ("ValueError('out of memory')", False),
+])
+def test_which_errors_mean_that_memory_is_full(error: str, full: bool):
+    import torch
+
+    from trainers.engine.world import out_of_memory
+
+    found = eval(error, {"torch": torch})
+    assert out_of_memory(found) == full
+    wrapped = RuntimeError("a compiler's")
+    wrapped.__cause__ = found
+    assert out_of_memory(wrapped) == full

@@ -1,0 +1,94 @@
+"""YAML 1.2: what is read, what is written, and what is said where neither can be done."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from trainers.config.yaml12 import argument, dump, inline, read
+from trainers.contract.errors import UserError
+
+SCALARS = {
+    "1e-3": 0.001, "1E5": 1e5, ".5": 0.5, "1.": 1.0, "-1": -1, "+2": 2, "007": 7, "0o17": 15, "0x1F": 31,
+    "off": "off", "yes": "yes", "no": "no", "on": "on", "true": True, "False": False,
+    "null": None, "~": None, "": None, "1_000": "1_000", "2024-01-01": "2024-01-01", "12:30": "12:30",
+    "-.inf": -math.inf, "[1, 2]": [1, 2], "{a: 1, b: [off]}": {"a": 1, "b": ["off"]},
+    "'1'": "1", '"a\\n"': "a\n", "'it''s'": "it's", "[]": [], "{}": {}, "中文": "中文",
+}
+
+TEXTS = [
+    "a b", "a # b", "a: b", "{a", "{run}", "[x", "[1] [2]", "[a]: b", '"a" b', "'", "$(touch x)", "`id`", "%j", "%",
+    "@x", "*a", "&b", "!c", "-", "- a", "--x", "|", ">", "a,b", ",", "?", " 1", "a\nb", "[1] # no", "[*a]", "[!x 1]",
+    "{a: 1, a: 2}", "日本 語", "C:\\x", "#",
+]
+
+
+@pytest.mark.parametrize("text", SCALARS)
+def test_command_line_and_file_read_alike(text: str) -> None:
+    expected = SCALARS[text]
+    for value in (argument(text), read(f"x: {text}\n", "f.yaml").value["x"]):
+        assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_plain_text_arrives_unchanged(text: str) -> None:
+    assert argument(text) == text
+
+
+def test_not_a_number() -> None:
+    assert math.isnan(argument(".nan"))
+
+
+def test_whatever_is_written_is_read_back() -> None:
+    pieces = [*"aZ_09 .:/#-+[]{},'\"\\\n\t%=~@$()*&!|>?中é\x00\x7f\x85\u2028\ufeff\u3000\U0001f600\udc80",
+              "null", "true", "1e3", ": ", " #", "off", ".inf", "0x1f"]
+    rng = random.Random(0)
+
+    def text() -> str:
+        return "".join(rng.choice(pieces) for _ in range(rng.randint(0, 6)))
+
+    def value(depth: int):
+        match rng.randint(0, 9):
+            case 0 | 1:
+                return [value(depth + 1) for _ in range(rng.randint(0, 3))] if depth < 3 else []
+            case 2 | 3:
+                return {text(): value(depth + 1) for _ in range(rng.randint(0, 3))} if depth < 3 else {}
+            case 4:
+                return rng.choice([None, True, False, 0, -5, 10**30, 1e-5, 1.5, 1e22, math.inf, -math.inf])
+            case _:
+                return text()
+
+    for _ in range(500):
+        values = {text(): value(0) for _ in range(3)}
+        assert read(dump(values), "f.yaml").value == values
+        assert argument(inline(list(values.values()))) == list(values.values())
+
+
+def test_lines_and_anchors() -> None:
+    document = read("# first\na: &x {b: 1,\n  c: !!str 5}\nd:\n  - *x\n", "f.yaml")
+    assert document.value == {"a": {"b": 1, "c": "5"}, "d": [{"b": 1, "c": "5"}]}
+    assert document.lines["a", "b"] == 2
+    assert document.lines["a", "c"] == 3
+    assert document.lines["d", 0] == 5
+
+
+@pytest.mark.parametrize("text, message", {
+    "a: 1\n b: 2": "f.yaml:2: this is no YAML: mapping values are not allowed here",
+    "a: 1\nb: [1, 2": "f.yaml:2: this is no YAML: while parsing a flow sequence",
+    "a: 1\nb: 2\na: 3": "f.yaml:3: `a` stands here for the second time, first in line 1",
+    "a: 1\nb: {c: 1, c: 2}": "f.yaml:2: `c` stands here",
+    "a: 1\nb: *c": "f.yaml:2: `*c` names no anchor",
+    "a: &x [*x]": "f.yaml:1: `*x` names no anchor",
+    "a: !!python/object:os.system x": "f.yaml:1: the tag `tag:yaml.org,2002:python/object:os.system` is not read",
+    "a: 1\nb: \x07": "f.yaml:2: a character that YAML does not allow, number 0x7",
+    "a: 1\n---\nb: 1": "f.yaml:2: the document ends and another begins",
+    "? [a]\n: 1": "f.yaml:1: a key is a list",
+    "[" * 5000: "f.yaml: it is nested too deeply",
+}.items())
+def test_what_is_wrong_and_where(text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(text, "f.yaml")
+    assert caught.value.message.startswith(message)
+    assert len(str(caught.value).splitlines()) <= 2

@@ -1,0 +1,232 @@
+"""Every strategy trains the same run: the same losses, and checkpoints that any of them goes on with, on any number of
+ranks. This file is also the program of its ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import Ranks, serve
+
+SENTENCES = Path(__file__).parents[3] / "sentences"
+SHARDED = ("zero1", "zero2", "zero3", "fsdp")
+STRATEGIES = ("ddp", *SHARDED)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """Ranks by their number, started when first asked for."""
+    started: dict[int, Ranks] = {}
+
+    def of(size: int) -> Ranks:
+        if size not in started:
+            started[size] = Ranks(size, __file__)
+        return started[size]
+
+    yield of
+    for each in started.values():
+        each.close()
+
+
+def furthest(one: list[dict], other: list[dict], key: str = "loss") -> float:
+    assert [row["step"] for row in one] == [row["step"] for row in other] and one
+    return max(abs(a[key] - b[key]) for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("size", [2, 4])
+def test_all_strategies_have_the_same_losses(ranks, tmp_path, size, accumulation):
+    keys = {"train.micro_batch_size": 48 // size // accumulation}
+    rows = {name: ranks(size)("trained", root=tmp_path / name, keys={"train.strategy": name, **keys})[0] for name in STRATEGIES}
+    assert rows["ddp"][-1]["loss"] < 0.85 * rows["ddp"][0]["loss"]  # it learns, or equality would say little
+    for name in SHARDED:
+        difference, norms = furthest(rows["ddp"], rows[name]), furthest(rows["ddp"], rows[name], "grad_norm")
+        print(f"{size} ranks, accumulation {accumulation}, fp32: {name} against ddp: losses within {difference:.1e}, "
+              f"gradient norms within {norms:.1e}")
+        assert difference < 1e-5 and norms < 1e-4
+
+
+@pytest.mark.parametrize("precision, bound", [("bf16", 2e-2), ("fp16", 0.1)])
+def test_half_precision_stays_near_fp32(ranks, tmp_path, precision, bound):
+    whole = ranks(2)("trained", root=tmp_path / "fp32", keys={})[0]
+    for name in STRATEGIES:
+        keys = {"train.strategy": name, "train.precision": precision, "train.micro_batch_size": 6}
+        rows = ranks(2)("trained", root=tmp_path / name, keys=keys)[0]
+        difference = furthest(whole, rows)
+        print(f"2 ranks, {precision}: {name} against fp32 ddp: losses within {difference:.1e}")
+        assert 0 < difference < bound  # (of fp16 two steps were skipped)
+
+
+def test_any_goes_on_with_the_checkpoint_of_any(ranks, tmp_path):
+    """The table of changes: each strategy's checkpoint, of one number of ranks, continued by each on another."""
+    sizes = {"ddp": (4, 2), "zero1": (2, 3), "zero2": (1, 4), "zero3": (4, 2), "fsdp": (3, 1)}
+    whole = ranks(4)("trained", root=tmp_path / "whole", keys={"train.steps": 40})[0]
+    table = {}
+    for first in STRATEGIES:
+        root = tmp_path / first
+        size = sizes[first][0]
+        ranks(size)("trained", root=root, keys={"train.strategy": first, "train.steps": 40}, until=10)
+        for second in STRATEGIES:
+            onward = root.with_name(f"{first}-{second}")
+            copy(root, onward)
+            size_then = sizes[second][1]
+            keys = {"train.strategy": second, "train.steps": 40}
+            rows = ranks(size_then)("trained", root=onward, keys=keys)[0]
+            table[first, second] = furthest(whole, rows)
+            print(f"{first} on {size} rank(s) -> {second} on {size_then}: 30 steps within {table[first, second]:.1e}")
+    assert max(table.values()) < 1e-5
+
+
+@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("change", [(4, 2), (2, 3), (1, 4)])
+def test_it_goes_on_with_other_ranks(ranks, tmp_path, name, change):
+    keys = {"train.strategy": name, "train.steps": 40}
+    ranks(change[0])("trained", root=tmp_path / "run", keys=keys, until=10)
+    rows = ranks(change[1])("trained", root=tmp_path / "run", keys=keys)[0]
+    whole = ranks(change[1])("trained", root=tmp_path / "whole", keys={"train.steps": 40})[0]
+    difference = furthest(whole, rows)
+    print(f"{name}, {change[0]} rank(s) -> {change[1]}: 30 steps within {difference:.1e}")
+    assert difference < 1e-5
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_four_ranks_resume_to_the_bit(ranks, tmp_path, name):
+    for precision in ("fp32", "fp16"):
+        keys = {"train.strategy": name, "train.micro_batch_size": 3, "model": {"dropout": 0.1}, "train.precision": precision}
+        whole = ranks(4)("trained", root=tmp_path / f"{precision} whole", keys=keys)[0]
+        ranks(4)("trained", root=tmp_path / precision, keys=keys, until=13)
+        assert ranks(4)("trained", root=tmp_path / precision, keys=keys)[0] == whole
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_more_settings_change_no_loss(ranks, tmp_path, name):
+    """Activations computed again, states in host memory, DeepSpeed's own keys, compilation."""
+    more = [{"train.checkpoint_activations": True}]
+    more += {"zero1": [{"train.offload": "optimizer"}], "zero2": [{"train.offload": "optimizer"}],
+             "zero3": [{"train.offload": "parameters"}], "fsdp": [{"train.offload": "parameters"}, {"train.compile": True}],
+             "ddp": [{"train.compile": True}]}[name]
+    if name.startswith("zero"):
+        more += [{"train.deepspeed": {"zero_optimization": {"reduce_bucket_size": 5000, "overlap_comm": True}}}]
+    plain = ranks(2)("trained", root=tmp_path / "plain", keys={"train.strategy": name})[0]
+    for number, keys in enumerate(more):
+        rows = ranks(2)("trained", root=tmp_path / str(number), keys={"train.strategy": name, **keys})[0]
+        assert furthest(plain, rows) < 1e-5, keys
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_gradient_that_is_not_finite_is_named_with_its_step(ranks, tmp_path, name):
+    from trainers.engine.batches.sampling import Shuffled
+
+    order = Shuffled(500, 48, 0, "model")
+    row = int(order.shares(7, 0, 1, 1)[0].indices[-1])  # which comes in step 8, and once in these ten
+    keys = {"train.strategy": name, "model": {"bad_row": row}, "log.every": 100, "eval.every": 9, "checkpoint.every": 5}
+    said = ranks(2)("error_of", root=tmp_path / "run", keys=keys)
+    print(f"{name}: {said[0]}")
+    assert said[0] == said[1]
+    assert "update `model`, step 8: the gradient of `words.weight` is not finite" in said[0]
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["step_5"]
+    assert '"eval"' not in (tmp_path / "run/metrics.jsonl").read_text()  # nor is anything evaluated after it
+
+
+def test_skipped_steps_of_fp16_are_no_progress_of_the_schedule(ranks, tmp_path):
+    for name in STRATEGIES:
+        keys = {"train.strategy": name, "train.precision": "fp16", "model": {"big_steps": [4, 5]}, "train.steps": 12}
+        rows = ranks(2)("trained", root=tmp_path / name, keys=keys)[0]
+        rates = [row["lr"] for row in rows]
+        assert rates[3] == rates[4] == rates[5] and rates[2] != rates[3] and rates[5] != rates[6], name
+        assert [row.get("skipped", 0) for row in rows] == [0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2, 2], name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_cifar10_trains_under_each(ranks, tmp_path, precision):
+    """Convolutions and BatchNorm, no repeated blocks."""
+    losses = {name: ranks(2)("cifar10", root=tmp_path / name, strategy=name, precision=precision)[0] for name in STRATEGIES}
+    for name in SHARDED:
+        differences = [abs(a - b) for a, b in zip(losses["ddp"], losses[name], strict=True)]
+        assert len(differences) == 4 and max(differences) < (1e-5 if precision == "fp32" else 0.1), (name, differences)
+
+
+def copy(source: Path, target: Path) -> None:
+    import shutil
+
+    shutil.copytree(source, target)
+
+
+# ---- on the ranks
+
+
+def settings(keys):
+    from trainers.config.schema import RunConfig
+
+    values = {
+        "name": "sentences", "task": "sentences:Counting", "model": {},
+        "train": {"steps": 30, "batch_size": 48}, "log": {"every": 1}, "eval": {"every": 15}, "checkpoint": {"every": "never"},
+        "optim": {"name": "adamw", "lr": 1e-2, "schedule": "cosine", "warmup": 3, "clip_norm": 1.0, "weight_decay": 0.01},
+    }
+    for key, value in keys.items():
+        place = values
+        *path, last = key.split(".")
+        for word in path:
+            place = place.setdefault(word, {})
+        place[last] = value
+    return RunConfig.model_validate(values)
+
+
+def loop_of(world, root, keys):
+    sys.path.append(str(SENTENCES))
+    from sentences import Counting
+
+    from trainers.contract.paths import RunPaths
+    from trainers.engine import loop
+
+    loop.close = lambda: None  # the process group stays
+    config = settings(keys)
+    Path(root).mkdir(parents=True, exist_ok=True)
+    return loop.Loop(Counting(config), config, world, RunPaths(Path(root)), None)
+
+
+def trained(world, root, keys, until=None):
+    """The training rows of a run that goes on to its end, or is asked to stop at step `until`."""
+    loop = loop_of(world, root, keys)
+    if until is not None:
+        loop.stopping.at_boundary = lambda: loop.step >= until
+    code = loop.run()
+    assert code == (0 if until is None else 75)
+    rows = map(json.loads, (Path(root) / "metrics.jsonl").read_text().splitlines())
+    names = ("step", "loss", "grad_norm", "lr", "skipped")
+    return [{name: row[name] for name in names if name in row} for row in rows if row["split"] == "train"]
+
+
+def cifar10(world, root, strategy, precision):
+    from launch.cluster.config import load_cluster
+    from launch.plan.spec import load_spec
+    from trainers.cifar10.task import Cifar10
+    from trainers.contract.paths import RunPaths
+    from trainers.engine import loop
+
+    keys = ["data=sample", "model.width=0.1", "train.steps=4", "train.batch_size=16", "log.every=1", "eval.every=never",
+            f"train.strategy={strategy}", f"train.precision={precision}"]
+    loop.close = lambda: None
+    config = load_spec("cifar10", keys, cluster=load_cluster("local"), environment={}).config
+    Path(root).mkdir(parents=True, exist_ok=True)
+    assert loop.Loop(Cifar10(config), config, world, RunPaths(Path(root)), None).run() == 0
+    return [json.loads(line)["loss"] for line in (Path(root) / "metrics.jsonl").read_text().splitlines() if "train" in line]
+
+
+def error_of(world, root, keys):
+    from trainers.contract.errors import TrainingError
+
+    loop = loop_of(world, root, keys)
+    with pytest.raises(TrainingError) as error:
+        loop.run()
+    loop.checkpoints.close()
+    return str(error.value)
+
+
+if __name__ == "__main__":
+    serve(globals())

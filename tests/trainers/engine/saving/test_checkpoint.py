@@ -1,0 +1,529 @@
+"""Checkpoints, on one rank in this process and on several real ones, of which this file is also the program."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import resource
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from crashes import CODE, crash_at, forked
+from ranks import Ranks, serve
+from saving import Run, bits, make, whole
+
+from trainers.checkpoints import manifest, tensor_files
+from trainers.contract.errors import UserError
+from trainers.contract.paths import RunPaths
+from trainers.engine.saving import storage
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(tmp_path)
+    yield run
+    run.checkpoints.close()
+
+
+@pytest.fixture
+def blocked(monkeypatch):
+    """Writing waits for this event."""
+    go, write = threading.Event(), storage.write
+    monkeypatch.setattr(storage, "write", lambda *args: go.wait(60) and write(*args))
+    yield go
+    go.set()
+
+
+# ---- one rank
+
+
+@pytest.mark.parametrize("layout", ["full", "sharded"])
+def test_what_was_saved_is_loaded_to_the_bit(tmp_path, layout):
+    run = Run(tmp_path, layout=layout)
+    assert run.save(3) is None and run.checkpoints.newest() == 3
+    assert run.load(3) == bits(make(3))
+
+
+def test_a_commit_is_said_and_told(run):
+    run.save(3, {"top1": 0.5, "loss": float("nan")})
+    [event] = run.said
+    assert run.committed == [3]
+    assert (event["event"], event["step"], event["path"]) == ("checkpoint", 3, str(run.paths.checkpoint(3)))
+    files = [path for path in run.paths.checkpoint(3).iterdir() if path.name != manifest.NAME]
+    assert event["bytes"] == sum(path.stat().st_size for path in files)
+    assert 0 < event["stall_s"] and 0 < event["seconds"]
+    content = manifest.read(run.paths.checkpoint(3), 3)
+    assert content["metrics"] == {"top1": 0.5, "loss": None} and content["world_size"] == 1
+    assert sorted(content["files"]) == sorted(path.name for path in files)
+
+
+def test_later_changes_do_not_enter(run, blocked):
+    tensors = {"a": torch.randn(50), "b": torch.nn.Parameter(torch.randn(3, 4))}
+    state, metrics, before = {"step": 1}, {"top1": 0.5}, bits(tensors)
+    run.checkpoints.save(1, whole(tensors), state, metrics)
+    for tensor in tensors.values():
+        tensor.detach().zero_()
+    state["step"], metrics["top1"] = 99, 0.9
+    assert run.committed == []
+    blocked.set()
+    assert run.checkpoints.wait() is None
+    reader, loaded = run.checkpoints.load(1)
+    assert loaded == {"step": 1} and bits({name: reader.tensor(name) for name in before}) == before
+    assert manifest.read(run.paths.checkpoint(1), 1)["metrics"] == {"top1": 0.5}
+
+
+def test_host_buffers_are_kept(run, monkeypatch):
+    seen, write = [], storage.write
+
+    def note(file, tensors):
+        seen.append({name: tensor.data_ptr() for name, tensor in tensors.items()})
+        return write(file, tensors)
+
+    monkeypatch.setattr(storage, "write", note)
+    run.save(1), run.save(2)
+    assert seen[0] == seen[1] and len(seen[0]) == len(make(1))
+    smaller = {name: tensor for name, tensor in make(3).items() if name != "bf16"} | {"step": torch.tensor([3, 3])}
+    assert run.save(3, tensors=smaller) is None
+    assert run.load(3) == bits(smaller)
+
+
+def test_the_next_save_waits_for_the_last(run, blocked):
+    run.checkpoints.save(1, whole(make(1)), {"step": 1}, {})
+    threading.Timer(0.3, blocked.set).start()
+    run.checkpoints.save(2, whole(make(2)), {"step": 2}, {})
+    assert run.committed == [1]
+    run.checkpoints.close()
+    assert run.committed == [1, 2] and run.said[1]["stall_s"] >= 0.2
+
+
+def test_a_committed_step_is_not_saved_again(run):
+    run.save(1)
+    assert run.save(1) is None and run.committed == [1]
+
+
+def test_no_checkpoint_is_no_error(run):
+    assert run.checkpoints.newest() is None and run.checkpoints.wait() is None
+    (run.paths.checkpoints / "step_4.tmp").mkdir(parents=True)
+    assert run.checkpoints.newest() is None and run.said == []
+
+
+FILES = ["0.safetensors", "1.safetensors", "index.json", "manifest.json", "state.json"]  # of two ranks
+
+
+def damages(path: Path):
+    """(what, damaged content) in turn; None is a missing file."""
+    whole = path.read_bytes()
+    for place in sorted({0, len(whole) // 2, len(whole) - 1}):
+        yield f"byte {place}", whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:]
+    yield "cut", whole[:-1]
+    yield "emptied", b""
+    yield "missing", None
+
+
+def damage(path: Path, content: bytes | None) -> None:
+    path.unlink() if content is None else path.write_bytes(content)
+
+
+def test_any_damage_to_any_file_is_passed_over(tmp_path, two):
+    two("save", root=tmp_path / "whole", steps=[1, 2])
+    names = sorted(os.listdir(tmp_path / "whole/checkpoints/step_2"))
+    assert names == FILES
+    for name in names:
+        for what, content in damages(tmp_path / "whole/checkpoints/step_2" / name):
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+            shutil.copytree(tmp_path / "whole", tmp_path / "run")
+            damage(tmp_path / "run/checkpoints/step_2" / name, content)
+            run = Run(tmp_path / "run")
+            assert run.checkpoints.newest() == 1, (name, what)
+            assert run.names() == ["step_1", "step_2.broken"]
+            [note] = run.said
+            assert note["level"] == "warning" and "step 2" in note["message"] and name in note["message"]
+            run.checkpoints.close()
+    assert Run(tmp_path / "whole").checkpoints.newest() == 2
+
+
+def test_none_whole_is_an_error_and_nothing_is_moved(run):
+    run.save(1), run.save(2)
+    for step in (1, 2):
+        damage(run.paths.checkpoint(step) / "state.json", None)
+    run.said.clear()
+    with pytest.raises(UserError, match=r"step_2: state.json is missing; step_1: state.json is missing") as error:
+        run.checkpoints.newest()
+    assert error.value.hint and run.names() == ["step_1", "step_2"] and run.said == []
+
+
+def plant(run: Run, step: int, name: str, content: bytes) -> None:
+    """Put a file of somebody else's into a checkpoint, and into its manifest."""
+    folder = run.paths.checkpoint(step)
+    (folder / name).write_bytes(content)
+    entries = manifest.read(folder, step)["files"]
+    manifest.write(folder, step=step, entries=entries | {name: manifest.entry(folder / name)})
+    assert run.checkpoints.newest() == step
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+PLANTS = {
+    "0.safetensors": [
+        pickle.dumps, lambda evil: b"", lambda evil: b"\xff" * 64, lambda evil: (2**40).to_bytes(8, "little") + b"{}",
+        lambda evil: header({}), lambda evil: header({"int64": []}), lambda evil: header({name: {} for name in make(1)}),
+        lambda evil: header({name: {"dtype": "F32", "shape": [9**9], "data_offsets": [0, 9**9]} for name in make(1)}),
+        lambda evil: header({name: {"dtype": "F31", "shape": [1], "data_offsets": [0, 1]} for name in make(1)}),
+        lambda evil: header({name: {"dtype": "F32", "shape": [10**4], "data_offsets": [-9, 4]} for name in make(1)}),
+    ],
+    "index.json": [
+        pickle.dumps, lambda evil: b"", lambda evil: b"[]", lambda evil: b'{"tensors": [1]}',
+        lambda evil: b'{"tensors": {"int64": {"shape": [5, 3], "parts": {}}}}',
+        lambda evil: b'{"tensors": {"int64": {"shape": [5, 3], "parts": {"0.safetensors": -3}}}}',
+        lambda evil: b'{"tensors": {"int64": {"shape": [5, 4], "parts": {"0.safetensors": 0}}}}',
+        lambda evil: b'{"tensors": {"int64": {"shape": [5, 3], "parts": {"7.safetensors": 0}}}}',
+        lambda evil: b'{"tensors": {"else": {"shape": [5, 3], "parts": {"0.safetensors": 0}}}}',
+    ],
+    "state.json": [pickle.dumps, lambda evil: b"", lambda evil: b"{"],
+}
+
+
+def header(value) -> bytes:
+    text = json.dumps(value).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(100)
+
+
+@pytest.mark.parametrize("name, content", [(name, content) for name, those in PLANTS.items() for content in those])
+def test_what_is_planted_is_refused_and_not_executed(run, tmp_path, name, content):
+    run.save(1)
+    plant(run, 1, name, content(Evil(tmp_path / "owned")))
+    with pytest.raises(UserError, match="step_1 cannot be loaded"):
+        run.load(1)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("file", ["../step_1/0.safetensors", "/etc/passwd", "..", ""])
+def test_the_index_may_not_point_out_of_the_folder(run, file):
+    run.save(1)
+    plant(run, 1, "index.json", json.dumps({"tensors": {"step": {"shape": [], "parts": {file: 0}}}}).encode())
+    with pytest.raises(UserError, match="out of the checkpoint"):
+        run.checkpoints.load(1)
+
+
+def test_no_path_of_the_machine_lies_in_a_checkpoint(run, tmp_path):
+    run.save(1)
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in run.paths.checkpoint(1).iterdir())
+
+
+def test_after_a_failure_the_same_step_can_be_saved(run, monkeypatch):
+    run.save(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write", full_disk)
+        assert "No space left" in run.save(2)
+    assert run.names() == ["step_1"] and "newest whole one is step 1" in run.notes()[0]
+    assert run.save(2) is None and run.committed == [1, 2] and run.load(2) == bits(make(2))
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_failed_first_save_says_that_there_is_none(run, monkeypatch):
+    monkeypatch.setattr(manifest, "write", full_disk)
+    assert run.save(1) is not None
+    assert run.notes()[0].endswith("there is no older one") and run.names() == []
+
+
+@pytest.mark.parametrize("when", ["before", "while writing"])
+def test_a_superseded_attempt_commits_nothing(tmp_path, monkeypatch, when):
+    run = Run(tmp_path, attempt=2)
+    for number in (1, 2):
+        run.paths.attempt(number).mkdir(parents=True)
+    assert run.save(1) is None and not run.checkpoints.superseded
+    if when == "before":
+        run.paths.attempt(10).mkdir()
+    else:
+        write = storage.write
+        monkeypatch.setattr(storage, "write", lambda *args: run.paths.attempt(10).mkdir() or write(*args))
+    assert "attempt 10 has taken the run over from attempt 2" in run.save(2)
+    assert run.checkpoints.superseded and run.committed == [1] and run.checkpoints.newest() == 1
+    assert "step 2 was not committed" in run.notes()[0]
+
+
+def test_old_checkpoints_and_leftovers_go_after_a_commit(tmp_path):
+    run = Run(tmp_path, keep_last=2, keep_best=1, keep_every=4, metric="top1")
+    for name in ("step_1.tmp", "step_77.tmp", "step_5.broken", "step_6.old", "mine", "step_x.tmp"):
+        (run.paths.checkpoints / name).mkdir(parents=True)
+        (run.paths.checkpoints / name / "file").write_text("x")
+    for step in range(1, 9):
+        assert run.save(step, {"top1": 0.9 if step == 3 else 0.1}) is None
+        assert run.committed[-1] == step
+    assert run.names() == ["mine", "step_3", "step_4", "step_7", "step_8", "step_x.tmp"]
+
+
+def test_one_that_cannot_be_read_is_neither_counted_nor_deleted(tmp_path):
+    run = Run(tmp_path, keep_last=1)
+    run.save(1)
+    damage(run.paths.checkpoint(1) / manifest.NAME, b"{")
+    run.save(2), run.save(3)
+    assert run.names() == ["step_1", "step_3"]
+
+
+def test_a_failure_after_the_commit_is_said_and_the_commit_stands(run, monkeypatch):
+    monkeypatch.setattr(run.checkpoints, "committed", full_disk)
+    assert run.save(1) is None and run.checkpoints.newest() == 1
+    assert run.notes() == ["after the checkpoint of step 1 was committed: [Errno 28] No space left on device"]
+
+
+def test_a_remnant_of_the_same_step_is_replaced(tmp_path):
+    Run(tmp_path).save(5, tensors={"x": torch.zeros(3)})
+    run = Run(tmp_path)
+    assert run.save(5) is None and run.names() == ["step_5"] and run.load(5) == bits(make(5))
+
+
+def test_a_remnant_is_put_back_if_its_successor_never_came(tmp_path, monkeypatch):
+    Run(tmp_path).save(5)
+    run, rename = Run(tmp_path), os.rename
+
+    def fail(source, target):
+        return full_disk() if Path(source).name == "step_5.tmp" else rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        assert "No space" in run.save(5, tensors={"x": torch.zeros(3)})
+    assert run.names() == ["step_5"]
+    os.rename(run.paths.checkpoint(5), run.paths.checkpoints / "step_5.old")  # killed between the two renames
+    assert Run(tmp_path).checkpoints.newest() == 5 and run.names() == ["step_5"]
+
+
+# ---- several ranks
+
+
+@pytest.fixture(scope="module")
+def two():
+    ranks = Ranks(2, __file__)
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize("layout", ["full", "sharded"])
+def test_from_two_ranks_to_one_and_back(two, tmp_path, layout):
+    assert two("save", root=tmp_path, steps=[1], layout=layout) == [[None], [None]]
+    parts = sorted(path.name for path in (tmp_path / "checkpoints/step_1").glob("*.safetensors"))
+    assert parts == (["0.safetensors"] if layout == "full" else ["0.safetensors", "1.safetensors"])
+    run = Run(tmp_path, layout=layout)
+    assert run.checkpoints.newest() == 1 and run.load(1) == bits(make(1))
+    assert run.save(2) is None
+    for step, loaded in two("load_newest", root=tmp_path, layout=layout):
+        assert step == 2 and loaded == bits(make(2))
+
+
+def test_two_ranks_write_half_each(two, tmp_path):
+    two("save_megabytes", root=tmp_path, count=10)
+    parts = [path.stat().st_size for path in (tmp_path / "checkpoints/step_1").glob("*.safetensors")]
+    assert len(parts) == 2 and all(abs(size - 5 * 2**20) < 2**17 for size in parts)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_all_ranks_pass_over_what_one_finds_broken(two, tmp_path, name):
+    two("save", root=tmp_path, steps=[1, 2])
+    damage(tmp_path / "checkpoints/step_2" / name, b"x" * (tmp_path / "checkpoints/step_2" / name).stat().st_size)
+    assert [step for step, _ in two("load_newest", root=tmp_path)] == [1, 1]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_1", "step_2.broken"]
+
+
+def test_all_ranks_get_the_error_if_none_is_whole(two, tmp_path):
+    two("save", root=tmp_path, steps=[1])
+    damage(tmp_path / "checkpoints/step_1/1.safetensors", None)
+    messages = two("newest_error", root=tmp_path)
+    assert messages[0] == messages[1] and "1.safetensors is missing" in messages[0]
+
+
+@pytest.mark.parametrize("how", ["file limit", "flush", "hash", "write"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_that_cannot_write_fails_the_save_for_all(two, tmp_path, how, rank):
+    results = two("fail_on", root=tmp_path, rank=rank, how=how)
+    reasons = [reason for reason, *_ in results]
+    expected = {"file limit": "File too large", "write": "odd"}.get(how, "No space left on device")
+    assert reasons[0] == reasons[1] and expected in reasons[0]
+    for _, names, newest, again, loaded in results:
+        assert names == ["step_1"] and newest == 1 and again is None and loaded == bits(make(2))
+    assert Run(tmp_path).checkpoints.newest() == 2
+
+
+def test_training_may_communicate_while_a_thread_writes(two, tmp_path):
+    total, reasons = 2 * sum(range(300)), [None, None, None]
+    assert two("save_and_reduce", root=tmp_path, count=300) == [[total, reasons], [total, reasons]]
+
+
+def test_a_superseded_attempt_is_stopped_on_all_ranks(two, tmp_path):
+    RunPaths(tmp_path).attempt(4).mkdir(parents=True)
+    assert two("save_superseded", root=tmp_path, attempt=3) == [[True, True], [True, True]]
+
+
+@pytest.mark.slow
+def test_four_ranks(tmp_path):
+    ranks = Ranks(4, __file__)
+    for layout in ("sharded", "full"):
+        root = tmp_path / layout
+        assert ranks("save", root=root, steps=[1], layout=layout) == [[None]] * 4
+        for step, loaded in ranks("load_newest", root=root):
+            assert step == 1 and loaded == bits(make(1))
+        assert Run(root).load(1) == bits(make(1))
+    Run(tmp_path / "one").save(1)
+    assert [loaded for _, loaded in ranks("load_newest", root=tmp_path / "one")] == [bits(make(1))] * 4
+    ranks("save_megabytes", root=tmp_path / "even", count=12)
+    parts = [path.stat().st_size for path in (tmp_path / "even/checkpoints/step_1").glob("*.safetensors")]
+    assert len(parts) == 4 and all(abs(size - 3 * 2**20) < 2**17 for size in parts)
+    ranks.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_while_writing_leaves_the_older_one(tmp_path, victim):
+    ranks = Ranks(2, __file__)
+    ranks("save", root=tmp_path / "run", steps=[1])
+    with pytest.raises((AssertionError, BrokenPipeError), match="died"):
+        ranks("die", root=tmp_path / "run", rank=victim)
+    ranks.close()
+    run = Run(tmp_path / "run")
+    assert run.checkpoints.newest() == 1 and run.load(1) == bits(make(1))
+    assert run.save(2) is None and run.names() == ["step_1", "step_2"]
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+    ranks = Ranks(1, __file__)
+    [newest] = ranks("kill_everywhere", folder=tmp_path)
+    ranks.close()
+    # Killed before the commit, the older one is the newest; after it, the new one; and there is no third.
+    turn = newest.index(2)
+    assert turn > 10 and len(newest) - turn > 3
+    assert newest == [1] * turn + [2] * (len(newest) - turn)
+
+
+# ---- on the ranks
+
+
+def save(world, root, steps, **settings):
+    run = Run(root, world, **settings)
+    reasons = [run.save(step) for step in steps]
+    assert run.committed == (steps if world.main else [])
+    run.checkpoints.close()
+    return reasons
+
+
+def save_megabytes(world, root, count):
+    run = Run(root, world)
+    run.save(1, tensors={str(i): torch.zeros(2**18) for i in range(count)})
+    run.checkpoints.close()
+
+
+def load_newest(world, root, **settings):
+    run = Run(root, world, **settings)
+    step = run.checkpoints.newest()
+    return step, run.load(step)
+
+
+def newest_error(world, root):
+    with pytest.raises(UserError) as error:
+        Run(root, world).checkpoints.newest()
+    return str(error.value)
+
+
+def fail_on(world, root, rank, how):
+    class Odd(Exception):
+        def __reduce__(self):
+            raise TypeError("an error that pickle refuses")
+
+    def odd(*args):
+        raise Odd("odd")
+
+    run = Run(root, world)
+    assert run.save(1) is None
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == rank:
+            if how == "file limit":  # the system refuses to write on, as it does on a full disk
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+            elif how == "flush":
+                patch.setattr(tensor_files.os, "fsync", full_disk)
+            elif how == "hash":
+                patch.setattr(tensor_files.hashlib, "sha256", full_disk)
+            else:
+                patch.setattr(storage, "write", odd)
+        reason = run.save(2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    dist.barrier()
+    names, newest = run.names(), run.checkpoints.newest()
+    again = run.save(2)
+    return reason, names, newest, again, run.load(2)
+
+
+def save_and_reduce(world, root, count):
+    run, total, reasons = Run(root, world), 0, []
+    for step in (1, 2, 3):
+        run.checkpoints.save(step, whole(make(step)), {"step": step}, {})
+        total = 0
+        for i in range(count):
+            value = torch.tensor(i)
+            dist.all_reduce(value)
+            total += value.item()
+        reasons.append(run.checkpoints.wait())
+    return total, reasons
+
+
+def save_superseded(world, root, attempt):
+    run = Run(root, world, attempt=attempt)
+    reason = run.save(1)
+    return "attempt 4 has taken" in reason, run.checkpoints.superseded
+
+
+def die(world, root, rank):
+    if world.rank == rank:
+        storage.write = lambda *args: os._exit(9)
+    return Run(root, world).save(2)
+
+
+def kill_everywhere(world, folder):
+    """Kill a save at its first, second, ... event on a file; which checkpoint is the newest each time.
+
+    Each save is in a process of its own, forked here, where no thread runs; keep_last=1 makes the killed
+    save delete the older checkpoint at its end.
+    """
+    def save_until(event: int | None, root: Path) -> int:
+        run = Run(root, world, keep_last=1)
+        if event is not None:
+            crash_at(event, root)
+        assert run.save(1 if event is None else 2) is None
+        return 0
+
+    def find(root: Path) -> int:
+        run = Run(root, world, keep_last=1)
+        step = run.checkpoints.newest()
+        assert run.load(step) == bits(make(step)) and run.notes() == []
+        assert run.save(3) is None and run.names() == ["step_3"]  # and all leftovers are gone
+        return step
+
+    newest = []
+    for event in range(1, 1000):
+        root = Path(folder) / f"killed {event}"
+        assert forked(lambda: save_until(None, root)) == 0
+        status = forked(lambda: save_until(event, root))
+        newest.append(forked(lambda: find(root)))
+        if status == 0:
+            return newest
+        assert status == CODE
+    raise AssertionError("the save never came to its end")
+
+
+if __name__ == "__main__":
+    serve(globals())

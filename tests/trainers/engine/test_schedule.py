@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trainers.config.schema import Optim
+from trainers.engine.schedule import learning_rate
+
+
+def rates(total: int, **optim) -> list[float]:
+    return [learning_rate(Optim(lr=0.4, **optim), step, total) for step in range(total)]
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.2])
+def test_one_cycle_is_pytorchs(warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    pytorchs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=101, pct_start=warmup or 0.3,
+                                                   cycle_momentum=False)
+    expected = []
+    for _ in range(101):
+        expected.append(pytorchs.get_last_lr()[0])
+        optimizer.step()
+        pytorchs.step() if len(expected) < 101 else None
+    got = rates(101, schedule="onecycle", warmup=warmup)
+    # PyTorch's peak lies one step earlier: at pct_start * total - 1.
+    assert max(abs(a - b) for a, b in zip(expected, got)) < 0.4 * 0.06
+    assert got[0] == pytest.approx(0.4 / 25) and max(got) == pytest.approx(0.4, rel=1e-3)
+    assert got[-1] == pytest.approx(0.4 / 25e4, rel=1e-6)
+
+
+def test_cosine_and_linear_fall_to_their_end_after_the_warm_up():
+    cosine = rates(100, schedule="cosine", warmup=10.0, final_lr=0.1)
+    linear = rates(100, schedule="linear", warmup=0.1, final_lr=0.1)
+    for curve in (cosine, linear):
+        assert curve[:11] == sorted(curve[:11]) and curve[10:] == sorted(curve[10:], reverse=True)
+        assert curve[0] == pytest.approx(0.4 / 11) and curve[10] == 0.4
+        assert 0.04 < curve[-1] < 0.045
+    assert linear[55] == pytest.approx(0.22) and cosine[55] == pytest.approx(0.22)
+    assert set(rates(100, warmup=3.0)[3:]) == {0.4}

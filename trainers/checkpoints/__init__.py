@@ -1,0 +1,1 @@
+"""The files of a checkpoint: manifest, retention, tensor files, export. Imports no torch."""

@@ -1,0 +1,1 @@
+"""The samples of each global batch, and each rank's share of them."""

@@ -1,0 +1,1 @@
+"""How models are spread over ranks: DDP, FSDP, ZeRO."""

@@ -1,0 +1,1 @@
+"""Checkpoints and weights between ranks and disk."""

@@ -1,0 +1,1 @@
+"""What a run logs: metrics.jsonl, run.json and Weights & Biases."""
