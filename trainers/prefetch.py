@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from trainers.config.spec import read_spec, resolve
+from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 
 
@@ -27,14 +28,14 @@ def prefetch(file: Path) -> list[str]:
 def main(argv: list[str]) -> int:
     if len(argv) != 1:
         print("usage: python -m trainers.prefetch RUN_YAML", file=sys.stderr)
-        return 2
+        return exit_codes.USER_ERROR
     try:
         print(*prefetch(Path(argv[0])), sep="\n")
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return exit_codes.KILLED
     return 0
 
 

@@ -1,10 +1,10 @@
-"""Counts a task's models and measures the activations of a step, in a process of its own. For `launch plan --probe`.
+"""Counts a task's models, and measures the activations of a step, in a process of its own. For `launch plan`.
 
-    python -P -m trainers.probe RUN_YAML RANKS
+    python -P -m trainers.probe RUN_YAML RANKS [--activations]
 
-It needs one device (ACCELERATE_USE_CPU=true: the CPU) and starts no other rank. It prints one object of JSON: `counts`
-(trainers/config/memory.py), and `activations`, bytes by the size of a micro-batch: on a GPU the most that was allocated, on a
-CPU what autograd keeps for backward. Of samples of uneven lengths they are those of the first batch.
+It starts no other rank. It prints one object of JSON: `counts` (trainers/config/counts.py), and `activations`, null unless
+they are asked for: bytes by the size of a micro-batch; on a GPU the most that was allocated, on a CPU
+(ACCELERATE_USE_CPU=true) what autograd keeps for backward. Of samples of uneven lengths they are those of the first batch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from trainers.config.counts import Counts
 from trainers.config.schema import RunConfig
 from trainers.config.spec import read_spec, resolve
+from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 from trainers.engine.batches.sampling import Shuffled
 from trainers.engine.parallel.blocks import blocks, checkpoint_activations
@@ -38,7 +39,21 @@ def count(models: Mapping[str, nn.Module]) -> Counts:
                   buffers=sum(buffer.numel() for model in models.values() for buffer in model.buffers()))
 
 
-def weigh(task: Task, config: RunConfig, world: World, ranks: int) -> tuple[Counts, dict[int, int]]:
+def count_task(task: Task, world: World) -> Counts:
+    """How large a task's models are.
+
+    The models are made on torch's meta device, which takes no memory and no data. A model that cannot be made so (it loads
+    weights, or needs to have seen the data) is made as a rank makes it.
+    """
+    try:
+        with torch.device("meta"):
+            return count(task.models())
+    except Exception:
+        task.data(world)
+        return count(task.models())
+
+
+def measure(task: Task, config: RunConfig, world: World, ranks: int) -> tuple[Counts, dict[int, int]]:
     """(counts, activations of the most demanding update by micro-batch size)"""
     set_precision(config.train.precision, world.device)
     dataset, _ = task.data(world)
@@ -133,13 +148,17 @@ def _saved(loss: Callable[[], Tensor], models: Mapping[str, nn.Module]) -> tuple
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) != 2:
-        print("usage: python -m trainers.probe RUN_YAML RANKS", file=sys.stderr)
-        return 2
+    if len(argv) not in (2, 3) or argv[2:] not in ([], ["--activations"]):
+        print("usage: python -m trainers.probe RUN_YAML RANKS [--activations]", file=sys.stderr)
+        return exit_codes.USER_ERROR
     try:
         config = read_spec(Path(argv[0]))
         task = resolve(config.task, config.path)(config)
-        counts, activations = weigh(task, config, World.from_env(os.environ), int(argv[1]))
+        world = World.from_env(os.environ)
+        if argv[2:]:
+            counts, activations = measure(task, config, world, int(argv[1]))
+        else:
+            counts, activations = count_task(task, world), None
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -19,7 +19,7 @@ from pathlib import Path
 from trainers.config import micro_batch
 from trainers.config.schema import SearchConfig
 from trainers.config.spec import read_run, resolve
-from trainers.contract import events, heartbeat
+from trainers.contract import events, exit_codes, heartbeat
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import Stopped, hold, listen
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     folder = argv[0] if argv else os.environ.get("LAUNCH_RUN_DIR")
     if folder is None:
         print("usage: python -m trainers.run RUN_DIR", file=sys.stderr)
-        return 2
+        return exit_codes.USER_ERROR
     attempt = os.environ.get("LAUNCH_ATTEMPT")
     heartbeat.start()
     try:

@@ -10,8 +10,6 @@ from trainers.config.schema import SearchConfig
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 
-FINISHED, STOPPED = 0, 75  # a rank's exit codes
-
 
 @dataclass(frozen=True)
 class Place:

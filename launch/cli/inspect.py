@@ -120,7 +120,7 @@ def plan(context: click.Context, task: str, root: Path, wanted: Wanted, slurm: b
     from launch.plan.initial_weights import resolved
 
     spec = resolved(spec, root_of(context, root, where))
-    found = memory.fit(spec, where, planned_resources(where, wanted), probe)
+    found = memory.memory_table(spec, where, planned_resources(where, wanted), probe)
     print_json(found) if json else print(memory.show(found))
 
 
@@ -306,7 +306,7 @@ def verify_checkpoints(word: str, root: Path, step: int | None, json: bool) -> i
     """Read and hash every file; the exit code is 1 if one is not as it was written."""
     from launch.records.checkpoints import verify
     from launch.records.read import find_run
-    from trainers.contract.events import size
+    from trainers.contract.text import size
 
     rows = verify(find_run(root, word).paths, step)
     if json:

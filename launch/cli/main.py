@@ -26,6 +26,7 @@ from launch.cli.options import (
 from launch.cli.run import COMMANDS as RUNNING
 from launch.cli.run import task_command
 from launch.plan import spec as specs
+from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 
 EXAMPLES = """\b
@@ -48,15 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(error, error.exit_code, asked.verbose)
     except click.UsageError as error:
-        return _fail(_usage(error), 2, asked.verbose)
+        return _fail(_usage(error), exit_codes.USER_ERROR, asked.verbose)
     except (click.Abort, KeyboardInterrupt):
-        return 130
+        return exit_codes.KILLED
     except BrokenPipeError:  # `launch runs | head`: whoever read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return exit_codes.FAILED
     except Exception as error:
         hint = None if asked.verbose else "--verbose shows the traceback"
-        return _fail(UserError(f"{type(error).__name__}: {error}", hint), 1, asked.verbose)
+        return _fail(UserError(f"{type(error).__name__}: {error}", hint), exit_codes.FAILED, asked.verbose)
 
 
 def _fail(error: UserError, code: int, verbose: bool) -> int:

@@ -19,6 +19,7 @@ import click
 from launch.cluster.resources import Wanted
 from launch.plan import spec as specs
 from trainers.contract.errors import UserError
+from trainers.contract.text import either
 
 ALIASES = {"data": "data.source", "wandb": "wandb.mode", "strategy": "train.strategy", "from": "init.source"}
 
@@ -168,7 +169,7 @@ def no_such(word: str, names: Sequence[str]) -> UserError:
         return UserError(f"there is no file `{word}`", f"looked in `{Path.cwd()}`" if not os.path.isabs(word) else None)
     near = difflib.get_close_matches(word, names, n=2)
     return UserError(f"there is no command, task or file `{word}`",
-                     f"did you mean {' or '.join(f'`{name}`' for name in near)}?" if near
+                     f"did you mean {either(f'`{name}`' for name in near)}?" if near
                      else "`launch --help` lists commands and tasks")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Mapping
 
 from trainers.contract.errors import UserError
+from trainers.contract.text import either
 
 if TYPE_CHECKING:
     from launch.cluster.config import ClusterConfig
@@ -27,6 +28,15 @@ class Resources:
     @property
     def ranks_per_node(self) -> int:
         return self.ranks // self.nodes
+
+    def node_of(self, rank: int) -> int:
+        """Which node, from 0, a rank is on."""
+        return node_of_rank(rank, self.ranks, self.nodes)
+
+
+def node_of_rank(rank: int, ranks: int, nodes: int) -> int:
+    """Which of `nodes` nodes, from 0, a rank is on: each node holds equally many consecutive ranks."""
+    return rank * nodes // ranks
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,7 @@ def slurm_resources(cluster: ClusterConfig, wanted: Wanted) -> Resources:
     if count % nodes:
         near = [n for n in (count // nodes * nodes, (count // nodes + 1) * nodes) if n]
         raise UserError(f"--{what} {count} cannot be spread evenly over {nodes} nodes",
-                        f"use --{what} {' or '.join(map(str, near))}")
+                        f"use --{what} {either(near)}")
     if a_node is not None and count // nodes > a_node:
         raise UserError(f"--{what} {count} on --nodes {nodes} is {count // nodes} a node; a node of cluster "
                         f"`{cluster.name}` has {a_node}", f"use --nodes {-(-count // a_node)} or more")

@@ -24,6 +24,9 @@ DROPPED = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SQUEUE|SINFO|SCANCEL|SAC
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 UNDER_WAY = {*WAITING, "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT",
              "RESIZING"}
+# How the states of nodes begin on which nothing runs any more, and of those that only take no new jobs.
+DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "NO_RESPOND", "UNKNOWN")
+CLOSED = ("DRAIN", "MAINT")
 IDS_A_CALL = 5000  # one argument of a command holds 128 KiB
 
 
@@ -206,14 +209,24 @@ def node_states(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     if not names:
         return {}
     rows = call("sinfo", "--noheader", "--all", "--Node", f"--nodes={','.join(names)}", "-o", "%N|%T|%E").splitlines()
-    return {name: (_node_state(state), "" if reason == "none" else reason)
+    return {name: (node_state(state), "" if reason == "none" else reason)
             for name, state, reason in (row.split("|", 2) for row in rows)}
 
 
-def _node_state(text: str) -> str:
+def node_state(text: str) -> str:
     """'mixed*' -> NOT_RESPONDING, 'down*' -> DOWN, 'idle~' (powered down) -> IDLE."""
     state = text.rstrip("*~#!%$@^-+").upper()
     return "NOT_RESPONDING" if "*" in text and not state.startswith("DOWN") else state
+
+
+def is_down(state: str) -> bool:
+    """Whether nothing runs any more on a node in this state."""
+    return state.upper().startswith(DOWN)
+
+
+def takes_jobs(state: str) -> bool:
+    """Whether a node in this state takes new jobs."""
+    return not state.upper().startswith(DOWN + CLOSED)
 
 
 def kill_wait_s() -> float:

@@ -21,7 +21,6 @@ from launch.cluster.resources import Resources, Wanted, resources_of
 from launch.execute import record
 from launch.execute.record import EXIT_CODES, recorded, take_attempt, worker_here
 from launch.plan.initial_weights import resolved, warn
-from launch.plan.memory import memory_of
 from launch.plan.plan import Plan, make_plan
 from launch.plan.show import as_json, show
 from launch.plan.spec import Spec, record_spread, spec_of, spread_anew
@@ -33,10 +32,11 @@ from launch.supervise.rank import Failure, Outcome
 from launch.supervise.supervisor import supervise
 from launch.supervise.terminal import View, make_view
 from trainers.config.micro_batch import gave_way
+from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
-from trainers.contract.events import duration
 from trainers.contract.files import read_json
 from trainers.contract.paths import RunPaths
+from trainers.contract.text import duration
 
 
 def execute(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, view: View, restarts: int
@@ -67,8 +67,8 @@ def execute(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, view: 
             view.notice(f"attempt {plan.attempt} failed: {failure.message}; trying again ({restarts} more after this)")
             continue
         code = EXIT_CODES[outcome.kind]
-        if failure and failure.exit_code == UserError.exit_code and not failure.traceback:
-            code = UserError.exit_code
+        if failure and failure.exit_code == exit_codes.USER_ERROR and not failure.traceback:
+            code = exit_codes.USER_ERROR
         return outcome, code
 
 
@@ -102,11 +102,11 @@ def debug_here(plan: Plan, paths: RunPaths, view: View) -> int:
             except BaseException as error:
                 said = traceback.format_exc()
                 print(said, file=sys.stderr, end="")
-                code = EXIT_CODES["killed"] if isinstance(error, KeyboardInterrupt) else EXIT_CODES["failed"]
+                code = exit_codes.KILLED if isinstance(error, KeyboardInterrupt) else exit_codes.FAILED
         kind = {code: kind for kind, code in EXIT_CODES.items()}.get(code, "failed")
         message = said.splitlines()[-1] if said else f"ended with exit code {code}"
         ended(Outcome(kind, Failure(0, code, None, message, None, said, False) if kind == "failed" else None))
-    return code if code in (*EXIT_CODES.values(), UserError.exit_code) else EXIT_CODES["failed"]
+    return code if code in (*EXIT_CODES.values(), exit_codes.USER_ERROR) else exit_codes.FAILED
 
 
 def _in_process(plan: Plan) -> int:
@@ -138,7 +138,6 @@ def start(*, spec: Spec, runs: Path, wanted: Wanted, debug: bool, dry_run: bool,
     plan_of = partial(plan_here, new_run_id(spec.name), spec, cluster, resources, runs.absolute(), Path.cwd())
     plan = plan_of(1)
     if dry_run:
-        plan = replace(plan, memory=memory_of(spec.config, resources))
         print(jsonlib.dumps(as_json(plan), indent=1, ensure_ascii=False) if json else show(plan), end="\n" * json)
         return 0
     view = make_view(json)

@@ -26,6 +26,7 @@ from launch.plan.submission import read_submission
 from launch.supervise.rendezvous import Absent, meet
 from launch.supervise.signals import StopSignals, stop_signals
 from launch.supervise.terminal import make_view
+from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, update_json
 from trainers.contract.paths import RunPaths
@@ -54,7 +55,7 @@ def attend(folder: Path, stop: StopSignals) -> int:
         close_lost(paths, place, folder)
         set_flag(requeue, count_failures(paths, submission) < submission.max_restarts)  # if this process should be killed
     try:
-        gang = meet(folder, name, place.node, place.nodes, submission.cluster.interface, lambda: bool(stop.received))
+        group = meet(folder, name, place.node, place.nodes, submission.cluster.interface, lambda: bool(stop.received))
     except (Absent, OSError) as error:
         view.notice(f"error: {error}")
         if place.node == 0:
@@ -70,21 +71,21 @@ def attend(folder: Path, stop: StopSignals) -> int:
             if anew:
                 update_json(paths.record, state="preempted")  # it is not over
             elif not submission.cluster.requeue and not stop.received:
-                return end_chain(paths, place, record.EXIT_CODES["failed"])
-        return record.EXIT_CODES["failed"]
+                return end_chain(paths, place, exit_codes.FAILED)
+        return exit_codes.FAILED
     try:
         if place.node == 0:
-            return lead(submission, place, paths, gang, requeue, stop, view)
-        return follow(submission, place, paths, gang, stop, view)
+            return lead(submission, place, paths, group, requeue, stop, view)
+        return follow(submission, place, paths, group, stop, view)
     except Exception:
         if place.node == 0:  # a full disk, or a fault of ours: it would repeat
             set_flag(requeue, False)
         raise
     finally:
-        if not gang.whole:  # whoever is left says it: it may be the head that has gone
+        if not group.whole:  # whoever is left says it: it may be the head that has gone
             hosts = hosts_of(place)
-            exclude(folder, place, [hosts[node] for node, link in gang.links.items() if not link.open])
-        gang.close()
+            exclude(folder, place, [hosts[node] for node, link in group.links.items() if not link.open])
+        group.close()
 
 
 # The head

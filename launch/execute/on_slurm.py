@@ -25,7 +25,6 @@ from launch.execute.submission_plan import code_of, make_submission
 from launch.execute.submit import hand_over, release, submit, try_out
 from launch.plan.initial_weights import resolved, warn
 from launch.plan.job_script import Request, node_process, setup, srun_args
-from launch.plan.memory import memory_of
 from launch.plan.plan import Plan
 from launch.plan.show import as_json, show
 from launch.plan.spec import Spec, record_spread, spec_of, spread_anew
@@ -36,11 +35,14 @@ from launch.records.run import Run, read_run
 from launch.records.state import ACTIVE, state_of
 from launch.supervise.signals import stop_signals
 from trainers.config.schema import SearchConfig
+from trainers.contract import exit_codes
+from trainers.contract.clock import utc_now
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, replace_text, update_json
 from trainers.contract.paths import RunPaths
 
-EXIT_CODES = {"finished": 0, "preempted": 75, "cancelled": 75}  # by a run's state; of any other 1
+# By a run's state; any other state is FAILED.
+EXIT_CODES = {"finished": exit_codes.FINISHED, "preempted": exit_codes.PREEMPTED, "cancelled": exit_codes.PREEMPTED}
 
 
 def start(*, spec: Spec, root: Path, request: Request, wanted: Wanted, dry_run: bool, json: bool,
@@ -61,7 +63,6 @@ def start(*, spec: Spec, root: Path, request: Request, wanted: Wanted, dry_run: 
     copy = None if here else snapshot.survey(code_of(spec), RunPaths(root / run_id).code)
     plan = make_submission(run_id, spec, request, resources, runs=root, cwd=Path.cwd(), copy=copy, here=here)
     if dry_run:
-        plan = replace(plan, memory=memory_of(spec.config, resources))
         print(jsonlib.dumps(as_json(plan), indent=1, ensure_ascii=False) if json else show(plan), end="\n" * json)
         return 0
     if here:
@@ -128,7 +129,7 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, spread: Sequenc
     if spread:
         record_spread(paths, spec)
     was = {key: run.record[key] for key in ("state", "job")}
-    update_json(paths.record, state="submitted", updated=record.now(),
+    update_json(paths.record, state="submitted", updated=utc_now(),
                 job=record.submitting(request.cluster.name, number))
     try:
         ids = hand_over(plan.job, plan.files, paths.root)
@@ -136,7 +137,7 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, spread: Sequenc
         update_json(paths.record, **was)
         shutil.rmtree(paths.submission(number), ignore_errors=True)
         raise
-    update_json(paths.record, updated=record.now(),
+    update_json(paths.record, updated=utc_now(),
                 job={"kind": "slurm", "cluster": request.cluster.name, "ids": ids, "submission": number})
     release(ids)
     _say(paths, ids, request, resources, json)
@@ -225,7 +226,7 @@ def _here(plan: Plan, request: Request, resources: Resources) -> int:
         raise UserError(f"srun could not start the run in allocation {allocation} (see above)",
                         f"it needs {resources.nodes} node(s): `squeue --job {allocation}` shows what there is")
     print(f"run {paths.id} is {state}" + ("" if state == "finished" else f"; go on with `launch resume {named(paths)}`"))
-    return EXIT_CODES.get(state, 1)
+    return EXIT_CODES.get(state, exit_codes.FAILED)
 
 
 def _stop(paths: RunPaths, srun: subprocess.Popen, asked: bool) -> bool:
@@ -245,4 +246,4 @@ def _follow(paths: RunPaths, show_log: Callable[[Run], None] | None) -> int:
     show_log(read_run(paths.root))
     state = state_of(read_run(paths.root))
     print(f"run {paths.id} is {state}")
-    return {**EXIT_CODES, "submitted": 0, "running": 0}.get(state, 1)
+    return {**EXIT_CODES, "submitted": 0, "running": 0}.get(state, exit_codes.FAILED)

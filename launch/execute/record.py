@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,16 @@ from launch.plan.plan import Plan
 from launch.records.process import alive, identity
 from launch.supervise.rank import Failure, Outcome
 from launch.supervise.terminal import View
+from trainers.contract import exit_codes
+from trainers.contract.clock import utc_now
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, replace_json, replace_text, update_json
 from trainers.contract.paths import RunPaths
 
 # The state of a run, by how its last attempt ended, and the command's exit code.
 STATES = {"finished": "finished", "failed": "failed", "preempted": "preempted", "killed": "preempted"}
-EXIT_CODES = {"finished": 0, "failed": 1, "preempted": 75, "killed": 130}
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+EXIT_CODES = {"finished": exit_codes.FINISHED, "failed": exit_codes.FAILED, "preempted": exit_codes.PREEMPTED,
+              "killed": exit_codes.KILLED}
 
 
 def me() -> dict[str, Any]:
@@ -60,7 +58,7 @@ def create_run(plan: Plan, **more: Any) -> RunPaths:
         replace_text(paths.spec, plan.files["run.yaml"])
         replace_json(paths.record, {
             "id": plan.run_id, "task": plan.name, "state": "submitted", "step": 0, "total": None, "attempt": 0,
-            "job": None, "sweep": None, "metrics": {}, "checkpoint": None, "created": now(), "updated": now(), **more,
+            "job": None, "sweep": None, "metrics": {}, "checkpoint": None, "created": utc_now(), "updated": utc_now(), **more,
         })
     except UserError:
         shutil.rmtree(paths.root, ignore_errors=True)
@@ -104,11 +102,11 @@ def take_attempt(paths: RunPaths, number: int) -> None:
 def never_began(paths: RunPaths, number: int, failure: Failure, **more: Any) -> None:
     """Record an attempt, taken already, whose ranks could not be started, and the run's failure with it."""
     replace_json(paths.attempt_record(number), {
-        "attempt": number, **me(), "process_started": identity(os.getpid()), **more, "began": now(), "ended": now(),
+        "attempt": number, **me(), "process_started": identity(os.getpid()), **more, "began": utc_now(), "ended": utc_now(),
         "outcome": "failed", "exit_code": EXIT_CODES["failed"], "failure": failure.as_dict(), "reason": None,
         "checkpoint_s": None,
     })
-    update_json(paths.record, state="failed", attempt=number, updated=now())
+    update_json(paths.record, state="failed", attempt=number, updated=utc_now())
 
 
 @contextmanager
@@ -129,22 +127,23 @@ def recorded(plan: Plan, paths: RunPaths, view: View, worker: Mapping[str, Any] 
     attempt: dict[str, Any] = {
         "attempt": plan.attempt, **me(), "process_started": identity(os.getpid()), "cwd": plan.cwd,
         "device": plan.resources.device, "ranks": plan.resources.ranks, "threads": plan.resources.threads, **more,
-        "began": now(), "ended": None, "outcome": "running", "exit_code": None, "failure": None,
+        "began": utc_now(), "ended": None, "outcome": "running", "exit_code": None, "failure": None,
         "reason": None, "checkpoint_s": None,
     }
     replace_json(paths.attempt_record(plan.attempt), attempt)
-    update_json(paths.record, state="running", attempt=plan.attempt, updated=now(), **({"job": dict(worker)} if worker else {}))
+    job = {"job": dict(worker)} if worker else {}
+    update_json(paths.record, state="running", attempt=plan.attempt, updated=utc_now(), **job)
 
     def ended(outcome: Outcome, reason: str | None = None, again: bool = False) -> str:
         cancelled = outcome.signal is not None and paths.cancellation(plan.attempt).exists()
         state = "cancelled" if cancelled else STATES[outcome.kind]
         failure = outcome.failure and outcome.failure.as_dict()
-        changes = {"ended": now(), "outcome": state, "exit_code": EXIT_CODES[outcome.kind], "failure": failure,
+        changes = {"ended": utc_now(), "outcome": state, "exit_code": EXIT_CODES[outcome.kind], "failure": failure,
                    "reason": reason, "checkpoint_s": outcome.checkpoint_s}
         try:
             if next_attempt(paths) == plan.attempt + 1:  # else the records are a newer attempt's to write
                 replace_json(paths.attempt_record(plan.attempt), {**attempt, **changes})
-                update_json(paths.record, state="running" if again else state, updated=now())
+                update_json(paths.record, state="running" if again else state, updated=utc_now())
         except OSError as error:
             view.notice(f"warning: the record of {paths.id} cannot be written: {error.strerror}")
         return state

@@ -19,6 +19,7 @@ from launch.execute.submission_plan import code_of
 from launch.plan.job_script import Job
 from launch.plan.plan import Plan
 from launch.plan.spec import Spec
+from trainers.contract.clock import utc_now
 from trainers.contract.errors import UserError
 from trainers.contract.files import replace_text, update_json
 from trainers.contract.paths import RunPaths
@@ -41,7 +42,7 @@ def submit(plan: Plan, spec: Spec, cluster: str) -> tuple[RunPaths, list[str], t
     try:
         copy = snapshot.take(code_of(spec), paths.code)
         ids = hand_over(plan.job, plan.files, paths.root)
-        update_json(paths.record, job={"kind": "slurm", "cluster": cluster, "ids": ids, "submission": 1}, updated=record.now())
+        update_json(paths.record, job={"kind": "slurm", "cluster": cluster, "ids": ids, "submission": 1}, updated=utc_now())
         release(ids)
     except BaseException:
         withdraw([plan.job])

@@ -17,7 +17,6 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from launch.execute.sweep_plan import Sweep, at_point, load_specs, make_sweep, m
 from launch.plan.grid import grid
 from launch.plan.initial_weights import resolved, warn
 from launch.plan.job_script import Request
-from launch.plan.memory import memory_of
 from launch.plan.spec import Spec, spec_of
 from launch.plan.submission import Submission, last_submission, plan_of
 from launch.records import read as runs
@@ -43,6 +41,8 @@ from launch.records.run import SWEEP, Run, read_run
 from launch.records.state import state_of
 from launch.supervise.signals import stop_signals
 from launch.supervise.terminal import make_view
+from trainers.contract import exit_codes
+from trainers.contract.clock import utc_now
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, replace_json, replace_text, update_json
 from trainers.contract.paths import RunPaths
@@ -87,8 +87,6 @@ def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], reques
     sweep = make_sweep(sweep_id, points, dict(enumerate(specs)), request, resources, root=root, cwd=Path.cwd(), copy=copy,
                        parallel=parallel)
     if dry_run:
-        sweep = replace(sweep, plans=tuple(replace(plan, memory=memory_of(spec.config, resources))
-                                           for plan, spec in zip(sweep.plans, specs)))
         print(jsonlib.dumps(sweep_json(sweep), indent=1, ensure_ascii=False) if json else show_sweep(sweep), end="\n" * json)
         return 0
     if here:
@@ -120,7 +118,7 @@ def _write(sweep: Sweep, task: str, job: Mapping[str, Any], sources: Sequence[Pa
         for plan in sweep.plans:
             record.create_run(plan, sweep=sweep.id, job=dict(job))
         with _writing(paths.root):
-            replace_json(paths.root / SWEEP, {"id": sweep.id, "task": task, "created": record.now(), "job": dict(job),
+            replace_json(paths.root / SWEEP, {"id": sweep.id, "task": task, "created": utc_now(), "job": dict(job),
                                                    "max_parallel": sweep.parallel, "points": list(sweep.points)})
     except BaseException:
         _remove(sweep)
@@ -170,7 +168,7 @@ def _hand_over(sweep: Sweep) -> list[str]:
             of_runs = [hand_over(plan.job, plan.files, Path(plan.folder)) for plan in sweep.plans]
             given = [id for ids in of_runs for id in ids]
         for plan, ids in zip(sweep.plans, of_runs):
-            update_json(RunPaths(Path(plan.folder)).record, job={**job, "ids": ids}, updated=record.now())
+            update_json(RunPaths(Path(plan.folder)).record, job={**job, "ids": ids}, updated=utc_now())
         update_json(root / SWEEP, job={**job, "ids": given})
         release(given)
     except BaseException:
@@ -225,14 +223,14 @@ def _in_turn(sweep: Sweep, json: bool) -> int:
                 view.close()
                 print(error, file=sys.stderr)
                 codes.append(error.exit_code)
-            stopped = codes[-1] == record.EXIT_CODES["killed"] or _now(file)["state"] == "preempted"
+            stopped = codes[-1] == exit_codes.KILLED or _now(file)["state"] == "preempted"
         for file in filter(waiting, files if stopped else ()):
-            update_json(file, state="preempted", updated=record.now())
+            update_json(file, state="preempted", updated=utc_now())
     _tell(_ending(sweep), json)
     if stopped:
-        return record.EXIT_CODES["killed" if codes[-1:] == [record.EXIT_CODES["killed"]] else "preempted"]
-    failed = any(code not in (0, record.EXIT_CODES["preempted"]) for code in codes)
-    return record.EXIT_CODES["failed"] if failed else max(codes, default=0)
+        return exit_codes.KILLED if codes[-1:] == [exit_codes.KILLED] else exit_codes.PREEMPTED
+    failed = any(code not in (exit_codes.FINISHED, exit_codes.PREEMPTED) for code in codes)
+    return exit_codes.FAILED if failed else max(codes, default=0)
 
 
 def _ending(sweep: Sweep) -> str:
@@ -297,7 +295,7 @@ def resume(root: Path, word: str, *, request: Request | None, wanted: Wanted, pa
     job = record.worker_here() if here else _submitting(sweep)
     with _writing(paths.root.parent):
         for run in left.values():
-            update_json(run.paths.record, state="submitted", job=job, updated=record.now())
+            update_json(run.paths.record, state="submitted", job=job, updated=utc_now())
     if here:
         update_json(paths.root / SWEEP, job=job)
         return _in_turn(sweep, json)

@@ -1,4 +1,4 @@
-"""What memory a run takes of a GPU under each strategy, and what of it would fit. For dry runs and `launch plan`."""
+"""What memory a run takes of a GPU under each strategy, and what of it would fit. For `launch plan`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster.config import ClusterConfig, size_bytes
-from launch.cluster.resources import Resources
+from launch.cluster.resources import Resources, visible_gpus
 from launch.plan.plan import PARTS
 from launch.plan.spec import Spec
 from trainers.config.compatibility import OFFLOADS, ZERO, unsupported
@@ -21,7 +21,7 @@ from trainers.config.counts import Counts
 from trainers.config.memory import HALF, Memory, expected
 from trainers.config.schema import RunConfig, SearchConfig
 from trainers.contract.errors import UserError
-from trainers.contract.events import size
+from trainers.contract.text import size
 
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "zero3")  # those that send less between ranks first
 USABLE = 0.9  # of a GPU: the rest is CUDA's own context and what its allocator cannot put to use
@@ -51,20 +51,14 @@ class Row:
         return self.memory.total + (self.activations or 0)
 
 
-def memory_of(config: Any, resources: Resources) -> dict[str, int] | None:
-    """What one rank takes without activations, in bytes; None if only torch can tell (or it is a script's), nothing where
-    no model is trained."""
-    if isinstance(config, SearchConfig) or isinstance(config, RunConfig) and config.eval.only:
-        return {}
-    counts = config.counts() if isinstance(config, RunConfig) else None
-    return expected(config, counts, resources.ranks, resources.device).as_dict() if counts else None
+def memory_table(spec: Spec, cluster: ClusterConfig, resources: Resources, activations: bool) -> dict[str, Any]:
+    """What `launch plan` says, as plain data. The models are counted by torch, in a process of its own.
 
-
-def fit(spec: Spec, cluster: ClusterConfig, resources: Resources, probed: bool) -> dict[str, Any]:
-    """What `launch plan` says, as plain data.
+    Args:
+        activations: measure them too, by a step on this machine.
 
     Raises:
-        UserError: it is a script, a batch that does not divide, or the probe failed.
+        UserError: the spec is a script's or a search's, the batch does not divide over the ranks, or the process failed.
     """
     config = spec.config
     if isinstance(config, SearchConfig):
@@ -74,17 +68,21 @@ def fit(spec: Spec, cluster: ClusterConfig, resources: Resources, probed: bool) 
         raise UserError(f"`{spec.name}` is a script, whose model nobody knows before it runs", "`launch plan` is for tasks")
     config.check()
     config.train.split(resources.ranks)
-    counts, activations = config.counts(), None
-    if probed:
-        counts, activations = probe(spec, cluster, resources)
+    return lay_out(spec, cluster, resources, *probe(spec, cluster, resources, activations))
+
+
+def lay_out(spec: Spec, cluster: ClusterConfig, resources: Resources, counts: Counts, activations: Mapping[int, int] | None
+            ) -> dict[str, Any]:
+    """The strategies side by side, from what was counted and measured: see `probe`."""
+    config = spec.config
     room = room_of(cluster, resources)
-    rows = [row(config, strategy, counts, activations, resources, room) for strategy in STRATEGIES] if counts else []
+    rows = [row(config, strategy, counts, activations, resources, room) for strategy in STRATEGIES]
     best = next((r for r in rows if r.fits), None)
     return {
         "task": spec.name, "ranks": resources.ranks, "nodes": resources.nodes, "device": resources.device,
         "batch_size": config.train.batch_size, "strategy": config.train.strategy,
         "micro_batch_size": config.train.micro_batch_size, "precision": config.train.precision,
-        "counts": counts and {**vars(counts)}, "room": room.bytes, "room_said": room.said,
+        "counts": {**vars(counts)}, "room": room.bytes, "room_said": room.said,
         "activations": activations,
         "rows": [{"strategy": r.strategy, "refused": r.refused, "memory": r.memory and r.memory.as_dict(),
                   "activations": r.activations, "micro_batch_size": r.micro, "total": r.memory and r.total, "fits": r.fits}
@@ -162,29 +160,32 @@ def _smi() -> int | None:
         return None
 
 
-def probe(spec: Spec, cluster: ClusterConfig, resources: Resources) -> tuple[Counts, dict[int, int]]:
-    """(counts, activations by micro-batch size), measured on this machine, on a GPU if it has one.
+def probe(spec: Spec, cluster: ClusterConfig, resources: Resources, activations: bool) -> tuple[Counts, dict[int, int] | None]:
+    """(how large the models are, bytes of activations by micro-batch size where they are asked for)
+
+    Both are found in a process of its own, since `launch` imports no torch. Counting needs no memory; measuring takes one
+    step on this machine, on a GPU if there is one.
 
     Raises:
-        UserError: it failed; what it said is on standard error.
+        UserError: the process failed; what it said is on standard error.
     """
-    from launch.cluster.resources import visible_gpus
-
     env = {**os.environ, **({"LAUNCH_DATA": cluster.data} if cluster.data and Path(cluster.data).exists() else {})}
-    on_gpu = resources.device == "cuda" and visible_gpus(os.environ) > 0
+    on_gpu = activations and resources.device == "cuda" and visible_gpus(os.environ) > 0
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         env.pop(name, None)
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
         file = Path(folder, "run.yaml")
         file.write_text(spec.text, encoding="utf-8")
-        done = subprocess.run([sys.executable, "-P", "-m", "trainers.probe", str(file), str(resources.ranks)],
+        done = subprocess.run([sys.executable, "-P", "-m", "trainers.probe", str(file), str(resources.ranks),
+                               *(["--activations"] if activations else [])],
                               env={**env, "ACCELERATE_USE_CPU": str(not on_gpu).lower()}, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise UserError("the probe failed: it made the model and took one step, on this machine",
-                        "what it said is above; without --probe nothing is run")
+        what = "made the model and took one step, on this machine" if activations else "made the model, to count its parameters"
+        raise UserError(f"the probe failed: it {what}", "what it said is above")
     found = json.loads(done.stdout.splitlines()[-1])
-    return Counts(**found["counts"]), {int(micro): count for micro, count in found["activations"].items()}
+    measured = found["activations"]
+    return Counts(**found["counts"]), measured and {int(micro): count for micro, count in measured.items()}
 
 
 # For a person
@@ -196,8 +197,6 @@ def show(found: Mapping[str, Any]) -> str:
     device = "GPU" if found["device"] == "cuda" else "rank"
     lines = [f"ranks      {found['ranks']} on {found['device']}, {found['nodes']} node(s)",
              f"{device:<10} {room}{found['room_said']}"]
-    if counts is None:
-        return "\n".join([*lines, "model      known to torch alone: --probe counts its parameters"])
     blocks = f", the largest block {counts['block']:,}" if counts["block"] else ""
     lines.insert(0, f"model      {counts['parameters']:,} parameters{blocks}")
     lines.append(f"batch      {found['batch_size']} = {found['ranks']} rank(s) x "

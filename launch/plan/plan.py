@@ -50,7 +50,6 @@ class Plan:
     start_s: float | None     # the same while it rests: see trainers/contract/heartbeat.py
     weights: Weights | None = None  # what its folder keeps for its beginning
     job: Job | None = None    # what SLURM gets, where it is asked for the nodes
-    memory: Mapping[str, int] | None = None  # of a rank without activations, in bytes (trainers/config/memory.py), for a dry run
 
     def inherited(self, env: Mapping[str, str]) -> dict[str, str]:
         """What ranks take over from `env`: all; ranks of a task nothing that would change what accelerate does."""

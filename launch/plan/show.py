@@ -5,11 +5,9 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Mapping
 
-from launch.plan.plan import PARTS, Plan
+from launch.plan.plan import Plan
 from trainers.contract import heartbeat
-from trainers.contract.events import size
 from trainers.contract.paths import RunPaths
 
 CHOSEN_LATER = "<a free port, chosen when the attempt begins>"
@@ -30,8 +28,6 @@ def show(plan: Plan) -> str:
     if plan.weights:
         kept = f", kept in {RunPaths(Path()).init}/ until it has its own" if plan.weights.step is not None else ""
         lines.append(f"weights    {plan.weights}{kept}")
-    if plan.batch:
-        lines += [f"memory     {memory_line(plan.memory)}"] if plan.memory != {} else []
     if plan.job:
         lines += ["", "# handed to SLURM" + (f", {plan.job.links} times, each to begin if the one before ends badly"
                                             if plan.job.links > 1 else ""), shlex.join(plan.job.command)]
@@ -48,16 +44,6 @@ def show(plan: Plan) -> str:
     lines += ["", "# the same by hand" + (", on each node" if r.nodes > 1 else "") + ", once these files are there",
               plan.equivalent]
     return "\n".join(lines) + "\n"
-
-
-def memory_line(memory: Mapping[str, int] | None) -> str:
-    """'1.2 GiB a rank without activations: 0.4 of parameters, ...'"""
-    if memory is None:
-        return "known to torch alone: `launch plan TASK --probe` counts the model's parameters"
-    parts = [f"{size(memory[part])} {part}" for part in PARTS if memory[part]]
-    host = f"; in host memory {size(memory['host'])}" if memory["host"] else ""
-    ready = f"; {size(memory['ready'])} while it gets ready" if memory["ready"] >= memory["total"] else ""
-    return f"{size(memory['total'])} a rank without activations ({', '.join(parts)}{host}{ready})"
 
 
 def _rank_envs(plan: Plan) -> list[dict[str, str]]:

@@ -8,7 +8,6 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from launch.records.process import alive
 from launch.records.read import attempt_record, element_of, read_sweep
 from launch.records.run import Run, read_run
 from launch.records.state import ACTIVE, FINAL, NOT_SUBMITTED, Truth, local_state, look, on_slurm, state_of
+from trainers.contract.clock import utc_now
 from trainers.contract.errors import UserError
 from trainers.contract.files import update_json
 from trainers.contract.paths import RunPaths
@@ -51,7 +51,7 @@ def cancel(run: Run, wait_s: float | None = None) -> str:
                         f"type `launch cancel {run.id}` there")
     sweep = run.record.get("sweep")
     if sweep and now == "submitted":  # it waits for its turn, before which the sweep's process looks at its record
-        return update_json(run.paths.record, state="cancelled", updated=_now())["state"]
+        return update_json(run.paths.record, state="cancelled", updated=utc_now())["state"]
     # The marker first: whoever sees the signal must already find the reason.
     attempt = max(run.paths.attempt_numbers(), default=run.record["attempt"])
     run.paths.cancellation(attempt).touch()
@@ -120,7 +120,7 @@ def _cancel_on_slurm(looked: Sequence[tuple[Run, Truth]], wait_s: float | None) 
         if run.id in at_work:
             run.paths.cancellation(at_work[run.id]).touch()
         else:
-            update_json(run.paths.record, state="cancelled", updated=_now())
+            update_json(run.paths.record, state="cancelled", updated=utc_now())
     waiting = {job.id for run in stopping for job in jobs[run.id] if run.id not in at_work or job.waiting}
     running = {job.id for run in stopping for job in jobs[run.id]} - waiting
     try:
@@ -174,7 +174,7 @@ def _after(runs: Sequence[Run], ids: set[str]) -> dict[str, str]:
         run = run.again()
         mine = [id for id in run.record["job"]["ids"] if id in left]
         if run.record["state"] not in FINAL and not mine:
-            update_json(run.paths.record, state="cancelled", updated=_now())
+            update_json(run.paths.record, state="cancelled", updated=utc_now())
         said[run.id] = run.again().record["state"]
         if said[run.id] not in FINAL:
             said[run.id] += f" (asked to stop; SLURM was told to end job {', '.join(mine)}, and has not yet)"
@@ -198,7 +198,3 @@ def _grace_s(run: Run) -> float:
 
 def _nothing_to_cancel(run: Run, now: str) -> UserError:
     return UserError(f"run `{run.id}` is {now}: there is nothing to cancel", "see `launch runs`")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -11,7 +11,7 @@ from launch.records.run import Run
 from trainers.checkpoints import export as engine
 from trainers.checkpoints import manifest
 from trainers.contract.errors import UserError
-from trainers.contract.events import size
+from trainers.contract.text import size
 
 SUFFIX = ".safetensors"
 

@@ -8,16 +8,18 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.cluster import reasons
+from launch.cluster.resources import node_of_rank
 from launch.records.run import SWEEP, Run, read_record, read_run
 from launch.records.state import ACTIVE, NOT_SUBMITTED, Truth, local_state, look, on_slurm
+from trainers.contract.clock import utc_at
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json
 from trainers.contract.paths import RunPaths
+from trainers.contract.text import either
 
 if TYPE_CHECKING:  # imported only where SLURM is asked
     from launch.cluster.slurm import Queued
@@ -54,7 +56,7 @@ def find_run(root: Path, word: str) -> Run:
                         "give more of the id")
     near = difflib.get_close_matches(word, ids, n=3, cutoff=0.4)
     raise UserError(f"there is no run `{word}` in `{root}`",
-                    f"did you mean {' or '.join(near)}?" if near
+                    f"did you mean {either(near)}?" if near
                     else "see `launch runs`; runs elsewhere: --runs DIR or LAUNCH_RUNS")
 
 
@@ -182,7 +184,7 @@ def _slow(paths: RunPaths, attempt: dict[str, Any]) -> list[dict[str, Any]]:
 def node_of(attempt: Mapping[str, Any], rank: int | None) -> str | None:
     """The node of one of an attempt's ranks, where it had several."""
     nodes, ranks = attempt.get("nodes"), attempt.get("ranks")
-    return nodes[rank * len(nodes) // ranks] if nodes and ranks and rank is not None else None
+    return nodes[node_of_rank(rank, ranks, len(nodes))] if nodes and ranks and rank is not None else None
 
 
 def slow_words(slow: Mapping[str, Any]) -> str:
@@ -298,6 +300,6 @@ def _next(run: Run, truth: Truth) -> list[str]:
 def _changed(file: str) -> str | None:
     """When the file was last changed, in UTC."""
     try:
-        return datetime.fromtimestamp(os.stat(file).st_mtime, UTC).isoformat(timespec="seconds")
+        return utc_at(os.stat(file).st_mtime)
     except OSError:
         return None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from launch.cluster import reasons
 from launch.records.process import alive
 from launch.records.run import Run
+from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 
 if TYPE_CHECKING:  # slurm is imported only where it is asked
@@ -24,7 +25,6 @@ FINAL = ("finished", "failed", "cancelled")
 GONE = {"CANCELLED": "cancelled", "FAILED": "failed", "OUT_OF_MEMORY": "failed", "TIMEOUT": "preempted",
         "DEADLINE": "preempted", "PREEMPTED": "preempted"}
 NOT_SUBMITTED = "its submission did not finish"
-PREEMPTED = 75         # the exit code of a job whose ranks stopped with a checkpoint
 
 
 def local_state(record: Mapping[str, Any]) -> str:
@@ -127,7 +127,7 @@ def _gone(run: Run, ended: Sequence[Ended]) -> Truth:
     if record["state"] == "preempted":  # its last attempt said how it ended
         if any(end.state == "CANCELLED" for end in ended):
             return Truth("cancelled", note)
-        return Truth("preempted", note if ended and ended[-1].exit_code != PREEMPTED else None)
+        return Truth("preempted", note if ended and ended[-1].exit_code != exit_codes.PREEMPTED else None)
     if not ended:
         cancelled = record["state"] == "running" and run.paths.cancellation(record["attempt"]).exists()
         return Truth("cancelled" if cancelled else "lost", note)

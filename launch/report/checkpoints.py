@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainers.contract.events import brief, metrics_line, size
+from trainers.contract.clock import local_time
+from trainers.contract.events import brief, metrics_line
+from trainers.contract.text import size
 
 COLUMNS = ("STEP", "WHEN", "SIZE", "STRATEGY", "RANKS", "KEPT AS", "METRICS")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """`listing` for a person."""
-    from launch.report.columns import columns, local
+    from launch.report.columns import columns
 
     if not rows:
         return "no checkpoints"
@@ -21,7 +23,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells.append((str(row["step"]), "-", "-", "-", "-", "-", f"broken: {row['problem']}"))
             continue
         said = f"broken: {row['problem']}" if row["problem"] else metrics_line(brief(row["metrics"]))
-        cells.append((str(row["step"]), local(row["created"]), size(row["bytes"]), row["strategy"], str(row["world_size"]),
+        cells.append((str(row["step"]), local_time(row["created"]), size(row["bytes"]), row["strategy"], str(row["world_size"]),
                       ", ".join(row["kept"]) or "-", said))
     return columns(cells)
 

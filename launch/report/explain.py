@@ -7,7 +7,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -17,9 +16,10 @@ from launch.records.read import node_logs, node_of, slow_words, status
 from launch.records.run import Run
 from launch.records.state import ACTIVE
 from launch.report.causes import CAUSES, GOING, MENDED, RESUME, WAITING, Cause
+from trainers.contract.clock import local_time, seconds_between, utc_at, utc_now
 from trainers.contract.errors import UserError
-from trainers.contract.events import duration
 from trainers.contract.paths import RunPaths
+from trainers.contract.text import duration, last_traceback
 
 END_BYTES = 256 * 1024  # of a log, from its end
 BEGIN_BYTES = 64 * 1024
@@ -33,7 +33,6 @@ STEP = re.compile(r"^(?:step|fit|eval|(?:finished|preempted) at (?:step|fit)) (\
 SPEED = re.compile(r"^(?:step|fit) \d+/\d+ .*?([\d,.]+ \w+/s) .*eta (\S+)$", re.MULTILINE)
 BY_SLURM = re.compile(r"^(?:srun|slurmstepd[^:]*|.*/slurm_script): .*", re.MULTILINE)
 NOISE = re.compile(r"lacks support for cpu binding|Exited with exit code|got SIGCONT|Job step aborted|Terminating StepId")
-UNFIT = ("DOWN", "FAIL", "DRAIN", "NOT_RESPONDING")  # how the states of nodes begin that do no work
 ENDED = {"running": "is at work", "preempted": "stopped", "lost": "was lost", "cancelled": "was cancelled"}
 
 Found = Mapping[str, Any]  # what `launch.records.read.status` gives
@@ -109,12 +108,12 @@ def _attempts(paths: RunPaths, found: Found) -> list[dict[str, Any]]:
         rows.append({
             "attempt": number, "outcome": record["outcome"], "why": _failed(failure) if failure else record.get("reason"),
             "nodes": record.get("nodes") or [], "job": record.get("job"), "began": record.get("began"), "ended": ended,
-            "seconds": _between(record.get("began"), ended), "from_step": first, "to_step": last,
+            "seconds": seconds_between(record.get("began"), ended), "from_step": first, "to_step": last,
             "kept": kept if record["outcome"] in ("preempted", "cancelled") else None,
             "next_step": None, "lost_steps": None, "next_s": None,
         })
     for row, later in zip(rows, rows[1:]):
-        row |= {"next_step": later["from_step"], "next_s": _between(row["ended"], later["began"])}
+        row |= {"next_step": later["from_step"], "next_s": seconds_between(row["ended"], later["began"])}
         if row["to_step"] is not None and later["from_step"] is not None:
             row["lost_steps"] = max(0, row["to_step"] - later["from_step"])
     return rows
@@ -177,7 +176,8 @@ def _slurm(run: Run, found: Found) -> dict[str, Any]:
         said["forgotten"] = [id for id in ids if id not in ended and id not in (found["queue"] or {"ids": ()})["ids"]]
         if attempts and attempts[-1]["outcome"] == "lost":
             states = slurm.node_states(attempts[-1].get("nodes") or ())
-            said["nodes"] = {node: ", ".join(filter(None, state)) for node, state in states.items() if state[0].startswith(UNFIT)}
+            said["nodes"] = {node: ", ".join(filter(None, state)) for node, state in states.items()
+                             if not slurm.takes_jobs(state[0])}
     except UserError as error:
         said["problem"] = error.message
     return said
@@ -226,7 +226,7 @@ def _cause(run: Run, found: Found, slurm: Mapping[str, Any]) -> dict[str, Any] |
     log = run.paths.log(attempt["attempt"], rank or 0)
     text = _read(log, -END_BYTES)
     cause["log"] = str(log) if log.exists() else None
-    if trace := failure.get("traceback") or (_traceback(text) if rank is not None else None):
+    if trace := failure.get("traceback") or (last_traceback(text) if rank is not None else None):
         return cause | {"traceback": trace.splitlines()[-TRACE_LINES:]}
     if _ids(found) and (rank is None or not log.exists()):
         return cause | _job_log(run, found, node)
@@ -240,7 +240,7 @@ def _first(paths: RunPaths, attempt: Mapping[str, Any], failure: Mapping[str, An
         return None
     for rank, log in paths.logs(attempt["attempt"]).items():
         text = _read(log, -END_BYTES)
-        trace = _traceback(text)
+        trace = last_traceback(text)
         said = re.findall(r"^error: (.*)", text, re.MULTILINE)[-1:] or (trace or "").splitlines()[-1:]
         other = _match(said[0]) if said else None
         if rank != failure["rank"] and said and not (other and other[0].consequence):
@@ -325,9 +325,9 @@ def _waits(run: Run, found: Found, last: Mapping[str, Any] | None) -> str:
     again = last and found["attempts"][-1].get("submission") == submission
     since = found["attempts"][-1].get("ended") if again else _changed(run.paths.submission(submission) / "submission.json")
     reason = reasons.told(queue["reason"])
-    return ("waits in SLURM's queue" + (f" since {_local(since)}" if since else "")
+    return ("waits in SLURM's queue" + (f" since {local_time(since)}" if since else "")
             + (f", at place {queue['position']} of {queue['of']}" if queue["position"] else "") + f": {reason}"
-            + (f"; by SLURM's estimate it starts at {_local(queue['start'])}" if queue["start"] else ""))
+            + (f"; by SLURM's estimate it starts at {local_time(queue['start'])}" if queue["start"] else ""))
 
 
 def _runs(run: Run, found: Found, last: Mapping[str, Any] | None) -> str:
@@ -338,7 +338,7 @@ def _runs(run: Run, found: Found, last: Mapping[str, Any] | None) -> str:
     text = f"attempt {last['attempt']} " + ("has not come to its first step" if last["to_step"] is None else
                                             f"is at step {last['to_step']} of {found['total'] or '?'}")
     text += f", {speed[-1][0]}, with {speed[-1][1]} to go" if speed else ""
-    quiet_s = _between(_changed(log), datetime.now(UTC).isoformat()) or 0
+    quiet_s = seconds_between(_changed(log), utc_now()) or 0
     if found["note"]:
         return f"{text}; {found['note']}"
     if found["slow"]:
@@ -447,29 +447,8 @@ def _read(file: Path, size: int) -> str:
         return ""
 
 
-def _traceback(text: str) -> str | None:
-    """The last one, without what was printed after it."""
-    start = text.rfind("Traceback (most recent call last)")
-    if start < 0:
-        return None
-    lines = text[start:].splitlines()
-    end = next((i for i, line in enumerate(lines) if i and not line.startswith(" ")), len(lines))
-    return "\n".join(lines[:end + 1])
-
-
 def _changed(file: Path) -> str | None:
     try:
-        return datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds")
+        return utc_at(file.stat().st_mtime)
     except OSError:
         return None
-
-
-def _between(first: str | None, second: str | None) -> float | None:
-    """Seconds."""
-    if not first or not second:
-        return None
-    return max(0.0, (datetime.fromisoformat(second) - datetime.fromisoformat(first)).total_seconds())
-
-
-def _local(time: str) -> str:
-    return datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -8,8 +8,9 @@ from typing import Any
 
 from launch.cluster import reasons
 from launch.records.read import ACTIVE, slow_words
-from launch.report.columns import columns, cut, local
-from trainers.contract.events import brief, duration, metrics_line, number
+from trainers.contract.clock import local_time
+from trainers.contract.events import brief, metrics_line
+from trainers.contract.text import duration, number
 
 COLUMNS = ("RUN", "TASK", "STATE", "STEP", "UPDATED", "METRICS")
 VALUE_WIDTH = 20  # of what a sweep varies: a long path leaves room for the metrics
@@ -26,11 +27,15 @@ def table(rows: Sequence[dict[str, Any]], width: int | None = None) -> str:
         if row.get("note"):
             of.setdefault(row["note"], []).append(row["id"])
     notes = [f"note: {ids[0] if len(ids) == 1 else f'{len(ids)} runs'}: {note}" for note, ids in of.items()]
+    from launch.report.columns import columns
+
     return "\n".join([columns(cells, width), *notes])
 
 
 def _comparison(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """The run comes last: of all columns its name, whole or cut, tells least."""
+    from launch.report.columns import cut  # imports rich, as late as it can
+
     values = [dict(override.partition("=")[::2] for override in row["overrides"]) for row in rows]
     keys = list(dict.fromkeys(key for given in values for key in given))
     differing = [key for key in keys if len({given.get(key) for given in values}) > 1] or keys
@@ -66,8 +71,8 @@ def details(status: dict[str, Any]) -> str:
         "metrics": metrics_line(status["metrics"] or {}),
         "process": f"{job['pid']} on {job['host']}" if job and "pid" in job and status["state"] in ACTIVE else "",
         "weights": _weights(status.get("init")),
-        "created": f"{local(status['created'])} ({_ago(status['created'])})",
-        "updated": f"{local(status['updated'])} ({_ago(status['updated'])})",
+        "created": f"{local_time(status['created'])} ({_ago(status['created'])})",
+        "updated": f"{local_time(status['updated'])} ({_ago(status['updated'])})",
         "folder": status["path"],
         "log": status["log"],
         "job log": status["job_log"],
@@ -110,7 +115,7 @@ def _job(status: dict[str, Any]) -> str:
     if queue:
         said += f": {queue['state']}"
         if queue["nodes"]:
-            said += f" on {', '.join(queue['nodes'])} since {local(queue['start'])}"
+            said += f" on {', '.join(queue['nodes'])} since {local_time(queue['start'])}"
     return said
 
 
@@ -124,7 +129,7 @@ def _start(queue: dict[str, Any]) -> str:
     if not queue["start"]:
         return "SLURM has no estimate yet"
     seconds = (datetime.fromisoformat(queue["start"]) - datetime.now(UTC)).total_seconds()
-    return f"about {local(queue['start'])}" + (f", in {_long(seconds)}" if seconds > 0 else "") + ", by SLURM's estimate"
+    return f"about {local_time(queue['start'])}" + (f", in {_long(seconds)}" if seconds > 0 else "") + ", by SLURM's estimate"
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -146,7 +151,7 @@ def _attempt(attempt: dict[str, Any]) -> str:
         said += f", {attempt['ranks']} rank(s) on {attempt['device']}, "
         said += f"job {attempt['job']} on {', '.join(attempt['nodes'])}" if attempt.get("job") else f"host {attempt['host']}"
     if attempt.get("began"):
-        said += f", {local(attempt['began'])}"
+        said += f", {local_time(attempt['began'])}"
         if attempt.get("ended"):
             took = datetime.fromisoformat(attempt["ended"]) - datetime.fromisoformat(attempt["began"])
             said += f", took {duration(took.total_seconds())}"

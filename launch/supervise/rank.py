@@ -17,10 +17,12 @@ from launch.plan.plan import Plan
 from launch.supervise.terminal import View
 from trainers.contract import events, heartbeat
 from trainers.contract.paths import RunPaths
+from trainers.contract.text import last_traceback
 
 PARTIAL_AFTER_S = 0.5
 READ_BYTES = 1 << 16
 TAIL_LINES = 400
+MESSAGE_LINES = 20  # of an exception, after its first
 
 
 @dataclass(frozen=True)
@@ -230,25 +232,17 @@ class Rank:
 
     def failure(self) -> Failure:
         """What is known of why this rank ended as it did."""
+        trace = last_traceback("\n".join(self.tail), MESSAGE_LINES)
         if self.code < 0:
             name = signal.Signals(-self.code).name
             hint = "the kernel ends processes this way when memory runs out" if name == "SIGKILL" else None
-            return Failure(self.rank, None, name, f"rank {self.rank} was ended by {name}", hint, _traceback(self.tail),
-                           True)
+            return Failure(self.rank, None, name, f"rank {self.rank} was ended by {name}", hint, trace, True)
         if self.error:
             return Failure(self.rank, self.code, None, self.error["message"], self.error.get("hint"), None,
                            self.error.get("retry", True))
-        trace = _traceback(self.tail)
         last = next((line for line in reversed(self.tail) if line.strip()), "it said nothing")
         return Failure(self.rank, self.code, None, f"rank {self.rank} ended with exit code {self.code}: {last}",
                        None, trace, True)
-
-
-def _traceback(lines: deque[str]) -> str | None:
-    """The last Python traceback in these lines."""
-    text = list(lines)
-    starts = [i for i, line in enumerate(text) if line.startswith("Traceback (most recent call last)")]
-    return "\n".join(text[starts[-1]:]) if starts else None
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:

@@ -65,7 +65,7 @@ class Link:
 
 
 @dataclass
-class Gang:
+class NodeGroup:
     """One node process's links to the others: the head has one to each, by node; the others one, to the head."""
 
     node: int
@@ -116,7 +116,7 @@ class Gang:
 
 
 def meet(folder: Path, name: str, node: int, nodes: int, interface: str | None = None,
-         stopped: Callable[[], bool] = lambda: False) -> Gang:
+         stopped: Callable[[], bool] = lambda: False) -> NodeGroup:
     """Wait for the node processes of all `nodes`, each of which calls this with the same `name`.
 
     Args:
@@ -128,7 +128,7 @@ def meet(folder: Path, name: str, node: int, nodes: int, interface: str | None =
         Absent: some did not come.
     """
     if nodes == 1:
-        return Gang(0, "127.0.0.1", "lo")
+        return NodeGroup(0, "127.0.0.1", "lo")
     deadline = time.monotonic() + MEETING_S
     file, absent = folder / f"meeting-{name}.json", f"absent-{name}-"
 
@@ -150,7 +150,7 @@ def meet(folder: Path, name: str, node: int, nodes: int, interface: str | None =
         raise
 
 
-def _come(file: Path, node: int, interface: str | None, deadline: float, given_up: Callable[[], bool]) -> Gang:
+def _come(file: Path, node: int, interface: str | None, deadline: float, given_up: Callable[[], bool]) -> NodeGroup:
     if interface is not None:
         _addresses(interface)  # it must be there
     while time.monotonic() < deadline and not given_up():
@@ -158,16 +158,16 @@ def _come(file: Path, node: int, interface: str | None, deadline: float, given_u
             there = read_json(file)
         except (OSError, ValueError):
             there = None
-        if there and (gang := _join(there, node, interface)):
-            return gang
+        if there and (group := _join(there, node, interface)):
+            return group
         time.sleep(POLL_S)
     raise Absent("the head node's process could not be reached")
 
 
-def _gather(file: Path, nodes: int, interface: str | None, deadline: float, given_up: Callable[[], bool]) -> Gang:
+def _gather(file: Path, nodes: int, interface: str | None, deadline: float, given_up: Callable[[], bool]) -> NodeGroup:
     token = secrets.token_hex(16)
     addresses = _addresses(interface)
-    gang = Gang(0, addresses[0], interface)
+    group = NodeGroup(0, addresses[0], interface)
     with closing(socket.socket()) as listening:
         # With one address all come by that; else whichever of them the others can reach.
         listening.bind((addresses[0] if len(addresses) == 1 else "", 0))
@@ -178,28 +178,28 @@ def _gather(file: Path, nodes: int, interface: str | None, deadline: float, give
             replace_json(file, {"addresses": addresses, "port": listening.getsockname()[1], "token": token})
         finally:
             os.umask(umask)
-        while len(gang.links) < nodes - 1:
+        while len(group.links) < nodes - 1:
             try:
                 if time.monotonic() > deadline or given_up():
-                    missing = sorted(set(range(1, nodes)) - set(gang.links))
+                    missing = sorted(set(range(1, nodes)) - set(group.links))
                     raise Absent(f"the process of node {', '.join(map(str, missing))} of {nodes} did not come")
             except Absent:
-                gang.close()  # those who have come need not wait for the rest
+                group.close()  # those who have come need not wait for the rest
                 raise
             try:
                 new, _ = listening.accept()
             except TimeoutError:
                 continue
             hello = _hello(new)
-            if hello is None or hello.get("token") != token or hello.get("node") in gang.links:
+            if hello is None or hello.get("token") != token or hello.get("node") in group.links:
                 new.close()
                 continue
-            gang.links[hello["node"]] = Link(_watched(new))
-            gang.address = hello["reached"]
-            gang.interface = interface or _interface(new.getsockname()[0])
+            group.links[hello["node"]] = Link(_watched(new))
+            group.address = hello["reached"]
+            group.interface = interface or _interface(new.getsockname()[0])
     file.unlink(missing_ok=True)
-    gang.tell({"address": gang.address})
-    return gang
+    group.tell({"address": group.address})
+    return group
 
 
 def _watched(link: socket.socket) -> socket.socket:
@@ -225,7 +225,7 @@ def _hello(new: socket.socket) -> dict[str, Any] | None:
         return None
 
 
-def _join(there: Mapping[str, Any], node: int, interface: str | None) -> Gang | None:
+def _join(there: Mapping[str, Any], node: int, interface: str | None) -> NodeGroup | None:
     for address in there["addresses"]:
         try:
             link = socket.create_connection((address, there["port"]), timeout=CONNECT_S)
@@ -235,7 +235,7 @@ def _join(there: Mapping[str, Any], node: int, interface: str | None) -> Gang | 
             link.settimeout(None)
         except (OSError, ValueError):
             continue
-        return Gang(node, word["address"], interface or _interface(link.getsockname()[0]), {0: Link(_watched(link))})
+        return NodeGroup(node, word["address"], interface or _interface(link.getsockname()[0]), {0: Link(_watched(link))})
     return None
 
 

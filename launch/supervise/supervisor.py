@@ -18,9 +18,9 @@ from launch.supervise.rank import PARTIAL_AFTER_S, Alone, Failure, Outcome, Peer
 from launch.supervise.signals import StopSignals, stop_signals
 from launch.supervise.terminal import View
 from launch.supervise.watchdog import Watchdog
+from trainers.contract import exit_codes
 from trainers.contract.paths import RunPaths
 
-PREEMPTED = 75           # a rank's exit code: stopped with a checkpoint
 FAILURE_GRACE_S = 5.0    # for ranks whose peer has died: they hang in a collective more often than not
 LEFTOVERS_GRACE_S = 3.0
 
@@ -111,13 +111,14 @@ def _watch(plan: Plan, ranks: list[Rank], selector, stop: StopSignals, peers: Pe
             deadline = _end_others(ranks, plan)
         for rank in gone:
             # One that was asked to stop before it could heed that, or that lost a peer which stopped so.
-            early = rank.code in (-signal.SIGTERM, -signal.SIGUSR2) or any(r.code == PREEMPTED for r in ranks)
-            stopped = rank.code in (0, PREEMPTED) or (asked is not None and early)
+            early = rank.code in (-signal.SIGTERM, -signal.SIGUSR2) or any(r.code == exit_codes.PREEMPTED for r in ranks)
+            stopped = rank.code in (exit_codes.FINISHED, exit_codes.PREEMPTED) or (asked is not None and early)
             if not stopped and first is None and not (overdue or abrupt or elsewhere):
                 first = rank.failure()
                 deadline = _end_others(ranks, plan)
                 peers.tell({"failure": first.as_dict()})
-            elif plan.batch and stopped and rank.code not in (0, PREEMPTED):  # a script's ranks may stop each in its way
+            # A script's ranks may stop each in its own way.
+            elif plan.batch and stopped and rank.code not in (exit_codes.FINISHED, exit_codes.PREEMPTED):
                 abrupt, deadline = True, min(deadline, time.monotonic() + FAILURE_GRACE_S)
         if deadline is None and (hang := watchdog.turn(heard)):
             first = Failure(hang.rank, None, None, hang.message, hang.hint, hang.stack, True)
@@ -140,7 +141,7 @@ def _watch(plan: Plan, ranks: list[Rank], selector, stop: StopSignals, peers: Pe
     if elsewhere:
         return Outcome("ended", None, name, slowest)
     # A task's ranks say by their code whether they are through; a script's 0 may mean that it has saved and stopped.
-    finished = all(rank.code == 0 for rank in ranks) and (asked is None or plan.batch is not None)
+    finished = all(rank.code == exit_codes.FINISHED for rank in ranks) and (asked is None or plan.batch is not None)
     return Outcome("finished" if finished else "preempted", None, name, slowest)
 
 

@@ -8,10 +8,12 @@ import sys
 import time
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from trainers.contract.events import duration, number, speed
 from trainers.contract.events import line as plain_line
+from trainers.contract.events import speed
+from trainers.contract.text import duration, number
 
 if TYPE_CHECKING:  # rich is imported only where something is drawn
+    from rich.progress_bar import ProgressBar
     from rich.text import Text
 
 DRAW_EVERY_S = 0.05
@@ -233,10 +235,12 @@ class Progress:
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         if self.shown:
-            yield self.draw(options.max_width - 1)  # the last column stays free: some terminals wrap there
+            yield from self.draw(options.max_width - 1)  # the last column stays free: some terminals wrap there
 
-    def draw(self, width: int) -> Text:
+    def draw(self, width: int) -> list[Text | ProgressBar]:
+        """What stands side by side on the line, in at most `width` cells."""
         from rich.cells import cell_len
+        from rich.progress_bar import ProgressBar
         from rich.text import Text
 
         parts, total = self._parts(self._event), self._event["total"]
@@ -249,16 +253,16 @@ class Progress:
             if needed <= room:
                 chosen.add(place)
                 room -= needed
+        line: list[Text | ProgressBar] = []
         text = Text(no_wrap=True, overflow="crop", end="")
         for place in sorted(chosen):
             _, label, value = parts[place]
             text.append(" " * gap if place else "").append(f"{label} " if label else "", style="dim").append(value)
             if place == 0 and total and room >= 0:
-                columns = min(self.LEAST_BAR + room, 40)
-                done = round(columns * min(1.0, self._event["step"] / total))
-                text.append(" " * gap).append("━" * done, style="green")
-                text.append("━" * (columns - done), style="bright_black")
-        return text
+                bar = ProgressBar(total=total, completed=self._event["step"], width=min(self.LEAST_BAR + room, 40))
+                line += [text.append(" " * gap), bar]
+                text = Text(no_wrap=True, overflow="crop", end="")
+        return [*line, text]
 
     def _parts(self, event: dict[str, Any]) -> list[tuple[int, str, str]]:
         """(rank of importance, label, value) in the order shown."""

@@ -12,9 +12,9 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from trainers.config.counts import Counts
 from trainers.config.schema import Fraction, RunConfig, Section
 from trainers.contract.errors import UserError
+from trainers.contract.text import either
 
 OWN_MODELS = ("vgg", "resnet18")
 # What torchvision's CIFAR10 reads of its root: importing it to ask takes seconds.
@@ -79,7 +79,7 @@ class Cifar10Config(RunConfig):
             near = ([name for name in known if name.startswith(self.model.arch)][:3]
                     or get_close_matches(self.model.arch, dict.fromkeys([*OWN_MODELS, *known]), n=3, cutoff=0.5))
             raise UserError(f"unknown architecture `{self.model.arch}` (`model.arch`)",
-                            (f"did you mean {' or '.join(near)}? " if near else "") +
+                            (f"did you mean {either(near)}? " if near else "") +
                             "vgg, resnet18, or a classifier of torchvision.models")
         if self.data.source not in ("cifar10", "sample"):
             from trainers.data.folders import list_images
@@ -91,14 +91,6 @@ class Cifar10Config(RunConfig):
             return []
         return [f"CIFAR-10 in {root}"]
 
-    def counts(self) -> Counts | None:
-        from trainers.cifar10.counts import counts
-
-        classes = 10
-        if self.data.source not in ("cifar10", "sample"):
-            from trainers.data.folders import list_images
-            classes = len(list_images(Path(self.data.source), self.data.eval_fraction).classes)
-        return counts(self.model, classes, self.data.size)
 
 
 def torchvision_models() -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainers.cifar10.config import Cifar10Config
 from trainers.cifar10.model import make_model
 from trainers.data.augment import Augment
+from trainers.data.folders import list_images
 from trainers.data.images import Images, fetch_cifar10, load_cifar10, load_folder, resident
 from trainers.engine.task import Loss, Measures, Task
 from trainers.engine.world import World
@@ -45,8 +46,14 @@ class Cifar10(Task):
         return resident(sets, world.device, data.size, Augment(data.pad, data.flip, data.cutout))
 
     def model(self) -> nn.Module:
-        """Of as many classes as `data`, which is called before, has found."""
-        return make_model(self.config.model, len(self.classes), self.config.data.size)
+        return make_model(self.config.model, self.class_count(), self.config.data.size)
+
+    def class_count(self) -> int:
+        """How many classes there are, known without reading an image, so that `launch plan` can count the model."""
+        source = self.config.data.source
+        if source in ("cifar10", "sample"):
+            return 10
+        return len(list_images(Path(source), self.config.data.eval_fraction).classes)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         images, labels = batch

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from trainers.config import deepspeed_json
 from trainers.contract.errors import UserError
+from trainers.contract.text import either
 
 if TYPE_CHECKING:
     from trainers.config.schema import RunConfig
@@ -38,7 +39,7 @@ def unsupported(config: RunConfig, device: str) -> Iterator[UserError]:
     """What of a run's settings cannot be, on ranks of `device`: cpu or cuda."""
     train = config.train
     words = {"strategy": train.strategy, "offload": train.offload,
-             "offloads": " or ".join(f"train.offload={word}" for word in OFFLOADS[train.strategy])}
+             "offloads": either(f"train.offload={word}" for word in OFFLOADS[train.strategy])}
     for refused, reason, mend in REFUSALS:
         if refused(config, device):
             yield UserError(reason.format(**words), mend.format(**words))

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-
-    pass
 
 
 def nearest_keys(key: str, known: Sequence[str]) -> list[str]:

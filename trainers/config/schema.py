@@ -14,14 +14,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from trainers.contract.errors import UserError
-
-if TYPE_CHECKING:
-    from trainers.config.counts import Counts
+from trainers.contract.text import either
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Every = Union[PositiveInt, Literal["epoch", "never"]]
@@ -110,7 +108,7 @@ class Train(Section):
             fits = [n for n in range(1, min(self.batch_size, 4 * ranks) + 1) if self.batch_size % n == 0]
             raise UserError(
                 f"`train.batch_size` is {self.batch_size}, not a multiple of {ranks} ranks",
-                f"use train.batch_size={' or '.join(map(str, near))}, or {_listed(fits)} ranks",
+                f"use train.batch_size={either(near)}, or {_listed(fits)} ranks",
             )
         share = self.batch_size // ranks
         micro = share if self.micro_batch_size in (None, "auto") else self.micro_batch_size
@@ -255,11 +253,6 @@ class RunConfig(TaskConfig):
                 raise
             micro = self.train.micro_batch_size
             return 4 * (micro if isinstance(micro, int) else max(1, self.train.batch_size // ranks))
-
-    def counts(self) -> Counts | None:
-        """How large the models are, for what is said of memory before a rank starts; None if only torch can tell.
-        May read the file system."""
-        return None
 
 
 class SearchConfig(TaskConfig):

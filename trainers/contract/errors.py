@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from trainers.contract import exit_codes
+
 
 class UserError(Exception):
     """Something the user can mend: what is wrong and where (`message`), how to mend it (`hint`).
@@ -9,7 +11,7 @@ class UserError(Exception):
     It ends a command, or a rank, with exit code 2 and without a traceback.
     """
 
-    exit_code = 2
+    exit_code = exit_codes.USER_ERROR
     retry = False  # whether another attempt may fare better
 
     def __init__(self, message: str, hint: str | None = None):
@@ -25,7 +27,7 @@ class TrainingError(UserError):
     """The run failed in a way that would repeat (a loss that is not a number, a disk that is full at
     the last checkpoint): exit code 1, no traceback, no new attempt by itself."""
 
-    exit_code = 1
+    exit_code = exit_codes.FAILED
 
 
 class OutOfMemory(TrainingError):

@@ -24,6 +24,8 @@ import os
 import sys
 from typing import Any, Mapping
 
+from trainers.contract.text import duration, number
+
 SEPARATOR = "\x1e"
 VARIABLE = "LAUNCH_EVENTS"
 
@@ -106,21 +108,3 @@ def metrics_line(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {number(value)}" for name, value in metrics.items())
 
 
-def number(value: float) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def size(count: int) -> str:
-    """Bytes as people read them."""
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if count >= 2**power:
-            return f"{count / 2**power:.3g} {unit}" if count < 1000 * 2**power else f"{count / 2**power:.0f} {unit}"
-    return f"{count} B"

@@ -6,13 +6,12 @@ import shutil
 from typing import Any
 
 from trainers.config.schema import RunConfig
-from trainers.contract import events, heartbeat
+from trainers.contract import events, exit_codes, heartbeat
 from trainers.contract.errors import UserError
 from trainers.contract.files import update_json
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
 from trainers.engine.evaluation import draw_figures, evaluate
-from trainers.engine.loop import FINISHED, STOPPED
 from trainers.engine.parallel.strategy import close
 from trainers.engine.saving.weights import open_source, take
 from trainers.engine.setup import set_up
@@ -57,7 +56,7 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
             shutil.rmtree(paths.init, ignore_errors=True)
     setup.stopping.close()
     close()
-    return STOPPED if measured is None else FINISHED
+    return exit_codes.PREEMPTED if measured is None else exit_codes.FINISHED
 
 
 def placed(config: RunConfig) -> RunConfig:

@@ -10,7 +10,7 @@ from typing import Mapping
 from torch import Tensor, nn
 
 from trainers.config.schema import RunConfig
-from trainers.contract import events, heartbeat
+from trainers.contract import events, exit_codes, heartbeat
 from trainers.contract.errors import TrainingError, UserError
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
@@ -24,10 +24,8 @@ from trainers.engine.saving.weights import open_source, take
 from trainers.engine.setup import set_up
 from trainers.engine.task import Task
 from trainers.engine.tracking.tracker import NoTracker, Tracker
-from trainers.engine.update_runner import Learner
+from trainers.engine.update_runner import UpdateRunner
 from trainers.engine.world import World
-
-FINISHED, STOPPED = 0, 75  # a rank's exit codes
 
 
 def train(task: Task, config: RunConfig, world: World, paths: RunPaths, attempt: int | None) -> int:
@@ -53,9 +51,9 @@ class Loop:
         self.strategy, self.stopping, self.models = setup.strategy, setup.stopping, setup.models
         self.train_set, self.eval_set = setup.train_set, setup.eval_set
         self.layout, self.parameters = setup.layout, setup.parameters
-        self.learners = [Learner(update, config, world, self.strategy, self.train_set, self.models)
+        self.runners = [UpdateRunner(update, config, world, self.strategy, self.train_set, self.models)
                          for update in task.updates()]
-        self.samples = self.learners[0].samples
+        self.samples = self.runners[0].samples
         self.total = train.steps or self.samples.steps(train.epochs)
         self.step = 0
         self.evaluated = False   # whether the evaluation due at this step was done
@@ -80,8 +78,8 @@ class Loop:
         self._resume()
         hold()
         if self.strategy.settles and self.step < self.total:
-            for learner in self.learners:
-                learner.settle(self.step * learner.update.draws)
+            for runner in self.runners:
+                runner.settle(self.step * runner.update.draws)
         self._logged_at = (self.step, time.perf_counter())
         while True:
             if not self.evaluated and self._due(self.config.eval.every) and not self._evaluate():
@@ -93,10 +91,10 @@ class Loop:
             if self.stopping.at_boundary():
                 return self._stop()
             heartbeat.step_begins()
-            for learner in self.learners:
-                first = self.step * learner.update.draws
-                for draw in range(first, first + learner.update.draws):
-                    learner.take_step(draw, self.total * learner.update.draws)
+            for runner in self.runners:
+                first = self.step * runner.update.draws
+                for draw in range(first, first + runner.update.draws):
+                    runner.take_step(draw, self.total * runner.update.draws)
             self.step += 1
             heartbeat.step_ends(self.step)
             self.evaluated = self._is_best = False
@@ -120,8 +118,8 @@ class Loop:
             self.metrics, self.best = state["metrics"], state["best"]
             self._same_data(state["samples"])
             self._fill(reader)
-            for learner in self.learners:
-                learner.load_state(state["updates"][learner.update.name])
+            for runner in self.runners:
+                runner.load_state(state["updates"][runner.update.name])
             if self.step == self.total:
                 self.evaluated = False  # once more: for the pictures that the end draws
             self._saved = (self.step, self.evaluated)
@@ -143,8 +141,8 @@ class Loop:
         init, path = self.config.init, self.paths.first_weights(self.config.init.source)
         source = open_source(path, self.world)
         said = take(source, self.layout, self.strategy.fragments(self.models), init.skip, f"`{init.source}`")
-        for learner in self.learners:
-            learner.trainee.filled()
+        for runner in self.runners:
+            runner.sharded.filled()
         return said
 
     def _has_committed(self, step: int) -> None:
@@ -155,19 +153,19 @@ class Loop:
     def _fragments(self) -> dict[str, Fragment]:
         """This rank's part of all that a checkpoint holds."""
         found = self.strategy.fragments(self.models)
-        for learner in self.learners:
-            found |= learner.trainee.fragments(learner.update.name)
+        for runner in self.runners:
+            found |= runner.sharded.fragments(runner.update.name)
         return found
 
     def _fill(self, reader: Reader) -> None:
         """Put a checkpoint's tensors in place."""
         shapes = reader.shapes
         no_others(shapes, {place.key for place in self.layout})
-        for learner in self.learners:
-            learner.trainee.allocate(learner.update.name, shapes)
+        for runner in self.runners:
+            runner.sharded.allocate(runner.update.name, shapes)
         fill(self._fragments(), shapes, reader.read)
-        for learner in self.learners:
-            learner.trainee.filled()
+        for runner in self.runners:
+            runner.sharded.filled()
 
     def _evaluate(self) -> bool:
         """False if the run is to stop first."""
@@ -175,7 +173,7 @@ class Loop:
         began = time.perf_counter()
         if self.eval_set is not None:
             share_buffers(self.models, self.world)
-            running = {**self.models, **{each.update.trains: each.trainee.evaluated for each in self.learners}}
+            running = {**self.models, **{each.update.trains: each.sharded.evaluated for each in self.runners}}
             measured = evaluate(self.task, running, self.eval_set, self.config, self.world, self.stopping)
             if measured is None:
                 return False
@@ -212,7 +210,7 @@ class Loop:
         state = {
             "step": self.step, "evaluated": self.evaluated, "metrics": self.metrics, "best": self.best,
             "samples": self._samples(), "tied": self.tied,
-            "updates": {learner.update.name: learner.state() for learner in self.learners},
+            "updates": {runner.update.name: runner.state() for runner in self.runners},
         }
         share_buffers(self.models, self.world)
         self.checkpoints.save(self.step, self._fragments(), state, self.metrics if self.evaluated else {})
@@ -250,15 +248,15 @@ class Loop:
         steps = self.step - self._logged_at[0]
         self._finite()
         event = {"event": "step", "step": self.step, "total": self.total}
-        alone = len(self.learners) == 1
-        for learner in self.learners:
-            prefix = "" if alone else f"{learner.update.name}/"
-            event[f"{prefix}loss"] = learner.last_loss()
-            event[f"{prefix}lr"] = learner.lr
-            event[f"{prefix}grad_norm"] = learner.norm.item()
-            if learner.skipped:
-                event[f"{prefix}skipped"] = learner.skipped
-        measured = [learner.measured() for learner in self.learners]
+        alone = len(self.runners) == 1
+        for runner in self.runners:
+            prefix = "" if alone else f"{runner.update.name}/"
+            event[f"{prefix}loss"] = runner.last_loss()
+            event[f"{prefix}lr"] = runner.lr
+            event[f"{prefix}grad_norm"] = runner.norm.item()
+            if runner.skipped:
+                event[f"{prefix}skipped"] = runner.skipped
+        measured = [runner.measured() for runner in self.runners]
         seconds = max(time.perf_counter() - self._logged_at[1], 1e-9)  # the reads above waited for the device
         event |= {
             "rate": measured[0][0] / seconds, "unit": self.task.unit,
@@ -275,8 +273,8 @@ class Loop:
 
     def _finite(self) -> None:
         """Neither log, evaluate nor save past a gradient or loss that is not a number."""
-        for learner in self.learners:
-            learner.check()
+        for runner in self.runners:
+            runner.check()
 
     def _finish(self) -> int:
         self._save()
@@ -285,14 +283,14 @@ class Loop:
         heartbeat.rest()
         self._draw()
         self._close("finished")
-        return FINISHED
+        return exit_codes.FINISHED
 
     def _stop(self) -> int:
         self._save()
         self._committed(f"stopped at step {self.step}, but its checkpoint could not be written",
                         f"make room, then `launch resume {self.paths.id}` goes on from the checkpoint before")
         self._close("preempted")
-        return STOPPED
+        return exit_codes.PREEMPTED
 
     def _close(self, state: str) -> None:
         heartbeat.rest()

@@ -24,7 +24,7 @@ UNCHECKED = 100    # steps of an update after which gradients are looked at, if 
 SKIPS_IN_ROW = 25  # halving fp16's loss scale so often brings it from 2**16 to below 1
 
 
-class Learner:
+class UpdateRunner:
     """An Update with what it needs to run: `take_step` does one optimizer step on one global batch."""
 
     def __init__(self, update: Update, config: RunConfig, world: World, strategy: Strategy, dataset: Dataset,
@@ -32,9 +32,9 @@ class Learner:
         """`models`: placed by the strategy."""
         self.update, self.config, self.world, self.strategy, self.dataset = update, config, world, strategy, dataset
         self.optim = update.optim or config.optim
-        self.trainee = strategy.trainee(models[update.trains], self.optim)
+        self.sharded = strategy.shard(models[update.trains], self.optim)
         # Only the trained model runs through its wrapper: backward through another's would start its reduction.
-        self.models = {**models, update.trains: self.trainee.module}
+        self.models = {**models, update.trains: self.sharded.module}
         self.all_models = list(models.values())
         self.scale = LossScale(config.train.precision)
         self.samples = Shuffled(len(dataset), config.train.batch_size, config.train.seed, update.name)
@@ -52,7 +52,7 @@ class Learner:
     @property
     def norm(self) -> Tensor:
         """The norm of the last step's gradients, before clipping; on the device."""
-        return self.trainee.norm
+        return self.sharded.norm
 
     def take_step(self, draw: int, total: int) -> None:
         """One optimizer step on global batch `draw`; the schedule ends at `total` applied steps. No host sync
@@ -62,7 +62,7 @@ class Learner:
             TrainingError: by `check`, which is asked where a strategy does not take the step, and every UNCHECKED steps.
         """
         self.lr = learning_rate(self.optim, self.applied, total)
-        for group in self.trainee.optimizer.param_groups:
+        for group in self.sharded.optimizer.param_groups:
             group["lr"] = self.lr
         self._clear()
         sums = self._accumulate(draw)
@@ -78,13 +78,13 @@ class Learner:
             self._clear()
             self._accumulate(draw)
 
-        applied = self.trainee.step(factor, self.optim.clip_norm, finite_only=self.scale.enabled, again=again)
+        applied = self.sharded.step(factor, self.optim.clip_norm, finite_only=self.scale.enabled, again=again)
         self.scale.update(applied)
         self.applied += applied
         self.skipped += not applied
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
         if not self.scale.enabled:
-            self._norms.append((draw, self.trainee.norms, self.trainee.named))
+            self._norms.append((draw, self.sharded.norms, self.sharded.named))
             if not applied or len(self._norms) == UNCHECKED:
                 self.check()
 
@@ -102,10 +102,10 @@ class Learner:
             batch = self.dataset.batch(share)
             self.data_wait_s += time.perf_counter() - began
             heartbeat.batch_ends()
-            with self.trainee.accumulating(last=micro == len(shares) - 1):
+            with self.sharded.accumulating(last=micro == len(shares) - 1):
                 loss = self._loss(batch)
                 heartbeat.beat()
-                self.trainee.backward(loss.sum * scale)
+                self.sharded.backward(loss.sum * scale)
             loss_sum += loss.sum.detach()
             count += loss.count
         return torch.stack([loss_sum.double(), loss_sum.new_full((), count, dtype=torch.float64)])

@@ -11,6 +11,7 @@ from sklearn.model_selection import GroupKFold, KFold, ParameterGrid, Stratified
 
 from trainers.config.nearest import nearest_keys
 from trainers.contract.errors import UserError
+from trainers.contract.text import either
 from trainers.forest import ForestSearchCV
 from trainers.wine.config import WineConfig
 from trainers.wine.table import Table
@@ -62,7 +63,7 @@ def check(config: WineConfig, table: Table) -> None:
         if score not in get_scorer_names():
             near = nearest_keys(score, get_scorer_names())
             raise UserError(f"`{score}` is no score of scikit-learn (`search.scoring`)",
-                            f"did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else
+                            f"did you mean {either(f'`{name}`' for name in near)}?" if near else
                             "sklearn.metrics.get_scorer_names() lists them")
     if search.split == "grouped":
         groups = len(np.unique(table.alike if table.group is None else table.group))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from trainers.contract import events
+from trainers.contract import events, exit_codes
+from trainers.contract.clock import utc_now
 from trainers.contract.errors import TrainingError, UserError
 from trainers.contract.files import update_json
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import Stopped, hold
 from trainers.engine.tracking.wandb_run import WandbRun
-from trainers.runner import FINISHED, STOPPED, Place, Runner
+from trainers.runner import Place, Runner
 from trainers.wine.config import WineConfig
 from trainers.wine.table import Table, fetch, load_table
 
@@ -45,7 +45,7 @@ class Wine(Runner):
                 self._progress.say()
                 events.emit({"event": "end", "state": "preempted", "step": self._progress.fits, "total": self._progress.total,
                              "unit": "fits", "metrics": {}, "checkpoint": None})
-            return STOPPED
+            return exit_codes.PREEMPTED
 
     def _run(self, place: Place, paths: RunPaths, attempt: int | None) -> int:
         from trainers.forest.work import end_workers, quiet  # scikit-learn takes a second: a stop during it is heeded
@@ -58,7 +58,7 @@ class Wine(Runner):
         work = search.prepare(table.X, table.y, **given)
         try:
             kept = self._fit(work, table, place, paths, attempt)
-            return FINISHED if kept is None else self._reduce(work, kept, table, search, place, paths, attempt)
+            return exit_codes.FINISHED if kept is None else self._reduce(work, kept, table, search, place, paths, attempt)
         finally:
             end_workers()
             if work.folds:
@@ -113,7 +113,7 @@ class Wine(Runner):
         self._track(paths, metrics, rows)
         events.emit({"event": "end", "state": "finished", "step": work.fits, "total": work.fits, "unit": "fits",
                      "metrics": metrics, "checkpoint": None})
-        return FINISHED
+        return exit_codes.FINISHED
 
     def _say_what(self, table: Table, work: Work) -> None:
         if missing := table.missing:
@@ -218,7 +218,7 @@ def record(paths: RunPaths, attempt: int | None, **changes: Any) -> None:
     if attempt is not None and max(paths.attempt_numbers(), default=0) > attempt:
         raise TrainingError(f"a newer attempt has taken the run over from attempt {attempt}")
     try:
-        update_json(paths.record, **changes, updated=datetime.now(timezone.utc).isoformat())
+        update_json(paths.record, **changes, updated=utc_now())
     except FileNotFoundError:
         pass
     except OSError as error:

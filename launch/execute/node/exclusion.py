@@ -9,8 +9,6 @@ from launch.cluster import slurm
 from launch.execute.node.place import Place
 from trainers.contract.errors import UserError
 
-DOWN = ("DOWN", "FAIL", "NO_RESPOND", "UNKNOWN", "NOT_RESPONDING")
-
 
 def down_nodes(nodes: list[str]) -> dict[str, str]:
     """Which of these nodes SLURM holds to be down, and why; none where it cannot be asked."""
@@ -19,7 +17,7 @@ def down_nodes(nodes: list[str]) -> dict[str, str]:
     except UserError:  # in a container there may be no sinfo
         return {}
     return {node: f"{state}{f', {reason}' if reason else ''}" for node, (state, reason) in states.items()
-            if state.upper().startswith(DOWN)}
+            if slurm.is_down(state)}
 
 
 def exclude(folder: Path, place: Place, nodes: list[str], requeued: bool = False) -> None:

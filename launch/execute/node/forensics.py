@@ -13,7 +13,7 @@ from launch.execute.node.place import Place
 from launch.plan.plan import Plan
 from launch.plan.submission import Submission
 from launch.supervise.rank import Failure, Outcome
-from launch.supervise.rendezvous import Gang
+from launch.supervise.rendezvous import NodeGroup
 from trainers.config.micro_batch import gave_way
 from trainers.contract.files import read_json, replace_json
 from trainers.contract.paths import RunPaths
@@ -23,17 +23,17 @@ REASONS = {"SIGUSR2": "time limit", "SIGTERM": "requeued, preempted or cancelled
 CAUSES = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL")  # a rank that lost its peers ends in other ways
 
 
-def joint_outcome(mine: Outcome, gang: Gang, plan: Plan, hosts: list[str]) -> Outcome:
+def joint_outcome(mine: Outcome, group: NodeGroup, plan: Plan, hosts: list[str]) -> Outcome:
     """One outcome of all nodes'."""
     deadline = time.monotonic() + plan.grace_s + COLLECT_S
     while True:
-        outcomes = {0: mine, **{word["node"]: Outcome(**word["ended"]) for word in gang.said if "ended" in word}}
-        waited_for = [node for node, link in gang.links.items() if link.open and node not in outcomes]
+        outcomes = {0: mine, **{word["node"]: Outcome(**word["ended"]) for word in group.said if "ended" in word}}
+        waited_for = [node for node, link in group.links.items() if link.open and node not in outcomes]
         if not waited_for or time.monotonic() > deadline:
             break
-        select.select(gang.sockets(), [], [], 0.2)
-        gang.heard()
-    failures = [(word["node"], Failure(**word["failure"])) for word in gang.said if "failure" in word]
+        select.select(group.sockets(), [], [], 0.2)
+        group.heard()
+    failures = [(word["node"], Failure(**word["failure"])) for word in group.said if "failure" in word]
     if mine.failure:
         failures.insert(0, (0, mine.failure))
     silent = [node for node in range(len(hosts)) if node not in outcomes]
@@ -41,7 +41,7 @@ def joint_outcome(mine: Outcome, gang: Gang, plan: Plan, hosts: list[str]) -> Ou
     slowest = mine.checkpoint_s
     if silent:
         for node in silent:  # one that hangs is as good as gone
-            gang.links[node].leave()
+            group.links[node].leave()
         names = ", ".join(hosts[node] for node in silent)
         what = "is gone" if len(silent) == 1 else "are gone"
         failure = Failure(None, None, None, f"the node process on {names} {what}",
@@ -51,7 +51,7 @@ def joint_outcome(mine: Outcome, gang: Gang, plan: Plan, hosts: list[str]) -> Ou
         # In the order in which they came; but one that was killed is likelier the cause than one that lost a peer.
         node, failure = min(failures, key=lambda found: found[1].signal not in CAUSES and found[1].hint is None)
         if failure.rank is not None:  # the head says which rank hung, and that may be another node's
-            node = failure.rank // plan.resources.ranks_per_node
+            node = plan.resources.node_of(failure.rank)
         return Outcome("failed", Failure(**{**failure.as_dict(), "node": hosts[node]}), name, slowest)
     kinds = {outcome.kind for outcome in outcomes.values()}
     return Outcome("finished" if kinds == {"finished"} else "preempted", None, name, slowest)

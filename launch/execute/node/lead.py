@@ -14,17 +14,18 @@ from launch.execute.node.place import Place, hosts_of, kill_wait_s, node_variabl
 from launch.plan.submission import Submission, plan_of
 from launch.supervise.port import reserved_port
 from launch.supervise.rank import Failure, Outcome
-from launch.supervise.rendezvous import Gang
+from launch.supervise.rendezvous import NodeGroup
 from launch.supervise.signals import StopSignals
 from launch.supervise.supervisor import supervise
 from launch.supervise.terminal import View
 from trainers.config.micro_batch import gave_way
+from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, update_json
 from trainers.contract.paths import RunPaths
 
 
-def lead(submission: Submission, place: Place, paths: RunPaths, gang: Gang, requeue: Path, stop: StopSignals,
+def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup, requeue: Path, stop: StopSignals,
           view: View) -> int:
     hosts = hosts_of(place)
     if submission.here:
@@ -36,24 +37,24 @@ def lead(submission: Submission, place: Place, paths: RunPaths, gang: Gang, requ
         try:
             plan = plan_of(submission, paths, number)
             with record.recorded(plan, paths, view, **about) as ended, reserved_port() as port:
-                gang.said.clear()
-                gang.tell({"begin": number, "port": port})
+                group.said.clear()
+                group.tell({"begin": number, "port": port})
                 view.notice(f"attempt {number} of {paths.id} on {', '.join(hosts)}: {plan.resources.ranks} rank(s)")
-                mine = supervise(plan, paths, view, address=gang.address, port=port, peers=gang, stop=stop,
-                                 more=node_variables(gang), kill_wait_s=kill_wait_s())
-                outcome = joint_outcome(mine, gang, plan, hosts)
+                mine = supervise(plan, paths, view, address=group.address, port=port, peers=group, stop=stop,
+                                 more=node_variables(group), kill_wait_s=kill_wait_s())
+                outcome = joint_outcome(mine, group, plan, hosts)
                 down = down_nodes(hosts) if outcome.signal == "SIGTERM" else {}
                 smaller = outcome.kind == "failed" and gave_way(paths, number)  # with less memory next time: no failure
                 failures = count_failures(paths, submission) + (outcome.kind == "failed" and not smaller)
                 worth = outcome.kind == "failed" and (smaller or outcome.failure.retry and failures <= submission.max_restarts)
                 signals = {outcome.signal, *(signal.Signals(number).name for number in stop.received)} - {None}
-                again = worth and not signals and gang.whole
+                again = worth and not signals and group.whole
                 if _superseded(paths, number):
-                    return _give_way(paths, number, gang, requeue, view)
+                    return _give_way(paths, number, group, requeue, view)
                 state = ended(outcome, reason_of(outcome, down), again)
         except (OSError, UserError) as error:
             if _superseded(paths, number):
-                return _give_way(paths, number, gang, requeue, view)
+                return _give_way(paths, number, group, requeue, view)
             message, hint = (error.message, error.hint) if isinstance(error, UserError) else (str(error), None)
             failure = record_no_start(paths, number, message, hint, **about)
             outcome, state, down = Outcome("failed", failure), "failed", {}
@@ -79,7 +80,7 @@ def lead(submission: Submission, place: Place, paths: RunPaths, gang: Gang, requ
         code = record.EXIT_CODES[outcome.kind]
         if not anew and not submission.cluster.requeue and state != "preempted":
             code = end_chain(paths, place, code)
-        gang.tell({"end": code})
+        group.tell({"end": code})
         return code
 
 
@@ -87,12 +88,12 @@ def _superseded(paths: RunPaths, number: int) -> bool:
     return record.next_attempt(paths) != number + 1
 
 
-def _give_way(paths: RunPaths, number: int, gang: Gang, requeue: Path, view: View) -> int:
+def _give_way(paths: RunPaths, number: int, group: NodeGroup, requeue: Path, view: View) -> int:
     """The end of a process that has outlived its job, which SLURM has begun anew elsewhere: it decides nothing more."""
     view.notice(f"attempt {number} of {paths.id} has been taken over by a newer one")
     set_flag(requeue, False)
-    gang.tell({"end": record.EXIT_CODES["failed"]})
-    return record.EXIT_CODES["failed"]
+    group.tell({"end": exit_codes.FAILED})
+    return exit_codes.FAILED
 
 
 def end_chain(paths: RunPaths, place: Place, code: int) -> int:

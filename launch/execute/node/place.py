@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launch.cluster import slurm
-from launch.supervise.rendezvous import Gang
+from launch.supervise.rendezvous import NodeGroup
 from trainers.contract.errors import UserError
 
 
@@ -46,6 +46,6 @@ def hosts_of(place: Place) -> list[str]:
     return slurm.expand(listed) if listed else [socket.gethostname()]
 
 
-def node_variables(gang: Gang) -> dict[str, str]:
+def node_variables(group: NodeGroup) -> dict[str, str]:
     """gloo looks for an address by the host's name, which may have none that others reach: it is told."""
-    return {"GLOO_SOCKET_IFNAME": gang.interface} if gang.interface else {}
+    return {"GLOO_SOCKET_IFNAME": group.interface} if group.interface else {}

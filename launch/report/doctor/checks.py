@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 import os
+import platform
 import re
 import shutil
 import socket
@@ -13,6 +13,10 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from launch.cluster import slurm
 from launch.cluster.config import ClusterConfig
@@ -36,8 +40,6 @@ LISTED = 8         # nodes by name
 # File systems that other hosts do not see. Any other is taken for a shared one: their names are many.
 LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "vfat", "exfat", "ntfs", "tmpfs", "ramfs", "rootfs", "overlay",
          "squashfs", "iso9660", "devtmpfs", "ecryptfs"}
-UNFIT = ("DOWN", "FAIL", "DRAIN", "NOT_RESPONDING", "UNKNOWN", "MAINT")  # how the states of nodes begin that take no jobs
-COMPARE = {">=": operator.ge, "<=": operator.le, "<": operator.lt, ">": operator.gt, "==": operator.eq, "!=": operator.ne}
 
 
 def doctor(cluster: ClusterConfig, runs: Path, job: bool = False, nodes: int | None = None,
@@ -70,16 +72,16 @@ def doctor(cluster: ClusterConfig, runs: Path, job: bool = False, nodes: int | N
 
 
 def _software() -> Iterator[Check]:
-    """By what is recorded of installed packages: none is imported."""
+    """Compare what is installed with what launch needs, by the records of installed packages: none is imported."""
     python, wanted = requirements()
-    here = ".".join(map(str, sys.version_info[:3]))
-    if not fits(here, python):
+    here = platform.python_version()
+    if here not in python:
         yield Check("Python", "error", f"{here}; {python} is needed", "install launch into a newer Python")
-    there = {name: _version(name) for name in wanted}
-    bad = [name for name, version in there.items() if version is None or not fits(version, wanted[name])]
-    for name in bad:
-        yield Check("packages", "error", f"{name} {there[name] or 'is not installed'}; {wanted[name] or 'any version'} is needed",
-                    f"{sys.executable} -m pip install '{name}{wanted[name]}'")
+    there = {need.name: _version(need.name) for need in wanted}
+    bad = [need for need in wanted if not fits(there[need.name], need)]
+    for need in bad:
+        yield Check("packages", "error", f"{need.name} {there[need.name] or 'is not installed'}; "
+                    f"{need.specifier or 'any version'} is needed", f"{sys.executable} -m pip install '{need}'")
     if not bad:
         yield Check("packages", "ok", ", ".join([f"Python {here}", *(f"{name} {version}" for name, version in there.items())]))
 
@@ -91,25 +93,22 @@ def _version(name: str) -> str | None:
         return None
 
 
-def requirements(pyproject: Path = OWN / "pyproject.toml") -> tuple[str, dict[str, str]]:
-    """(the versions of Python, those of each package): of a clone as its pyproject.toml says, else as was installed."""
+def requirements(pyproject: Path = OWN / "pyproject.toml") -> tuple[SpecifierSet, list[Requirement]]:
+    """(the versions of Python that launch needs, its packages): of a clone from its pyproject.toml, else as pip recorded
+    them."""
     try:
         project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
         python, wanted = project["requires-python"], project["dependencies"]
     except OSError:
         python = metadata.metadata(DISTRIBUTION)["Requires-Python"]
         wanted = [text for text in metadata.requires(DISTRIBUTION) or () if "extra ==" not in text]
-    return python, dict(re.match(r"\s*([\w.-]+)\s*([^;]*)", text).groups() for text in wanted)
+    return SpecifierSet(python), [Requirement(text) for text in wanted]
 
 
-def fits(version: str, versions: str) -> bool:
-    """Whether '2.11.0+cu128' is among '>=2.11,<3'. Of a version its numbers count: 2.11.0a0 is 2.11."""
-    def numbers(text: str) -> list[int]:
-        found = [int(number) for number in re.match(r"[\d.]*", text)[0].split(".") if number]
-        return found + [0] * (6 - len(found))
-
-    bounds = re.findall(r"([<>=!]=?)\s*([\w.]+)", versions)
-    return all(COMPARE[sign](numbers(version), numbers(bound)) for sign, bound in bounds)
+def fits(version: str | None, need: Requirement) -> bool:
+    """Whether an installed version is one that is needed. A site's own build of a pre-release (2.11.0a0+site) counts as
+    its release: such builds are what a site's containers hold."""
+    return version is not None and need.specifier.contains(Version(version).base_version)
 
 
 # The folder of runs
@@ -201,7 +200,7 @@ def _partition(cluster: ClusterConfig, runs: Path, config: Mapping[str, str]) ->
                                                                   "jobs wait until it takes them again")
     nodes = _nodes(cluster)
     unfit = [f"{node['name']} ({node['state']}{'' if node['reason'] == 'none' else ', ' + node['reason']})" for node in nodes
-             if node["state"].upper().startswith(UNFIT) or "*" in node["state"]]
+             if not slurm.takes_jobs(slurm.node_state(node["state"]))]
     told = ", ".join(unfit[:LISTED]) + (f" and {len(unfit) - LISTED} more" if len(unfit) > LISTED else "")
     if unfit:
         what = f"{len(unfit)} of {len(nodes)} take no jobs: {told}"

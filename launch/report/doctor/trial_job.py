@@ -17,7 +17,7 @@ from typing import Any
 
 from launch.cluster import reasons, slurm
 from launch.cluster.config import ClusterConfig
-from launch.cluster.resources import Wanted, local_resources, slurm_resources, visible_gpus
+from launch.cluster.resources import Wanted, local_resources, node_of_rank, slurm_resources, visible_gpus
 from launch.execute import local, record, snapshot
 from launch.execute.submission_plan import OWN, code_of, make_submission
 from launch.execute.submit import submit
@@ -165,7 +165,7 @@ def _failed_probes(paths: RunPaths, hosts: Sequence[str], ranks: Mapping[int, Se
         alone = [(rank, _next_probe(ranks[rank]), failure["message"])]
     hung = [(rank, _next_probe(findings), "it did not come to an end") for rank, findings in ranks.items()
             if len(findings) < len(MENDS)]
-    return {hosts[rank * len(hosts) // len(ranks)]: (probe, f"rank {rank}: {said}")
+    return {hosts[node_of_rank(rank, len(ranks), len(hosts))]: (probe, f"rank {rank}: {said}")
             for rank, probe, said in reversed(alone or found or hung)}
 
 

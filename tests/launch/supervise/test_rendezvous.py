@@ -17,7 +17,7 @@ import pytest
 from conftest import wait_until
 
 from launch.supervise import rendezvous as meetings
-from launch.supervise.rendezvous import Absent, Gang, Link, meet
+from launch.supervise.rendezvous import Absent, Link, NodeGroup, meet
 
 
 @pytest.fixture
@@ -31,23 +31,23 @@ def come(tmp_path: Path):
 
     yield start
     pool.shutdown()
-    for gang in gangs:
-        if not gang.exception():
-            gang.result().close()
+    for group in gangs:
+        if not group.exception():
+            group.result().close()
 
 
 @pytest.fixture
-def four(come) -> list[Gang]:
-    return [gang.result(timeout=60) for gang in come(range(4), 4)]
+def four(come) -> list[NodeGroup]:
+    return [group.result(timeout=60) for group in come(range(4), 4)]
 
 
-def hear(gang: Gang, count: int) -> list[dict]:
+def hear(group: NodeGroup, count: int) -> list[dict]:
     """The next so many words."""
     words: list[dict] = []
 
     def heard():
-        select.select(gang.sockets(), [], [], 0.1)
-        words.extend(gang.heard())
+        select.select(group.sockets(), [], [], 0.1)
+        words.extend(group.heard())
         return len(words) >= count
 
     wait_until(heard)
@@ -65,13 +65,13 @@ def meeting(folder: Path) -> dict:
 def test_all_come(four, tmp_path):
     head, *others = four
     assert sorted(head.links) == [1, 2, 3] and all(list(other.links) == [0] for other in others)
-    assert {(gang.address, gang.interface, gang.whole) for gang in four} == {("127.0.0.1", "lo", True)}
-    assert [gang.node for gang in four] == [0, 1, 2, 3] and not list(tmp_path.iterdir())
+    assert {(group.address, group.interface, group.whole) for group in four} == {("127.0.0.1", "lo", True)}
+    assert [group.node for group in four] == [0, 1, 2, 3] and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("interface", ["lo", None])
 def test_they_find_each_other_without_being_told_the_interface(come, interface):
-    head, other = (gang.result(timeout=60) for gang in come([0, 1], 2, interface=interface))
+    head, other = (group.result(timeout=60) for group in come([0, 1], 2, interface=interface))
     assert head.address == other.address and head.interface == other.interface is not None
     with socket.create_server((head.address, 0)) as store:  # rank 0's store listens there
         socket.create_connection(store.getsockname()[:2], timeout=60).close()
@@ -84,8 +84,8 @@ def test_an_unknown_interface_is_said_at_once(come):
 
 
 def test_one_node_is_alone(tmp_path):
-    gang = meet(tmp_path, "101-0", 0, 1)
-    assert gang.address == "127.0.0.1" and gang.whole and gang.links == {} and gang.heard() == []
+    group = meet(tmp_path, "101-0", 0, 1)
+    assert group.address == "127.0.0.1" and group.whole and group.links == {} and group.heard() == []
 
 
 def test_one_that_does_not_come(come, monkeypatch):
@@ -108,9 +108,9 @@ def test_a_head_that_does_not_come(come, monkeypatch):
 
 def test_who_is_stopped_waits_no_longer(come):
     began = time.monotonic()
-    for gang in come([0, 1], 3, stopped=lambda: time.monotonic() > began + 0.3):
+    for group in come([0, 1], 3, stopped=lambda: time.monotonic() > began + 0.3):
         with pytest.raises(Absent):
-            gang.result(timeout=60)
+            group.result(timeout=60)
     assert time.monotonic() - began < 60
 
 
@@ -233,11 +233,11 @@ def test_a_death_is_heard_by_all(four):
 def test_a_killed_process_is_heard_at_once(come, tmp_path):
     (head,) = come([0], 2)
     program = "import sys, time\nfrom pathlib import Path\nfrom launch.supervise.rendezvous import meet\n" \
-              "gang = meet(Path(sys.argv[1]), '101-0', 1, 2, 'lo')\nprint('here', flush=True)\ntime.sleep(60)\n"
+              "group = meet(Path(sys.argv[1]), '101-0', 1, 2, 'lo')\nprint('here', flush=True)\ntime.sleep(60)\n"
     with subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "here\n"
-        gang = head.result(timeout=60)
-        assert gang.heard() == []
+        group = head.result(timeout=60)
+        assert group.heard() == []
         os.kill(process.pid, signal.SIGKILL)
         began = time.monotonic()
-        assert hear(gang, 1) == [{"lost": True, "node": 1}] and time.monotonic() - began < 20
+        assert hear(group, 1) == [{"lost": True, "node": 1}] and time.monotonic() - began < 20

@@ -86,7 +86,7 @@ def test_bad_values(model, data, says):
         config(model, **data)
 
 
-@pytest.mark.parametrize("arch, hint", [("resnet81", "did you mean resnet18 or"), ("vg", "did you mean vgg11"),
+@pytest.mark.parametrize("arch, hint", [("resnet81", "did you mean resnet18, "), ("vg", "did you mean vgg11"),
                                         ("bgg", "did you mean vgg"),
                                         ("efficientnet", "efficientnet_b0"), ("???", "vgg, resnet18, or a classifier")])
 def test_unknown_architecture_is_answered_with_near_names(arch, hint):

@@ -15,7 +15,7 @@ from trainers.config.schema import Optim, RunConfig
 from trainers.engine.optimizer import make_optimizer
 from trainers.engine.parallel.blocks import checkpoint_activations
 from trainers.engine.parallel.fragments import Fragment, state
-from trainers.engine.parallel.sharded_model import Trainee
+from trainers.engine.parallel.sharded_model import ShardedModel
 from trainers.engine.world import World
 
 
@@ -40,11 +40,11 @@ class Ddp:
             checkpoint_activations(model)
         return model.to(self.world.device)
 
-    def trainee(self, model: nn.Module, optim: Optim) -> Trainee:
+    def shard(self, model: nn.Module, optim: Optim) -> ShardedModel:
         if model not in self._wrapped:
             module = torch.compile(model) if self.config.compile else model
             self._wrapped[model] = module if self.world.size == 1 else self.accelerator.prepare_model(module)
-        return DdpTrainee(self._wrapped[model], model, make_optimizer(optim, model.parameters()))
+        return DdpModel(self._wrapped[model], model, make_optimizer(optim, model.parameters()))
 
     def clear(self, models: Iterable[nn.Module]) -> None:
         for model in models:
@@ -55,7 +55,7 @@ class Ddp:
                 for key, tensor in state(model).items()}
 
 
-class DdpTrainee(Trainee):
+class DdpModel(ShardedModel):
     def accumulating(self, last: bool) -> AbstractContextManager:
         # Gradients cross ranks only in the last micro-batch of a step.
         alone = last or not isinstance(self.module, nn.parallel.DistributedDataParallel)

@@ -19,7 +19,7 @@ from trainers.contract.errors import UserError
 from trainers.engine.optimizer import make_optimizer
 from trainers.engine.parallel.blocks import blocks, checkpoint_activations
 from trainers.engine.parallel.fragments import Fragment, state
-from trainers.engine.parallel.sharded_model import Shapes, Trainee
+from trainers.engine.parallel.sharded_model import Shapes, ShardedModel
 from trainers.engine.precision import HALVES
 from trainers.engine.world import World
 
@@ -58,9 +58,9 @@ class Fsdp:
             buffer.data = buffer.data.to(self.world.device)
         return model
 
-    def trainee(self, model: nn.Module, optim: Optim) -> Trainee:
+    def shard(self, model: nn.Module, optim: Optim) -> ShardedModel:
         fused = optim.name != "sgd"  # which torch cannot do on sharded parameters (2.14)
-        return FsdpTrainee(model, model, make_optimizer(optim, model.parameters(), fused))
+        return FsdpModel(model, model, make_optimizer(optim, model.parameters(), fused))
 
     def clear(self, models: Iterable[nn.Module]) -> None:
         for model in models:
@@ -74,7 +74,7 @@ class Fsdp:
                 for key, tensor in state(model).items()}
 
 
-class FsdpTrainee(Trainee):
+class FsdpModel(ShardedModel):
     def fragments(self, update: str) -> dict[str, Fragment]:
         _reshard(self.model)
         return super().fragments(update)

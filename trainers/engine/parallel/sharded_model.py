@@ -1,4 +1,4 @@
-"""A model under training by one optimizer: what a strategy gives to a learner."""
+"""A model under training by one optimizer: what a strategy gives to a runner."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from trainers.engine.parallel.fragments import Fragment, slots
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Trainee:
+class ShardedModel:
     """Gradients in the parameters' own `grad`, as under DDP and `fully_shard`; ZeRO's keeps them elsewhere.
 
     Attributes:
         module: what to run forward in training.
         evaluated: what to run forward in evaluation.
         model: the module whose parameters are trained.
-        optimizer: the learning rates of its groups are the learner's to set.
+        optimizer: the learning rates of its groups are the runner's to set.
         norm: of the last step's gradients, as they were before clipping; on the device.
         norms: those of its single gradients; on the device, and of each step a tensor of its own.
         named: whose they are: the parameters' names, None where a norm is of several.

@@ -10,7 +10,7 @@ from torch import nn
 
 from trainers.config.schema import Optim, RunConfig
 from trainers.engine.parallel.fragments import Fragment
-from trainers.engine.parallel.sharded_model import Trainee
+from trainers.engine.parallel.sharded_model import ShardedModel
 from trainers.engine.world import World
 
 
@@ -25,7 +25,7 @@ class Strategy(Protocol):
         """Put a model, which all ranks have made alike on the CPU, where it is trained: on the device, in parts."""
         ...
 
-    def trainee(self, model: nn.Module, optim: Optim) -> Trainee:
+    def shard(self, model: nn.Module, optim: Optim) -> ShardedModel:
         """A placed model with an optimizer of its parameters."""
         ...
 

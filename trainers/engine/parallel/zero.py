@@ -24,7 +24,7 @@ from trainers.contract.errors import UserError
 from trainers.engine.optimizer import make_optimizer
 from trainers.engine.parallel.blocks import checkpoint_activations
 from trainers.engine.parallel.fragments import Fragment, buffers, slots
-from trainers.engine.parallel.sharded_model import Shapes, Trainee
+from trainers.engine.parallel.sharded_model import Shapes, ShardedModel
 from trainers.engine.precision import autocast
 from trainers.engine.world import World
 
@@ -38,7 +38,7 @@ class Zero:
         world.start_process_group()
         self.deepspeed = _import_deepspeed(world.device)
         self._placed: list[nn.Module] = []
-        self._trainees: dict[nn.Module, ZeroTrainee] = {}
+        self._sharded: dict[nn.Module, ZeroModel] = {}
 
     def place(self, model: nn.Module) -> nn.Module:
         """Whole; the engine takes it apart, once there is an optimizer."""
@@ -48,15 +48,15 @@ class Zero:
         # Stage 3's trained model need not fit on the device whole: it waits for its engine, and the others for that.
         return model if self.stage == 3 else model.to(self.world.device)
 
-    def trainee(self, model: nn.Module, optim: Optim) -> Trainee:
-        if self._trainees:
+    def shard(self, model: nn.Module, optim: Optim) -> ShardedModel:
+        if self._sharded:
             raise UserError(f"`train.strategy` is `{self.config.train.strategy}`, which trains one model by one update; this "
                             "task has several", "use train.strategy=ddp or fsdp")
-        self._trainees[model] = ZeroTrainee(self._engine(model, optim), model, self.stage, self.world)
+        self._sharded[model] = ZeroModel(self._engine(model, optim), model, self.stage, self.world)
         for other in self._placed:
             if other is not model:
                 other.to(self.world.device)
-        return self._trainees[model]
+        return self._sharded[model]
 
     def _engine(self, model: nn.Module, optim: Optim) -> Any:
         forward = model.forward
@@ -97,14 +97,14 @@ class Zero:
     def fragments(self, models: Mapping[str, nn.Module]) -> dict[str, Fragment]:
         found = {}
         for name, model in models.items():
-            held = self._trainees[model].parameters() if model in self._trainees else {
+            held = self._sharded[model].parameters() if model in self._sharded else {
                 key: Fragment.whole(parameter) for key, parameter in model.named_parameters()}
             held |= {key: Fragment.whole(buffer) for key, buffer in buffers(model).items()}
             found |= {f"models/{name}/{key}": fragment for key, fragment in held.items()}
         return found
 
 
-class ZeroTrainee(Trainee):
+class ZeroModel(ShardedModel):
     """Gradients, fp32 parameters and optimizer states lie in flat partitions of the engine's optimizer."""
 
     def __init__(self, engine: Any, model: nn.Module, stage: int, world: World):

@@ -12,7 +12,6 @@ import os
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Callable, Mapping, TypeVar
 
@@ -24,6 +23,7 @@ from trainers.checkpoints.folders import BROKEN, OLD, TMP
 from trainers.checkpoints.manifest import INDEX, STATE
 from trainers.config.schema import Checkpoint
 from trainers.contract import files, heartbeat
+from trainers.contract.clock import utc_now
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 from trainers.engine.parallel.fragments import Fragment
@@ -248,7 +248,7 @@ class Checkpoints:
             storage.write_index(tmp, {name: places for name, _, places in written})
             entries = {name: entry for name, entry, _ in written if entry is not None}
             entries |= {name: manifest.entry(tmp / name) for name in (STATE, INDEX)}
-            manifest.write(tmp, step=step, entries=entries, created=datetime.now(UTC).isoformat(timespec="seconds"),
+            manifest.write(tmp, step=step, entries=entries, created=utc_now(),
                            strategy=self.strategy, world_size=self.world.size, layout=self.config.layout,
                            versions={"torch": torch.__version__}, metrics=metrics)
             self._check_fence()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from datetime import datetime, timezone
 from typing import Any, Mapping
 
 from trainers.config.schema import RunConfig
 from trainers.contract import events
+from trainers.contract.clock import utc_now
 from trainers.contract.errors import TrainingError
 from trainers.contract.files import update_json
 from trainers.contract.paths import RunPaths
@@ -113,7 +113,7 @@ class Tracker(NoTracker):
                 request_stop()  # which ends in an error: nothing can be saved any more
                 return
             try:
-                update_json(self.paths.record, **changes, updated=datetime.now(timezone.utc).isoformat())
+                update_json(self.paths.record, **changes, updated=utc_now())
                 self._record_fails = False
             except FileNotFoundError:
                 pass

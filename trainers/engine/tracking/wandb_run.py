@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from trainers.config.schema import RunConfig, SearchConfig
+from trainers.contract import exit_codes
 from trainers.contract.files import read_json
 from trainers.contract.paths import RunPaths
 
@@ -92,7 +93,7 @@ class WandbRun:
         def end() -> None:
             if not finished:
                 self._run.mark_preempting()
-            self._run.finish(exit_code=0 if finished else 75)
+            self._run.finish(exit_code=exit_codes.FINISHED if finished else exit_codes.PREEMPTED)
 
         self._safely(last)
         ending = threading.Thread(target=lambda: self._safely(end), daemon=True)

@@ -249,10 +249,10 @@ def measure(path: Path) -> dict[str, list[float]]:
             task, pair = Counting(config), []
             for alone in (False, True):
                 setup = set_up(task, config, world, placed(config) if alone else config)
-                trainee = None if alone else setup.strategy.trainee(setup.models["model"], config.optim)
+                sharded = None if alone else setup.strategy.shard(setup.models["model"], config.optim)
                 take(open_source(path, world), setup.layout, setup.strategy.fragments(setup.models), (), "it")
-                if trainee:
-                    trainee.filled()
+                if sharded:
+                    sharded.filled()
                 pair.append(evaluate(task, setup.models, setup.eval_set, config, world, setup.stopping)["loss"].item())
                 setup.stopping.close()
             found[f"{strategy} {precision}"] = pair
