@@ -13,7 +13,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Python put the working folder first, where a `trainers/` of the user's would shadow ours.
+    # Python puts the working folder first on sys.path. A user's `trainers/` folder there would shadow ours.
     if not sys.flags.safe_path and Path(sys.path[0]) != Path(__file__).parents[1]:
         del sys.path[0]
     main()

@@ -1,4 +1,4 @@
-"""The node process under the name that job scripts of earlier versions call; scripts that still wait in a queue need it."""
+"""The node process under its old name. Job scripts of earlier versions that still wait in a queue run `python -m launch.job`."""
 
 from launch.execute.node_process import run
 

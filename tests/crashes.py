@@ -1,4 +1,4 @@
-"""A process that ends between two operations on files, for tests of what it leaves."""
+"""Crash a process between two file operations, for tests of the files that the process leaves behind."""
 
 from __future__ import annotations
 
@@ -8,32 +8,36 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-CODE = 9  # the exit code of a process that ended so
+CRASH_CODE = 9  # the exit code of a crashed process
 
 
 def crash_at(number: int | None, root: Path, power: random.Random | None = None) -> Callable[[], int]:
-    """End this process just before its `number`-th operation on what lies in `root`: opening, making, renaming, removing,
-    listing, flushing, or writing, half of which is done then. From 1; None: never.
+    """Crash this process just before its `number`-th file operation in the folder `root`.
 
-    Returns: a function that gives the operations so far.
+    The operations are: open, create, rename, remove, list, flush and write. A write that crashes has written half of its
+    bytes.
+
     Args:
-        power: it is the power that fails: what was not flushed loses an end, of this randomness.
+        number: counted from 1; None means never, so that the operations are only counted.
+        power: simulate a power failure: each file that was not flushed is cut at a random position, drawn from `power`.
+    Returns:
+        A function that returns the number of operations so far.
     """
-    seen, unflushed = 0, set()
+    operations, unflushed = 0, set()
     write, fsync = os.write, os.fsync
 
-    def count(end: Callable[[], object] = lambda: None) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == number:
-            end()
+    def count(before_crash: Callable[[], object] = lambda: None) -> None:
+        nonlocal operations
+        operations += 1
+        if operations == number:
+            before_crash()
             for path in unflushed if power else ():
                 os.truncate(path, power.randrange(os.path.getsize(path) + 1))
-            os._exit(CODE)
+            os._exit(CRASH_CODE)
 
     def hook(event: str, args: tuple) -> None:
         paths = [os.fspath(arg) for arg in args if isinstance(arg, (str, os.PathLike))]
-        if seen == number or not (event == "open" or event.startswith(("os.", "shutil."))):
+        if operations == number or not (event == "open" or event.startswith(("os.", "shutil."))):
             return
         if not any(path.startswith(str(root)) for path in paths):
             return
@@ -46,32 +50,35 @@ def crash_at(number: int | None, root: Path, power: random.Random | None = None)
         elif event == "os.remove":
             unflushed.discard(paths[0])
 
-    def name(handle: int) -> str:
+    def path_of(handle: int) -> str:
         return os.readlink(f"/proc/self/fd/{handle}")
 
     def counted_write(handle: int, content: memoryview) -> int:
-        if name(handle).startswith(str(root)):
+        if path_of(handle).startswith(str(root)):
             count(lambda: write(handle, content[:len(content) // 2]))
         return write(handle, content)
 
     def counted_fsync(handle: int) -> None:
-        if name(handle).startswith(str(root)):
+        if path_of(handle).startswith(str(root)):
             count()
         fsync(handle)
-        unflushed.discard(name(handle))
+        unflushed.discard(path_of(handle))
 
     os.write, os.fsync = counted_write, counted_fsync
     sys.addaudithook(hook)
-    return lambda: seen
+    return lambda: operations
 
 
-def forked(work: Callable[[], int]) -> int:
-    """The exit code of a process that did `work`, which ended with it. Fork where no other thread runs."""
-    return ended(fork(work))
+def run_forked(work: Callable[[], int]) -> int:
+    """Run `work` in a forked process, wait for the process, and return its exit code.
+
+    The exit code is what `work` returns. Call this function only where no other thread runs.
+    """
+    return exit_code_of(fork(work))
 
 
 def fork(work: Callable[[], int]) -> int:
-    """Its process id."""
+    """Start a forked process that runs `work`, and return its pid. The result of `work` is the exit code."""
     child = os.fork()
     if child:
         return child
@@ -83,5 +90,6 @@ def fork(work: Callable[[], int]) -> int:
         os._exit(code)
 
 
-def ended(child: int) -> int:
+def exit_code_of(child: int) -> int:
+    """Wait for a child process to end and return its exit code; negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

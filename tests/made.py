@@ -1,4 +1,4 @@
-"""Runs with checkpoints, made without training."""
+"""Make run directories and checkpoints without training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainers.engine.saving import storage
 
 
 def make_run(root: Path, spec: str = "", **changes: Any) -> RunPaths:
-    """`spec`: lines of run.yaml."""
+    """Make the directory of a finished run. `spec` holds lines for run.yaml, `changes` values for run.json."""
     paths = RunPaths(root)
     paths.root.mkdir(parents=True)
     replace_json(paths.record, {
@@ -31,19 +31,22 @@ def make_run(root: Path, spec: str = "", **changes: Any) -> RunPaths:
 
 def make_checkpoint(paths: RunPaths, step: int, tensors: Mapping[str, Tensor], *, ranks: int = 1, tied: Mapping[str, str] = {},
                     metrics: Mapping[str, float] = {}) -> Path:
-    """Each rank has a stretch of each tensor, some of them none."""
+    """Write a checkpoint in which each rank holds a random stretch of each tensor, which may be empty.
+
+    Returns: the folder of the checkpoint.
+    """
     folder = paths.checkpoint(step)
     folder.mkdir(parents=True)
-    random, parts, places = Random(step), {}, {}
+    random, parts, index = Random(step), {}, {}
     for name, tensor in tensors.items():
         flat, shape = tensor.detach().contiguous().view(-1), tuple(tensor.shape)
         cuts = [0, *sorted(random.randrange(len(flat) + 1) for _ in range(ranks - 1)), len(flat)]
         for rank, (first, last) in enumerate(zip(cuts, cuts[1:])):
             if last > first or not len(flat):
                 parts.setdefault(rank, {})[name] = flat[first:last]
-                places.setdefault(f"{rank}.safetensors", {})[name] = (first, shape)
-    entries = {f"{rank}.safetensors": storage.write(folder / f"{rank}.safetensors", held) for rank, held in parts.items()}
-    storage.write_index(folder, places)
+                index.setdefault(f"{rank}.safetensors", {})[name] = (first, shape)
+    entries = {f"{rank}.safetensors": storage.write(folder / f"{rank}.safetensors", part) for rank, part in parts.items()}
+    storage.write_index(folder, index)
     replace_json(folder / manifest.STATE, {"step": step, "tied": dict(tied)})
     entries |= {name: manifest.entry(folder / name) for name in (manifest.STATE, manifest.INDEX)}
     manifest.write(folder, step=step, entries=entries, created="2026-01-02T00:30:00+00:00", strategy="zero3", world_size=ranks,
@@ -51,7 +54,8 @@ def make_checkpoint(paths: RunPaths, step: int, tensors: Mapping[str, Tensor], *
     return folder
 
 
-def flip(file: Path, place: int = -1) -> None:
+def flip(file: Path, position: int = -1) -> None:
+    """Flip one bit of the byte at `position`."""
     content = bytearray(file.read_bytes())
-    content[place] ^= 1
+    content[position] ^= 1
     file.write_bytes(content)

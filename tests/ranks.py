@@ -1,7 +1,8 @@
-"""Real ranks over gloo that stay, for tests of what ranks do together: they import torch once.
+"""Real ranks over gloo that stay alive between tests, so that each rank imports torch only once.
 
-A test module is its own ranks' program: `Ranks(4, __file__)` starts it four times, `serve(globals())` at its end
-makes each answer calls of its functions `function(world, **arguments)` with what they return, as JSON.
+A test module is also the program of its ranks. `Ranks(4, __file__)` starts the module four times. The module ends with
+`serve(globals())`, which makes each rank wait for calls of the module's functions. A function is called as
+`function(world, **arguments)`, and what it returns is sent back as JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import traceback
 
 
 class Ranks:
+    """`size` rank processes that run the Python file `program`."""
+
     def __init__(self, size: int, program: str):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -27,7 +30,7 @@ class Ranks:
                           for rank in range(size)]
 
     def __call__(self, function: str, **arguments) -> list:
-        """The function's results by rank."""
+        """Call a function on every rank and return the results, in the order of the ranks."""
         for process in self.processes:
             process.stdin.write(json.dumps([function, arguments], default=str) + "\n")
             process.stdin.flush()
@@ -36,6 +39,7 @@ class Ranks:
         return [value for _, value in answers]
 
     def close(self) -> None:
+        """End the ranks; kill those that do not end within 20 s."""
         for process in self.processes:
             process.stdin.close()
         for process in self.processes:
@@ -48,23 +52,25 @@ class Ranks:
 
 
 def serve(functions: dict) -> None:
+    """Be a rank: answer calls from standard input until it is closed, then exit."""
     import torch.distributed as dist
 
     from trainers.engine.world import World
 
-    made, new_group = [], dist.new_group
+    groups, new_group = [], dist.new_group
 
-    def noted(*args, **kwargs):
+    def recording_new_group(*args, **kwargs):
         group = new_group(*args, **kwargs)
-        if sys._getframe(1).f_globals["__name__"].startswith("trainers."):  # DeepSpeed keeps its own, and takes them again
-            made.append(group)
+        # Only the groups of `trainers`: DeepSpeed keeps its groups and uses them again.
+        if sys._getframe(1).f_globals["__name__"].startswith("trainers."):
+            groups.append(group)
         return group
 
-    dist.new_group = noted
+    dist.new_group = recording_new_group
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what anything prints goes elsewhere
+    os.dup2(2, 1)  # printed text goes to standard error, so that the pipe holds only answers
     world = World.from_env()
-    if world.size > 1:  # one rank needs no group, whose threads would hinder it from forking
+    if world.size > 1:  # a single rank needs no process group, and a process with the threads of a group must not fork
         world.start_process_group()
     for line in sys.stdin:
         function, arguments = json.loads(line)
@@ -72,8 +78,8 @@ def serve(functions: dict) -> None:
             answer = None, functions[function](world, **arguments)
         except BaseException:
             answer = traceback.format_exc(), None
-        while made:  # each would keep three threads, which look about a hundred times a second
-            dist.destroy_process_group(made.pop())
+        while groups:  # each group keeps three threads, which wake about a hundred times a second
+            dist.destroy_process_group(groups.pop())
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
     answers.flush()

@@ -1,4 +1,4 @@
-"""Checkpoints as one rank sees them, and tensors of all awkward kinds, for tests of what is saved."""
+"""One rank's view of checkpoints, and tensors of all kinds that are difficult to save, for tests of saving."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 def make(seed: int) -> dict[str, torch.Tensor]:
-    """Tensors of all awkward kinds; the same for the same seed."""
+    """Return tensors of all kinds that are difficult to save; the same seed gives the same tensors."""
     g = torch.Generator().manual_seed(seed)
     return {
         "model.layers.0/weight": torch.randn(64, 33, generator=g),
@@ -43,7 +43,7 @@ def make(seed: int) -> dict[str, torch.Tensor]:
 
 
 def bits(tensors) -> dict[str, list]:
-    """Each tensor to the last bit: dtype, shape, hash."""
+    """Return dtype, shape and hash of each tensor; they are equal only if the tensors are equal to the last bit."""
     plain = {name: t.detach().resolve_conj().contiguous() for name, t in tensors.items()}
     flat = {name: t.reshape(-1).clone(memory_format=torch.contiguous_format) for name, t in plain.items()}
     raw = {name: t.view(torch.uint8).numpy() for name, t in flat.items()}
@@ -51,30 +51,35 @@ def bits(tensors) -> dict[str, list]:
 
 
 def whole(tensors) -> dict[str, Fragment]:
+    """Return each tensor as a fragment that holds the entire tensor."""
     return {name: Fragment.whole(tensor) for name, tensor in tensors.items()}
 
 
 class Run:
-    """One rank's view of a run's checkpoints, and what was said."""
+    """One rank's view of a run's checkpoints, with the events that saving has sent and the steps that it has committed."""
 
     def __init__(self, root: Path, world: World = ONE, attempt: int | None = None, **settings):
         self.paths = RunPaths(Path(root))
-        self.said: list[dict] = []
+        self.events: list[dict] = []
         self.committed: list[int] = []
         self.checkpoints = Checkpoints(self.paths, world, config.Checkpoint(**{"keep_last": 9, **settings}),
-                                       strategy="ddp", attempt=attempt, say=self.said.append, committed=self.committed.append)
+                                       strategy="ddp", attempt=attempt, emit=self.events.append, on_commit=self.committed.append)
 
     def save(self, step: int, metrics=None, tensors=None) -> str | None:
+        """Save a checkpoint and wait until it is written. Return the reason if it could not be written, otherwise None."""
         self.checkpoints.save(step, whole(make(step) if tensors is None else tensors), {"step": step}, metrics or {})
         return self.checkpoints.wait()
 
     def load(self, step: int) -> dict[str, list]:
+        """Load a checkpoint and return its tensors as `bits` describes them."""
         reader, state = self.checkpoints.load(step)
         assert state == {"step": step}
         return bits({name: reader.tensor(name) for name in reader.shapes})
 
     def notes(self) -> list[str]:
-        return [event["message"] for event in self.said if event["event"] == "note"]
+        """Return the messages of all notes."""
+        return [event["message"] for event in self.events if event["event"] == "note"]
 
     def names(self) -> list[str]:
+        """Return the sorted names of everything in the folder of checkpoints."""
         return sorted(os.listdir(self.paths.checkpoints))

@@ -1,4 +1,4 @@
-"""Models of real runs of several ranks, as others load them."""
+"""Export models of real runs with several ranks, and load them as a user would."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TINY = Path(__file__).parent / "tinybert"
 @pytest.mark.slow
 @pytest.mark.parametrize("spec, strategy, ranks", [
     ("classify", "zero3", 2), ("classify", "fsdp", 2), ("fill", "ddp", 1), ("fill", "zero3", 2), ("fill", "fsdp", 2)])
-def test_what_is_exported_computes_what_was_trained(launch, monkeypatch, spec, strategy, ranks):
+def test_an_exported_model_computes_the_same_as_the_trained_model(launch, monkeypatch, spec, strategy, ranks):
     done = launch(TINY / f"{spec}.yaml", "--procs", ranks, "--strategy", strategy)
     assert done.returncode == 0, done.stderr
     run = launch.run()
@@ -34,7 +34,7 @@ def test_what_is_exported_computes_what_was_trained(launch, monkeypatch, spec, s
 
     task = {"classify": tinybert.Classify, "fill": tinybert.Fill}[spec](read_spec(run / "run.yaml"))
     model = task.model()
-    model.load_state_dict(load_file(launch.folder / "model.safetensors"), strict=True)  # by every name, tied ones too
+    model.load_state_dict(load_file(launch.folder / "model.safetensors"), strict=True)  # checks all names, tied weights too
     auto = AutoModelForSequenceClassification if spec == "classify" else AutoModelForMaskedLM
     loaded, report = auto.from_pretrained(launch.folder / "hf", output_loading_info=True)
     assert type(loaded) is type(model) and not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))

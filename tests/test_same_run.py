@@ -10,25 +10,28 @@ import signal
 import time
 
 import pytest
-from conftest import BLOBS, SENTENCES, Command, alive, attempt, logged_steps, pace, ranks_of, record, rows, wait_until
+from conftest import BLOBS, SENTENCES, Command, alive, attempt, logged_steps, ranks_of, record, rows, set_pause, wait_until
 
 STEPS = 120
 
 
-def told(run) -> tuple[list, list]:
-    """What a run is: each step's loss, each evaluation."""
+def logged_values(run) -> tuple[list, list]:
+    """Return what identifies a run: each step's loss and gradient norm, and each evaluation."""
     evaluations = [{k: v for k, v in row.items() if k != "time"} for row in rows(run, "eval")]
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(run)], evaluations
 
 
-def interrupt(launch: Command, how: str, at: int, *words: object) -> tuple[int, str]:
-    """A command that trains the folder's only run, interrupted once `at` rows are logged: its exit code and output.
-    Of `model.pause_s` it has made more by then, so that it cannot be over before, or be far beyond."""
+def interrupt(launch: Command, how: str, at: int, *args: object) -> tuple[int, str]:
+    """Train the only run of the folder, and interrupt the command when `at` rows are logged. Return its exit code and output.
+
+    From then on the ranks pause longer before each batch, so that the run cannot finish, or train many more steps, before the
+    interruption reaches it.
+    """
     for run in launch.runs():
         (run / "pace").unlink(missing_ok=True)
-    process = launch.start(*words)
+    process = launch.start(*args)
     wait_until(lambda: logged_steps(launch.folder) >= at, process=process)
-    pace(launch.run(), 0.3)
+    set_pause(launch.run(), 0.3)
     ranks = ranks_of(process.pid)
     match how:
         case "kill node":
@@ -53,47 +56,49 @@ STATES = {"kill node": "running", "kill rank": "failed", "SIGTERM": "preempted",
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, accumulation", [(1, 1), (1, 4), (2, 4), (4, 1), (4, 4)])
 def test_an_interrupted_run_is_the_same_run(tmp_path, ranks, accumulation):
-    """One run is interrupted in every way, each time after more steps than lie between checkpoints: so what an attempt
-    did differently would stay."""
+    """Interrupt one run in every way, each time after more steps than lie between two checkpoints.
+
+    Each attempt therefore writes a checkpoint, and a difference in any attempt would stay in the run.
+    """
     args = ["--procs", ranks, f"train.micro_batch_size={32 // ranks // accumulation}"]
     (tmp_path / "whole").mkdir(), (tmp_path / "cut").mkdir()
     whole, cut = Command(tmp_path / "whole"), Command(tmp_path / "cut")
     done = whole(BLOBS, *args)
     assert done.returncode == 0, done.stderr
-    expected = told(whole.run())
+    expected = logged_values(whole.run())
     assert [step for step, *_ in expected[0]] == list(range(1, STEPS + 1))
 
     seed = random.randrange(2**32)
     print(f"random.seed({seed})")
     random.seed(seed)
-    ways = random.sample(sorted(EXIT_CODES), len(EXIT_CODES))
-    words, before = (BLOBS, *args, f"model.pause_s={0.05 / accumulation}"), None
-    for how in ways:
-        code, out = interrupt(cut, how, logged_steps(cut.folder) + random.randint(17, 22), *words)
+    interruptions = random.sample(sorted(EXIT_CODES), len(EXIT_CODES))
+    command_args, before = (BLOBS, *args, f"model.pause_s={0.05 / accumulation}"), None
+    for how in interruptions:
+        code, out = interrupt(cut, how, logged_steps(cut.folder) + random.randint(17, 22), *command_args)
         run = cut.run()
-        went_on(out, before)
+        check_resume_step(out, before)
         before = record(run)
         assert (code, before["state"]) == (EXIT_CODES[how], STATES[how])
-        words = ("resume", run.name)
-    pace(run, 0)
-    resumed = cut(*words)
+        command_args = ("resume", run.name)
+    set_pause(run, 0)
+    resumed = cut(*command_args)
     assert resumed.returncode == 0, resumed.stderr
-    went_on(resumed.stdout, before)
-    assert told(run) == expected, ways
+    check_resume_step(resumed.stdout, before)
+    assert logged_values(run) == expected, interruptions
     assert record(run)["state"] == "finished" and record(run)["attempt"] == 5
     assert [attempt(run, number)["ranks"] for number in range(1, 6)] == [ranks] * 5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp"])
-def test_each_strategy_is_the_same_run(tmp_path, strategy):
-    """One run through a kill -9 and a SIGTERM, each at a random step."""
+def test_an_interrupted_run_is_the_same_run_under_each_strategy(tmp_path, strategy):
+    """Interrupt one run by SIGKILL and by SIGTERM, each at a random step."""
     args = ["--procs", 2, "--strategy", strategy, "train.micro_batch_size=6", "model.dropout=0.1"]
     (tmp_path / "whole").mkdir(), (tmp_path / "cut").mkdir()
     whole, cut = Command(tmp_path / "whole"), Command(tmp_path / "cut")
     done = whole(SENTENCES, *args)
     assert done.returncode == 0, done.stderr
-    expected = told(whole.run())
+    expected = logged_values(whole.run())
     assert len(expected[0]) == 30
 
     seed = random.randrange(2**32)
@@ -104,14 +109,14 @@ def test_each_strategy_is_the_same_run(tmp_path, strategy):
     run = cut.run()
     code, _ = interrupt(cut, "SIGTERM", random.randint(16, 25), "resume", run.name)
     assert code == 75
-    pace(run, 0)
+    set_pause(run, 0)
     resumed = cut("resume", run.name)
     assert resumed.returncode == 0, resumed.stderr
-    assert told(run) == expected and record(run)["attempt"] == 3
+    assert logged_values(run) == expected and record(run)["attempt"] == 3
 
 
 @pytest.mark.slow
-def test_it_may_go_on_under_another_strategy(tmp_path):
+def test_a_run_may_continue_with_another_strategy(tmp_path):
     (tmp_path / "whole").mkdir(), (tmp_path / "moved").mkdir()
     whole, moved = Command(tmp_path / "whole"), Command(tmp_path / "moved")
     assert whole(SENTENCES, "--procs", 2).returncode == 0
@@ -119,30 +124,31 @@ def test_it_may_go_on_under_another_strategy(tmp_path):
                         "model.pause_s=0.1")
     run = moved.run()
     refused = moved("resume", run.name, "--strategy", "fsdp")
-    assert (code, refused.returncode) == (75, 2) and "`train.offload` is `optimizer`, which `fsdp` cannot do" in refused.stderr
+    assert (code, refused.returncode) == (75, 2)
+    assert "`train.offload` is `optimizer`, which `fsdp` does not support" in refused.stderr
     refused = moved("resume", run.name, "optim.lr=1")
     assert refused.returncode == 2 and "a run's spec never changes" in refused.stderr
     assert not (run / "spread.json").exists()
-    pace(run, 0)
+    set_pause(run, 0)
     resumed = moved("resume", run.name, "--strategy", "fsdp", "train.offload=none", "--procs", 3)
     assert resumed.returncode == 0, resumed.stderr
     assert "strategy: zero2" in (run / "run.yaml").read_text()
     newest = max((run / "checkpoints").glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
     assert json.loads((newest / "manifest.json").read_text())["strategy"] == "fsdp"
-    expected, got = told(whole.run())[0], told(run)[0]
+    expected, got = logged_values(whole.run())[0], logged_values(run)[0]
     assert len(got) == len(expected) == 30
     assert max(abs(a[1] - b[1]) for a, b in zip(expected, got)) < 1e-5
 
 
-def went_on(output: str, stopped: dict | None) -> None:
-    """What a command said of where it goes on fits the record that the interrupted attempt left."""
-    found = re.search(r"resuming at step (\d+) ", output)
-    step = int(found[1]) if found else 0
+def check_resume_step(output: str, stopped: dict | None) -> None:
+    """Check that the step at which the command resumed fits the record that the interrupted attempt left (`stopped`)."""
+    match = re.search(r"resuming at step (\d+) ", output)
+    step = int(match[1]) if match else 0
     if stopped is None:
-        assert not found
+        assert not match
     elif stopped["state"] == "preempted":
-        assert step == stopped["step"] == stopped["checkpoint"], "nothing is done twice"
-    else:  # a checkpoint may have been committed and not yet recorded
+        assert step == stopped["step"] == stopped["checkpoint"], "a step was trained twice"
+    else:  # the last checkpoint may be committed but not yet recorded
         assert (stopped["checkpoint"] or 0) <= step
 
 
@@ -152,7 +158,7 @@ def test_a_stopped_run_resumes_where_it_stopped(launch):
     run = launch.run()
     at = record(run)["step"]
     assert 40 * STEPS // 124 <= at < STEPS and record(run)["checkpoint"] == at
-    pace(run, 0)
+    set_pause(run, 0)
     resumed = launch("resume", run.name[:-2])
     assert resumed.returncode == 0, resumed.stderr
     assert f"resuming at step {at} " in resumed.stdout
@@ -162,7 +168,7 @@ def test_a_stopped_run_resumes_where_it_stopped(launch):
 
 
 @pytest.mark.slow
-def test_it_may_go_on_with_other_ranks(tmp_path):
+def test_a_run_may_continue_on_another_number_of_ranks(tmp_path):
     args = ["model.exact_over_ranks=true", "train.precision=fp32"]
     (tmp_path / "whole").mkdir(), (tmp_path / "moved").mkdir()
     whole, moved = Command(tmp_path / "whole"), Command(tmp_path / "moved")
@@ -170,16 +176,16 @@ def test_it_may_go_on_with_other_ranks(tmp_path):
     assert interrupt(moved, "SIGTERM", 30, BLOBS, "--procs", 2, *args, "model.pause_s=0.03")[0] == 75
     run = moved.run()
     assert interrupt(moved, "SIGTERM", 70, "resume", run.name, "--procs", 1)[0] == 75
-    pace(run, 0)
+    set_pause(run, 0)
     assert moved("resume", run.name, "--procs", 2).returncode == 0
     assert [attempt(run, n)["ranks"] for n in (1, 2, 3)] == [2, 1, 2]
-    expected, got = told(whole.run())[0], told(run)[0]
+    expected, got = logged_values(whole.run())[0], logged_values(run)[0]
     assert len(got) == STEPS
     assert max(abs(a[1] - b[1]) for a, b in zip(expected, got)) < 1e-4
 
 
 @pytest.mark.slow
-def test_a_failed_attempt_is_repeated_if_asked_for(launch):
+def test_a_failed_attempt_is_retried_with_max_restarts(launch):
     process = launch.start(BLOBS, "--procs", 2, "run.max_restarts=1", "model.pause_s=0.03")
     wait_until(lambda: logged_steps(launch.folder) >= 40, process=process)
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Whole runs of a small task, as a user starts them."""
+"""Complete runs of a small task, started as a user starts them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BLOBS, Command, attempt, environment, logged_steps, pace, record, rows, wait_until
+from conftest import BLOBS, Command, attempt, environment, logged_steps, record, rows, set_pause, wait_until
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -21,15 +21,15 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def runs_with(tmp_path: Path, *variants: list) -> list[list[tuple[int, float]]]:
-    """The losses of one run for each list of arguments."""
-    found = []
+    """Start one run for each list of arguments, and return the losses of each run."""
+    losses_by_run = []
     for number, args in enumerate(variants):
         command = Command(tmp_path / str(number))
         command.folder.mkdir()
         done = command(BLOBS, *args)
         assert done.returncode == 0, done.stderr
-        found.append(losses(command.run()))
-    return found
+        losses_by_run.append(losses(command.run()))
+    return losses_by_run
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_accumulation_and_ranks_change_no_loss(tmp_path):
 @pytest.mark.parametrize("precision, tolerance", [("bf16", 2e-2), ("fp16", 2e-2)])
 def test_half_precision_follows_fp32(tmp_path, precision, tolerance):
     exact = ["model.exact_over_ranks=true", "train.steps=30", "--procs", 2]
-    # No warm-up: fp16's first steps may be skipped, and then its schedule lags.
+    # No warm-up: fp16 may skip the first steps, and then its learning-rate schedule lags behind.
     exact += ["optim.schedule=constant", "optim.warmup=0"]
     full, half = runs_with(tmp_path, exact, [*exact, f"train.precision={precision}"])
     assert full != half
@@ -56,14 +56,14 @@ def test_half_precision_follows_fp32(tmp_path, precision, tolerance):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_trains_alike(tmp_path):
+def test_a_compiled_model_has_the_same_losses(tmp_path):
     exact = ["model.exact_over_ranks=true", "train.steps=20", "--procs", 1]
     eager, compiled = runs_with(tmp_path, exact, [*exact, "train.compile=true"])
     assert max(abs(a - b) for (_, a), (_, b) in zip(eager, compiled, strict=True)) < 1e-4
 
 
 @pytest.mark.slow
-def test_the_line_to_run_by_hand_gives_the_same_losses(launch, tmp_path):
+def test_the_torchrun_line_gives_the_same_losses(launch, tmp_path):
     args = [BLOBS, "--procs", 2, "train.steps=30"]
     plan = json.loads(launch(*args, "--dry-run", "--json").stdout)
     assert launch(*args).returncode == 0
@@ -82,7 +82,7 @@ def test_the_line_to_run_by_hand_gives_the_same_losses(launch, tmp_path):
 
 @pytest.mark.slow
 def test_the_accelerate_line_gives_the_same_losses(launch):
-    """The config that goes with GPU runs, told to use the CPU."""
+    """The accelerate config is that of a GPU run, changed to use the CPU."""
     from launch.cluster.config import load_cluster
     from launch.cluster.resources import Resources
     from launch.plan.plan import make_plan
@@ -120,7 +120,7 @@ def test_no_secret_is_written(launch):
 
 
 @pytest.mark.slow
-def test_without_a_key_an_online_run_goes_on_offline(launch):
+def test_an_online_run_without_an_api_key_continues_offline(launch):
     done = launch(BLOBS, "--procs", 1, "train.steps=5", WANDB_MODE="online", HOME=str(launch.folder))
     assert done.returncode == 0, done.stderr
     assert "W&B is not online (no API key" in done.stdout
@@ -128,8 +128,8 @@ def test_without_a_key_an_online_run_goes_on_offline(launch):
 
 
 @pytest.mark.slow
-def test_resuming_passes_over_a_broken_checkpoint(launch):
-    """By the command, with a flipped bit; tests/trainers/engine/saving/test_checkpoint.py damages each file in each way."""
+def test_resume_skips_a_broken_checkpoint(launch):
+    """Flip a bit of the newest checkpoint. tests/trainers/engine/saving/test_checkpoint.py damages each file in each way."""
     assert launch(BLOBS, "--procs", 1).returncode == 0
     run = launch.run()
     expected = losses(run)
@@ -156,7 +156,7 @@ def test_resuming_passes_over_a_broken_checkpoint(launch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_full_disk_ends_no_run(launch):
+def test_a_full_disk_does_not_stop_a_run(launch):
     disk = launch.folder / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
@@ -179,24 +179,24 @@ def test_a_full_disk_ends_no_run(launch):
                 break
         kept = sorted(path.name for path in whole.parent.iterdir())
         assert kept and not any(name.endswith(".tmp") for name in kept), kept
-        for line in process.stdout:  # it trains on while nothing can be written
+        for line in process.stdout:  # training continues while the disk is full
             seen.append(line)
             if line.startswith("eval 400/"):
                 break
         filler.unlink()
-        pace(run, 0)
+        set_pause(run, 0)
         out, err = process.communicate(timeout=200)
         output = "".join(seen) + out
         assert process.returncode == 0, output + err
-        assert "training goes on" in output and "No space left on device" in output
-        assert [step for step, _ in losses(run)] == list(range(1, 601))  # kept in memory meanwhile
+        assert "training continues" in output and "No space left on device" in output
+        assert [step for step, _ in losses(run)] == list(range(1, 601))  # the rows were kept in memory while the disk was full
         assert record(run)["checkpoint"] == 600
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 
 
 @pytest.mark.slow
-def test_the_readmes_own_task_works(launch):
+def test_the_example_task_of_the_readme_works(launch):
     text = README.read_text()
     for name, body in re.findall(r"```(?:yaml|python)\n# (stripes\.\w+)\n(.*?)```", text, re.DOTALL):
         (launch.folder / name).write_text(body)
@@ -207,7 +207,7 @@ def test_the_readmes_own_task_works(launch):
 
 
 @pytest.mark.slow
-def test_a_users_folder_with_names_of_ours(launch):
+def test_a_users_files_named_like_our_packages_shadow_nothing(launch):
     for name in ("blobs.py", "blobs.yaml"):
         (launch.folder / name).write_text(BLOBS.with_name(name).read_text())
     (launch.folder / "trainers").mkdir()
@@ -218,16 +218,16 @@ def test_a_users_folder_with_names_of_ours(launch):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_a_number_ends_the_run_with_its_checkpoints_whole(launch):
+def test_a_loss_that_is_not_finite_fails_the_run_without_a_retry(launch):
     done = launch(BLOBS, "--procs", 1, "optim.lr=1e30", "optim.clip_norm=null", "optim.warmup=0",
                   "optim.momentum=0", "run.max_restarts=2")
     assert done.returncode == 1
     assert re.match(r"error: update `model`, step \d+: the gradient of `[\w.]+` is not finite \(the last loss is (nan|inf)\)\n"
                     r"hint: lower optim.lr", done.stderr)
-    assert record(launch.run())["attempt"] == 1  # it would happen again
+    assert record(launch.run())["attempt"] == 1  # a retry would fail in the same way
 
 
-def test_debug_takes_a_few_steps_in_this_process(launch):
+def test_debug_trains_three_steps(launch):
     process = launch.start(BLOBS, "--debug", "checkpoint.every=never")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -235,14 +235,14 @@ def test_debug_takes_a_few_steps_in_this_process(launch):
 
 
 @pytest.mark.slow
-def test_a_metric_that_is_not_given_ends_no_run(launch):
+def test_a_checkpoint_metric_that_the_evaluation_does_not_give_is_reported_once(launch):
     done = launch(BLOBS, "--procs", 1, "train.steps=60", "checkpoint.metric=acc")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("`checkpoint.metric` is `acc`, which the evaluation does not give (loss, top1)") == 1
 
 
 @pytest.mark.slow
-def test_accelerates_variables_change_nothing(tmp_path):
+def test_environment_variables_of_accelerate_change_no_loss(tmp_path):
     args = [BLOBS, "train.steps=5", "--procs", 1]
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     plain, odd = Command(tmp_path / "a"), Command(tmp_path / "b")
@@ -252,7 +252,7 @@ def test_accelerates_variables_change_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_moved_resumes_and_changed_data_is_refused(launch):
+def test_a_moved_run_resumes_but_not_with_changed_data(launch):
     assert launch(BLOBS, "--procs", 1, "train.steps=20").returncode == 0
     run = launch.run()
     expected = losses(run)
@@ -283,9 +283,9 @@ def test_debug_shows_the_traceback_of_a_users_mistake(launch):
 
 
 @pytest.mark.slow
-def test_a_grace_that_is_too_short_for_a_checkpoint_is_told(launch):
+def test_a_grace_that_is_too_short_for_a_checkpoint_gives_a_warning(launch):
     done = launch(BLOBS, "--procs", 1, "train.steps=20", "run.grace_s=0.001")
     assert done.returncode == 0
-    assert re.search(r"warning: a checkpoint took \d\.\d s; a stop leaves run.grace_s = 0.001 s for one", done.stdout)
+    assert re.search(r"warning: a checkpoint took \d\.\d s, but a stop leaves only run.grace_s = 0.001 s for one", done.stdout)
     assert attempt(launch.run(), 1)["checkpoint_s"] > 0.001
     assert "warning: a checkpoint took" not in launch(BLOBS, "--procs", 1, "train.steps=20").stdout

@@ -1,4 +1,4 @@
-"""What Weights & Biases gets, read from the files that it keeps offline."""
+"""What a run logs to Weights & Biases, read from the files of W&B's offline mode."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from trainers.engine.tracking.wandb_run import offline_records
 
 
 def history(path: Path) -> dict[int, dict]:
+    """Return the values that were logged at each step."""
     return {record.history.step.num: {item.key or "/".join(item.nested_key): json.loads(item.value_json)
                                       for item in record.history.item}
             for record in offline_records(path) if record.WhichOneof("record_type") == "history"}
@@ -21,7 +22,7 @@ def history(path: Path) -> dict[int, dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_every_attempt_is_the_same_run_and_every_step_stands_once(launch, number):
+def test_all_attempts_are_one_wandb_run_and_each_step_is_logged_once(launch, number):
     process = launch.start(BLOBS, "--procs", 2, "--wandb", "offline", "wandb.project=a project", "model.pause_s=0.03")
     wait_until(lambda: logged_steps(launch.folder) >= 40, process=process)
     os.kill(ranks_of(process.pid)[0] if number == signal.SIGKILL else process.pid, number)

@@ -1,4 +1,4 @@
-"""Whole runs of the forest search, as a user starts them."""
+"""Complete runs of the forest search, started as a user starts them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ QUICK = ("wine", "data=sample", *GRID, "search.cv=3", "search.importance_repeats
 
 
 def expected(cv=3):
+    """Return a fitted GridSearchCV over the same grid and data."""
     from sklearn.datasets import load_diabetes
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.model_selection import GridSearchCV
@@ -27,13 +28,14 @@ def expected(cv=3):
     return GridSearchCV(RandomForestRegressor(random_state=0), grid, cv=cv).fit(*load_diabetes(return_X_y=True))
 
 
-def table(run: Path) -> list[dict[str, str]]:
+def results_table(run: Path) -> list[dict[str, str]]:
     with open(run / "cv_results.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def assert_same(run: Path, search) -> None:
-    rows, results = table(run), search.cv_results_
+    """Assert that the run has the results of `search`, except the times."""
+    rows, results = results_table(run), search.cv_results_
     assert list(rows[0]) == list(results)
     for key, values in results.items():
         if "time" not in key and key != "params":
@@ -41,14 +43,14 @@ def assert_same(run: Path, search) -> None:
     assert [row["params"] for row in rows] == [str(params) for params in results["params"]]
 
 
-def test_a_search_gives_gridsearchcvs_table_and_a_model(launch):
+def test_a_search_gives_the_table_and_the_model_of_gridsearchcv(launch):
     from sklearn.datasets import load_diabetes
 
     from trainers.forest import load_forest
 
     done = launch(*QUICK, "--cpus", 2, "--wandb", "offline")
     assert done.returncode == 0, done.stderr
-    assert not done.stderr, "nothing leaked, nothing warned"
+    assert not done.stderr, "a process leaked something or gave a warning"
     run, search = launch.run(), expected()
     assert_same(run, search)
     kept = record(run)
@@ -60,12 +62,12 @@ def test_a_search_gives_gridsearchcvs_table_and_a_model(launch):
     assert sorted(path.name for path in (run / "figures").iterdir()) == ["heat_map.png", "importance.png", "n_estimators.png"]
     X, _ = load_diabetes(return_X_y=True)
     assert np.array_equal(load_forest(run / "model.npz").predict(X), search.predict(X))
-    assert len(list((run / "pieces").glob("*.json"))) == 3 * 3  # split 2 and 4 are the same with leaves of 2
+    assert len(list((run / "pieces").glob("*.json"))) == 3 * 3  # with leaves of 2 rows, min_samples_split 2 and 4 mean the same
     assert "fit 24/24" in done.stdout and "9 pieces" in done.stdout
     assert list(run.glob("wandb/offline-run-*/files/media/table/cv_results*.table.json"))
 
 
-def test_interrupted_and_resumed_it_does_what_is_missing(launch):
+def test_a_resumed_search_fits_only_the_missing_pieces(launch):
     slow = [*QUICK[:2], "search.grid.n_estimators=[5,20,400]", *GRID[1:], *QUICK[5:]]
     process = launch.start(*slow, "--cpus", 1)
     (run,) = wait_until(lambda: [run for run in launch.runs() if len(list(run.glob("pieces/*.json"))) >= 2], process=process)
@@ -98,7 +100,7 @@ def test_two_ranks_share_the_pieces(launch):
     run = launch.run()
     assert_same(run, expected())
     assert len(list(run.glob("attempts/1/claims/*"))) == 9
-    # A reduction anyone may repeat: with all pieces there nothing is fitted.
+    # If all pieces exist, a resumed run only writes the table again and fits nothing.
     (run / "run.json").write_text(json.dumps({**record(run), "state": "failed"}))
     before = {path: path.stat().st_mtime_ns for path in run.glob("pieces/*.json")}
     (run / "cv_results.csv").unlink()
@@ -108,22 +110,22 @@ def test_two_ranks_share_the_pieces(launch):
     assert_same(run, expected())
 
 
-def test_what_the_user_must_mend(launch):
-    for words, said in (
-        (["wine", "data=sample", "search.grid.n_estimatorss=[1]"], "`n_estimatorss` is no parameter"),
+def test_a_mistake_of_the_user_gives_a_short_error(launch):
+    for args, message in (
+        (["wine", "data=sample", "search.grid.n_estimatorss=[1]"], "`n_estimatorss` is not a parameter"),
         (["wine", "data=sample", "search.cv=500"], "fewer than the 500 folds"),
-        (["wine", "data=nowhere.csv"], "is not there"),
-        (["wine", "data=sample", "train.epochs=3"], "`train` is no key of this spec"),
+        (["wine", "data=nowhere.csv"], "does not exist"),
+        (["wine", "data=sample", "train.epochs=3"], "`train` is not a key of this spec"),
         (["wine", "data=sample", "--gpus", 1], "this task computes on CPUs"),
     ):
-        done = launch(*words)
-        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+        done = launch(*args)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") <= 2
     refused = launch("cifar10", "data=sample", "--cpus", 2)
-    assert refused.returncode == 2 and "`--cpus` is for tasks that run themselves" in refused.stderr
+    assert refused.returncode == 2 and "`--cpus` is for search tasks" in refused.stderr
 
 
-def test_debugging_stays_in_one_process(launch):
+def test_debug_uses_one_rank_and_one_core(launch):
     done = launch(*QUICK, "--debug")
     assert done.returncode == 0, done.stderr
     assert "1 rank(s) x 1 core(s)" in done.stdout

@@ -1,1 +1,1 @@
-"""What one rank does. Knows nothing of SLURM, hosts or sbatch."""
+"""What one rank does. Nothing here knows about SLURM, hosts or sbatch."""

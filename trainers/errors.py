@@ -1,4 +1,4 @@
-"""The errors that a user's task raises. Imports no torch."""
+"""The errors that a user's task may raise. Imports no torch."""
 
 from trainers.contract.errors import TrainingError, UserError
 

@@ -1,10 +1,14 @@
-"""Counts a task's models, and measures the activations of a step, in a process of its own. For `launch plan`.
+"""Count a task's models and measure the activations of a step, in a separate process. For `launch plan`.
 
     python -P -m trainers.probe RUN_YAML RANKS [--activations]
 
-It starts no other rank. It prints one object of JSON: `counts` (trainers/config/counts.py), and `activations`, null unless
-they are asked for: bytes by the size of a micro-batch; on a GPU the most that was allocated, on a CPU
-(ACCELERATE_USE_CPU=true) what autograd keeps for backward. Of samples of uneven lengths they are those of the first batch.
+The process starts no other rank. It prints one JSON object with two keys:
+
+    counts         the sizes of the models (trainers/config/counts.py)
+    activations    bytes by micro-batch size; null without --activations
+
+On a GPU, `activations` is the largest number of bytes that was allocated at once. On a CPU (ACCELERATE_USE_CPU=true), it is
+the number of bytes that autograd keeps for backward. The first batch is measured, also where samples have uneven lengths.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +32,12 @@ from trainers.contract.errors import UserError
 from trainers.engine.batches.sampling import Shuffled
 from trainers.engine.parallel.blocks import blocks, checkpoint_activations
 from trainers.engine.precision import autocast, set_precision
-from trainers.engine.task import Share, Task, Update
+from trainers.engine.task import Dataset, Share, Task, Update
 from trainers.engine.world import World
 
 
 def count(models: Mapping[str, nn.Module]) -> Counts:
+    """Count the numbers in the parameters and buffers of models."""
     parameters = [parameter.numel() for model in models.values() for parameter in model.parameters()]
     in_blocks = [sum(parameter.numel() for parameter in block.parameters())
                  for model in models.values() for block in blocks(model)]
@@ -40,10 +46,10 @@ def count(models: Mapping[str, nn.Module]) -> Counts:
 
 
 def count_task(task: Task, world: World) -> Counts:
-    """How large a task's models are.
+    """Count the numbers in the parameters and buffers of a task's models.
 
-    The models are made on torch's meta device, which takes no memory and no data. A model that cannot be made so (it loads
-    weights, or needs to have seen the data) is made as a rank makes it.
+    The models are built on torch's meta device, which needs neither memory nor data. A model that cannot be built there (it
+    loads weights, or it needs the data first) is built as a rank builds it.
     """
     try:
         with torch.device("meta"):
@@ -54,35 +60,43 @@ def count_task(task: Task, world: World) -> Counts:
 
 
 def measure(task: Task, config: RunConfig, world: World, ranks: int) -> tuple[Counts, dict[int, int]]:
-    """(counts, activations of the most demanding update by micro-batch size)"""
+    """Measure the activations of one micro-batch, for one or two micro-batch sizes.
+
+    Returns:
+        The sizes of the models, and the bytes by micro-batch size. Of several updates, the one that needs most counts.
+    """
     set_precision(config.train.precision, world.device)
     dataset, _ = task.data(world)
     models = {name: model.to(world.device) for name, model in task.models().items()}
     counts = count(models)
     largest = min(config.train.batch_size // ranks, len(dataset))
     sizes = sorted({max(1, min(4, largest) // 2), min(4, largest)})
-    in_block = 0
+    add_block = False
     if config.train.checkpoint_activations:
-        if world.device.type == "cpu":  # in backward a block's are there again
-            in_block = 1
+        if world.device.type == "cpu":
+            add_block = True  # hooks see only what forward keeps; in backward, one block's activations exist again
         else:
             for model in models.values():
                 checkpoint_activations(model)
     updates = task.updates()
-    found = {}
+    activations = {}
     for size in sizes:
-        found[size] = max(_update(update, models, _batch(dataset, config, update, ranks, size), config, world, in_block)
-                          for update in updates)
-    return counts, found
+        activations[size] = max(_update(update, models, _batch(dataset, config, update, ranks, size), config, world, add_block)
+                                for update in updates)
+    return counts, activations
 
 
-def _batch(dataset, config: RunConfig, update: Update, ranks: int, size: int):
+def _batch(dataset: Dataset, config: RunConfig, update: Update, ranks: int, size: int) -> Any:
+    """Return the first `size` samples of rank 0's share of the first batch."""
     share, = Shuffled(len(dataset), config.train.batch_size, config.train.seed, update.name).shares(0, 0, ranks, 1)
     return dataset.batch(Share(share.indices[:size], share.slots[:size], share.size, share.seed))
 
 
-def _update(update: Update, models: Mapping[str, nn.Module], batch, config: RunConfig, world: World, in_block: int) -> int:
-    """Bytes of one micro-batch."""
+def _update(update: Update, models: Mapping[str, nn.Module], batch: Any, config: RunConfig, world: World, add_block: bool) -> int:
+    """Return the bytes of activations of one micro-batch.
+
+    `add_block`: checkpoint the activations, and add the bytes of the block that keeps most (on a CPU).
+    """
     def loss() -> Tensor:
         with autocast(config.train.precision, world.device):
             return update.loss(models, batch).sum
@@ -90,23 +104,26 @@ def _update(update: Update, models: Mapping[str, nn.Module], batch, config: RunC
     try:
         if world.device.type == "cuda":
             return _allocated(loss)
-        whole, block = _saved(loss, models)
-        if not in_block:
-            return whole
-        plain = [(module, module.forward) for model in models.values() for module in blocks(model)]
+        total, largest_block = _saved(loss, models)
+        if not add_block:
+            return total
+        forwards = [(module, module.forward) for model in models.values() for module in blocks(model)]
         for model in models.values():
             checkpoint_activations(model)
         kept, _ = _saved(loss, models)
-        for module, forward in plain:
+        for module, forward in forwards:
             module.forward = forward
-        return kept + block
+        return kept + largest_block
     finally:
         for model in models.values():
             model.zero_grad(set_to_none=True)
 
 
 def _allocated(loss: Callable[[], Tensor]) -> int:
-    """The rise of a GPU's allocated memory over parameters and gradients, which a first backward has made."""
+    """Return the most bytes that forward and backward allocate on the GPU on top of parameters and gradients.
+
+    The first of two rounds creates the gradients. The second round is measured.
+    """
     for _ in range(2):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -116,15 +133,16 @@ def _allocated(loss: Callable[[], Tensor]) -> int:
 
 
 def _saved(loss: Callable[[], Tensor], models: Mapping[str, nn.Module]) -> tuple[int, int]:
-    """(bytes that autograd keeps for backward, those of them of the block that keeps most)"""
-    own = {tensor.untyped_storage().data_ptr()
-           for model in models.values() for tensor in (*model.parameters(), *model.buffers())}
+    """Return (the bytes that autograd keeps for backward, the bytes that it keeps for the block that needs most)."""
+    of_models = {tensor.untyped_storage().data_ptr()
+                 for model in models.values() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
-    largest, entered = 0, []
+    largest = 0
+    entered: list[int] = []  # bytes kept when each of the current blocks was entered
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in of_models:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -139,7 +157,7 @@ def _saved(loss: Callable[[], Tensor], models: Mapping[str, nn.Module]) -> tuple
              for hook in (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))]
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            result = loss()  # its graph keeps the storages, so that no two have one address
+            result = loss()  # the graph in `result` keeps the storages alive: no two of them can have the same address
         del result
     finally:
         for hook in hooks:
@@ -153,12 +171,14 @@ def main(argv: list[str]) -> int:
         return exit_codes.USER_ERROR
     try:
         config = read_spec(Path(argv[0]))
+        assert isinstance(config, RunConfig), "`launch plan` probes only training tasks"
         task = resolve(config.task, config.path)(config)
         world = World.from_env(os.environ)
+        activations: dict[int, int] | None = None
         if argv[2:]:
             counts, activations = measure(task, config, world, int(argv[1]))
         else:
-            counts, activations = count_task(task, world), None
+            counts = count_task(task, world)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

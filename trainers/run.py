@@ -1,11 +1,13 @@
-"""A rank's entry point: read run.yaml, build the task, hand it to the loop, or let it run itself.
+"""A rank's entry point: read run.yaml, build the task, and train. A task without steps (a search) runs itself.
 
     python -P -m trainers.run RUN_DIR
 
-The run directory and torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT) are all a rank needs: `launch`, `torchrun` and `accelerate launch` start it alike.
-LAUNCH_ATTEMPT, where set, is the attempt that this rank belongs to; LAUNCH_DEBUG asks for anomaly detection;
-LAUNCH_HEARTBEAT: see trainers/contract/heartbeat.py.
+A rank needs only the run directory and torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT). `launch`, `torchrun` and `accelerate launch` can therefore all start ranks. Three more variables are optional:
+
+    LAUNCH_ATTEMPT      number of the attempt that this rank belongs to
+    LAUNCH_DEBUG        if not empty: turn on anomaly detection, and leave Ctrl-C to the debugger
+    LAUNCH_HEARTBEAT    see trainers/contract/heartbeat.py
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import traceback
 from pathlib import Path
 
 from trainers.config import micro_batch
-from trainers.config.schema import SearchConfig
+from trainers.config.schema import ScriptConfig, SearchConfig
 from trainers.config.spec import read_run, resolve
 from trainers.contract import events, exit_codes, heartbeat
 from trainers.contract.errors import UserError
@@ -27,14 +29,19 @@ from trainers.runner import Place, Runner
 
 
 def run(paths: RunPaths, attempt: int | None) -> int:
-    """One rank, from its spec to its exit code. Raises UserError."""
+    """Run one rank and return its exit code.
+
+    Raises:
+        UserError: the run cannot start or cannot continue.
+    """
     debugging = bool(os.environ.get("LAUNCH_DEBUG"))
-    if not debugging:  # there, the terminal's Ctrl-C is the debugger's
+    if not debugging:  # under a debugger, Ctrl-C belongs to the debugger
         listen()
     config = read_run(paths)
+    assert not isinstance(config, ScriptConfig), "`launch` starts scripts directly, without this module"
     task_class = resolve(config.task, config.path)
     if isinstance(config, SearchConfig):
-        return _run_itself(task_class, config, paths, attempt)
+        return _run_search(task_class, config, paths, attempt)
     import torch
 
     if config.eval.only:
@@ -45,13 +52,14 @@ def run(paths: RunPaths, attempt: int | None) -> int:
     from trainers.engine.world import World, out_of_memory
 
     if not (isinstance(task_class, type) and issubclass(task_class, Task)):
-        raise UserError(f"`task` is `{config.task}`, which is no subclass of trainers.engine.task.Task",
+        raise UserError(f"`task` is `{config.task}`, which is not a subclass of trainers.engine.task.Task",
                         f"write `class {config.task.partition(':')[2]}(Task)`")
     torch.autograd.set_detect_anomaly(debugging)
     world = World.from_env()
     settled = micro_batch.settled(config, paths, world.size)
     if settled is not config:
-        settled = micro_batch.with_size(settled, world.least(settled.train.micro_batch_size))
+        micro, _ = settled.train.split(world.size)
+        settled = micro_batch.with_size(settled, world.minimum(micro))
         if world.main:
             events.emit({"event": "note", "level": "info", "message": micro_batch.note(settled, paths, world.size)})
     try:
@@ -63,10 +71,10 @@ def run(paths: RunPaths, attempt: int | None) -> int:
         raise micro_batch.too_large(config, settled, paths, attempt, world.rank, world.size) from error
 
 
-def _run_itself(task_class: type, config: SearchConfig, paths: RunPaths, attempt: int | None) -> int:
-    """A task without steps, which needs no torch."""
+def _run_search(task_class: type, config: SearchConfig, paths: RunPaths, attempt: int | None) -> int:
+    """Run a task without steps, without importing torch. Return the exit code."""
     if not (isinstance(task_class, type) and issubclass(task_class, Runner)):
-        raise UserError(f"`task` is `{config.task}`, which is no subclass of trainers.runner.Runner",
+        raise UserError(f"`task` is `{config.task}`, which is not a subclass of trainers.runner.Runner",
                         f"write `class {config.task.partition(':')[2]}(Runner)`")
     return task_class(config).run(Place.from_env(os.environ), paths, attempt)
 
@@ -81,8 +89,8 @@ def main(argv: list[str]) -> int:
     try:
         return run(RunPaths(Path(folder).absolute()), int(attempt) if attempt else None)
     except Stopped:
-        # As a process that was not listening yet would end: the others may wait where no handler runs, and the
-        # node process does not let those wait long.
+        # End by SIGTERM, as a process that does not listen yet would. The other ranks may be blocked where no handler runs.
+        # The node process sees that this rank has ended, and stops the others soon.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
         raise
@@ -101,6 +109,6 @@ if __name__ == "__main__":
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    if "torch" in sys.modules:  # at once: other ranks may hang in a collective that a normal exit would wait for
+    if "torch" in sys.modules:  # exit at once: a normal exit may wait for a collective in which other ranks hang
         os._exit(code)
     sys.exit(code)

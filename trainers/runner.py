@@ -1,4 +1,4 @@
-"""Tasks without steps, which run themselves: a search. Imports no torch, and neither need they."""
+"""Base class of tasks without steps (a search), which run themselves. Imports no torch: these tasks may not need it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainers.contract.paths import RunPaths
 
 @dataclass(frozen=True)
 class Place:
-    """Which rank this is, of how many, and the cores that are its own."""
+    """This rank's number, the number of ranks, and how many CPU cores this rank may use."""
 
     rank: int
     size: int
@@ -21,34 +21,41 @@ class Place:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Place:
-        """From torchrun's variables; without them, alone. Raises: UserError if they contradict each other."""
+        """Read torchrun's variables. Without them, this is the only rank.
+
+        Raises:
+            UserError: RANK or WORLD_SIZE is not a number, or the two contradict each other.
+        """
         try:
             rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         except ValueError:
             rank, size = -1, -1
         if not 0 <= rank < size:
-            raise UserError(f"RANK={env.get('RANK')} of WORLD_SIZE={env.get('WORLD_SIZE')} cannot be",
+            raise UserError(f"RANK={env.get('RANK')} is not possible with WORLD_SIZE={env.get('WORLD_SIZE')}",
                             "start ranks with `launch` or torchrun")
-        if env.get("LAUNCH_DEBUG"):  # breakpoint() works in this process alone
+        if env.get("LAUNCH_DEBUG"):  # one core, and therefore no worker processes: breakpoint() works only in this process
             return cls(rank, size, 1)
-        asked = env.get("OMP_NUM_THREADS", "")
-        return cls(rank, size, int(asked) if asked.isdigit() and int(asked) else len(os.sched_getaffinity(0)))
+        threads = env.get("OMP_NUM_THREADS", "")
+        return cls(rank, size, int(threads) if threads.isdigit() and int(threads) else len(os.sched_getaffinity(0)))
 
 
 class Runner:
-    """Base class of tasks that run themselves, each rank on its own."""
+    """Base class of tasks that run themselves. Every rank calls `run`."""
 
     def __init__(self, config: SearchConfig):
         self.config = config
 
     def prefetch(self) -> list[str]:
-        """As trainers.engine.task.Task.prefetch."""
+        """Download what ranks cannot download. See trainers.engine.task.Task.prefetch."""
         return []
 
     def run(self, place: Place, paths: RunPaths, attempt: int | None) -> int:
-        """One rank's part of the run, which goes on where earlier attempts have left it. Returns its exit code.
+        """Do this rank's part of the run, starting from what earlier attempts have left. Return the exit code.
 
-        A stop raises Stopped (trainers/contract/signals.py), until `hold` was called. Rank 0 keeps run.json and says how the
-        run goes (trainers/contract/events.py). Raises: UserError.
+        A stop raises Stopped (trainers/contract/signals.py) until `hold` is called. Rank 0 writes run.json and reports the
+        progress as events (trainers/contract/events.py).
+
+        Raises:
+            UserError: the run cannot start or cannot continue.
         """
         raise TypeError(f"{type(self).__name__} must define run(self, place, paths, attempt)")

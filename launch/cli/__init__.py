@@ -1,1 +1,1 @@
-"""What a person types: words and options become one call."""
+"""The command line: words and options become one function call."""

@@ -1,4 +1,4 @@
-"""All other commands: those that look at specs, clusters and runs, and those that tidy up."""
+"""The commands that inspect specs, clusters and runs, and those that stop runs or manage their files."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def tasks(json: bool) -> None:
 @command
 @click.argument("task")
 @spec_options
-@click.option("--slurm", is_flag=True, help="As on SLURM.")
-@click.option("--cluster", metavar="NAME", help="As on this cluster.")
+@click.option("--slurm", is_flag=True, help="Include the defaults of the SLURM cluster: $LAUNCH_CLUSTER, or `slurm`.")
+@click.option("--cluster", "cluster_name", metavar="NAME", help="Include the defaults of this cluster.")
 @json_option
 @click.pass_context
-def show(context: click.Context, task: str, json: bool, slurm: bool, cluster: str | None, **given: Any) -> None:
-    """Print a run's whole spec, and where each value comes from."""
-    spec = load(context, task, cluster=cluster_of(slurm, cluster), **given)
+def show(context: click.Context, task: str, json: bool, slurm: bool, cluster_name: str | None, **spec_args: Any) -> None:
+    """Print a run's complete spec, and the source of each value."""
+    spec = load(context, task, cluster=cluster_of(slurm, cluster_name), **spec_args)
     if json:
         return print_json({"name": spec.name, "values": spec.values, "origins": spec.origins})
     print(specs.show(spec))
@@ -60,20 +60,20 @@ def show(context: click.Context, task: str, json: bool, slurm: bool, cluster: st
 @command
 @click.argument("task", required=False)
 def schema(task: str | None) -> None:
-    """Print the JSON Schema of specs, for editors."""
+    """Print the JSON Schema of a task's spec, for editors."""
     print_json(specs.schema(task))
 
 
 @command
-@click.option("--detect", is_flag=True, help="Draft a file for the SLURM cluster one stands on.")
+@click.option("--detect", is_flag=True, help="Print a draft of a cluster file for the SLURM cluster of this host.")
 @json_option
 def clusters(detect: bool, json: bool) -> None:
-    """List the clusters that runs can go to."""
-    from launch.cluster import detect as found
+    """List the known clusters. `local` is this machine."""
+    from launch.cluster.detect import draft, listing
 
     if detect:
-        return print(found.draft(), end="")
-    rows = found.listing()
+        return print(draft(), end="")
+    rows = listing()
     if json:
         return print_json(rows)
     from launch.cluster.config import folders
@@ -81,55 +81,55 @@ def clusters(detect: bool, json: bool) -> None:
     width = max(len(row["name"]) for row in rows)
     for row in rows:
         about = f"error: {row['problem']}" if row["problem"] else row["description"]
-        print(f"{row['name']:<{width}}  {about}" + ("  (your own)" if row["own"] else ""))
-    print(f"\nyour own go to {folders()[0]}/NAME.yaml; `launch clusters --detect` drafts one")
+        print(f"{row['name']:<{width}}  {about}" + ("  (yours)" if row["own"] else ""))
+    print(f"\nput your own cluster files in {folders()[0]}/NAME.yaml; `launch clusters --detect` prints a draft")
 
 
 @command
 @click.argument("task")
 @spec_options
-@click.option("--cluster", metavar="NAME", help="For this cluster: where it says that data lies.")
+@click.option("--cluster", "cluster_name", metavar="NAME", help="Download into the data folder of this cluster.")
 @click.pass_context
-def prefetch(context: click.Context, task: str, cluster: str | None, **given: Any) -> int:
-    """Download a task's data, and what else its ranks would download."""
-    where = cluster_of(False, cluster)
+def prefetch(context: click.Context, task: str, cluster_name: str | None, **spec_args: Any) -> int:
+    """Download now what the ranks of a task would download."""
+    cluster = cluster_of(False, cluster_name)
     from launch.execute.prefetch import prefetch as fetch
 
-    return fetch(load(context, task, cluster=where, **given), where)
+    return fetch(load(context, task, cluster=cluster, **spec_args), cluster)
 
 
 @command
 @click.argument("task")
 @spec_options
 @wanted_options("gpus", "procs", "nodes")
-@click.option("--slurm", is_flag=True, help="As on SLURM.")
-@click.option("--cluster", metavar="NAME", help="As on this cluster.")
-@click.option("--probe", is_flag=True, help="Measure the activations too: one step on this machine, in a process of its own.")
+@click.option("--slurm", is_flag=True, help="Plan for the SLURM cluster: $LAUNCH_CLUSTER, or `slurm`.")
+@click.option("--cluster", "cluster_name", metavar="NAME", help="Plan for this cluster.")
+@click.option("--probe", is_flag=True, help="Also measure the memory of activations: run one step here, in a separate process.")
 @runs_option
 @json_option
 @click.pass_context
-def plan(context: click.Context, task: str, root: Path, wanted: Wanted, slurm: bool, cluster: str | None,
-         probe: bool, json: bool, **given: Any) -> None:
-    """Say what memory a run needs under each strategy, and what would fit."""
-    where = cluster_of(slurm, cluster)
-    if where.kind != "slurm":
+def plan(context: click.Context, task: str, root: Path, wanted: Wanted, slurm: bool, cluster_name: str | None,
+         probe: bool, json: bool, **spec_args: Any) -> None:
+    """Print the memory that a run needs, by strategy, and what fits."""
+    cluster = cluster_of(slurm, cluster_name)
+    if cluster.kind != "slurm":
         only_on_slurm(nodes=wanted.nodes)
-    spec = load(context, task, cluster=where, **given)
+    spec = load(context, task, cluster=cluster, **spec_args)
     from launch.cluster.resources import planned_resources
     from launch.plan import memory
-    from launch.plan.initial_weights import resolved
+    from launch.plan.initial_weights import with_weights
 
-    spec = resolved(spec, root_of(context, root, where))
-    found = memory.memory_table(spec, where, planned_resources(where, wanted), probe)
-    print_json(found) if json else print(memory.show(found))
+    spec = with_weights(spec, root_of(context, root, cluster))
+    estimate = memory.memory_table(spec, cluster, planned_resources(cluster, wanted), probe)
+    print_json(estimate) if json else print(memory.show(estimate))
 
 
 @command
-@click.option("--sweep", metavar="ID", help="Those of a sweep, compared.")
+@click.option("--sweep", metavar="ID", help="Compare the runs of this sweep.")
 @runs_option
 @json_option
 def runs(root: Path, json: bool, sweep: str | None) -> None:
-    """List the runs."""
+    """List runs, newest first."""
     from launch.records.read import list_runs
     from launch.report.tables import table
 
@@ -142,13 +142,13 @@ def runs(root: Path, json: bool, sweep: str | None) -> None:
 @runs_option
 @json_option
 def status(word: str, root: Path, json: bool) -> None:
-    """Say what became of a run."""
+    """Show the state, progress and attempts of a run."""
     from launch.records.read import find_run
     from launch.records.read import status as status_of
     from launch.report.tables import details
 
-    found = status_of(find_run(root, word))
-    print_json(found) if json else print(details(found))
+    facts = status_of(find_run(root, word))
+    print_json(facts) if json else print(details(facts))
 
 
 @command
@@ -156,38 +156,41 @@ def status(word: str, root: Path, json: bool) -> None:
 @runs_option
 @json_option
 def explain(word: str, root: Path, json: bool) -> None:
-    """Say what became of a run, why, and what to do."""
+    """Explain what happened to a run, why, and what to do next."""
     from launch.records.read import find_run
     from launch.report.explain import explain as explain_run
     from launch.report.explain import told
 
-    found = explain_run(find_run(root, word))
-    print_json(found) if json else print(told(found))
+    explanation = explain_run(find_run(root, word))
+    print_json(explanation) if json else print(told(explanation))
 
 
 @command
-@click.option("--cluster", metavar="NAME", help="Of this cluster; by default of this machine.")
-@click.option("--slurm", is_flag=True, help="Of the SLURM cluster one stands on.")
-@click.option("--job", is_flag=True, help="Try it: a job of a minute that sees its GPUs and does one all-reduce.")
-@click.option("--nodes", type=click.IntRange(min=1), metavar="N", help="Nodes of that job (2, if there are as many).")
+@click.option("--cluster", "cluster_name", metavar="NAME", help="Check this cluster (default: this machine).")
+@click.option("--slurm", is_flag=True, help="Check the SLURM cluster: $LAUNCH_CLUSTER, or `slurm`.")
+@click.option("--job", is_flag=True, help="Also run a trial of about a minute: each rank tests the folder of runs, torch, its "
+              "GPU and one all-reduce.")
+@click.option("--nodes", type=click.IntRange(min=1), metavar="N",
+              help="Nodes of the trial (default: 2, or 1 if the partition has only one).")
 @runs_option
 @json_option
 @click.pass_context
-def doctor(context: click.Context, root: Path, json: bool, slurm: bool, cluster: str | None, job: bool, nodes: int | None
-           ) -> int:
-    """Look for what would go wrong, before anything is queued."""
-    where = cluster_of(slurm, cluster)
+def doctor(context: click.Context, root: Path, json: bool, slurm: bool, cluster_name: str | None, job: bool,
+           nodes: int | None) -> int:
+    """Check this machine or a cluster for problems before you run."""
+    cluster = cluster_of(slurm, cluster_name)
     if nodes and not job:
         raise UserError("--nodes is for --job", "add --job")
     from dataclasses import asdict
 
-    from launch.report.doctor import checks as looks
+    from launch.report.doctor.check import line
+    from launch.report.doctor.checks import doctor as examine
 
     checks = []
-    for check in looks.doctor(where, root_of(context, root, where), job, nodes, lambda text: print(text, file=sys.stderr)):
+    for check in examine(cluster, root_of(context, root, cluster), job, nodes, lambda text: print(text, file=sys.stderr)):
         checks.append(check)
         if not json:
-            print(check.line(check), flush=True)
+            print(line(check), flush=True)
     if json:
         print_json([asdict(check) for check in checks])
     return int(any(check.ok == "error" for check in checks))
@@ -195,23 +198,24 @@ def doctor(context: click.Context, root: Path, json: bool, slurm: bool, cluster:
 
 @command
 @run_argument
-@click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
-@click.option("--rank", type=click.IntRange(min=0), metavar="K", help="Of this rank (0).")
-@click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Of this attempt alone.")
-@click.option("--node", type=click.IntRange(min=0), metavar="K", help="On SLURM: of the process on node K instead.")
+@click.option("-f", "--follow", is_flag=True, help="Print new lines until the run ends.")
+@click.option("--rank", type=click.IntRange(min=0), metavar="K", help="Print the log of this rank (default: 0).")
+@click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Print only this attempt (default: all attempts).")
+@click.option("--node", type=click.IntRange(min=0), metavar="K",
+              help="On SLURM: print the log of the launch process on node K instead.")
 @runs_option
 @json_option
 def logs(word: str, root: Path, follow: bool, rank: int | None, attempt: int | None, node: int | None, json: bool) -> None:
-    """Print what a rank has printed."""
+    """Print the log of a rank."""
     from launch.records.read import find_run
-    from launch.report import logs as written
+    from launch.report import logs as run_logs
 
     run = find_run(root, word)
     if json:
-        for line in written.lines(run, rank=rank, attempt=attempt, node=node, follow=follow):
+        for line in run_logs.lines(run, rank=rank, attempt=attempt, node=node, follow=follow):
             print(jsonlib.dumps(line, ensure_ascii=False), flush=True)
     else:
-        written.follow(run, rank=rank, attempt=attempt, node=node, follow=follow, write=_write)
+        run_logs.follow(run, rank=rank, attempt=attempt, node=node, follow=follow, write=_write)
 
 
 def _write(text: str) -> None:
@@ -224,20 +228,21 @@ def _write(text: str) -> None:
 @runs_option
 @json_option
 def cancel(word: str, root: Path, json: bool) -> None:
-    """Stop a run, which keeps what it has done, or a whole sweep."""
+    """Stop a run or a whole sweep, and keep what it has done."""
     from launch.records.cancel import cancel as stop
     from launch.records.cancel import cancel_sweep
     from launch.records.read import find_run, find_sweep
 
     sweep = find_sweep(root, word)
-    whole = sweep is not None and sweep.name == Path(word).name  # a beginning of its id may mean one of its runs
-    if whole:
+    # Only a sweep's full id means the sweep: the beginning of its id may also name one of its runs.
+    whole_sweep = sweep is not None and sweep.name == Path(word).name
+    if whole_sweep:
         rows = cancel_sweep(root, word)
     else:
         run = find_run(root, word)
         rows = [{"id": run.id, "state": stop(run)}]
     if json:
-        return print_json(rows if whole else rows[0])
+        return print_json(rows if whole_sweep else rows[0])
     for row in rows:
         print(f"{row['id']}: {row['state']}")
 
@@ -246,7 +251,7 @@ def cancel(word: str, root: Path, json: bool) -> None:
 @run_argument
 @runs_option
 def sync(word: str, root: Path) -> int:
-    """Upload a run's offline W&B data."""
+    """Upload the offline W&B data of a run."""
     from launch.records.read import find_run
     from launch.records.sync import sync as upload
 
@@ -255,26 +260,26 @@ def sync(word: str, root: Path) -> int:
 
 @command
 @run_argument
-@click.option("--step", "which", metavar="N|best", help="Of this checkpoint, or of the best by checkpoint.metric; by "
-              "default of the newest whole one.")
+@click.option("--step", "which", metavar="N|best", help="Step of the checkpoint, or `best`: the best by checkpoint.metric "
+              "(default: the newest complete checkpoint).")
 @click.option("--to", type=click.Choice(["safetensors", "huggingface"]), default="safetensors",
-              help="A file a model, or a folder that from_pretrained loads.")
+              help="safetensors (default): one file per model. huggingface: a folder that from_pretrained loads.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="PATH",
-              help="A folder, or one model's very file (.safetensors); by default the run's export/step_<n>/.")
+              help="A folder, or a .safetensors file if the run has one model (default: export/step_N in the run's folder).")
 @runs_option
 @json_option
 def export(word: str, root: Path, which: str | None, to: str, output: Path | None, json: bool) -> None:
-    """Write a checkpoint's models to files for others."""
+    """Write the models of a checkpoint to files for other programs."""
     from launch.records import export as exports
     from launch.records.read import find_run
 
-    found = exports.export(find_run(root, word), which=which, to=to, output=output)
-    print_json(found) if json else exports.say(found)
+    result = exports.export(find_run(root, word), which=which, to=to, output=output)
+    print_json(result) if json else exports.say(result)
 
 
 @click.group(params=[verbose_option()], no_args_is_help=False)
 def checkpoint() -> None:
-    """List, verify or prune a run's checkpoints."""
+    """List, verify or prune the checkpoints of a run."""
 
 
 def checkpoint_command(function: Callable) -> click.Command:
@@ -288,7 +293,7 @@ def checkpoint_command(function: Callable) -> click.Command:
 @runs_option
 @json_option
 def list_checkpoints(word: str, root: Path, json: bool) -> None:
-    """List the checkpoints there are, by their manifests."""
+    """List the checkpoints of a run. Reads only their manifests."""
     from launch.records.checkpoints import listing
     from launch.records.read import find_run
     from launch.report.checkpoints import table
@@ -299,11 +304,11 @@ def list_checkpoints(word: str, root: Path, json: bool) -> None:
 
 @checkpoint_command
 @run_argument
-@click.option("--step", type=click.IntRange(min=0), metavar="N", help="Of this checkpoint alone.")
+@click.option("--step", type=click.IntRange(min=0), metavar="N", help="Verify only the checkpoint of this step.")
 @runs_option
 @json_option
 def verify_checkpoints(word: str, root: Path, step: int | None, json: bool) -> int:
-    """Read and hash every file; the exit code is 1 if one is not as it was written."""
+    """Read and hash every file. The exit code is 1 if a file differs from its manifest."""
     from launch.records.checkpoints import verify
     from launch.records.read import find_run
     from trainers.contract.text import size
@@ -313,24 +318,28 @@ def verify_checkpoints(word: str, root: Path, step: int | None, json: bool) -> i
         print_json(rows)
     else:
         for row in rows:
-            print(f"step_{row['step']}: " + (row["problem"] or f"whole, {size(row['bytes'])}"))
+            print(f"step_{row['step']}: " + (row["problem"] or f"ok, {size(row['bytes'])}"))
     return int(any(row["problem"] for row in rows))
 
 
 @checkpoint_command
 @run_argument
-@click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Instead of the run's own checkpoint.keep_last.")
-@click.option("--dry-run", is_flag=True, help="Say what would be deleted, and do nothing.")
+@click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Use N instead of the run's checkpoint.keep_last.")
+@click.option("--dry-run", is_flag=True, help="Print what would be deleted, and delete nothing.")
 @runs_option
 @json_option
 def prune_checkpoints(word: str, root: Path, keep_last: int | None, dry_run: bool, json: bool) -> None:
-    """Delete what checkpoint.keep_last, keep_best and keep_every do not keep; never the last whole one."""
+    """Delete the checkpoints that the run does not need to keep.
+
+    The run keeps what its checkpoint.keep_last, keep_best and keep_every ask for. The newest complete checkpoint is
+    never deleted.
+    """
     from launch.records.checkpoints import prune
     from launch.records.read import find_run
     from launch.report.checkpoints import pruned
 
-    found = prune(find_run(root, word), keep_last, dry_run)
-    print_json(found) if json else print(pruned(found))
+    result = prune(find_run(root, word), keep_last, dry_run)
+    print_json(result) if json else print(pruned(result))
 
 
 COMMANDS = (tasks, show, schema, clusters, prefetch, plan, runs, status, explain, doctor, logs, cancel, sync, export, checkpoint)

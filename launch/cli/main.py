@@ -1,7 +1,6 @@
-"""The command line: parse, call, print. No logic.
+"""The `launch` command: parse the words, call a function, print errors. No logic.
 
-What is heavy to import (pydantic, ruamel.yaml, rich) is imported by the command that needs it, so that
-`launch --help` answers in a blink.
+Each command imports slow modules (pydantic, ruamel.yaml, rich) only when it runs, so that `launch --help` answers at once.
 """
 
 from __future__ import annotations
@@ -12,17 +11,11 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import click
 
 from launch.cli.inspect import COMMANDS as INSPECTING
-from launch.cli.options import (
-    Script,
-    no_such,
-    refuse_script_args,
-    verbose_option,
-)
+from launch.cli.options import Globals, Script, no_such, refuse_script_args, verbose_option
 from launch.cli.run import COMMANDS as RUNNING
 from launch.cli.run import task_command
 from launch.plan import spec as specs
@@ -36,31 +29,36 @@ launch train.py --gpus 2 -- --lr 1e-3"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code."""
+    """Run one command line, print its errors, and return the exit code.
+
+    Args:
+        argv: the words after `launch`; None: those of this process.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    asked = SimpleNamespace(verbose=False, script_args=None)
+    settings = Globals()
     if "--" in words:
         cut = words.index("--")
-        words, asked.script_args = words[:cut], words[cut + 1:]
+        words, settings.script_args = words[:cut], words[cut + 1:]
     try:
-        code = cli.main(words or ["--help"], prog_name="launch", obj=asked, standalone_mode=False) or 0
+        code = cli.main(words or ["--help"], prog_name="launch", obj=settings, standalone_mode=False) or 0
         sys.stdout.flush()
         return code
     except UserError as error:
-        return _fail(error, error.exit_code, asked.verbose)
+        return _fail(error, error.exit_code, settings.verbose)
     except click.UsageError as error:
-        return _fail(_usage(error), exit_codes.USER_ERROR, asked.verbose)
+        return _fail(_usage(error), exit_codes.USER_ERROR, settings.verbose)
     except (click.Abort, KeyboardInterrupt):
         return exit_codes.KILLED
-    except BrokenPipeError:  # `launch runs | head`: whoever read has enough
+    except BrokenPipeError:  # the reader closed the pipe, as in `launch runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.FAILED
     except Exception as error:
-        hint = None if asked.verbose else "--verbose shows the traceback"
-        return _fail(UserError(f"{type(error).__name__}: {error}", hint), exit_codes.FAILED, asked.verbose)
+        hint = None if settings.verbose else "add --verbose to see the traceback"
+        return _fail(UserError(f"{type(error).__name__}: {error}", hint), exit_codes.FAILED, settings.verbose)
 
 
 def _fail(error: UserError, code: int, verbose: bool) -> int:
+    """Print the error that is being handled, and return `code`."""
     if verbose:
         traceback.print_exc()
     print(UserError(" ".join(error.message.splitlines()), error.hint), file=sys.stderr)
@@ -68,53 +66,55 @@ def _fail(error: UserError, code: int, verbose: bool) -> int:
 
 
 def _usage(error: click.UsageError) -> UserError:
-    """click's errors, said as all others are."""
+    """An error of click's in the words of this command line."""
+    if isinstance(error, click.BadOptionUsage):
+        what = "needs a value" if "requires" in error.message else "takes no value"
+        return UserError(f"`{error.option_name}` {what}", _see_help(error.ctx) if error.ctx else None)
     context = error.ctx
-    path = context.command_path if context else "launch"
-    hint = f"`{path} --help` shows what there is" if context else None
+    if context is None:
+        return UserError(error.message.rstrip("."))
+    path, hint = context.command_path, _see_help(context)
     match error:
         case click.NoSuchOption():
             if near := difflib.get_close_matches(error.option_name.lstrip("-"), _options(context), n=1):
                 hint = f"did you mean `--{near[0]}`?"
             elif isinstance(context.command, click.Group):
-                hint = f"options come after the command or task: `launch TASK {error.option_name} ...`"
+                hint = f"give options after the command or task: `launch TASK {error.option_name} ...`"
             elif isinstance(context.command, Script):
-                hint = f"what is the script's comes after `--`: `{path} -- {error.option_name} ...`"
-            elif "--slurm" in [f"--{name}" for name in _options(context)]:
-                hint += f"; an option of sbatch is set by sbatch.{error.option_name.lstrip('-')}=VALUE"
+                hint = f"give the script's own options after `--`: `{path} -- {error.option_name} ...`"
+            elif "slurm" in _options(context):
+                hint += f"; for an option of sbatch, use sbatch.{error.option_name.lstrip('-')}=VALUE"
             return UserError(f"`{path}` has no option `{error.option_name}`", hint)
-        case click.MissingParameter():
+        case click.MissingParameter() if error.param is not None:
             return UserError(f"`{path}` needs {error.param.make_metavar(context)}", hint)
         case click.BadParameter() if error.param is not None:
             name = error.param.opts[0] if isinstance(error.param, click.Option) else error.param.make_metavar(context)
             return UserError(f"`{name}`: {error.message.rstrip('.')}", hint)
-        case click.BadOptionUsage():
-            return UserError(f"`{error.option_name}` needs a value" if "requires" in error.message
-                             else f"`{error.option_name}` takes no value", hint)
-    if context and isinstance(context.command, click.Group):
+    if isinstance(context.command, click.Group):
         commands = context.command.list_commands(context)
         if error.message.startswith("Missing command"):
-            return UserError(f"`{path}` needs a command", f"one of {', '.join(commands)}")
+            return UserError(f"`{path}` needs a command", f"use one of {', '.join(commands)}")
         if unknown := re.match(r"No such command '(.*)'", error.message):
             near = difflib.get_close_matches(unknown[1], commands, n=1)
             return UserError(f"`{path}` has no command `{unknown[1]}`",
-                             f"did you mean `{near[0]}`?" if near else f"it has {', '.join(commands)}")
+                             f"did you mean `{near[0]}`?" if near else f"use one of {', '.join(commands)}")
     return UserError(error.message.rstrip("."), hint)
 
 
+def _see_help(context: click.Context) -> str:
+    return f"see `{context.command_path} --help`"
+
+
 def _options(context: click.Context) -> list[str]:
-    """Without their dashes, which would make all of them alike."""
+    """The names of a command's long options, without dashes. The dashes would make all names look similar to difflib."""
     return [name[2:] for option in context.command.get_params(context) for name in option.opts if name.startswith("--")]
-
-
-# Reading a spec
 
 
 # Words: commands, tasks, files
 
 
 class Words(click.Group):
-    """`launch WORD`: a command, else a built-in task, else a file."""
+    """The group behind `launch WORD`. A word is looked up as a command, then as a built-in task, then as a file."""
 
     def get_command(self, ctx: click.Context, word: str) -> click.Command | None:
         if command := self.commands.get(word):
@@ -122,9 +122,9 @@ class Words(click.Group):
         if path := specs.tasks().get(word):
             return task_command(word, specs.description(path) + ".")
         if specs.is_spec(word) and os.path.exists(word):
-            return task_command(word, "A spec of your own.")
+            return task_command(word, "Run the task that this spec describes.")
         if os.path.exists(word):
-            return task_command(word, "A script of your own; what follows `--` is for it.", Script)
+            return task_command(word, "Run a script of your own. Words after `--` are its arguments.", Script)
         return None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str, click.Command, list[str]]:
@@ -150,20 +150,22 @@ class Words(click.Group):
         click.Command.format_options(self, ctx, formatter)
 
 
-@click.group(cls=Words, params=[verbose_option()], subcommand_metavar="WORD [ARGS]...",
-             help="Run WORD, a task, a spec of your own (.yaml) or a script, or do what a command says.\n\n" + EXAMPLES)
-@click.option("--version", is_flag=True, expose_value=False, is_eager=True, help="Print the version.",
-              callback=lambda context, _, value: value and _version(context))
-def cli() -> None:
-    pass
-
-
-def _version(context: click.Context) -> None:
+def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if not value:
+        return
     from importlib.metadata import version
 
     print(version("launch-training"))
     context.exit()
 
 
-for each in (*INSPECTING, *RUNNING):
-    cli.add_command(each)
+@click.group(cls=Words, params=[verbose_option()], subcommand_metavar="WORD [ARGS]...",
+             help="Run WORD: a built-in task, a spec file of your own (.yaml), a script, or one of the commands below.\n\n"
+             + EXAMPLES)
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, help="Print the version.", callback=_print_version)
+def cli() -> None:
+    pass
+
+
+for made in (*INSPECTING, *RUNNING):
+    cli.add_command(made)

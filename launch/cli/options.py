@@ -1,6 +1,6 @@
-"""Options that several commands have, declared once, and how they are read.
+"""Options that several commands share, and the functions that read them.
 
-What is heavy to import is imported by the readers, as in cli.py.
+Slow imports are inside the functions that need them, as in main.py.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import difflib
 import json as jsonlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,41 +21,61 @@ from launch.plan import spec as specs
 from trainers.contract.errors import UserError
 from trainers.contract.text import either
 
+if TYPE_CHECKING:
+    from launch.cluster.config import ClusterConfig
+    from launch.plan.job_script import Request
+
+# Options that are short for a key of the spec.
 ALIASES = {"data": "data.source", "wandb": "wandb.mode", "strategy": "train.strategy", "from": "init.source"}
 
 
+@dataclass
+class Globals:
+    """What applies to the whole command line, whichever command runs. Commands find it as `context.obj`."""
+
+    verbose: bool = False
+    script_args: list[str] | None = None  # the words after `--`; None: the command line has no `--`
+
+
 def _set_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
-    context.find_object(SimpleNamespace).verbose |= value
+    settings = context.find_object(Globals)
+    assert settings is not None  # `main` passes it to every command
+    settings.verbose |= value
 
 
 def verbose_option() -> click.Option:
+    """The option `--verbose`, which may stand before or after the command's name."""
     return click.Option(["--verbose"], is_flag=True, expose_value=False, is_eager=True, callback=_set_verbose,
                         help="Show the traceback of an error.")
 
 
 def runs_option(command: Callable) -> Callable:
     return click.option("--runs", "root", type=click.Path(path_type=Path), envvar="LAUNCH_RUNS", default="runs",
-                        metavar="DIR", help="Where runs lie (LAUNCH_RUNS; ./runs).")(command)
+                        metavar="DIR", help="Folder of runs (default: $LAUNCH_RUNS, or ./runs).")(command)
 
 
 json_option = click.option("--json", is_flag=True, help="Print JSON.")
 run_argument = click.argument("word", metavar="RUN")
-
+data_option = click.option("--data", metavar="PATH", help="Short for data=PATH. data=sample needs no download.")
 
 WANTED = {
-    "gpus": "GPUs, one rank on each.",
-    "procs": "CPU ranks, instead of GPUs.",
-    "nodes": "Nodes; alone, whole ones. By default as few as hold the ranks evenly.",
-    "cpus": "Cores of a rank of a search (all there are).",
+    "gpus": "Number of GPUs over all nodes. Each GPU gets one rank.",
+    "procs": "Number of CPU ranks over all nodes, instead of GPUs.",
+    "nodes": "Number of nodes. Without --gpus and --procs: whole nodes. Default: the fewest that share the ranks evenly.",
+    "cpus": "CPU cores of each rank of a grid search (default: all).",
 }
 
 
 def wanted_options(*names: str) -> Callable[[Callable], Callable]:
-    """Options by which a command asks for ranks, nodes or cores; its function gets them as one value, `wanted`."""
+    """Options that ask for ranks, nodes or cores. The command's function gets their values as one argument, `wanted`.
+
+    Args:
+        names: keys of WANTED.
+    """
     def decorate(function: Callable) -> Callable:
         @wraps(function)
-        def command(*args: Any, **given: Any) -> Any:
-            return function(*args, wanted=Wanted(**{name: given.pop(name) for name in names}), **given)
+        def command(*args: Any, **options: Any) -> Any:
+            return function(*args, wanted=Wanted(**{name: options.pop(name) for name in names}), **options)
 
         for name in reversed(names):
             command = click.option(f"--{name}", type=click.IntRange(min=1), metavar="N", help=WANTED[name])(command)
@@ -65,45 +85,66 @@ def wanted_options(*names: str) -> Callable[[Callable], Callable]:
 
 
 def slurm_options(command: Callable) -> Callable:
-    """Where and how on a cluster."""
-    for option in (click.option("--follow", is_flag=True, help="Stay, and show the log."),
-                   click.option("--here", is_flag=True, help="In the allocation one stands in (salloc).")):
+    """The options of commands that may submit one run to SLURM."""
+    for option in (click.option("--follow", is_flag=True, help="On SLURM: wait, and print the log until the run ends."),
+                   click.option("--here", is_flag=True, help="Run in the current SLURM allocation (salloc), without a new job.")):
         command = option(command)
     return queue_options(command)
 
 
 def queue_options(command: Callable) -> Callable:
-    for option in (click.option("--after", metavar="RUN", help="Begin once that run has finished."),
-                   click.option("--time", metavar="TIME", help="Time limit of the job: 4h, 12:00:00, 2-00:00:00."),
-                   click.option("--cluster", metavar="NAME", help="The cluster (LAUNCH_CLUSTER; slurm): see `launch clusters`."),
-                   click.option("--slurm", is_flag=True, help="Submit to SLURM. sbatch.KEY=VALUE sets any option of sbatch.")):
+    """The options that say to which cluster a command submits, and with which limits."""
+    for option in (click.option("--after", metavar="RUN", help="On SLURM: start after this run has finished."),
+                   click.option("--time", metavar="TIME", help="Time limit of the SLURM job: 4h, 12:00:00 or 2-00:00:00."),
+                   click.option("--cluster", "cluster_name", metavar="NAME",
+                                help="Run on this cluster. `launch clusters` lists the names."),
+                   click.option("--slurm", is_flag=True, help="Submit to SLURM, to the cluster $LAUNCH_CLUSTER, or `slurm`. "
+                                "sbatch.KEY=VALUE sets any option of sbatch.")):
         command = option(command)
     return command
 
 
 def spec_options(command: Callable) -> Callable:
-    """The spec's parts that are given by options; `load` in cli.py reads them."""
-    for option in (click.option("--config", type=click.Path(), metavar="FILE", help="A spec over the task's own."),
-                   click.option("--strategy", metavar="WORD", help="Short for train.strategy=WORD."),
-                   click.option("--wandb", metavar="MODE", help="Short for wandb.mode=MODE: online, offline, off."),
+    """The options and key=value arguments that make a spec. `load` reads them."""
+    for option in (click.option("--config", type=click.Path(), metavar="FILE",
+                                help="A YAML file of values that override the task's values."),
+                   click.option("--strategy", metavar="WORD",
+                                help="Short for train.strategy=WORD: ddp, fsdp, zero1, zero2 or zero3."),
+                   click.option("--wandb", metavar="MODE", help="Short for wandb.mode=MODE: online, offline or off."),
                    click.option("--from", metavar="RUN|PATH", help="Short for init.source=RUN|PATH: start from these weights."),
-                   click.option("--data", metavar="PATH", help="Short for data=PATH, or data=sample.")):
+                   data_option):
         command = option(command)
     return click.argument("overrides", nargs=-1, metavar="[key=value]...")(command)
 
 
-def cluster_of(slurm: bool, name: str | None) -> Any:
-    """Raises: UserError."""
+def cluster_of(slurm: bool, name: str | None) -> ClusterConfig:
+    """The cluster that `--slurm` and `--cluster` name.
+
+    Without both: this machine. With `--slurm` only: the cluster in the variable LAUNCH_CLUSTER, or else `slurm`.
+
+    Raises:
+        UserError: the cluster does not exist, its file is wrong, or `--slurm` is given and it is not a SLURM cluster.
+    """
     from launch.cluster.config import load_cluster
 
     cluster = load_cluster(name or (os.environ.get("LAUNCH_CLUSTER") or "slurm" if slurm else "local"))
     if slurm and cluster.kind != "slurm":
-        raise UserError(f"cluster `{cluster.name}` is no SLURM cluster", "`launch clusters` lists those there are")
+        raise UserError(f"cluster `{cluster.name}` is not a SLURM cluster", "`launch clusters` lists the known clusters")
     return cluster
 
 
-def request_of(cluster: Any, root: Path, time: str | None, after: str | None, options: dict[str, Any]) -> Any:
-    """What is asked of SLURM. Raises: UserError."""
+def request_of(cluster: ClusterConfig, root: Path, time: str | None, after: str | None, options: dict[str, Any]) -> Request:
+    """What a command asks of SLURM, besides resources.
+
+    Args:
+        root: the folder of runs.
+        time: the value of `--time`.
+        after: the run that `--after` names.
+        options: options of sbatch, by name.
+
+    Raises:
+        UserError: `--time` is not a time, or SLURM cannot wait for the run `after`.
+    """
     from launch.cluster.times import seconds
     from launch.plan.job_script import Request
 
@@ -112,20 +153,20 @@ def request_of(cluster: Any, root: Path, time: str | None, after: str | None, op
             seconds(time)
         except ValueError as error:
             raise UserError(f"--time is `{time}`, which {error}") from None
-    waits_for = ()
+    jobs: tuple[str, ...] = ()
     if after:
         from launch.execute.on_slurm import jobs_of
         from launch.records.read import find_run
 
-        waits_for = jobs_of(find_run(root, after))
-    return Request(cluster, time, options, waits_for)
+        jobs = jobs_of(find_run(root, after))
+    return Request(cluster, time, options, jobs)
 
 
 def sbatch_options(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """(the spec's overrides, sbatch's options)"""
+    """Split key=value words into (the spec's overrides, the options of sbatch by name)."""
     from trainers.config import yaml12
 
-    options = {}
+    options: dict[str, Any] = {}
     for word in overrides:
         key, _, text = word.partition("=")
         if key.startswith("sbatch."):
@@ -134,60 +175,82 @@ def sbatch_options(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]
     return [word for word in overrides if not word.startswith("sbatch.")], options
 
 
-def root_of(context: click.Context, root: Path, cluster: Any) -> Path:
-    """Where runs lie: what was given, else what the cluster's file says."""
-    by_default = context.get_parameter_source("root") is click.core.ParameterSource.DEFAULT
-    if by_default and cluster.runs:
+def root_of(context: click.Context, root: Path, cluster: ClusterConfig) -> Path:
+    """The folder of runs, absolute: from the command line or LAUNCH_RUNS, else from the cluster's file, else ./runs."""
+    is_default = context.get_parameter_source("root") is click.core.ParameterSource.DEFAULT
+    if is_default and cluster.runs:
         root = Path(cluster.runs)
     return root.absolute()
 
 
-def only_on_slurm(**given: Any) -> None:
-    for name, value in given.items():
+def only_on_slurm(**options: Any) -> None:
+    """Refuse options that need SLURM.
+
+    Raises:
+        UserError: one of the options has a value.
+    """
+    for name, value in options.items():
         if value:
-            said = f"--{name}" if name in ("nodes", "time", "after", "here", "follow") else f"sbatch.{name}"
-            raise UserError(f"`{said}` is for SLURM", "add --slurm, or --cluster NAME")
+            option = f"--{name}" if name in ("nodes", "time", "after", "here", "follow") else f"sbatch.{name}"
+            raise UserError(f"`{option}` is for SLURM", "add --slurm, or --cluster NAME")
 
 
+def load(context: click.Context, task: str, config: str | None, overrides: Sequence[str], cluster: ClusterConfig,
+         **aliases: str | None) -> specs.Spec:
+    """The spec of a task, a spec file or a script.
 
-def load(context: click.Context, task: str, config: str | None, overrides: Sequence[str], cluster: Any,
-         **given: str | None) -> Any:
-    """The spec. Raises: UserError."""
-    overrides = [*overrides, *(f"{ALIASES[name]}={text}" for name, text in given.items() if text is not None)]
+    Args:
+        task: the word on the command line: a built-in task's name or a file.
+        config: the file of `--config`.
+        overrides: key=value words.
+        aliases: the values of options that are short for a key, by their names in ALIASES.
+
+    Raises:
+        UserError: the task or file does not exist, or the spec is wrong.
+    """
+    overrides = [*overrides, *(f"{ALIASES[name]}={text}" for name, text in aliases.items() if text is not None)]
     if task not in specs.tasks() and not os.path.exists(task):
         raise no_such(task, list(specs.tasks()))
     if task in specs.tasks() or specs.is_spec(task):
         refuse_script_args(context, task)
         return specs.load_spec(task, overrides, cluster=cluster, environment=os.environ, config_file=config)
     if config is not None:
-        raise UserError(f"`--config` is for tasks; `{task}` is a script", "give its keys as key=value")
+        raise UserError(f"`--config` is for tasks; `{task}` is a script", "give the keys as key=value")
     return specs.script_spec(task, context.obj.script_args or [], overrides, cluster=cluster)
 
 
 def no_such(word: str, names: Sequence[str]) -> UserError:
+    """The error for a word that is not a command, a task or a file, with the most similar of `names` as a hint."""
     if os.sep in word or Path(word).suffix in (".py", ".yaml", ".yml"):
         return UserError(f"there is no file `{word}`", f"looked in `{Path.cwd()}`" if not os.path.isabs(word) else None)
     near = difflib.get_close_matches(word, names, n=2)
     return UserError(f"there is no command, task or file `{word}`",
                      f"did you mean {either(f'`{name}`' for name in near)}?" if near
-                     else "`launch --help` lists commands and tasks")
+                     else "`launch --help` lists all commands and tasks")
 
 
 def refuse_script_args(context: click.Context, word: str) -> None:
+    """Raise an error if the command line has a `--` although `word` is not a script.
+
+    Raises:
+        UserError: the command line has a `--`.
+    """
     if context.obj.script_args is not None:
-        raise UserError(f"what follows `--` is for a script, and `{word}` is none",
-                        "write the keys of a task as key=value")
+        raise UserError(f"arguments after `--` are for a script, and `{word}` is not a script",
+                        "give the keys of a task as key=value")
 
 
 def print_json(value: Any) -> None:
+    """Print a value as indented JSON."""
     print(jsonlib.dumps(value, indent=1, ensure_ascii=False))
 
 
 class Script(click.Command):
-    """The command that a script's name is: what follows `--` is for it."""
+    """The command that runs a script of the user. The words after `--` are the script's arguments."""
 
 
 def command(function: Callable) -> click.Command:
+    """Make a command of a function, with the option `--verbose`."""
     made = click.command()(function)
     made.params.append(verbose_option())
     return made

@@ -1,4 +1,4 @@
-"""A cluster as its YAML file describes it: the user's own, or one of cluster_configs/."""
+"""A cluster as its YAML file describes it: a file of the user, or one of cluster_configs/."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainers.config.spec import mapping, read_text, validate
 from trainers.contract.errors import UserError
 
 BUILT_IN = Path(__file__).parents[2] / "cluster_configs"
-SLURM_RESTARTS = 3  # run.max_restarts on SLURM, unless a spec or the cluster says otherwise
+SLURM_RESTARTS = 3  # default of run.max_restarts on SLURM; a spec or a cluster file overrides it
 
 
 def _size(text: str) -> str:
@@ -41,81 +41,93 @@ Place = Annotated[str, AfterValidator(_path)]
 
 
 class ClusterConfig(Section):
-    """Where runs go. What is null is left to the cluster's own defaults."""
+    """A place where runs can go. For a key that is null, the cluster's own default applies."""
 
-    name: str = Field(description="by default the file's")
+    name: str = Field(description="default: the name of the file")
     description: str = ""
-    kind: Literal["local", "slurm"] = Field("local", description="this machine, or a SLURM cluster")
+    kind: Literal["local", "slurm"] = Field("local", description="local: this machine; slurm: a SLURM cluster")
     device: Literal["cuda", "cpu"] = Field(
-        "cuda", description="of slurm: what ranks compute on; cpu: on CPUs, even where GPUs are allocated")
+        "cuda", description="on slurm, what ranks compute on; cpu: on CPUs, even if the job has GPUs")
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = Field(None, description="features that nodes must have")
-    time: Time = Field("1-00:00:00", description="time limit of a job: 4h, 12:00:00, 2-00:00:00")
-    gpu_type: str | None = Field(None, description="as `sinfo -o %G` names it")
+    time: Time = Field("1-00:00:00", description="time limit of a job, such as 4h, 12:00:00 or 2-00:00:00")
+    gpu_type: str | None = Field(None, description="type of GPU, as `sinfo -o %G` names it")
     gpu_request: Literal["gpus-per-node", "gres", "none"] = Field(
-        "gpus-per-node", description="the sbatch option by which GPUs are asked for here; none: nodes come whole")
-    gpus_per_node: PositiveInt | None = Field(None, description="more GPUs become more nodes")
-    gpu_memory: Size | None = Field(None, description="a GPU's own, such as 80G: what `launch plan` fits a run into")
-    cpus_per_node: PositiveInt | None = Field(None, description="more CPU ranks become more nodes")
-    cpus_per_gpu: PositiveInt | None = Field(None, description="CPU cores of a rank with a GPU")
-    cpus_per_rank: PositiveInt = Field(1, description="CPU cores of a rank without one")
-    mem_per_gpu: Size | None = Field(None, description="host memory a GPU, such as 64G")
-    mem_per_cpu: Size | None = Field(None, description="host memory a core, such as 4G")
-    max_nodes: PositiveInt | None = Field(None, description="more are refused")
+        "gpus-per-node", description="the sbatch option that asks for GPUs here; none: no option, because jobs get whole nodes")
+    gpus_per_node: PositiveInt | None = Field(None, description="GPUs of a node; a run on more GPUs gets more nodes")
+    gpu_memory: Size | None = Field(None, description="memory of a GPU, such as 80G; `launch plan` checks whether a run fits")
+    cpus_per_node: PositiveInt | None = Field(
+        None, description="CPU cores of a node; a run with more CPU ranks than fit gets more nodes")
+    cpus_per_gpu: PositiveInt | None = Field(None, description="CPU cores for each rank with a GPU")
+    cpus_per_rank: PositiveInt = Field(1, description="CPU cores for each rank without a GPU")
+    mem_per_gpu: Size | None = Field(None, description="host memory for each GPU, such as 64G")
+    mem_per_cpu: Size | None = Field(None, description="host memory for each CPU core, such as 4G")
+    max_nodes: PositiveInt | None = Field(None, description="a run that needs more nodes is refused")
     sbatch: dict[str, str | int | bool] = Field(
-        default_factory=dict, description="any other option of sbatch, by its long name; `sbatch.KEY=VALUE` on the command line")
+        default_factory=dict, description="any other option of sbatch, by its long name; on the command line: `sbatch.KEY=VALUE`")
     srun: list[str] = Field(default_factory=list, description="options of srun, such as those of Pyxis")
-    setup: list[str] = Field(default_factory=list, description="shell lines before anything else of a job: module load ...")
-    prefix: list[str] = Field(default_factory=list, description="words before Python's, such as apptainer exec --nv IMAGE")
-    python: str | None = Field(None, description="the Python of the nodes; null: the one that submits")
-    requeue: bool = Field(True, description="whether jobs may be requeued here; else a chain of dependent jobs is submitted")
-    chain: PositiveInt = Field(4, description="jobs in such a chain")
-    interface: str | None = Field(None, description="the network interface between nodes, such as ib0; null: whichever works")
-    internet: bool = Field(True, description="whether nodes can download; if not, data is fetched where one submits")
-    runs: Place | None = Field(None, description="where runs lie, on storage that all nodes share; ~ and $USER are expanded")
-    data: Place | None = Field(None, description="LAUNCH_DATA: where downloaded data lies")
+    setup: list[str] = Field(default_factory=list, description="shell lines that a job runs first, such as `module load ...`")
+    prefix: list[str] = Field(
+        default_factory=list, description="words in front of the Python command, such as apptainer exec --nv IMAGE")
+    python: str | None = Field(None, description="the Python to use on the nodes; null: the Python that submits the job")
+    requeue: bool = Field(
+        True, description="whether this cluster lets jobs be requeued; if not, a chain of dependent jobs is submitted")
+    chain: PositiveInt = Field(4, description="number of jobs in such a chain")
+    interface: str | None = Field(None, description="the network interface between nodes, such as ib0; null: any that works")
+    internet: bool = Field(True, description="whether nodes can download; if not, data is downloaded on the host that submits")
+    runs: Place | None = Field(
+        None, description="the folder of all runs, on storage that all nodes share; ~ and $USER are expanded")
+    data: Place | None = Field(None, description="LAUNCH_DATA, the folder for downloaded data")
 
-    defaults: dict[str, Any] = Field(default_factory=dict, description="keys of a spec, over those of a task's file")
-    env: dict[str, str] = Field(default_factory=dict, description="variables that ranks get")
+    defaults: dict[str, Any] = Field(default_factory=dict, description="keys of a spec; they override the task's file")
+    env: dict[str, str] = Field(default_factory=dict, description="environment variables for ranks")
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """What a spec takes from the cluster, later wins."""
+        """The cluster's layers of a spec; a later layer overrides an earlier one."""
         return [*([{"run": {"max_restarts": SLURM_RESTARTS}}] if self.kind == "slurm" else []), self.defaults]
 
 
 def size_bytes(text: str) -> int:
-    """Of a size as SLURM writes it: 64G; without a unit MiB."""
+    """Return the bytes of a size as SLURM writes it, such as 64G; a number without a unit is in MiB."""
     number, unit = (text[:-1], text[-1]) if text[-1] in "KMGT" else (text, "M")
     return int(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]
 
 
 def folders(environment: Mapping[str, str] = os.environ) -> tuple[Path, Path]:
-    """Where cluster files lie: the user's folder, which comes first, and ours."""
+    """Return the folders of cluster files: the user's, which takes precedence, and the built-in one."""
     home = environment.get("XDG_CONFIG_HOME") or "~/.config"
     return Path(home).expanduser() / "launch" / "clusters", BUILT_IN
 
 
 def clusters() -> dict[str, Path]:
-    """The file of each cluster, by name."""
-    found = {path.stem: path for folder in reversed(folders()) for path in folder.glob("*.yaml")}
-    return dict(sorted(found.items()))
+    """Return the file of each cluster, by the cluster's name."""
+    files = {path.stem: path for folder in reversed(folders()) for path in folder.glob("*.yaml")}
+    return dict(sorted(files.items()))
 
 
 def load_cluster(name: str) -> ClusterConfig:
-    """Raises: UserError if there is no such cluster, or its file is wrong."""
+    """Read the file of the cluster with this name.
+
+    Raises:
+        UserError: no cluster has this name, or its file is wrong.
+    """
     known = clusters()
     if name not in known:
         raise UserError(f"there is no cluster `{name}`",
-                        f"there is {', '.join(known)}; your own go to {folders()[0]}/NAME.yaml")
+                        f"use one of {', '.join(known)}, or describe your cluster in {folders()[0]}/NAME.yaml")
     return read_cluster(known[name])
 
 
 def read_cluster(path: Path) -> ClusterConfig:
-    """Raises: UserError if the file is wrong."""
+    """Read a cluster file.
+
+    Raises:
+        UserError: the file cannot be read, or is wrong.
+    """
     document = yaml12.read(read_text(path), path.name)
     values = {"name": path.stem, **mapping(document.value, path.name)}
     return validate(ClusterConfig, values,

@@ -1,6 +1,6 @@
 """SLURM's own commands: the only file that calls squeue, sacct, scontrol, sinfo, scancel and sbatch.
 
-Ids are written as SLURM writes them: "101" a job, "101_3" an element of an array, "101.0" a step.
+Ids have SLURM's form: "101" is a job, "101_3" an element of a job array, "101.0" a job step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from itertools import product
 
 from trainers.contract.errors import UserError
 
-# Read by SLURM's commands, or left by an enclosing job, torchrun, accelerate or a run: none of them is for a job.
+# Variables that SLURM's commands read, or that an enclosing job, torchrun, accelerate or a run has set. A job must not
+# inherit them.
 DROPPED = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SQUEUE|SINFO|SCANCEL|SACCT|SCONTROL|PMI|PMIX|TORCHELASTIC)_"
                      r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_(ADDR|PORT)$"
                      r"|(CUDA|ROCR|HIP)_VISIBLE_DEVICES$|GPU_DEVICE_ORDINAL$|ZE_AFFINITY_MASK$"
@@ -24,24 +25,25 @@ DROPPED = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SQUEUE|SINFO|SCANCEL|SAC
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 UNDER_WAY = {*WAITING, "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT",
              "RESIZING"}
-# How the states of nodes begin on which nothing runs any more, and of those that only take no new jobs.
+# Node states start with one of these words if nothing runs on the node any more (DOWN), or if the node only takes no new
+# jobs (CLOSED).
 DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "NO_RESPOND", "UNKNOWN")
 CLOSED = ("DRAIN", "MAINT")
-IDS_A_CALL = 5000  # one argument of a command holds 128 KiB
+IDS_PER_CALL = 5000  # one argument of a command may have 128 KiB
 
 
 @dataclass(frozen=True)
 class Queued:
-    """A job that SLURM has before it: one row of squeue."""
+    """A job that waits or runs: one row of squeue."""
 
     id: str
     state: str               # PENDING, RUNNING, COMPLETING, ...
-    reason: str              # why it does not run, in SLURM's word; "None"
-    start: str | None        # when it started, or SLURM's estimate of when it will; ISO, UTC
+    reason: str              # why the job does not run, in SLURM's word; "None" if there is none
+    start: str | None        # when the job started, or SLURM's estimate of its start; ISO, UTC
     priority: int
     nodes: int
-    node_list: str           # "n[1-2]"; "" while it waits
-    partition: str           # several, if it may run in any of them: "a,b"
+    node_list: str           # "n[1-2]"; "" while the job waits
+    partition: str           # "a,b" if the job may run in either
     script: str | None
     submitted: str | None    # ISO, UTC
 
@@ -52,11 +54,11 @@ class Queued:
 
 @dataclass(frozen=True)
 class Ended:
-    """What SLURM remembers of a job that is over."""
+    """A job that has ended, as SLURM remembers it."""
 
     id: str
     state: str               # COMPLETED, FAILED, CANCELLED, TIMEOUT, NODE_FAIL, OUT_OF_MEMORY, PREEMPTED, ...
-    exit_code: int | None    # of its script; None if a signal ended that
+    exit_code: int | None    # exit code of the job script; None if a signal ended the script
     signal: int | None
     reason: str
     node_list: str
@@ -69,15 +71,15 @@ class Ended:
 
 @dataclass(frozen=True)
 class Partition:
-    """What a partition's nodes have; of unequal ones the most that any has."""
+    """A partition and the size of its nodes. If nodes differ, each number is that of the largest node."""
 
     name: str
     default: bool
-    time_s: int | None       # the longest job; None: without end
+    time_s: int | None       # longest time limit of a job; None: no limit
     nodes: int
-    gpus: dict[str, int]     # of a node, by type ("" where types have no names)
-    cpus: int
-    memory_mib: int
+    gpus: dict[str, int]     # GPUs of a node, by type ("" for GPUs without a type)
+    cpus: int                # CPU cores of a node
+    memory_mib: int          # memory of a node
     state: str               # up, down, drain, inact
 
     @property
@@ -86,29 +88,34 @@ class Partition:
 
 
 def environment(env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What SLURM's commands get of an environment, and with sbatch the jobs: nothing that would change them unasked."""
+    """Return the environment for SLURM's commands: `env` without the variables that would change them unexpectedly.
+
+    sbatch passes its environment on to the job.
+    """
     return {key: value for key, value in env.items() if (value if key == "SLURM_CONF" else not DROPPED.match(key))}
 
 
 def available() -> bool:
-    """Whether this host has SLURM's commands; not whether they reach a cluster."""
+    """Return whether this host has SLURM's commands. They may still not reach a cluster."""
     return shutil.which("squeue") is not None
 
 
 def call(*words: str, timeout_s: float = 30, check: bool = True, stdin: str | None = None) -> str:
-    """What a command of SLURM prints.
+    """Run a command of SLURM and return what it prints.
 
     Args:
-        check: whether its failing is an error here.
+        words: the command and its arguments.
+        check: whether to raise if the command fails.
+        stdin: text for the command's standard input.
 
     Raises:
-        UserError: it is not installed, did not answer in time, or failed: its own words.
+        UserError: the command is not installed, did not answer in time, or failed (the error quotes its output).
     """
     env = environment()
     conf = env.get("SLURM_CONF")
-    if conf and not os.path.exists(conf):  # SLURM would look for it for a minute
-        raise UserError(f"SLURM_CONF says `{conf}`, and there is no such file", "mend it, or unset it")
-    if words[0] != "sbatch":  # which hands its environment to the job
+    if conf and not os.path.exists(conf):  # SLURM's commands would wait a minute for the file
+        raise UserError(f"SLURM_CONF is `{conf}`, but this file does not exist", "set it to an existing file, or unset it")
+    if words[0] != "sbatch":  # sbatch passes its environment on to the job
         env["LC_ALL"] = "C"
     try:
         done = subprocess.run(words, env=env, input=stdin, stdin=subprocess.DEVNULL if stdin is None else None,
@@ -117,18 +124,22 @@ def call(*words: str, timeout_s: float = 30, check: bool = True, stdin: str | No
         raise UserError(f"there is no SLURM here: `{words[0]}` is not installed",
                         "use a host that has SLURM's commands, such as the cluster's login node") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"`{words[0]}` has not answered within {timeout_s:g} s",
+        raise UserError(f"`{words[0]}` did not answer within {timeout_s:g} s",
                         "SLURM's controller may be busy or down (`scontrol ping`): try again later") from None
     if check and done.returncode:
-        said = _said(words[0], done.stderr) or _said(words[0], done.stdout) or f"exit code {done.returncode}"
-        raise UserError(f"`{words[0]}` failed: {said}", _hint(said))
+        complaint = (_complaint(words[0], done.stderr) or _complaint(words[0], done.stdout)
+                     or f"exit code {done.returncode}")
+        raise UserError(f"`{words[0]}` failed: {complaint}", _hint(complaint))
     return done.stdout
 
 
 def queue(ids: Iterable[str] | None = None) -> dict[str, Queued]:
-    """The jobs that wait or run, by id (of an array each element): those of `ids` that there are, or all.
+    """Return the jobs that wait or run, by id. Each element of a job array counts as a job.
 
-    One call of squeue for jobs (for every 5000), and one more if there are steps among the ids.
+    squeue is called once for every 5000 jobs, and again for every 5000 job steps among the ids.
+
+    Args:
+        ids: return only these; None: return all.
 
     Raises:
         UserError: see `call`.
@@ -137,17 +148,19 @@ def queue(ids: Iterable[str] | None = None) -> dict[str, Queued]:
         return {job.id: job for job in _queued([])}
     wanted = set(ids)
     steps = {id for id in wanted if "." in id}
-    found = [job for chunk in _chunks(_jobs(wanted - steps)) for job in _queued([f"--jobs={chunk}"])]
+    jobs = [job for chunk in _chunks(_jobs(wanted - steps)) for job in _queued([f"--jobs={chunk}"])]
     for chunk in _chunks(sorted(steps)):
         for line in _squeue("--steps=" + chunk, "-o", "%i|%S|%P|%N").splitlines():
             id, start, partition, nodes = line.split("|")
-            found.append(Queued(id, "RUNNING", "None", _time(start), 0, len(expand(nodes)), nodes, partition, None, None))
-    return {job.id: job for job in found if job.id in wanted}
+            jobs.append(Queued(id, "RUNNING", "None", _time(start), 0, len(expand(nodes)), nodes, partition, None, None))
+    return {job.id: job for job in jobs if job.id in wanted}
 
 
 def history(ids: Iterable[str]) -> dict[str, Ended]:
-    """What is remembered of those of `ids` that are over, by id: by SLURM's controller, for some minutes, then by its
-    accounting, where there is any. A job that was requeued: of its last end.
+    """Return how those of the jobs `ids` ended that have ended, by id.
+
+    SLURM's controller remembers a job for some minutes. For older jobs, SLURM's accounting is asked, if the cluster has
+    accounting. Of a job that was requeued, the last end is returned.
 
     Raises:
         UserError: SLURM's controller does not answer.
@@ -161,8 +174,9 @@ def history(ids: Iterable[str]) -> dict[str, Ended]:
 
 
 def position(job: Queued) -> tuple[int, int]:
-    """The place of a pending job among the pending jobs of its partition (of an array each element), by priority, and
-    how many these are.
+    """Return the place of a pending job among the pending jobs of its partition, by priority, and the number of these jobs.
+
+    Each element of a job array counts as a job.
 
     Raises:
         UserError: see `call`.
@@ -174,7 +188,7 @@ def position(job: Queued) -> tuple[int, int]:
 
 
 def cancel(ids: Iterable[str], signal: str | None = None) -> None:
-    """End jobs, or send their steps (not their batch scripts) a signal. Those that are over already are passed over.
+    """Cancel jobs, or send a signal to their steps (not to their batch scripts). Skip jobs that have already ended.
 
     Raises:
         UserError: see `call`.
@@ -183,24 +197,26 @@ def cancel(ids: Iterable[str], signal: str | None = None) -> None:
         try:
             call("scancel", "--quiet", *([f"--signal={signal}"] if signal else []), *chunk.split(","))
         except UserError as error:
-            # What --quiet does not hold back: of a step that is gone, of a job that cannot be signalled any more, or not yet.
+            # --quiet does not suppress the errors for a step that is gone, and for a job that cannot be signalled any more,
+            # or not yet.
             over = r"Invalid job id|[Aa]lready comple|can not be altered now"
             if not all(re.search(over, part) for part in error.message.split("; ")):
                 raise
 
 
 def exclude(job: str, nodes: Iterable[str]) -> None:
-    """Let a job that waits, or is on its way back into the queue, never start on these nodes.
+    """Exclude nodes from a job that waits or is being requeued.
 
     Raises:
-        UserError: see `call`; it runs, for instance.
+        UserError: see `call`; for example, the job is running.
     """
     call("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
 
 
 def node_states(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Each node's state (IDLE, DOWN, DRAINED, ...; NOT_RESPONDING, if SLURM does not call it down yet) and the reason
-    that was given for it ("" if none).
+    """Return each node's state and the reason that was given for the state ("" if there is none).
+
+    States are IDLE, DOWN, DRAINED and so on, and NOT_RESPONDING for a node that SLURM does not call down yet.
 
     Raises:
         UserError: see `call`.
@@ -214,62 +230,68 @@ def node_states(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def node_state(text: str) -> str:
-    """'mixed*' -> NOT_RESPONDING, 'down*' -> DOWN, 'idle~' (powered down) -> IDLE."""
+    """Return a node's state without SLURM's suffixes.
+
+    'mixed*' -> NOT_RESPONDING, 'down*' -> DOWN, 'idle~' (powered down) -> IDLE.
+    """
     state = text.rstrip("*~#!%$@^-+").upper()
     return "NOT_RESPONDING" if "*" in text and not state.startswith("DOWN") else state
 
 
 def is_down(state: str) -> bool:
-    """Whether nothing runs any more on a node in this state."""
+    """Return whether nothing runs any more on a node in this state."""
     return state.upper().startswith(DOWN)
 
 
 def takes_jobs(state: str) -> bool:
-    """Whether a node in this state takes new jobs."""
+    """Return whether a node in this state takes new jobs."""
     return not state.upper().startswith(DOWN + CLOSED)
 
 
 def kill_wait_s() -> float:
-    """From SLURM's SIGTERM to its SIGKILL.
+    """Return the seconds from SLURM's SIGTERM to its SIGKILL.
 
     Raises:
         UserError: see `call`.
     """
-    found = re.search(r"^KillWait\s*=\s*(\d+)", call("scontrol", "show", "config"), re.MULTILINE)
-    return float(found[1]) if found else 30.0  # SLURM's default
+    match = re.search(r"^KillWait\s*=\s*(\d+)", call("scontrol", "show", "config"), re.MULTILINE)
+    return float(match[1]) if match else 30.0  # SLURM's default
 
 
 def partitions() -> list[Partition]:
-    """The partitions that the user may see.
+    """Return the partitions that the user may see.
 
     Raises:
         UserError: see `call`.
     """
     from launch.cluster.times import seconds
 
-    found: dict[str, Partition] = {}
+    result: dict[str, Partition] = {}
     for row in call("sinfo", "--noheader", "--exact", "-o", "%P|%a|%l|%D|%c|%m|%G").splitlines():
         name, state, limit, nodes, cpus, memory, gres = row.split("|", 6)
         time_s = None if limit in ("infinite", "n/a") else seconds(limit)
         part = Partition(name.rstrip("*"), name.endswith("*"), time_s, int(nodes), gpus(gres), int(cpus), int(memory), state)
-        if other := found.get(part.name):
+        if other := result.get(part.name):  # sinfo prints a row for each kind of node
             most = {kind: max(part.gpus.get(kind, 0), other.gpus.get(kind, 0)) for kind in {**other.gpus, **part.gpus}}
             part = Partition(part.name, part.default, part.time_s, part.nodes + other.nodes, most,
                              max(part.cpus, other.cpus), max(part.memory_mib, other.memory_mib), part.state)
-        found[part.name] = part
-    return list(found.values())
+        result[part.name] = part
+    return list(result.values())
 
 
 def gpus(gres: str) -> dict[str, int]:
-    """'gpu:a100:4(S:0-1),gpu:v100:2,mps:8' -> {"a100": 4, "v100": 2}; 'gpu:8' -> {"": 8}."""
-    found: dict[str, int] = {}
+    """Return the number of GPUs in a list of gres, by type.
+
+    'gpu:a100:4(S:0-1),gpu:v100:2,mps:8' -> {"a100": 4, "v100": 2}; 'gpu:8' -> {"": 8}.
+    """
+    counts: dict[str, int] = {}
     for kind, count in re.findall(r"(?:^|,)gpu:(?:([^:,()]+):)?(\d+)", gres):
-        found[kind] = found.get(kind, 0) + int(count)
-    return found
+        counts[kind] = counts.get(kind, 0) + int(count)
+    return counts
 
 
 def expand(node_list: str) -> list[str]:
-    """'n[1-3,7],m01' -> ["n1", "n2", "n3", "n7", "m01"]."""
+    """Return the names in a list of nodes: 'n[1-3,7],m01' -> ["n1", "n2", "n3", "n7", "m01"]."""
     names = []
     for word in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", node_list):
         parts = [_range(part[1:-1]) if part.startswith("[") else [part] for part in re.findall(r"\[[^\]]*\]|[^\[\]]+", word)]
@@ -278,7 +300,7 @@ def expand(node_list: str) -> list[str]:
 
 
 def _range(text: str) -> list[str]:
-    """'01-03,7' -> ["01", "02", "03", "7"]."""
+    """Return the numbers of a range: '01-03,7' -> ["01", "02", "03", "7"]."""
     names = []
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -290,7 +312,7 @@ def _squeue(*options: str) -> str:
     try:
         return call("squeue", "--noheader", "--all", *options)
     except UserError as error:
-        if "Invalid job id" in error.message:  # said only if one job is asked for, and SLURM knows it no more
+        if "Invalid job id" in error.message:  # squeue fails so only for a single job that SLURM has forgotten
             return ""
         raise
 
@@ -298,14 +320,14 @@ def _squeue(*options: str) -> str:
 def _queued(options: list[str]) -> Iterator[Queued]:
     for line in _squeue("--array", *options, "-o", "%i|%T|%S|%Q|%D|%N|%P|%V|%r|%o").splitlines():
         id, state, start, priority, nodes, node_list, partition, submitted, rest = line.split("|", 8)
-        reason, _, script = rest.partition("|")  # last, since a path may hold anything but a line end
+        reason, _, script = rest.partition("|")  # the script comes last: a path may hold any character but a line end
         if state in UNDER_WAY:
             yield Queued(id, state, reason, _time(start), int(priority), int(nodes), node_list, partition,
                          None if script == "(null)" else script, _time(submitted))
 
 
 def _remembered(ids: str) -> Iterator[Ended]:
-    # squeue and not scontrol: one call for all of them.
+    # squeue and not scontrol: one call of squeue covers all jobs.
     fields = "JobArrayID:|,State:|,exit_code:|,EndTime:|,NodeList:|,Reason:"
     for line in _squeue("--array", "--states=all", f"--jobs={ids}", "-O", fields).splitlines():
         id, state, status, end, nodes, reason = line.split("|", 5)
@@ -323,7 +345,7 @@ def _accounted(ids: str) -> Iterator[Ended]:
     for line in lines:
         id, state, code, end, nodes, reason = line.split("|", 5)
         state = state.partition(" ")[0]  # "CANCELLED by 1000"
-        if state not in UNDER_WAY:  # it lags behind the controller
+        if state not in UNDER_WAY:  # accounting lags behind the controller
             exit_code, _, signal = code.partition(":")
             nodes = "" if nodes == "None assigned" else nodes
             yield Ended(id, state, *_exit(int(exit_code or 0), int(signal or 0)), reason, nodes, _time(end))
@@ -334,37 +356,38 @@ def _exit(code: int, signal: int) -> tuple[int | None, int | None]:
 
 
 def _jobs(ids: Iterable[str]) -> list[str]:
-    """The jobs that the ids are of, each once: for a thousand elements of an array one."""
-    return sorted({re.match(r"\d*", id)[0] for id in ids})
+    """Return the ids of the jobs to which the ids belong, each once: one id for all elements of an array."""
+    return sorted({re.split(r"\D", id, maxsplit=1)[0] for id in ids})
 
 
 def _chunks(ids: Iterable[str]) -> Iterator[str]:
     ids = list(ids)
-    for i in range(0, len(ids), IDS_A_CALL):
-        yield ",".join(ids[i:i + IDS_A_CALL])
+    for i in range(0, len(ids), IDS_PER_CALL):
+        yield ",".join(ids[i:i + IDS_PER_CALL])
 
 
 def _number(id: str) -> list[int]:
+    """Return the numbers in an id, to sort by: '101_3' -> [101, 3]."""
     return [int(number) for number in re.findall(r"\d+", id)]
 
 
 def _time(text: str) -> str | None:
-    """SLURM's local time as the records have it: ISO, UTC. None for 'N/A', 'Unknown'."""
+    """Return SLURM's local time in the form of our records, ISO in UTC; None for 'N/A' and 'Unknown'."""
     try:
         return datetime.fromisoformat(text).astimezone(UTC).isoformat(timespec="seconds")
     except ValueError:
         return None
 
 
-def _said(program: str, text: str) -> str:
-    """The end of a command's complaint on one line, without its own name before each part."""
+def _complaint(program: str, text: str) -> str:
+    """Return the last lines of a command's error output, as one line, without the command's name in front of each."""
     lines = [re.sub(rf"^{program}: (error: |fatal: )?", "", line.strip()) for line in text.splitlines()]
     return "; ".join(list(dict.fromkeys(line for line in lines if line))[-3:])
 
 
-def _hint(said: str) -> str | None:
-    if re.search(r"configuration source|configuration file|slurm\.conf", said):
-        return "SLURM's commands are here but no cluster: is SLURM_CONF right, and this host one of the cluster's?"
-    if re.search(r"[Uu]nable to contact|Connection refused|[Tt]imed out|Zero Bytes", said):
+def _hint(complaint: str) -> str | None:
+    if re.search(r"configuration source|configuration file|slurm\.conf", complaint):
+        return "check that SLURM_CONF is right and that this host belongs to a cluster: SLURM's commands find none"
+    if re.search(r"[Uu]nable to contact|Connection refused|[Tt]imed out|Zero Bytes", complaint):
         return "SLURM's controller may be down (`scontrol ping`): try again later"
     return None

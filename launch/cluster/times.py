@@ -1,4 +1,4 @@
-"""Times as SLURM writes them."""
+"""Time limits as SLURM writes them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import re
 
 
 def seconds(text: str) -> int:
-    """A time limit as SLURM writes it (minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM:SS), or such as `90m`, `4h`, `2d`.
+    """Return the seconds of a time limit.
 
-    Raises: ValueError.
+    The text may have any form that SLURM accepts (minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS), or a unit: `90s`,
+    `90m`, `4h`, `2d`.
+
+    Raises:
+        ValueError: the text is not a time, or the time is zero.
     """
-    if found := re.fullmatch(r"(\d+)([smhd])", text):
-        total = int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+    if match := re.fullmatch(r"(\d+)([smhd])", text):
+        total = int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
     elif re.fullmatch(r"\d+(-\d+(:\d+){0,2}|(:\d+){0,2})", text):
         days, dash, clock = text.rpartition("-")
         parts = [int(part) for part in clock.split(":")]
@@ -25,5 +29,6 @@ def seconds(text: str) -> int:
 
 
 def slurm_time(total_s: int) -> str:
+    """Return a time limit as SLURM writes it: D-HH:MM:SS."""
     days, rest = divmod(total_s, 86400)
     return f"{days}-{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"

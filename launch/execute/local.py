@@ -1,4 +1,4 @@
-"""Execute a plan on this machine: one attempt after another."""
+"""Run attempts on this machine: start a run, resume a run, and retry after failures."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 from launch.cluster.config import ClusterConfig, load_cluster
 from launch.cluster.resources import Resources, Wanted, resources_of
 from launch.execute import record
-from launch.execute.record import EXIT_CODES, recorded, take_attempt, worker_here
-from launch.plan.initial_weights import resolved, warn
+from launch.execute.record import EXIT_CODES, local_job, recorded, take_attempt
+from launch.plan.initial_weights import warn_of_broken, with_weights
 from launch.plan.plan import Plan, make_plan
 from launch.plan.show import as_json, show
-from launch.plan.spec import Spec, record_spread, spec_of, spread_anew
-from launch.records.naming import named, new_run_id, shown
+from launch.plan.spec import Spec, record_strategy, spec_of, with_strategy
+from launch.records.naming import command_name, new_run_id, short_path
 from launch.records.run import Run
 from launch.records.state import state_of
 from launch.supervise.port import reserved_port
 from launch.supervise.rank import Failure, Outcome
 from launch.supervise.supervisor import supervise
 from launch.supervise.terminal import View, make_view
-from trainers.config.micro_batch import gave_way
+from trainers.config.micro_batch import retries_smaller
 from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json
@@ -39,10 +39,141 @@ from trainers.contract.paths import RunPaths
 from trainers.contract.text import duration
 
 
+def start(*, spec: Spec, runs: Path, wanted: Wanted, debug: bool, dry_run: bool, json: bool, cluster: ClusterConfig) -> int:
+    """Plan a new run on this machine and execute the plan. Returns the exit code.
+
+    Raises:
+        UserError: the user must fix something; nothing was written.
+    """
+    if debug and max(wanted.gpus or 0, wanted.procs or 0) > 1:
+        raise UserError("--debug runs one rank in this process", "leave out --gpus and --procs, or give 1")
+    resources = resources_of(spec.config, cluster, wanted)
+    spec = with_weights(spec, runs)
+    warn_of_broken([spec])
+    if hasattr(spec.config, "check"):
+        spec.config.check()
+    plan_of = partial(plan_here, new_run_id(spec.name), spec, cluster, resources, runs.absolute(), Path.cwd())
+    plan = plan_of(1)
+    if dry_run:
+        print(jsonlib.dumps(as_json(plan), indent=1, ensure_ascii=False) if json else show(plan), end="\n" * json)
+        return 0
+    view = make_view(json)
+    paths = record.create_run(plan)
+    view.notice(f"run {plan.run_id} in {short_path(paths.root)}: {ranks_text(resources)}")
+    return run_attempts(plan_of, paths, 1, view, plan.max_restarts, debug)
+
+
+def resume(run: Run, *, wanted: Wanted, spread: Sequence[str] = (), json: bool, take_over: bool = False) -> int:
+    """Continue a run that is not running and not finished. Returns the exit code.
+
+    Args:
+        spread: overrides that change how the run's models are spread over ranks, as `with_strategy` takes them.
+        take_over: ignore a record that says that the run is running on another host. If the run is in fact running
+            there, its attempt can commit nothing more.
+
+    Raises:
+        UserError: the run is running, or its record cannot be read.
+    """
+    paths, view = run.paths, make_view(json)
+    # The number is read before the state: two processes that see the same state also get the same number, and only
+    # one of them can take the attempt.
+    number = record.next_attempt(paths)
+    running_here = number > 1 and record.runs_here(paths, number - 1)
+    run = run.reread()
+    state, job = state_of(run), run.record["job"] or {}
+    elsewhere = job.get("host") not in (None, socket.gethostname())
+    if running_here or state == "running" and not (take_over and elsewhere):
+        where = f" on host {job['host']}" if elsewhere else ""
+        raise UserError(f"run {paths.id} is running{where}",
+                        f"if that host or process is gone: `launch resume {command_name(paths)} --take-over`" if elsewhere else
+                        f"see `launch status {command_name(paths)}`, or stop the run: `launch cancel {command_name(paths)}`")
+    if state == "finished":
+        view.notice(f"run {paths.id} is finished: nothing to resume")
+        view.close()
+        return 0
+    spec = spec_of(paths)
+    if spread:
+        spec = with_strategy(spec, spread)
+    resources, cwd = as_before(paths, spec, wanted)
+    plan_of = partial(plan_here, paths.id, spec, load_cluster("local"), resources, paths.root.parent, cwd)
+    plan = plan_of(number)
+    if spread:
+        record_strategy(paths, spec)
+    view.notice(f"run {paths.id} in {short_path(paths.root)}, attempt {plan.attempt}: {ranks_text(resources)}")
+    return run_attempts(plan_of, paths, number, view, plan.max_restarts, debug=False)
+
+
+def as_before(paths: RunPaths, spec: Spec, wanted: Wanted) -> tuple[Resources, Path]:
+    """The resources and the working folder of the run's last attempt, for another attempt on this machine.
+
+    Where `wanted` names GPUs or processes, its numbers count. The current folder replaces a working folder that no
+    longer exists.
+
+    Raises:
+        UserError: this machine does not have that many GPUs.
+    """
+    before = _last_attempt(paths)
+    if wanted.gpus is None and wanted.procs is None and before:
+        wanted = replace(wanted, **{"gpus" if before["device"] == "cuda" else "procs": before["ranks"]})
+    cwd = Path(before["cwd"]) if before and Path(before["cwd"]).is_dir() else Path.cwd()
+    # Keep the number of threads: another number sums in another order.
+    threads = before.get("threads") if before and before["ranks"] == (wanted.gpus or wanted.procs) else None
+    return resources_of(spec.config, load_cluster("local"), wanted, threads), cwd
+
+
+def _last_attempt(paths: RunPaths) -> dict[str, Any] | None:
+    """The newest attempt record that can be read."""
+    for number in reversed(paths.attempt_numbers()):
+        try:
+            return read_json(paths.attempt_record(number))
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def plan_here(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resources, runs: Path, cwd: Path,
+              attempt: int) -> Plan:
+    """The plan of an attempt that runs with this Python. Raises: UserError."""
+    return make_plan(run_id, spec, cluster, resources, runs=runs, python=sys.executable, cwd=cwd, attempt=attempt)
+
+
+def ranks_text(resources: Resources) -> str:
+    """'1 GPU', '2 CPU ranks'"""
+    what = "GPU" if resources.device == "cuda" else "CPU rank"
+    return f"{resources.ranks} {what}{'s' if resources.ranks > 1 else ''}"
+
+
+def run_attempts(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, view: View, restarts: int, debug: bool) -> int:
+    """Run attempts from `number` on, and tell the user how the last one ended. Returns the exit code.
+
+    Args:
+        plan_of: makes the plan of an attempt from its number.
+        restarts: how often an attempt that failed is retried.
+        debug: run a single attempt in this process.
+
+    Raises:
+        UserError: another process has taken the run, or the run directory cannot be written.
+    """
+    began = time.monotonic()
+    try:
+        if debug:
+            return _debug(plan_of(number), paths, view)
+        outcome, code = execute(plan_of, paths, number, view, restarts)
+        if outcome.failure:
+            view.event({"event": "failure", **outcome.failure.as_dict()})
+        else:
+            for line in _ending(outcome, paths, time.monotonic() - began):
+                view.notice(line)
+    finally:
+        view.close()
+    if outcome.failure:
+        _print_failure(outcome.failure, paths)
+    return code
+
+
 def execute(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, view: View, restarts: int
             ) -> tuple[Outcome, int]:
-    """Attempts, from `number` on, until one ends otherwise than by a failure worth repeating, or `restarts` are
-    used up.
+    """Run attempts from `number` on. Retry an attempt that failed, at most `restarts` times, if a retry may succeed.
 
     Returns the last attempt's outcome and the exit code.
 
@@ -57,10 +188,10 @@ def execute(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, view: 
             outcome = _attempt(plan, paths, view, restarts)
         except OSError as error:
             raise UserError(f"attempt {plan.attempt} cannot run in {paths.root}: {error.strerror or error}",
-                            f"mend that, then `launch resume {paths.id}`") from error
+                            f"fix that, then `launch resume {paths.id}`") from error
         failure = outcome.failure
-        if _again(outcome, restarts, paths, plan.attempt):
-            if gave_way(paths, plan.attempt):
+        if failure and _worth_retrying(outcome, restarts, paths, plan.attempt):
+            if retries_smaller(paths, plan.attempt):
                 view.notice(f"attempt {plan.attempt} ended: {failure.message}; {failure.hint or 'trying again'}")
                 continue
             restarts -= 1
@@ -72,44 +203,49 @@ def execute(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, view: 
         return outcome, code
 
 
-def _again(outcome: Outcome, restarts: int, paths: RunPaths, attempt: int) -> bool:
-    """Whether another attempt may fare better. One with a smaller micro-batch counts as no restart."""
-    if outcome.kind != "failed" or outcome.signal is not None:
-        return False
-    return gave_way(paths, attempt) or outcome.failure.retry and restarts > 0
-
-
 def _attempt(plan: Plan, paths: RunPaths, view: View, restarts: int) -> Outcome:
-    with recorded(plan, paths, view, worker_here()) as ended:
+    with recorded(plan, paths, view, local_job()) as ended:
         with reserved_port() as port:
             outcome = supervise(plan, paths, view, port=port)
-        ended(outcome, again=_again(outcome, restarts, paths, plan.attempt))
+        ended(outcome, retrying=_worth_retrying(outcome, restarts, paths, plan.attempt))
     return outcome
 
 
-def debug_here(plan: Plan, paths: RunPaths, view: View) -> int:
-    """One rank in this very process, standard input attached, so that `breakpoint()` works."""
+def _worth_retrying(outcome: Outcome, restarts: int, paths: RunPaths, attempt: int) -> bool:
+    """Whether the next attempt may succeed. A retry with a smaller micro-batch does not count as a restart."""
+    failure = outcome.failure
+    if failure is None or outcome.signal is not None:
+        return False
+    return retries_smaller(paths, attempt) or failure.retry and restarts > 0
+
+
+def _debug(plan: Plan, paths: RunPaths, view: View) -> int:
+    """Run one rank in this process, which keeps its standard input, so that `breakpoint()` works. Returns the exit code."""
     take_attempt(paths, plan.attempt)
-    with recorded(plan, paths, view, worker_here()) as ended:
+    with recorded(plan, paths, view, local_job()) as ended:
         with reserved_port() as port:
             for name in os.environ.keys() - plan.inherited(os.environ).keys():
                 del os.environ[name]
             os.environ.update({**plan.env, **plan.rank_env(0, 0, "127.0.0.1", port), "LAUNCH_EVENTS": "0",
                                "LAUNCH_DEBUG": "1"})
-            said = None
+            trace = None
             try:
                 code = _in_process(plan)
             except BaseException as error:
-                said = traceback.format_exc()
-                print(said, file=sys.stderr, end="")
+                trace = traceback.format_exc()
+                print(trace, file=sys.stderr, end="")
                 code = exit_codes.KILLED if isinstance(error, KeyboardInterrupt) else exit_codes.FAILED
-        kind = {code: kind for kind, code in EXIT_CODES.items()}.get(code, "failed")
-        message = said.splitlines()[-1] if said else f"ended with exit code {code}"
-        ended(Outcome(kind, Failure(0, code, None, message, None, said, False) if kind == "failed" else None))
+        kind = next((kind for kind, known in EXIT_CODES.items() if known == code), None)
+        if kind is None or kind == "failed":
+            message = trace.splitlines()[-1] if trace else f"ended with exit code {code}"
+            ended(Outcome("failed", Failure(0, code, None, message, None, trace, False)))
+        else:
+            ended(Outcome(kind))
     return code if code in (*EXIT_CODES.values(), exit_codes.USER_ERROR) else exit_codes.FAILED
 
 
 def _in_process(plan: Plan) -> int:
+    """Run the plan's script or task in this process. Returns its exit code."""
     if plan.batch is None:
         _, script, *args = plan.command
         sys.argv = [script, *args]
@@ -122,143 +258,31 @@ def _in_process(plan: Plan) -> int:
     return importlib.import_module("trainers.run").main([plan.folder])
 
 
-def start(*, spec: Spec, runs: Path, wanted: Wanted, debug: bool, dry_run: bool, json: bool, cluster: ClusterConfig) -> int:
-    """Plan a new run on this machine and execute it. Returns the exit code.
-
-    Raises:
-        UserError: something the user must mend; nothing was written.
-    """
-    if debug and max(wanted.gpus or 0, wanted.procs or 0) > 1:
-        raise UserError("--debug runs one rank in this process", "leave out --gpus and --procs, or give 1")
-    resources = resources_of(spec.config, cluster, wanted)
-    spec = resolved(spec, runs)
-    warn([spec])
-    if hasattr(spec.config, "check"):
-        spec.config.check()
-    plan_of = partial(plan_here, new_run_id(spec.name), spec, cluster, resources, runs.absolute(), Path.cwd())
-    plan = plan_of(1)
-    if dry_run:
-        print(jsonlib.dumps(as_json(plan), indent=1, ensure_ascii=False) if json else show(plan), end="\n" * json)
-        return 0
-    view = make_view(json)
-    paths = record.create_run(plan)
-    view.notice(f"run {plan.run_id} in {shown(paths.root)}: {on(resources)}")
-    return run_attempts(plan_of, paths, 1, view, plan.max_restarts, debug)
-
-
-def resume(run: Run, *, wanted: Wanted, spread: Sequence[str] = (), json: bool, take_over: bool = False) -> int:
-    """Continue a run that is neither running nor finished. Returns the exit code.
-
-    Args:
-        spread: how its models are spread from now on, as `spread_anew` takes it.
-        take_over: believe no record that it runs on another host; should it do so after all, that attempt can commit
-            nothing more.
-
-    Raises:
-        UserError: it is running, or its record cannot be read.
-    """
-    paths, view = run.paths, make_view(json)
-    number = record.next_attempt(paths)  # before the state is read: whoever else read the same one gets this number too
-    working = number > 1 and record.at_work(paths, number - 1)
-    run = run.again()
-    state, job = state_of(run), run.record["job"] or {}
-    elsewhere = job.get("host") not in (None, socket.gethostname())
-    if working or state == "running" and not (take_over and elsewhere):
-        where = f" on host {job['host']}" if elsewhere else ""
-        raise UserError(f"run {paths.id} is running{where}",
-                        f"if that host or process is gone: `launch resume {named(paths)} --take-over`" if elsewhere else
-                        f"see `launch status {named(paths)}`, or stop it: `launch cancel {named(paths)}`")
-    if state == "finished":
-        view.notice(f"run {paths.id} is finished: nothing to resume")
-        view.close()
-        return 0
-    spec = spec_of(paths)
-    if spread:
-        spec = spread_anew(spec, spread)
-    resources, cwd = as_before(paths, spec, wanted)
-    plan_of = partial(plan_here, paths.id, spec, load_cluster("local"), resources, paths.root.parent, cwd)
-    plan = plan_of(number)
-    if spread:
-        record_spread(paths, spec)
-    view.notice(f"run {paths.id} in {shown(paths.root)}, attempt {plan.attempt}: {on(resources)}")
-    return run_attempts(plan_of, paths, number, view, plan.max_restarts, debug=False)
-
-
-def as_before(paths: RunPaths, spec: Spec, wanted: Wanted) -> tuple[Resources, Path]:
-    """(as many ranks of this machine as the run's last attempt had, unless told; the folder where that stood)
-
-    Raises:
-        UserError: this machine has not as many.
-    """
-    before = _last_attempt(paths)
-    if wanted.gpus is None and wanted.procs is None and before:
-        wanted = replace(wanted, **{"gpus" if before["device"] == "cuda" else "procs": before["ranks"]})
-    cwd = Path(before["cwd"]) if before and Path(before["cwd"]).is_dir() else Path.cwd()
-    # As many threads as before: another number sums in another order.
-    same = before and before["ranks"] == (wanted.gpus or wanted.procs)
-    threads = before.get("threads") if same else None
-    return resources_of(spec.config, load_cluster("local"), wanted, threads), cwd
-
-
-def plan_here(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resources, runs: Path, cwd: Path,
-              attempt: int) -> Plan:
-    return make_plan(run_id, spec, cluster, resources, runs=runs, python=sys.executable, cwd=cwd, attempt=attempt)
-
-
-def run_attempts(plan_of, paths: RunPaths, number: int, view: View, restarts: int, debug: bool) -> int:
-    began = time.monotonic()
-    try:
-        if debug:
-            return debug_here(plan_of(number), paths, view)
-        outcome, code = execute(plan_of, paths, number, view, restarts)
-        if outcome.failure:
-            view.event({"event": "failure", **outcome.failure.as_dict()})
-        else:
-            for line in _ending(outcome, paths, time.monotonic() - began):
-                view.notice(line)
-    finally:
-        view.close()
-    if outcome.failure:
-        _print_failure(outcome, paths)
-    return code
-
-
 def _ending(outcome: Outcome, paths: RunPaths, seconds: float) -> list[str]:
+    """Lines for the user about a run that did not fail: what it has written, or how to continue it."""
     record = read_json(paths.record)
     if outcome.kind == "finished":
-        model = [paths.checkpoint(record["checkpoint"])] if record["checkpoint"] is not None else []
-        left = [*(("model", path) for path in (*model, paths.model)), ("table", paths.results),
-                *(("figure", path) for path in sorted(paths.figures.glob("*.png")))]
-        return [*(f"{what:<8}{shown(path)}" for what, path in left if path.exists()), f"took    {duration(seconds)}"]
-    onward = f"go on with `launch resume {named(paths)}`"
+        checkpoint = [paths.checkpoint(record["checkpoint"])] if record["checkpoint"] is not None else []
+        files = [*(("model", path) for path in (*checkpoint, paths.model)), ("table", paths.results),
+                 *(("figure", path) for path in sorted(paths.figures.glob("*.png")))]
+        return [*(f"{what:<8}{short_path(path)}" for what, path in files if path.exists()), f"took    {duration(seconds)}"]
+    advice = f"continue with `launch resume {command_name(paths)}`"
     if paths.pieces.is_dir():  # a search
-        return [f"stopped after {record['step']} of {record['total']} fits, which are kept; {onward}"]
+        return [f"stopped after {record['step']} of {record['total']} fits, which are kept; {advice}"]
     kept = f", checkpoint {record['checkpoint']}" if record["checkpoint"] is not None else ", without a checkpoint"
-    return [f"stopped at step {record['step']}{kept}; {onward}"]
+    return [f"stopped at step {record['step']}{kept}; {advice}"]
 
 
-def _print_failure(outcome: Outcome, paths: RunPaths) -> None:
-    """The one place where a failed attempt is told to the person at the terminal."""
-    failure = outcome.failure
-    # Rank 0's own words were on the terminal already.
+def _print_failure(failure: Failure, paths: RunPaths) -> None:
+    """Tell the user why the last attempt failed: the only place that prints a failure to the terminal."""
+    # The output of rank 0 is on the terminal already.
     if failure.traceback and failure.rank != 0:
         print(failure.traceback, file=sys.stderr)
-    log = shown(paths.log(paths.attempt_numbers()[-1], failure.rank))
-    checkpoint = read_json(paths.record)["checkpoint"]
-    onward = f"; `launch resume {named(paths)}` goes on from checkpoint {checkpoint}" if checkpoint is not None else ""
-    hint = failure.hint or f"its log is {log}{onward}"
+    hint = failure.hint
+    if not hint:
+        assert failure.rank is not None  # on this machine it is always a rank that fails
+        checkpoint = read_json(paths.record)["checkpoint"]
+        hint = f"its log is {short_path(paths.log(paths.attempt_numbers()[-1], failure.rank))}"
+        if checkpoint is not None:
+            hint += f"; `launch resume {command_name(paths)}` continues from checkpoint {checkpoint}"
     print(UserError(failure.message, hint), file=sys.stderr)
-
-
-def _last_attempt(paths: RunPaths) -> dict | None:
-    for number in reversed(paths.attempt_numbers()):
-        try:
-            return read_json(paths.attempt_record(number))
-        except (OSError, ValueError):
-            continue
-    return None
-
-
-def on(resources: Resources) -> str:
-    what = "GPU" if resources.device == "cuda" else "CPU rank"
-    return f"{resources.ranks} {what}{'s' if resources.ranks > 1 else ''}"

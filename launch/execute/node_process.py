@@ -1,11 +1,10 @@
-"""A node's process of a SLURM job: the same supervisor as locally, an attempt after another, until the run ends
-or SLURM wants the nodes back.
+"""The process that SLURM starts once on each node of a job. It runs attempts until the run or the job ends.
 
     python -P -m launch.execute.node_process SUBMISSION
 
-SLURM starts it once on each node of the job (srun, one task a node). The head, node 0, takes the attempts, writes
-the records and decides; the others follow its words. Whether the job is requeued, the batch shell reads off a file
-that the head keeps right from the beginning: so it is requeued too if the head itself is killed.
+srun starts one task on each node. Ranks are supervised as in a run on one machine. The head, node 0, takes the
+attempts, writes the records and decides; the other nodes do as it says. A flag file tells the batch shell whether to
+requeue the job. The head sets the flag at its start, so that the job is requeued even if the head itself is killed.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from pathlib import Path
 from launch.execute import record
 from launch.execute.node.exclusion import exclude
 from launch.execute.node.follow import follow
-from launch.execute.node.forensics import close_lost, count_failures
-from launch.execute.node.lead import about_job, end_chain, lead, record_no_start, set_flag
+from launch.execute.node.forensics import count_failures, record_lost_attempts
+from launch.execute.node.lead import end_chain, job_fields, lead, record_failed_start, set_flag
 from launch.execute.node.place import Place, hosts_of
 from launch.plan.submission import read_submission
-from launch.supervise.rendezvous import Absent, meet
+from launch.supervise.rendezvous import NotConnected, meet
 from launch.supervise.signals import StopSignals, stop_signals
 from launch.supervise.terminal import make_view
 from trainers.contract import exit_codes
@@ -36,66 +35,66 @@ FINAL = ("finished", "cancelled")
 
 def main(argv: list[str]) -> int:
     with stop_signals() as stop:
-        return attend(Path(argv[0]), stop)
+        return run_node(Path(argv[0]), stop)
 
 
-def attend(folder: Path, stop: StopSignals) -> int:
-    """This node's part in the job of a submission. Returns the exit code."""
+def run_node(folder: Path, stop: StopSignals) -> int:
+    """Do this node's part of a submission's job. Returns the exit code.
+
+    Args:
+        folder: the submission's.
+    """
     submission = read_submission(folder)
     view = make_view(json=False, ranks=submission.here)
     place = Place.from_env(os.environ, submission.here)
     paths = RunPaths(Path(submission.runs[place.element or 0]))
     name = f"{place.job}-{place.restart}"
-    requeue = folder / f"requeue-{name}"
+    requeue_flag = folder / f"requeue-{name}"
     state = read_json(paths.record)["state"]
-    if state in FINAL:  # asked by all nodes alike: the head changes it only once all have met
+    if state in FINAL:  # all nodes read the same state: the head changes it only after all have met
         view.notice(f"run {paths.id} is {state}: nothing to do")
         return 0
     if place.node == 0:
-        close_lost(paths, place, folder)
-        set_flag(requeue, count_failures(paths, submission) < submission.max_restarts)  # if this process should be killed
+        record_lost_attempts(paths, place, folder)
+        # In case this process is killed.
+        set_flag(requeue_flag, count_failures(paths, submission) < submission.max_restarts)
     try:
         group = meet(folder, name, place.node, place.nodes, submission.cluster.interface, lambda: bool(stop.received))
-    except (Absent, OSError) as error:
+    except (NotConnected, OSError) as error:
         view.notice(f"error: {error}")
         if place.node == 0:
-            set_flag(requeue, False)  # until it is decided: should even the record fail, on a full disk, that would repeat
+            # Until the decision below. If even the record cannot be written (a full disk), a requeue would not help.
+            set_flag(requeue_flag, False)
         if place.node == 0 and not stop.received:
             number = record.next_attempt(paths)
             record.take_attempt(paths, number)
-            record_no_start(paths, number, str(error), retry=True, **about_job(submission, place))
+            record_failed_start(paths, number, str(error), retry=True, **job_fields(submission, place))
         if place.node == 0:
-            anew = signal.SIGUSR2 in stop.received or (
+            requeue = signal.SIGUSR2 in stop.received or (
                 not stop.received and count_failures(paths, submission) <= submission.max_restarts)
-            set_flag(requeue, anew)
-            if anew:
-                update_json(paths.record, state="preempted")  # it is not over
+            set_flag(requeue_flag, requeue)
+            if requeue:
+                update_json(paths.record, state="preempted")  # the run is not over
             elif not submission.cluster.requeue and not stop.received:
                 return end_chain(paths, place, exit_codes.FAILED)
         return exit_codes.FAILED
     try:
         if place.node == 0:
-            return lead(submission, place, paths, group, requeue, stop, view)
+            return lead(submission, place, paths, group, requeue_flag, stop, view)
         return follow(submission, place, paths, group, stop, view)
     except Exception:
-        if place.node == 0:  # a full disk, or a fault of ours: it would repeat
-            set_flag(requeue, False)
+        if place.node == 0:  # a full disk, or a bug of ours: it would happen again
+            set_flag(requeue_flag, False)
         raise
     finally:
-        if not group.whole:  # whoever is left says it: it may be the head that has gone
+        if not group.complete:  # done by every process that is left: the head itself may be gone
             hosts = hosts_of(place)
             exclude(folder, place, [hosts[node] for node, link in group.links.items() if not link.open])
         group.close()
 
 
-# The head
-
-
-# The other nodes
-
-
 def run() -> None:
-    """The command: exit with the code of this node's part. Errors go to the node's log."""
+    """The command. It writes errors to the node's log, and exits with this node's exit code."""
     try:
         code = main(sys.argv[1:])
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Writes a run's directory: the run, its attempts, and how each ended. Readers: launch/records/read.py."""
+"""Write the records of a run: what it is, its attempts, and how each attempt ended. launch/records/ reads them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
-from launch.plan.initial_weights import keep
+from launch.plan.initial_weights import keep_checkpoint
 from launch.plan.plan import Plan
 from launch.records.process import alive, identity
 from launch.supervise.rank import Failure, Outcome
@@ -22,39 +22,41 @@ from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, replace_json, replace_text, update_json
 from trainers.contract.paths import RunPaths
 
-# The state of a run, by how its last attempt ended, and the command's exit code.
+# By how an attempt ended: the state of the run, and the command's exit code.
 STATES = {"finished": "finished", "failed": "failed", "preempted": "preempted", "killed": "preempted"}
-EXIT_CODES = {"finished": exit_codes.FINISHED, "failed": exit_codes.FAILED, "preempted": exit_codes.PREEMPTED,
-              "killed": exit_codes.KILLED}
+EXIT_CODES: dict[Literal["finished", "failed", "preempted", "killed", "ended"], int] = {
+    "finished": exit_codes.FINISHED, "failed": exit_codes.FAILED, "preempted": exit_codes.PREEMPTED, "killed": exit_codes.KILLED,
+}
 
 
-def me() -> dict[str, Any]:
-    """This process, as records name it."""
+def this_process() -> dict[str, Any]:
+    """The host and pid of this process, as records hold them."""
     return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
-def worker_here() -> dict[str, Any]:
-    """run.json's `job` of a run at which this process is at work."""
-    return {"kind": "local", **me(), "started": identity(os.getpid())}
+def local_job() -> dict[str, Any]:
+    """The `job` in run.json of a run that this process executes."""
+    return {"kind": "local", **this_process(), "started": identity(os.getpid())}
 
 
 def submitting(cluster: str, number: int) -> dict[str, Any]:
-    """run.json's `job` while this process submits it: whoever finds it so can tell whether that goes on."""
-    return {"kind": "slurm", "cluster": cluster, "ids": [], "submission": number, **me(), "started": identity(os.getpid())}
+    """The `job` in run.json while this process submits the run. A reader can check whether the process still exists."""
+    return {"kind": "slurm", "cluster": cluster, "ids": [], "submission": number, **this_process(),
+            "started": identity(os.getpid())}
 
 
 def create_run(plan: Plan, **more: Any) -> RunPaths:
-    """Make the run directory with its spec and its record, which has `more` besides.
+    """Make the run directory with its spec and its record. `more` holds further keys of the record.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the directory cannot be made, or the checkpoint that the run starts from has been deleted.
     """
     paths = RunPaths(Path(plan.folder))
     try:
         paths.root.mkdir(parents=True)
         if plan.weights:
             more = {"init": {"path": plan.weights.path, "run": plan.weights.run, "step": plan.weights.step}, **more}
-            keep(plan.weights, paths)
+            keep_checkpoint(plan.weights, paths)
         replace_text(paths.spec, plan.files["run.yaml"])
         replace_json(paths.record, {
             "id": plan.run_id, "task": plan.name, "state": "submitted", "step": 0, "total": None, "attempt": 0,
@@ -70,26 +72,34 @@ def create_run(plan: Plan, **more: Any) -> RunPaths:
 
 
 def next_attempt(paths: RunPaths) -> int:
+    """The number of the run's next attempt, from 1."""
     return max(paths.attempt_numbers(), default=0) + 1
 
 
-def at_work(paths: RunPaths, number: int, patience_s: float = 2.0) -> bool:
-    """Whether a process of this host runs this attempt. One that was taken just now gets its record in a moment."""
+def runs_here(paths: RunPaths, number: int, patience_s: float = 2.0) -> bool:
+    """Whether a process of this host is running this attempt.
+
+    Waits up to `patience_s` for the attempt's record: a process writes it a moment after it has taken the attempt.
+    """
     end = time.monotonic() + patience_s
     while True:
         try:
-            found = read_json(paths.attempt_record(number))
+            attempt = read_json(paths.attempt_record(number))
             break
         except (OSError, ValueError):
             if time.monotonic() > end:
                 return False
             time.sleep(0.02)
-    return (found["outcome"] == "running" and found["host"] == socket.gethostname()
-            and alive(found["pid"], found["process_started"]))
+    return (attempt["outcome"] == "running" and attempt["host"] == socket.gethostname()
+            and alive(attempt["pid"], attempt["process_started"]))
 
 
 def take_attempt(paths: RunPaths, number: int) -> None:
-    """Making an attempt's folder is what decides between two who try."""
+    """Claim an attempt by making its folder. Of two processes that try, one succeeds.
+
+    Raises:
+        UserError: another process has taken the attempt, or the folder cannot be made.
+    """
     try:
         paths.attempt(number).mkdir(parents=True)
     except FileExistsError:
@@ -99,25 +109,36 @@ def take_attempt(paths: RunPaths, number: int) -> None:
         raise UserError(f"{paths.attempt(number)} cannot be made: {error.strerror}", "make room there") from error
 
 
-def never_began(paths: RunPaths, number: int, failure: Failure, **more: Any) -> None:
-    """Record an attempt, taken already, whose ranks could not be started, and the run's failure with it."""
+def never_started(paths: RunPaths, number: int, failure: Failure, **more: Any) -> None:
+    """Record that the ranks of an attempt, taken already, could not be started, and that the run has failed."""
     replace_json(paths.attempt_record(number), {
-        "attempt": number, **me(), "process_started": identity(os.getpid()), **more, "began": utc_now(), "ended": utc_now(),
-        "outcome": "failed", "exit_code": EXIT_CODES["failed"], "failure": failure.as_dict(), "reason": None,
-        "checkpoint_s": None,
+        "attempt": number, **this_process(), "process_started": identity(os.getpid()), **more,
+        "began": utc_now(), "ended": utc_now(), "outcome": "failed", "exit_code": EXIT_CODES["failed"],
+        "failure": failure.as_dict(), "reason": None, "checkpoint_s": None,
     })
     update_json(paths.record, state="failed", attempt=number, updated=utc_now())
 
 
+class RecordEnd(Protocol):
+    """Records how an attempt ended."""
+
+    def __call__(self, outcome: Outcome, reason: str | None = None, retrying: bool = False) -> str:
+        """Returns the attempt's state.
+
+        Args:
+            reason: why the attempt was stopped.
+            retrying: whether another attempt follows at once; the run then stays `running`.
+        """
+
+
 @contextmanager
-def recorded(plan: Plan, paths: RunPaths, view: View, worker: Mapping[str, Any] | None = None, **more: Any
-             ) -> Iterator[Callable[..., str]]:
-    """Write the attempt's files and records before it, and after it what the function that this gives is told;
-    that returns how it ended. `again`: another attempt follows at once, so the run has not ended.
+def recorded(plan: Plan, paths: RunPaths, view: View, run_job: Mapping[str, Any] | None = None, **more: Any
+             ) -> Iterator[RecordEnd]:
+    """Write an attempt's files and its record, and give a function that records how the attempt ended.
 
     Args:
-        worker: who is at work, for run.json; None: as it says already (a SLURM job).
-        more: of this attempt, for attempt.json.
+        run_job: the new `job` in run.json; None keeps the present one (of a SLURM job).
+        more: further keys of attempt.json.
     """
     for name, text in plan.files.items():
         path = paths.root / name
@@ -125,25 +146,25 @@ def recorded(plan: Plan, paths: RunPaths, view: View, worker: Mapping[str, Any] 
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, text)
     attempt: dict[str, Any] = {
-        "attempt": plan.attempt, **me(), "process_started": identity(os.getpid()), "cwd": plan.cwd,
+        "attempt": plan.attempt, **this_process(), "process_started": identity(os.getpid()), "cwd": plan.cwd,
         "device": plan.resources.device, "ranks": plan.resources.ranks, "threads": plan.resources.threads, **more,
         "began": utc_now(), "ended": None, "outcome": "running", "exit_code": None, "failure": None,
         "reason": None, "checkpoint_s": None,
     }
     replace_json(paths.attempt_record(plan.attempt), attempt)
-    job = {"job": dict(worker)} if worker else {}
-    update_json(paths.record, state="running", attempt=plan.attempt, updated=utc_now(), **job)
+    changed = {"job": dict(run_job)} if run_job else {}
+    update_json(paths.record, state="running", attempt=plan.attempt, updated=utc_now(), **changed)
 
-    def ended(outcome: Outcome, reason: str | None = None, again: bool = False) -> str:
+    def ended(outcome: Outcome, reason: str | None = None, retrying: bool = False) -> str:
         cancelled = outcome.signal is not None and paths.cancellation(plan.attempt).exists()
         state = "cancelled" if cancelled else STATES[outcome.kind]
         failure = outcome.failure and outcome.failure.as_dict()
         changes = {"ended": utc_now(), "outcome": state, "exit_code": EXIT_CODES[outcome.kind], "failure": failure,
                    "reason": reason, "checkpoint_s": outcome.checkpoint_s}
         try:
-            if next_attempt(paths) == plan.attempt + 1:  # else the records are a newer attempt's to write
+            if next_attempt(paths) == plan.attempt + 1:  # else the records belong to a newer attempt
                 replace_json(paths.attempt_record(plan.attempt), {**attempt, **changes})
-                update_json(paths.record, state="running" if again else state, updated=utc_now())
+                update_json(paths.record, state="running" if retrying else state, updated=utc_now())
         except OSError as error:
             view.notice(f"warning: the record of {paths.id} cannot be written: {error.strerror}")
         return state

@@ -1,10 +1,11 @@
-"""The code a run was submitted with: copies of the user's folders as they were, uncommitted edits included.
+"""Copies of the code that a run was submitted with, including edits that are not committed.
 
-    runs/<id>/code/snapshot.json   of each tree: commit, branch, untracked files, what was left out
-    runs/<id>/code/<tree>/         its copy, which is what a queued run executes
-    runs/<id>/code/<tree>.diff     what was not committed
+    runs/<id>/code/snapshot.json   for each tree: commit, branch, untracked files, files that were not copied
+    runs/<id>/code/<tree>/         the copy of the tree, which a queued run executes
+    runs/<id>/code/<tree>.diff     the changes that were not committed
 
-Of a git work tree git says what belongs to it; of any other folder it is the files whose names look like code.
+A tree is a git work tree or another folder. Git says which files belong to a work tree. In another folder, these are
+the files whose names look like code.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from trainers.contract.paths import RunPaths
 
 RECORD = "snapshot.json"
 MAX_FILE_BYTES = MAX_DIFF_BYTES = 5 * 2**20
-MAX_BYTES = 64 * 2**20  # of all trees
-MAX_FILES = 5_000       # of all trees
-MAX_SEEN = 50_000       # looked at in a folder outside git, which may be someone's home
-MAX_LISTED = 1_000      # names in a list of the record
+MAX_BYTES = 64 * 2**20  # of all trees together
+MAX_FILES = 5_000       # of all trees together
+MAX_SEEN = 50_000       # entries looked at in a folder outside git, which may be someone's home
+MAX_LISTED = 1_000      # names in one list of snapshot.json
 GIT_TIMEOUT_S = 20.0
 
 CODE = set(""".py .pyi .pyx .pxd .ipynb .yaml .yml .json .toml .cfg .ini .conf .gin .txt .md .rst .sh .bash .c .cc .cpp .cxx .cu
@@ -40,17 +41,18 @@ CODE = set(""".py .pyi .pyx .pxd .ipynb .yaml .yml .json .toml .cfg .ini .conf .
 SECRETS = (".env", ".env.*", ".netrc", "_netrc", ".pypirc", "*.pem", "*.key", "id_rsa*", "id_ecdsa*", "id_ed25519*",
            "*credentials*")
 SECRET = re.compile("|".join(map(translate, SECRETS)), re.IGNORECASE)
-SKIPPED = {"__pycache__", "node_modules", "site-packages", "venv", "runs", "wandb"}  # folders outside git, as hidden ones
-RUN = {RunPaths(Path()).record.name, RunPaths(Path()).spec.name}  # the folder that holds both is a run's
+# Folders that are skipped outside git, together with hidden folders.
+SKIPPED = {"__pycache__", "node_modules", "site-packages", "venv", "runs", "wandb"}
+RUN = {RunPaths(Path()).record.name, RunPaths(Path()).spec.name}  # a folder that holds both files is a run directory
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The copies, and where each source went."""
+    """The copies of a run's code, and where each source lies in them."""
 
     folder: Path                       # runs/<id>/code, absolute
     trees: tuple[dict[str, Any], ...]  # as in snapshot.json
-    places: dict[str, str]             # the absolute path of a source or tree -> where it lies in `folder`
+    places: dict[str, str]             # by the absolute path of a source or tree: its path in `folder`
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -58,37 +60,41 @@ class Snapshot:
         return tuple(f"{_shown(tree['source'])}/{entry}" for tree in self.trees for entry in tree["left_out"])
 
     def moved(self, path: str | Path) -> Path:
-        """Where a file or folder of the user's code lies in the snapshot; the path itself if it was not copied.
+        """The path of a file or folder of the user's code in the snapshot; the path itself if it was not copied.
 
-        A folder's copy lacks what git ignores, data for instance: this is for code, not for data.
+        Use this for code only: the copy of a folder lacks the files that git ignores, such as data.
         """
-        for spelled in (os.path.realpath(path), os.path.abspath(path)):
+        for absolute in (os.path.realpath(path), os.path.abspath(path)):
             for source in sorted(self.places, key=len, reverse=True):
-                if Path(spelled).is_relative_to(source):
-                    found = self.folder / self.places[source] / os.path.relpath(spelled, source)
-                    if not self.folder.exists():  # surveyed, not yet taken
-                        return found
-                    if found.exists() and found.resolve().is_relative_to(self.folder.resolve()):
-                        return found
+                if Path(absolute).is_relative_to(source):
+                    copied = self.folder / self.places[source] / os.path.relpath(absolute, source)
+                    if not self.folder.exists():  # `survey` was called, `take` was not yet
+                        return copied
+                    if copied.exists() and copied.resolve().is_relative_to(self.folder.resolve()):
+                        return copied
         return Path(path)
 
 
 @dataclass
 class _Tree:
-    source: str     # what is copied, absolute, links resolved
+    """A folder to copy."""
+
+    source: str     # the folder, absolute, links resolved
     copy: str       # the name of its copy
-    own: list[str]  # the files and folders in it for whose sake it is copied
-    names: dict[str, bool] = field(default_factory=dict)  # its files, relative to `source`; False: untracked
-    left_out: list[str] = field(default_factory=list)
+    own: list[str]  # the sources of the snapshot that lie in it, absolute
+    names: dict[str, bool] = field(default_factory=dict)  # its files, relative to `source`: whether git tracks them
+    left_out: list[str] = field(default_factory=list)     # files that are not copied, each with the reason
     git: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(("commit", "branch", "dirty", "diff", "note")))
 
 
 class _NoGit(Exception):
-    """Why git says nothing about a folder."""
+    """Git cannot describe a folder. The message says why."""
 
 
 def survey(sources: Sequence[Path], into: Path) -> Snapshot:
-    """Where `take` would put them; nothing is copied. Its `moved` is right for the sources, which always are copied.
+    """The snapshot that `take` would make, without copying anything.
+
+    Its `moved` is right for the sources, since `take` always copies them.
 
     Raises:
         UserError: a source does not exist.
@@ -98,19 +104,23 @@ def survey(sources: Sequence[Path], into: Path) -> Snapshot:
 
 
 def take(sources: Sequence[Path], into: Path) -> Snapshot:
-    """Copy the code that `sources`, files or folders, belong to into the folder `into`, which does not exist yet:
-    the git work tree that each is in, else the folder. Neither the folder of runs is copied nor what may hold secrets;
-    a file among the sources always is.
+    """Copy the code that the sources belong to: of each source, the git work tree that holds it, or else the folder.
+
+    The folder of runs is not copied, and files that may hold secrets are not. A file among the sources is always copied.
+
+    Args:
+        sources: files or folders.
+        into: a new folder.
 
     Raises:
-        UserError: a source does not exist, or the copy cannot be written; nothing is left of it then.
+        UserError: a source does not exist, or the copy cannot be written. No partial copy is left.
     """
     into, trees, made = Path(into).absolute(), _trees(sources), False
     try:
         into.mkdir(parents=True)
         made = True
         for tree in trees:
-            _list(tree, into)
+            _find_files(tree, into)
         _copy(trees, into)
         places = _places(trees, sources)
         records = tuple({
@@ -118,7 +128,7 @@ def take(sources: Sequence[Path], into: Path) -> Snapshot:
             "untracked": _listed(_shown(name) for name, tracked in tree.names.items() if not tracked),
         } for tree in trees)
         text = json.dumps({"trees": records, "places": places}, indent=1, ensure_ascii=False) + "\n"
-        # A path that is no UTF-8 has lone surrogates here, which only JSON's own escapes can hold.
+        # A path that is not UTF-8 has lone surrogates in it. Only JSON's escapes can hold these.
         replace_text(into / RECORD, re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text))
     except BaseException as error:
         if made:
@@ -131,6 +141,7 @@ def take(sources: Sequence[Path], into: Path) -> Snapshot:
 
 
 def _places(trees: Sequence[_Tree], sources: Sequence[Path]) -> dict[str, str]:
+    """The `places` of a snapshot."""
     places = {tree.source: tree.copy for tree in trees}
     for real, source in ((os.path.realpath(source), os.path.abspath(source)) for source in sources):
         tree = next(tree for tree in trees if real in tree.own)
@@ -139,10 +150,12 @@ def _places(trees: Sequence[_Tree], sources: Sequence[Path]) -> dict[str, str]:
 
 
 def load(folder: Path) -> Snapshot | None:
-    """The snapshot in the folder; None if there is none, or half of one: the record is written last.
+    """The snapshot in the folder; None if the folder holds none, or only a part of one.
+
+    snapshot.json is written last, so a snapshot without it is not complete.
 
     Raises:
-        UserError: the record cannot be read.
+        UserError: snapshot.json cannot be read.
     """
     folder = Path(folder).absolute()
     try:
@@ -155,31 +168,36 @@ def load(folder: Path) -> Snapshot | None:
 
 
 def _trees(sources: Sequence[Path]) -> list[_Tree]:
-    """The trees that hold the sources, each once, with names for their copies."""
+    """The trees that hold the sources, each with a name for its copy.
+
+    Raises:
+        UserError: a source does not exist.
+    """
     own: dict[str, list[str]] = {}
-    for real in sorted(map(os.path.realpath, sources), key=lambda path: len(_folder(path))):  # a folder before those in it
+    for real in sorted(map(os.path.realpath, sources), key=lambda path: len(_folder(path))):  # outer folders first
         if not os.path.exists(real):
-            raise UserError(f"there is no file or folder `{_shown(real)}`", "its code cannot be kept for the run")
+            raise UserError(f"`{_shown(real)}` does not exist, so its code cannot be copied for the run",
+                            "restore it, or correct the path")
         folder = Path(_folder(real))
-        up = (folder, *folder.parents)
-        git = (above for above in up if os.path.lexists(above / ".git"))
-        top = next(git, None) or next((above for above in up if str(above) in own), folder)
+        upwards = (folder, *folder.parents)
+        work_trees = (above for above in upwards if os.path.lexists(above / ".git"))
+        top = next(work_trees, None) or next((above for above in upwards if str(above) in own), folder)
         own.setdefault(str(top), []).append(real)
     trees: list[_Tree] = []
     used = {RECORD}
-    for top, reals in own.items():
-        word = re.sub(r"[^\w.-]+", "-", os.path.basename(top))[:60].strip("-.") or "code"
-        tries = (f"{word}-{number}" if number else word for number in (0, *range(2, len(own) + 4)))
-        name = next(name for name in tries if not {name.lower(), f"{name}.diff".lower()} & used)
+    for source, reals in own.items():
+        word = re.sub(r"[^\w.-]+", "-", os.path.basename(source))[:60].strip("-.") or "code"
+        candidates = (f"{word}-{number}" if number else word for number in (0, *range(2, len(own) + 4)))
+        name = next(name for name in candidates if not {name.lower(), f"{name}.diff".lower()} & used)
         used |= {name.lower(), f"{name}.diff".lower()}
-        trees.append(_Tree(top, name, reals))
+        trees.append(_Tree(source, name, reals))
     return trees
 
 
-def _list(tree: _Tree, into: Path) -> None:
-    """Find what belongs to the tree, and what git knows of it, whose diff goes into a file."""
+def _find_files(tree: _Tree, into: Path) -> None:
+    """Fill in the names of the tree's files and git's description of the tree. Write git's diff to a file."""
     top, folders, code = tree.source, [*map(_folder, tree.own)], Path(os.path.realpath(into))
-    # The folder of runs, unless it holds what is to be copied; then this run's.
+    # Skip the folder of runs. If a source lies in it, skip only this run's folder, or its folder of code.
     skip = next((str(path) for path in (code.parents[1], code.parent, code)
                  if Path(top) in path.parents and not any(Path(folder).is_relative_to(path) for folder in folders)), None)
     by_git = os.path.lexists(f"{top}/.git")
@@ -190,7 +208,7 @@ def _list(tree: _Tree, into: Path) -> None:
             tree.git.update(commit=commit, branch=None if branch == "HEAD" else branch)
         except _NoGit as error:
             tree.git["note"], by_git = f"not by git: {error}", False
-    # What a run was asked to execute belongs to it, also if git ignores it, or its name is like no code.
+    # A source is copied even if git ignores it, or if its name does not look like code.
     starts = [folder for folder in folders if not any(f"{top}/{name}".startswith(f"{folder}/") for name in tree.names)]
     starts += [] if by_git else [top]
     for name in (name for start in dict.fromkeys(starts) for name in _walk(tree, start, skip)):
@@ -204,7 +222,8 @@ def _list(tree: _Tree, into: Path) -> None:
              if tracked and os.path.isfile(f"{top}/{name}") and os.path.getsize(f"{top}/{name}") > MAX_FILE_BYTES]
     try:
         diff = _git(top, "diff", "HEAD", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/",
-                    "--dst-prefix=b/", "--submodule=short", "--", ".", *(f":(exclude,icase,glob)**/{it}" for it in SECRETS),
+                    "--dst-prefix=b/", "--submodule=short", "--", ".",
+                    *(f":(exclude,icase,glob)**/{pattern}" for pattern in SECRETS),
                     *(f":(exclude,literal){name}" for name in large[:MAX_LISTED]))
     except _NoGit as error:
         diff, tree.git["note"] = b"", f"no diff: {error}"
@@ -217,61 +236,61 @@ def _list(tree: _Tree, into: Path) -> None:
 
 
 def _git(top: str, *args: str) -> bytes:
-    """Raises: _NoGit."""
-    # Variables that a hook sets would point to another repository, or give the arguments another meaning.
+    """The output of a git command in the folder `top`. Raises: _NoGit."""
+    # A git hook sets variables that would point to another repository, or change what the arguments mean.
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_") or key.startswith("GIT_CONFIG")}
     try:
-        ran = subprocess.run(["git", "-C", top, "-c", "core.fsmonitor=false", *args], capture_output=True, check=False,
-                             env={**env, "LC_ALL": "C"}, stdin=subprocess.DEVNULL, timeout=GIT_TIMEOUT_S)
+        result = subprocess.run(["git", "-C", top, "-c", "core.fsmonitor=false", *args], capture_output=True, check=False,
+                                env={**env, "LC_ALL": "C"}, stdin=subprocess.DEVNULL, timeout=GIT_TIMEOUT_S)
     except FileNotFoundError:
         raise _NoGit("git is not installed") from None
     except OSError as error:
         raise _NoGit(f"git cannot be started: {error.strerror}") from None
     except subprocess.TimeoutExpired:
         raise _NoGit(f"git took more than {GIT_TIMEOUT_S:.0f} s") from None
-    if ran.returncode:
-        words = os.fsdecode(ran.stderr).partition("\n")[0].removeprefix("fatal: ")
-        raise _NoGit("the repository has no commit yet" if "ambiguous argument 'HEAD'" in words else words)
-    return ran.stdout
+    if result.returncode:
+        message = os.fsdecode(result.stderr).partition("\n")[0].removeprefix("fatal: ")
+        raise _NoGit("the repository has no commit yet" if "ambiguous argument 'HEAD'" in message else message)
+    return result.stdout
 
 
 def _git_names(top: str, skip: str | None) -> dict[str, bool]:
-    """The files of a work tree, and whether each is tracked, without those in `skip` and in untracked folders of runs.
+    """The files of a work tree, each with whether git tracks it. Leaves out `skip` and untracked run directories.
 
     Raises: _NoGit.
     """
     inside = os.path.relpath(skip, top) + "/" if skip else None
-    # That git does not even look there saves the time: there may be thousands of runs.
-    but = [] if inside is None else ["--exclude=/" + re.sub(r"([\\*?\[\] ])", r"\\\1", inside)]
-    said = os.fsdecode(_git(top, "ls-files", "-t", "--cached", "--others", "--exclude-standard", *but, "-z"))
+    # Keep git from looking there: there may be thousands of runs.
+    exclusion = [] if inside is None else ["--exclude=/" + re.sub(r"([\\*?\[\] ])", r"\\\1", inside)]
+    output = os.fsdecode(_git(top, "ls-files", "-t", "--cached", "--others", "--exclude-standard", *exclusion, "-z"))
     names: dict[str, bool] = {}
-    for tag, _, name in (line.partition(" ") for line in said.split("\0")[:-1]):
+    for tag, _, name in (line.partition(" ") for line in output.split("\0")[:-1]):
         path = f"{top}/{name}".rstrip("/")
         if not os.path.isdir(path) or os.path.islink(path):
             if inside is None or not name.startswith(inside):
                 names.setdefault(name, tag != "?")
-        elif os.path.lexists(f"{path}/.git"):  # a submodule, or a repository of its own
+        elif os.path.lexists(f"{path}/.git"):  # a submodule, or a nested repository
             try:
                 within: Iterable[str] = _git_names(path, skip if skip and Path(skip).is_relative_to(path) else None)
             except _NoGit:
                 within = _walk(_Tree(path, "", []), path, skip)
-            names |= {f"{name.rstrip('/')}/{each}": tag != "?" for each in within}
+            names |= {f"{name.rstrip('/')}/{nested}": tag != "?" for nested in within}
     folders = [{os.path.dirname(name) for name in names if os.path.basename(name) == word} for word in RUN]
     runs = tuple(f"{folder}/" for folder in set.intersection(*folders) if folder)
     return {name: tracked for name, tracked in names.items() if tracked or not name.startswith(runs)}
 
 
 def _walk(tree: _Tree, start: str, skip: str | None) -> Iterator[str]:
-    """The names, relative to the tree, of what looks like code below `start`, what is near first."""
+    """The names, relative to the tree, of files below `start` that look like code; files near `start` come first."""
     folders, seen = deque([start]), 0
     while folders:
         folder = folders.popleft()
-        here = _shown(os.path.relpath(folder, tree.source))
+        shown = _shown(os.path.relpath(folder, tree.source))
         try:
             with os.scandir(folder) as listing:
                 entries = sorted(islice(listing, MAX_SEEN + 1), key=lambda entry: entry.name)
         except OSError as error:
-            tree.left_out.append(f"{here}/ ({error.strerror})")
+            tree.left_out.append(f"{shown}/ ({error.strerror})")
             continue
         names = {entry.name for entry in entries}
         if folder != start and (RUN <= names or names & {"pyvenv.cfg", "conda-meta"}):
@@ -284,12 +303,18 @@ def _walk(tree: _Tree, start: str, skip: str | None) -> Iterator[str]:
                 yield os.path.relpath(entry.path, tree.source)
         seen += len(entries)
         if seen > MAX_SEEN:
-            tree.left_out.append(f"{here}/ and on (more than {MAX_SEEN:,} files)")
+            tree.left_out.append(f"{shown}/ and further folders (more than {MAX_SEEN:,} files)")
             return
 
 
 def _copy(trees: list[_Tree], into: Path) -> None:
-    """Copy the files of all trees, Python's first, then the links. Raises: OSError if it cannot be written."""
+    """Copy the files of all trees, then the links.
+
+    Sources are copied first, then Python files, since the caps may leave out the rest.
+
+    Raises:
+        OSError: a copy cannot be written, or a source cannot be read.
+    """
     files: list[tuple[tuple[bool, ...], _Tree, str, os.stat_result]] = []
     links: dict[tuple[str, str], tuple[_Tree, str, str]] = {}
     copied: dict[str, set[str]] = {tree.copy: {"."} for tree in trees}  # files, folders and links
@@ -301,10 +326,10 @@ def _copy(trees: list[_Tree], into: Path) -> None:
         for name, tracked in tree.names.items():
             path = f"{tree.source}/{name}"
             try:
-                found = os.lstat(path)
-                target = os.readlink(path) if stat.S_ISLNK(found.st_mode) else None
+                info = os.lstat(path)
+                target = os.readlink(path) if stat.S_ISLNK(info.st_mode) else None
             except (FileNotFoundError, NotADirectoryError):
-                continue  # deleted, which is not committed yet
+                continue  # deleted, but the deletion is not committed yet
             except OSError as error:
                 tree.left_out.append(f"{_shown(name)} ({error.strerror})")
                 continue
@@ -312,35 +337,35 @@ def _copy(trees: list[_Tree], into: Path) -> None:
                 tree.left_out.append(f"{_shown(name)} (may hold secrets)")
             elif target is not None:
                 links[tree.copy, name] = tree, name, target
-            elif stat.S_ISREG(found.st_mode):
-                last = path not in tree.own, not name.endswith(".py"), not path.startswith(own), not tracked
-                files.append((last, tree, name, found))
+            elif stat.S_ISREG(info.st_mode):
+                order = path not in tree.own, not name.endswith(".py"), not path.startswith(own), not tracked
+                files.append((order, tree, name, info))
 
     count = total = 0
-    for _, tree, name, found in sorted(files, key=lambda file: file[0]):
+    for _, tree, name, info in sorted(files, key=lambda file: file[0]):
         if links and any((tree.copy, str(above)) in links for above in Path(name).parents):
-            continue  # a link has taken the place of its folder: to git it is deleted
-        asked = f"{tree.source}/{name}" in tree.own
-        why = (None if asked else _mib(found.st_size) if found.st_size > MAX_FILE_BYTES else
+            continue  # a link has replaced the file's folder: for git, the file is deleted
+        is_source = f"{tree.source}/{name}" in tree.own
+        why = (None if is_source else _mib(info.st_size) if info.st_size > MAX_FILE_BYTES else
                f"more than {MAX_FILES:,} files" if count >= MAX_FILES else
-               f"more than {_mib(MAX_BYTES)} in all" if total + found.st_size > MAX_BYTES else None)
+               f"more than {_mib(MAX_BYTES)} in all" if total + info.st_size > MAX_BYTES else None)
         try:
             data = b"" if why else Path(tree.source, name).read_bytes()
         except FileNotFoundError:
             continue  # deleted just now
         except OSError as error:
-            if asked:
+            if is_source:
                 raise
             why = error.strerror
         if why:
             tree.left_out.append(f"{_shown(name)} ({why})")
             continue
         _make_folders(tree, name, into, copied)
-        target = f"{into}/{tree.copy}/{name}"
-        with open(target, "wb") as file:
+        copy = f"{into}/{tree.copy}/{name}"
+        with open(copy, "wb") as file:
             file.write(data)
-        os.chmod(target, found.st_mode & 0o777)
-        os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
+        os.chmod(copy, info.st_mode & 0o777)
+        os.utime(copy, ns=(info.st_atime_ns, info.st_mtime_ns))
         copied[tree.copy].add(name)
         count, total = count + 1, total + len(data)
 
@@ -350,14 +375,15 @@ def _copy(trees: list[_Tree], into: Path) -> None:
         _make_folders(tree, name, into, copied)
         copied[tree.copy].add(name)
     for tree, name, target in islice(links.values(), MAX_FILES):
-        # A link within the copy stays within it, also an absolute one; any other means what it meant.
-        there = os.path.dirname(f"{tree.source}/{name}")
-        meant = os.path.normpath(os.path.join(there, target))
-        within = os.path.relpath(meant, tree.source) in copied[tree.copy]
-        os.symlink(os.path.relpath(meant, there) if within else meant, f"{into}/{tree.copy}/{name}")
+        # A link whose target was copied points to the copy. Any other link points to its old target, by an absolute path.
+        folder = os.path.dirname(f"{tree.source}/{name}")
+        absolute = os.path.normpath(os.path.join(folder, target))
+        inside = os.path.relpath(absolute, tree.source) in copied[tree.copy]
+        os.symlink(os.path.relpath(absolute, folder) if inside else absolute, f"{into}/{tree.copy}/{name}")
 
 
 def _make_folders(tree: _Tree, name: str, into: Path, copied: dict[str, set[str]]) -> None:
+    """Make the folder of a file in the tree's copy, and note it in `copied`."""
     folder = os.path.dirname(name)
     if folder and folder not in copied[tree.copy]:
         _make_folders(tree, folder, into, copied)
@@ -366,13 +392,14 @@ def _make_folders(tree: _Tree, name: str, into: Path, copied: dict[str, set[str]
 
 
 def _listed(words: Iterable[str]) -> list[str]:
-    words = list(dict.fromkeys(words))
-    more = len(words) - MAX_LISTED
-    return [*words[:MAX_LISTED], f"... (and {more:,} more)"] if more > 0 else words
+    """The words without duplicates, at most MAX_LISTED. If words are cut off, a last entry says how many."""
+    unique = list(dict.fromkeys(words))
+    more = len(unique) - MAX_LISTED
+    return [*unique[:MAX_LISTED], f"... (and {more:,} more)"] if more > 0 else unique
 
 
 def _shown(name: str) -> str:
-    """A name that may be printed: one line, no control characters, no broken text."""
+    """The name in a form that is safe to print: one line, no control characters, no broken text."""
     return name if name.isprintable() else repr(name)
 
 
@@ -381,4 +408,5 @@ def _mib(size: int) -> str:
 
 
 def _folder(path: str) -> str:
+    """The path itself if it is a folder, else the folder that holds it."""
     return path if os.path.isdir(path) else os.path.dirname(path)

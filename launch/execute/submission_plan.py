@@ -1,4 +1,4 @@
-"""The plan of a run that goes to SLURM: its job, and its code as it is copied."""
+"""The plan of a run that is submitted to SLURM: its job, and the code to copy for it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from launch.plan.spec import Spec, with_values
 from launch.plan.submission import Submission
 from trainers.contract.paths import RunPaths
 
+# The folder that holds launch's own packages.
 OWN = Path(__file__).parents[2]
-OWN_MAY_CHANGE = not {"site-packages", "dist-packages"} & set(OWN.parts)  # a clone, not an installed package
+OWN_MAY_CHANGE = not {"site-packages", "dist-packages"} & set(OWN.parts)  # true for a clone, not for an installed package
 
 
 def code_of(spec: Spec) -> list[Path]:
-    """What a run that waits in a queue must find as it was: the user's code, and launch's own where it may change."""
-    theirs = getattr(spec.config, "script", None) or getattr(spec.config, "path", None)
-    return [*([Path(theirs)] if theirs else []), *([OWN] if OWN_MAY_CHANGE else [])]
+    """The code that must not change while the run waits in a queue: the user's, and launch's own unless it is installed."""
+    users = getattr(spec.config, "script", None) or getattr(spec.config, "path", None)
+    return [*([Path(users)] if users else []), *([OWN] if OWN_MAY_CHANGE else [])]
 
 
 def as_copied(spec: Spec, copy: snapshot.Snapshot | None) -> tuple[Spec, str | None]:
-    """The spec with the user's code where its copy lies, and where that of launch's own packages does, if there is one."""
+    """The spec with the paths of the user's code in `copy`; and the folder of launch's own packages in `copy`, or None."""
     moved = copy.moved if copy else Path
     for key in ("script", "path"):
         if path := getattr(spec.config, key, None):
@@ -35,10 +36,15 @@ def as_copied(spec: Spec, copy: snapshot.Snapshot | None) -> tuple[Spec, str | N
 
 def make_submission(run_id: str, spec: Spec, request: Request, resources: Resources, *, runs: Path, cwd: Path,
                     copy: snapshot.Snapshot | None, number: int = 1, here: bool = False) -> Plan:
-    """The plan of a run that SLURM is asked to run: its job, and a spec that names the code as it is in `copy`.
+    """The plan of a run that is submitted to SLURM. It holds the job, and its spec names the code in `copy`.
+
+    Args:
+        runs: the folder that holds the run directory.
+        number: of the submission.
+        here: whether the run uses the allocation that this command is in.
 
     Raises:
-        UserError: something in it cannot be.
+        UserError: the plan is impossible, for example because the batch cannot be split over the ranks.
     """
     spec, own = as_copied(spec, copy)
     paths, python = RunPaths(runs / run_id), request.cluster.python or sys.executable

@@ -1,4 +1,4 @@
-"""Hand runs to SLURM: plan the submission, let SLURM look at it, write the run directory, submit."""
+"""Submit planned jobs to SLURM, and explain why SLURM refuses a job."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ from trainers.contract.paths import RunPaths
 
 
 def submit(plan: Plan, spec: Spec, cluster: str) -> tuple[RunPaths, list[str], tuple[str, ...]]:
-    """Make the run directory and hand its job to SLURM.
+    """Make the run directory and submit its job.
 
     Args:
-        spec: with the user's code where it is now.
+        plan: as `make_submission` returns it.
+        spec: with the paths of the user's original code.
 
     Returns:
-        the run, the ids of its jobs (several for a chain), and what was left out of the copied code.
+        The run, the ids of its jobs (several for a chain), and the files that were not copied with the code.
 
     Raises:
-        UserError: SLURM would not take it: nothing was written then.
+        UserError: SLURM refuses the job, or the code cannot be copied. No run directory is left.
     """
+    assert plan.job is not None
     try_out(plan.job, plan.resources)
     paths = record.create_run(plan, job=record.submitting(cluster, 1))
     try:
@@ -46,31 +48,40 @@ def submit(plan: Plan, spec: Spec, cluster: str) -> tuple[RunPaths, list[str], t
         release(ids)
     except BaseException:
         withdraw([plan.job])
-        shutil.rmtree(paths.root, ignore_errors=True)  # made just now, and never run
+        shutil.rmtree(paths.root, ignore_errors=True)  # nothing has run in it
         raise
     return paths, ids, copy.left_out
 
 
 def withdraw(jobs: Iterable[Job]) -> None:
-    """Cancel those of the jobs that were submitted, also one whose id was not heard."""
+    """Cancel these jobs, including a job that SLURM accepted but whose id never reached us."""
     files = {job.file for job in jobs}
     try:
         slurm.cancel(id for id, job in slurm.queue().items() if job.script in files)
-    except UserError:  # SLURM does not answer, which is being said
+    except UserError:  # SLURM does not answer; the caller is raising an error already
         pass
 
 
 def release(ids: Sequence[str]) -> None:
-    """Let jobs that were submitted on hold go: from now on the run's record is theirs to write. Raises: UserError."""
+    """Release jobs that were submitted on hold. From now on the jobs write the run's record. Raises: UserError."""
     slurm.call("scontrol", "release", ",".join(ids))
 
 
 def hand_over(job: Job, files: Mapping[str, str], root: Path) -> list[str]:
-    """Write what a job reads, of a plan's files, under `root`, and submit it, link by link. Returns the ids; they are on
-    hold. Raises: UserError."""
-    own = {name: text for name, text in files.items() if name.startswith("submissions/")}  # an attempt writes the rest
+    """Write the files that a job reads, and submit the job on hold; for a chain, each of its links.
+
+    Args:
+        files: of the plan, by their paths under `root`.
+
+    Returns:
+        The ids of the jobs, in order.
+
+    Raises:
+        UserError: SLURM refuses the job, or a file cannot be written. No job stays in the queue.
+    """
+    needed = {name: text for name, text in files.items() if name.startswith("submissions/")}  # an attempt writes the rest
     try:
-        for name, text in {**own, os.path.relpath(job.file, root): job.script}.items():
+        for name, text in {**needed, os.path.relpath(job.file, root): job.script}.items():
             path = root / name
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, text)
@@ -79,12 +90,13 @@ def hand_over(job: Job, files: Mapping[str, str], root: Path) -> list[str]:
     ids: list[str] = []
     try:
         for _ in range(job.links):
-            # Of all before it: that the one before was struck off would be an end that was not good.
-            follows = [f"--dependency=afternotok:{':'.join(ids)}", "--kill-on-invalid-dep=yes"] if ids else []
-            said = _sbatch(job, *job.command[:-1], *follows, job.command[-1])
-            if not (found := re.findall(r"^(\d+)(?:;.*)?$", said, re.MULTILINE)):  # a federation's cluster comes after it
-                raise UserError(f"sbatch gave no job id; it said: {said.strip()}", "is `sbatch` here SLURM's own?")
-            ids.append(found[-1])  # some sites' sbatch greets first
+            # Depend on every earlier job: a cancelled job also counts as "not ok" and would start the chain.
+            dependency = [f"--dependency=afternotok:{':'.join(ids)}", "--kill-on-invalid-dep=yes"] if ids else []
+            output = _sbatch(job, *job.command[:-1], *dependency, job.command[-1])
+            # In a federation the name of the cluster follows the id. At some sites sbatch prints a greeting before it.
+            if not (matches := re.findall(r"^(\d+)(?:;.*)?$", output, re.MULTILINE)):
+                raise UserError(f"sbatch gave no job id; it said: {output.strip()}", "is `sbatch` here SLURM's own?")
+            ids.append(matches[-1])
     except BaseException:
         withdraw([job])
         raise
@@ -92,20 +104,20 @@ def hand_over(job: Job, files: Mapping[str, str], root: Path) -> list[str]:
 
 
 def try_out(job: Job, resources: Resources) -> None:
-    """Ask SLURM whether it could ever run this job, and submit nothing. Raises: UserError."""
+    """Check that SLURM could run this job, without submitting it. Raises: UserError."""
     _sbatch(job, "sbatch", "--test-only", stdin=job.script)
-    # What SLURM (22.05) takes all the same, and then lets wait for ever.
-    if not (partitions := _of(job)):
+    # SLURM (22.05) accepts a job that is too long or too large for its partition, and lets it wait for ever.
+    if not (partitions := _partitions_of(job)):
         return
-    time_s = seconds(_asked(job)["time"])
+    time_s = seconds(_options(job)["time"])
     longest = max(partitions, key=lambda partition: partition.time_s or inf)
-    if time_s > (longest.time_s or inf):
+    if longest.time_s and time_s > longest.time_s:
         raise UserError(f"the time limit is {slurm_time(time_s)}; partition `{longest.name}` allows "
-                        f"{slurm_time(longest.time_s)}", f"--time {slurm_time(longest.time_s)} or less")
+                        f"{slurm_time(longest.time_s)}", f"use --time {slurm_time(longest.time_s)} or less")
     largest = max(partitions, key=lambda partition: partition.nodes)
     if resources.nodes > largest.nodes:
         raise UserError(f"{resources.nodes} nodes are asked for; partition `{largest.name}` has {largest.nodes}",
-                        f"ask for fewer: {_has(largest)}")
+                        f"ask for fewer: {_partition_text(largest)}")
 
 
 def _sbatch(job: Job, *words: str, stdin: str | None = None) -> str:
@@ -114,53 +126,55 @@ def _sbatch(job: Job, *words: str, stdin: str | None = None) -> str:
     except UserError as error:
         for pattern, advice in REFUSALS:
             if re.search(pattern, error.message, re.IGNORECASE):
-                said = re.sub(r"^`sbatch` failed: |(allocation failure|Batch job submission failed): ", "", error.message)
-                raise UserError(f"SLURM refuses this job: {said}", advice(job)) from None
+                reason = re.sub(r"^`sbatch` failed: |(allocation failure|Batch job submission failed): ", "", error.message)
+                raise UserError(f"SLURM refuses this job: {reason}", advice(job)) from None
         raise
 
 
-def _asked(job: Job) -> dict[str, str]:
+def _options(job: Job) -> dict[str, str]:
     """The options in the job's script, by their long names."""
     lines = [line[len("#SBATCH --"):] for line in job.script.splitlines() if line.startswith("#SBATCH --")]
     return {key: "".join(shlex.split(value)) for key, _, value in (line.partition("=") for line in lines)}
 
 
-def _of(job: Job) -> list[slurm.Partition]:
-    """The partition that the job goes to; several if it may run in any of them."""
-    wanted = _asked(job).get("partition")
+def _partitions_of(job: Job) -> list[slurm.Partition]:
+    """The partitions in which the job may run."""
+    wanted = _options(job).get("partition")
     names = wanted.split(",") if wanted else []
-    return [found for found in slurm.partitions() if found.name in names or wanted is None and found.default]
+    return [partition for partition in slurm.partitions()
+            if partition.name in names or wanted is None and partition.default]
 
 
-def _has(partition: slurm.Partition) -> str:
+def _partition_text(partition: slurm.Partition) -> str:
     gpus = " and ".join(f"{count} {kind or 'GPU(s)'}" for kind, count in partition.gpus.items()) or "no GPU"
     return (f"partition `{partition.name}` has {partition.nodes} node(s) of {partition.cpus} cores, "
             f"{partition.memory_mib // 1024} GiB and {gpus}")
 
 
-def _there_are(job: Job) -> str:
+def _known_partitions(job: Job) -> str:
+    """Advice for a job whose partition does not exist."""
     names = [partition.name for partition in slurm.partitions()]
-    near = difflib.get_close_matches(_asked(job).get("partition", ""), names, n=1)
-    return (f"did you mean sbatch.partition={near[0]}? " if near else "") + f"there is {', '.join(names)}"
+    near = difflib.get_close_matches(_options(job).get("partition", ""), names, n=1)
+    return (f"did you mean sbatch.partition={near[0]}? " if near else "") + f"the partitions are {', '.join(names)}"
 
 
-def _fits(job: Job) -> str:
-    """What was asked for, and what there is."""
-    asked = _asked(job)
+def _asked_and_available(job: Job) -> str:
+    """Advice for a job that no node can run: the resources it asks for, and the resources of its partitions."""
+    asked = _options(job)
     wanted = ", ".join(f"{key}={asked[key]}" for key in ("nodes", "gpus-per-node", "gres", "cpus-per-task", "mem",
                                                          "mem-per-cpu", "constraint", "exclude", "nodelist") if key in asked)
-    return "; ".join([f"asked for: {wanted}", *map(_has, _of(job))])
+    return "; ".join([f"asked for: {wanted}", *map(_partition_text, _partitions_of(job))])
 
 
-# What SLURM says, and the advice.
+# Patterns of sbatch's errors, and the advice for each.
 REFUSALS: tuple[tuple[str, Callable[[Job], str]], ...] = (
-    (r"invalid partition", _there_are),
-    (r"invalid account", lambda job: f"sbatch.account=NAME, not `{_asked(job).get('account', '')}`; "
-                                     "`sacctmgr show assoc user=$USER` lists yours"),
-    (r"invalid qos", lambda job: f"sbatch.qos=NAME, not `{_asked(job).get('qos', '')}`"),
-    (r"generic resource|gres|node configuration|node count|more processors|memory|feature|node name", _fits),
+    (r"invalid partition", _known_partitions),
+    (r"invalid account", lambda job: f"give sbatch.account=NAME, not `{_options(job).get('account', '')}`; "
+                                     "`sacctmgr show assoc user=$USER` lists your accounts"),
+    (r"invalid qos", lambda job: f"give sbatch.qos=NAME, not `{_options(job).get('qos', '')}`"),
+    (r"generic resource|gres|node configuration|node count|more processors|memory|feature|node name", _asked_and_available),
     (r"job array", lambda job: f"{len(job.elements or ())} points are more than an array may have here "
-                               "(`scontrol show config | grep MaxArraySize`): sweep a part of them at a time"),
-    (r"time limit", lambda job: f"asked for {_asked(job)['time']}: a shorter --time; {_fits(job)}"),
-    (r"unrecognized option", lambda job: "see `man sbatch` for its options"),
+                               "(see `scontrol show config | grep MaxArraySize`): sweep fewer points at a time"),
+    (r"time limit", lambda job: f"use a --time shorter than {_options(job)['time']}; {_asked_and_available(job)}"),
+    (r"unrecognized option", lambda job: "see `man sbatch` for sbatch's options"),
 )

@@ -1,12 +1,12 @@
-"""Sweeps: a run for each point of a grid, as one array on SLURM, or in turn on this machine.
+"""Sweeps: one run for each point of a grid, as one array on SLURM, or one after another on this machine.
 
-    runs/<sweep>/sweep.json          its points, in order; written when all of its runs are there
-    runs/<sweep>/submissions/<n>/    submission.json lists its runs, by element of the array
-    runs/<sweep>/code/               one copy for all of them
-    runs/<sweep>-<i>/                the run of point i, from 0: one like any other
+    runs/<sweep>/sweep.json          the points, in order; written after the folders of all runs
+    runs/<sweep>/submissions/<n>/    submission.json lists the runs, by element of the array
+    runs/<sweep>/code/               one copy of the code for all runs
+    runs/<sweep>-<i>/                the run of point i, from 0: an ordinary run
 
-Where jobs may not be requeued, each run gets a chain of jobs of its own: an array could wait for the whole of another
-only, or (aftercorr) for each element's success.
+Where jobs may not be requeued, each run has its own chain of jobs. Arrays cannot form such chains: an array can wait
+for the whole of another array, or (aftercorr) for the success of each element, but not for the failure of each.
 """
 
 from __future__ import annotations
@@ -28,14 +28,24 @@ from launch.execute.local import run_attempts
 from launch.execute.on_slurm import check
 from launch.execute.submission_plan import code_of
 from launch.execute.submit import hand_over, release, try_out, withdraw
-from launch.execute.sweep_plan import Sweep, at_point, load_specs, make_sweep, many, said, show_sweep, submission_file, sweep_json
+from launch.execute.sweep_plan import (
+    Sweep,
+    at_point,
+    counted,
+    load_specs,
+    make_sweep,
+    overrides_text,
+    show_sweep,
+    submission_file,
+    sweep_json,
+)
 from launch.plan.grid import grid
-from launch.plan.initial_weights import resolved, warn
+from launch.plan.initial_weights import warn_of_broken, with_weights
 from launch.plan.job_script import Request
 from launch.plan.spec import Spec, spec_of
 from launch.plan.submission import Submission, last_submission, plan_of
 from launch.records import read as runs
-from launch.records.naming import named, new_run_id, shown
+from launch.records.naming import command_name, new_run_id, short_path
 from launch.records.process import alive
 from launch.records.run import SWEEP, Run, read_run
 from launch.records.state import state_of
@@ -47,60 +57,54 @@ from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, replace_json, replace_text, update_json
 from trainers.contract.paths import RunPaths
 
-HELD = "JobHeldUser"
+HELD = "JobHeldUser"  # SLURM's reason for a job that was submitted on hold
 
 
-# The specs of its points
-
-
-# The plan
-
-
-# Starting one
+# Starting a sweep
 
 
 def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], request: Request, root: Path, wanted: Wanted,
           parallel: int | None, dry_run: bool, json: bool) -> int:
-    """Run a new sweep, or submit it. Returns the exit code.
+    """Run a new sweep on this machine, or submit it to SLURM. Returns the exit code.
 
     Args:
-        words: `key=value`, some with several values.
-        load: makes the spec of one point's words.
-        request: of which only the cluster counts on this machine.
-        parallel: how many of the array's elements may run at once.
+        words: `key=value` words, some with several values.
+        load: makes the spec of a point's words.
+        request: on this machine, only its cluster counts.
+        parallel: how many elements of the array may run at once.
 
     Raises:
-        UserError: something the user must mend; nothing was written or submitted.
+        UserError: the user must fix something; nothing was written or submitted.
     """
-    grid_points, here = grid(words), request.cluster.kind == "local"
-    specs = load_specs(grid_points, lambda words: resolved(load(words), root))
-    warn(specs)
+    grid_points, local = grid(words), request.cluster.kind == "local"
+    specs = load_specs(grid_points, lambda words: with_weights(load(words), root))
+    warn_of_broken(specs)
     resources = resources_of(specs[0].config, request.cluster, wanted)
     for point, spec in zip(grid_points, specs):
         with at_point(point.overrides):
             check(spec, request, dry_run)
     sweep_id, digits = new_run_id(f"{specs[0].name}-sweep"), len(str(len(specs) - 1))
-    points = [{"run": f"{sweep_id}-{place:0{digits}d}", "overrides": list(point.overrides)}
-              for place, point in enumerate(grid_points)]
-    sources = [] if here else list(dict.fromkeys(path for spec in specs for path in code_of(spec)))
-    copy = None if here else snapshot.survey(sources, RunPaths(root / sweep_id).code)
+    points = [{"run": f"{sweep_id}-{index:0{digits}d}", "overrides": list(point.overrides)}
+              for index, point in enumerate(grid_points)]
+    sources = [] if local else list(dict.fromkeys(path for spec in specs for path in code_of(spec)))
+    copy = None if local else snapshot.survey(sources, RunPaths(root / sweep_id).code)
     sweep = make_sweep(sweep_id, points, dict(enumerate(specs)), request, resources, root=root, cwd=Path.cwd(), copy=copy,
                        parallel=parallel)
     if dry_run:
         print(jsonlib.dumps(sweep_json(sweep), indent=1, ensure_ascii=False) if json else show_sweep(sweep), end="\n" * json)
         return 0
-    if here:
-        _write(sweep, specs[0].name, record.worker_here(), sources)
-        return _in_turn(sweep, json)
+    if local:
+        _write(sweep, specs[0].name, record.local_job(), sources)
+        return _run_in_turn(sweep, json)
     try_out(sweep.jobs[0], resources)
     for name in _write(sweep, specs[0].name, _submitting(sweep), sources)[:5]:
         print(f"warning: not copied with the code: {name}", file=sys.stderr)
     try:
-        ids = _hand_over(sweep)
+        ids = _submit(sweep)
     except BaseException:
         _remove(sweep)
         raise
-    _say(sweep, ids, json)
+    _print_submitted(sweep, ids, json)
     return 0
 
 
@@ -109,17 +113,27 @@ def _submitting(sweep: Sweep) -> dict[str, Any]:
 
 
 def _write(sweep: Sweep, task: str, job: Mapping[str, Any], sources: Sequence[Path]) -> tuple[str, ...]:
-    """Make the folders of a new sweep and of its runs. Returns what was left out of the code's copy. Nothing stays if it
-    cannot be done. Raises: UserError."""
+    """Make the folders of a new sweep and of its runs.
+
+    Args:
+        task: the name in sweep.json.
+        sources: the code to copy.
+
+    Returns:
+        The files that were not copied with the code, as text to print.
+
+    Raises:
+        UserError: a file cannot be written. No folder is left.
+    """
     paths = RunPaths(Path(sweep.folder))
     try:
         _write_submission(sweep)
         left_out = snapshot.take(sources, paths.code).left_out if sources else ()
         for plan in sweep.plans:
             record.create_run(plan, sweep=sweep.id, job=dict(job))
-        with _writing(paths.root):
+        with _write_errors(paths.root):
             replace_json(paths.root / SWEEP, {"id": sweep.id, "task": task, "created": utc_now(), "job": dict(job),
-                                                   "max_parallel": sweep.parallel, "points": list(sweep.points)})
+                                              "max_parallel": sweep.parallel, "points": list(sweep.points)})
     except BaseException:
         _remove(sweep)
         raise
@@ -127,9 +141,13 @@ def _write(sweep: Sweep, task: str, job: Mapping[str, Any], sources: Sequence[Pa
 
 
 def _write_submission(sweep: Sweep) -> None:
-    """Making its folder is what decides between two who try."""
+    """Write submission.json. Of two processes that try, one can make its folder.
+
+    Raises:
+        UserError: another process has made the folder, or it cannot be written.
+    """
     file = Path(sweep.folder) / submission_file(sweep)
-    with _writing(file.parent):
+    with _write_errors(file.parent):
         try:
             file.parent.mkdir(parents=True)
         except FileExistsError:
@@ -139,7 +157,8 @@ def _write_submission(sweep: Sweep) -> None:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _write_errors(folder: Path) -> Iterator[None]:
+    """Turn an OSError raised inside into a UserError: the folder cannot be written."""
     try:
         yield
     except OSError as error:
@@ -155,56 +174,66 @@ def _remove(sweep: Sweep) -> None:
 # On SLURM
 
 
-def _hand_over(sweep: Sweep) -> list[str]:
-    """Submit its jobs, and let them go once each run's record holds the ids of its own. Returns the ids. No job stays if
-    it cannot be done. Raises: UserError."""
+def _submit(sweep: Sweep) -> list[str]:
+    """Submit the sweep's jobs on hold, write their ids to the records of the runs, and release the jobs.
+
+    Returns:
+        The ids of the jobs.
+
+    Raises:
+        UserError: SLURM refuses a job, or a file cannot be written. No job stays in the queue.
+    """
     root = Path(sweep.folder)
     job = {key: value for key, value in _submitting(sweep).items() if key in ("kind", "cluster", "submission")}
     try:
         if sweep.array:
-            given = hand_over(sweep.array, {}, root)
-            of_runs = [[f"{given[0]}_{element}"] for element in sweep.elements]
+            all_ids = hand_over(sweep.array, {}, root)
+            ids_by_run = [[f"{all_ids[0]}_{element}"] for element in sweep.elements]
         else:
-            of_runs = [hand_over(plan.job, plan.files, Path(plan.folder)) for plan in sweep.plans]
-            given = [id for ids in of_runs for id in ids]
-        for plan, ids in zip(sweep.plans, of_runs):
+            ids_by_run = [hand_over(run_job, plan.files, Path(plan.folder))
+                          for run_job, plan in zip(sweep.jobs, sweep.plans, strict=True)]
+            all_ids = [id for ids in ids_by_run for id in ids]
+        for plan, ids in zip(sweep.plans, ids_by_run):
             update_json(RunPaths(Path(plan.folder)).record, job={**job, "ids": ids}, updated=utc_now())
-        update_json(root / SWEEP, job={**job, "ids": given})
-        release(given)
+        update_json(root / SWEEP, job={**job, "ids": all_ids})
+        release(all_ids)
     except BaseException:
         withdraw(sweep.jobs)
         raise
-    return given
+    return all_ids
 
 
-def _say(sweep: Sweep, ids: Sequence[str], json: bool) -> None:
+def _print_submitted(sweep: Sweep, ids: Sequence[str], json: bool) -> None:
     paths, resources = RunPaths(Path(sweep.folder)), sweep.submission.resources
-    name = named(paths)
-    nexts = [f"launch runs --sweep {name}", f"launch cancel {name}"]
+    name = command_name(paths)
+    commands = [f"launch runs --sweep {name}", f"launch cancel {name}"]
     if json:
         print(jsonlib.dumps({"id": sweep.id, "jobs": list(ids), "path": sweep.folder,
-                             "runs": [plan.run_id for plan in sweep.plans], "next": nexts}))
+                             "runs": [plan.run_id for plan in sweep.plans], "next": commands}))
         return
     ranks = f"{resources.gpus} GPU(s)" if resources.gpus else f"{resources.ranks} CPU rank(s)"
     jobs = f"array {ids[0]}" if sweep.array else f"{len(ids)} jobs, {len(ids) // len(sweep.plans)} for each run"
-    most = f", {sweep.parallel} at once" if sweep.parallel else ""
-    print(f"sweep {sweep.id} submitted to {sweep.submission.cluster.name} as {jobs}: {many(len(sweep.plans), 'run')} of "
-          f"{ranks} on {resources.nodes} node(s){most}\nfolder  {shown(paths.root)}\n"
-          f"next    {nexts[0]}\n        {nexts[1]}")
+    at_once = f", {sweep.parallel} at once" if sweep.parallel else ""
+    print(f"sweep {sweep.id} submitted to {sweep.submission.cluster.name} as {jobs}: {counted(len(sweep.plans), 'run')} of "
+          f"{ranks} on {resources.nodes} node(s){at_once}\nfolder  {short_path(paths.root)}\n"
+          f"next    {commands[0]}\n        {commands[1]}")
 
 
 # On this machine
 
 
-def _in_turn(sweep: Sweep, json: bool) -> int:
-    """Run what waits in it, one after another. A run that fails ends only itself; a signal ends the run with its
-    checkpoint, and the sweep. Returns the exit code."""
-    job, codes, stopped = record.worker_here(), [], False
+def _run_in_turn(sweep: Sweep, json: bool) -> int:
+    """Execute the runs that wait, one after another. Returns the exit code.
+
+    The sweep continues after a run that failed. A stop signal ends the present run with a checkpoint, and the sweep.
+    """
+    job, stopped = record.local_job(), False
+    codes: list[int] = []
     files = [RunPaths(Path(plan.folder)).record for plan in sweep.plans]
 
     def waiting(file: Path) -> bool:
-        """Unless it was cancelled meanwhile, or taken by somebody else."""
-        now = _now(file)
+        """Whether this process may still start the run: nobody has cancelled or started it in the meantime."""
+        now = _read_record(file)
         return (now["state"], now["job"]) == ("submitted", job)
 
     with stop_signals() as stop:
@@ -214,8 +243,8 @@ def _in_turn(sweep: Sweep, json: bool) -> int:
             if not waiting(file):
                 continue
             paths, view = RunPaths(Path(plan.folder)), make_view(json)
-            view.notice(f"point {element + 1} of {len(sweep.points)}, {said(sweep.points[element]['overrides'])}: "
-                        f"run {paths.id} in {shown(paths.root)}")
+            view.notice(f"point {element + 1} of {len(sweep.points)}, {overrides_text(sweep.points[element]['overrides'])}: "
+                        f"run {paths.id} in {short_path(paths.root)}")
             try:
                 codes.append(run_attempts(partial(plan_of, sweep.submission, paths), paths, record.next_attempt(paths), view,
                                       plan.max_restarts, debug=False))
@@ -223,10 +252,10 @@ def _in_turn(sweep: Sweep, json: bool) -> int:
                 view.close()
                 print(error, file=sys.stderr)
                 codes.append(error.exit_code)
-            stopped = codes[-1] == exit_codes.KILLED or _now(file)["state"] == "preempted"
+            stopped = codes[-1] == exit_codes.KILLED or _read_record(file)["state"] == "preempted"
         for file in filter(waiting, files if stopped else ()):
             update_json(file, state="preempted", updated=utc_now())
-    _tell(_ending(sweep), json)
+    _notice(_ending(sweep), json)
     if stopped:
         return exit_codes.KILLED if codes[-1:] == [exit_codes.KILLED] else exit_codes.PREEMPTED
     failed = any(code not in (exit_codes.FINISHED, exit_codes.PREEMPTED) for code in codes)
@@ -234,83 +263,93 @@ def _in_turn(sweep: Sweep, json: bool) -> int:
 
 
 def _ending(sweep: Sweep) -> str:
-    states = [_now(RunPaths(Path(folder)).record)["state"] for folder in sweep.submission.runs]
+    """How many runs of the sweep are in each state, and what to do next, as one line."""
+    states = [_read_record(RunPaths(Path(folder)).record)["state"] for folder in sweep.submission.runs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    name = named(RunPaths(Path(sweep.folder)))
-    onward = "" if set(states) == {"finished"} else f"; go on with `launch sweep --resume {name}`"
-    return f"sweep {sweep.id}: {counts}; compare them with `launch runs --sweep {name}`{onward}"
+    name = command_name(RunPaths(Path(sweep.folder)))
+    advice = "" if set(states) == {"finished"} else f"; continue with `launch sweep --resume {name}`"
+    return f"sweep {sweep.id}: {counts}; compare them with `launch runs --sweep {name}`{advice}"
 
 
-def _now(file: Path) -> dict[str, Any]:
-    """A run's record. Its folder may have been removed."""
+def _read_record(file: Path) -> dict[str, Any]:
+    """A run's record as it is now; a stand-in if the record cannot be read (its folder may have been deleted)."""
     try:
         return read_json(file)
     except (OSError, ValueError):
         return {"state": "unreadable", "job": None}
 
 
-def _tell(message: str, json: bool) -> None:
+def _notice(message: str, json: bool) -> None:
     view = make_view(json)
     view.notice(message)
     view.close()
 
 
-# Going on with one
+# Resuming a sweep
 
 
 def resume(root: Path, word: str, *, request: Request | None, wanted: Wanted, parallel: int | None, json: bool) -> int:
-    """Go on with those runs of a sweep that have not finished, where it was last (`request`: there). Returns the exit code.
+    """Continue the runs of a sweep that have not finished. Returns the exit code.
+
+    Args:
+        root: the folder of runs.
+        word: names the sweep.
+        request: None: run where the sweep was last.
 
     Raises:
-        UserError: there is no such sweep, it is just being submitted, or something else that the user must mend.
+        UserError: there is no such sweep, it is being submitted just now, or the user must fix something else.
     """
-    found = runs.read_sweep(root, word)
-    paths, points = RunPaths(Path(found["path"])), found["points"]
-    _adopt(paths, _members(paths, points))
+    sweep_record = runs.read_sweep(root, word)
+    paths, points = RunPaths(Path(sweep_record["path"])), sweep_record["points"]
+    _adopt_jobs(paths, _members(paths, points))
     members = _members(paths, points)
-    going = _going(members.values())
-    left = {element: run for element, run in members.items() if run.id not in going and run.record["state"] != "finished"}
-    if going:
-        _tell(f"sweep {paths.id}: {many(len(going), 'run')} at work or waiting, left alone", json)
-    if not left:
-        _tell(f"sweep {paths.id}: nothing {'else ' * bool(going)}to resume", json)
+    active = _active(members.values())
+    to_resume = {element: run for element, run in members.items()
+                 if run.id not in active and run.record["state"] != "finished"}
+    if active:
+        _notice(f"sweep {paths.id}: {counted(len(active), 'run')} running or waiting, left alone", json)
+    if not to_resume:
+        _notice(f"sweep {paths.id}: nothing {'else ' * bool(active)}to resume", json)
         return 0
     before = last_submission(paths)
+    assert before is not None  # sweep.json is written after the first submission
     if request is None:
         request = Request(before.cluster, before.time, before.options)
-    here = request.cluster.kind == "local"
-    specs = {element: spec_of(run.paths) for element, run in left.items()}
+    local = request.cluster.kind == "local"
+    specs = {element: spec_of(run.paths) for element, run in to_resume.items()}
     resources = _resources(next(iter(specs.values())), before, request, wanted)
     for element, spec in specs.items():
         with at_point(points[element]["overrides"]):
             check(spec, request, False)
-    # Runs that were resumed alone have counted their own on from the sweep's.
-    number = max(number for each in (paths, *(run.paths for run in members.values())) for number in each.submission_numbers()) + 1
+    # The submissions of a run that was resumed alone are counted together with its sweep's.
+    homes = (paths, *(run.paths for run in members.values()))
+    number = max(number for home in homes for number in home.submission_numbers()) + 1
     sweep = make_sweep(paths.id, points, specs, request, resources, root=paths.root.parent, cwd=Path(before.cwd),
-                       copy=None if here else snapshot.load(paths.code), number=number,
-                       parallel=parallel or (None if here else found["max_parallel"]))
-    if not here:
+                       copy=None if local else snapshot.load(paths.code), number=number,
+                       parallel=parallel or (None if local else sweep_record["max_parallel"]))
+    if not local:
         try_out(sweep.jobs[0], resources)
     _write_submission(sweep)
-    job = record.worker_here() if here else _submitting(sweep)
-    with _writing(paths.root.parent):
-        for run in left.values():
+    job = record.local_job() if local else _submitting(sweep)
+    with _write_errors(paths.root.parent):
+        for run in to_resume.values():
             update_json(run.paths.record, state="submitted", job=job, updated=utc_now())
-    if here:
+    if local:
         update_json(paths.root / SWEEP, job=job)
-        return _in_turn(sweep, json)
+        return _run_in_turn(sweep, json)
     try:
-        ids = _hand_over(sweep)
+        ids = _submit(sweep)
     except BaseException:
-        for run in left.values():
+        for run in to_resume.values():
             update_json(run.paths.record, state=run.record["state"], job=run.record["job"])
         shutil.rmtree(paths.submission(number))
         raise
-    _say(sweep, ids, json)
+    _print_submitted(sweep, ids, json)
     return 0
 
 
 def _resources(spec: Spec, before: Submission, request: Request, wanted: Wanted) -> Resources:
+    """The resources of a resumed sweep: those of its last submission, unless `wanted` or another cluster changes them."""
     last = before.resources
     if not wanted and before.cluster.name == request.cluster.name:
         return last
@@ -321,30 +360,32 @@ def _resources(spec: Spec, before: Submission, request: Request, wanted: Wanted)
 
 
 def _members(sweep: RunPaths, points: Sequence[Mapping[str, Any]]) -> dict[int, Run]:
-    """Its runs by their points' places, but for those that were removed."""
+    """The runs of a sweep by the index of their point, without runs whose folders were deleted."""
     folders = {element: sweep.root.parent / point["run"] for element, point in enumerate(points)}
     return {element: read_run(folder) for element, folder in folders.items() if folder.exists()}
 
 
-def _adopt(sweep: RunPaths, members: Mapping[int, Run]) -> None:
-    """Note the jobs of a submission that broke off before it could, and let them go.
+def _adopt_jobs(sweep: RunPaths, members: Mapping[int, Run]) -> None:
+    """Record and release the jobs of a submission that was interrupted before it could do so.
 
     Raises:
-        UserError: it is under way; SLURM does not answer.
+        UserError: the submission is still in progress, or SLURM does not answer.
     """
     unfinished = {element: run for element, run in members.items()
                   if run.record["state"] != "finished" and (run.record["job"] or {}).get("kind") == "slurm"}
-    queued = list(slurm.queue().values()) if unfinished else []
-    held, adopted = [], {}
+    queue = list(slurm.queue().values()) if unfinished else []
+    held: list[str] = []
+    adopted: dict[str, Any] = {}
     for element, run in unfinished.items():
         job = run.record["job"]
         if not job["ids"] and job["host"] == socket.gethostname() and alive(job["pid"], job["started"]):
             raise UserError(f"sweep {sweep.id} is being submitted by process {job['pid']}", "wait a moment")
         scripts = {f"{paths.submission(job['submission'])}/job.sh" for paths in (sweep, run.paths)}
-        mine = [each for each in queued if each.script in scripts and ("_" not in each.id or each.id.endswith(f"_{element}"))]
-        held += [each.id for each in mine if each.reason == HELD]
-        if mine and not job["ids"]:
-            ids = sorted((each.id for each in mine), key=_job_number)
+        own = [queued for queued in queue
+               if queued.script in scripts and ("_" not in queued.id or queued.id.endswith(f"_{element}"))]
+        held += [queued.id for queued in own if queued.reason == HELD]
+        if own and not job["ids"]:
+            ids = sorted((queued.id for queued in own), key=_job_number)
             adopted = {**{key: job[key] for key in ("kind", "cluster", "submission")}, "ids": ids}
             update_json(run.paths.record, job=adopted)
     if adopted:
@@ -354,20 +395,21 @@ def _adopt(sweep: RunPaths, members: Mapping[int, Run]) -> None:
 
 
 def _job_number(id: str) -> int:
+    """101 for the job "101" and for the element "101_3" of an array."""
     return int(id.partition("_")[0])
 
 
-def _going(members: Iterable[Run]) -> set[str]:
-    """The ids of those runs that are at work, or wait to be."""
+def _active(members: Iterable[Run]) -> set[str]:
+    """The ids of the runs that are running, or that wait to be started."""
     jobs = {run.id: (run, run.record["job"] or {}) for run in members if run.record["state"] != "finished"}
     ids = [id for _, job in jobs.values() for id in job.get("ids", ())]
     queued = slurm.queue(ids) if ids else {}
 
-    def going(run: Run, job: Mapping[str, Any]) -> bool:
+    def active(run: Run, job: Mapping[str, Any]) -> bool:
         if job.get("kind") != "local":
             return bool(queued.keys() & set(job.get("ids", ())))
-        # One that waits for its turn on another host is whose of the two begins it.
+        # A run that waits on another host belongs to whichever host starts it first.
         state = state_of(run)
         return state == "running" or state == "submitted" and job["host"] == socket.gethostname()
 
-    return {id for id, (run, job) in jobs.items() if going(run, job)}
+    return {id for id, (run, job) in jobs.items() if active(run, job)}

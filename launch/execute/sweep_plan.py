@@ -1,4 +1,4 @@
-"""The plan of a sweep: which runs it has, and what SLURM gets."""
+"""The plan of a sweep: its runs, and what is submitted to SLURM."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from trainers.contract.paths import RunPaths
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is submitted, or run, of a sweep: data, as a run's Plan is."""
+    """The plan of a sweep, as plain data: all of its points, and the runs to execute now."""
 
     id: str
     folder: str                          # absolute
-    points: tuple[Mapping[str, Any], ...]  # of all its runs: {"run", "overrides"}
-    elements: tuple[int, ...]            # the points that are to be run now
-    plans: tuple[Plan, ...]              # their runs
+    points: tuple[Mapping[str, Any], ...]  # all of them: {"run": id, "overrides"}
+    elements: tuple[int, ...]            # indices of the points to run now
+    plans: tuple[Plan, ...]              # of their runs, in the same order
     submission: Submission
-    array: Job | None                    # of all of them; None: each has jobs of its own, or runs on this machine
-    parallel: int | None
+    array: Job | None                    # one array for all runs; None: each run has its own jobs, or runs on this machine
+    parallel: int | None                 # how many elements of the array may run at once
 
     @property
     def jobs(self) -> list[Job]:
@@ -45,61 +45,74 @@ class Sweep:
 def load_specs(points: Sequence[Point], load: Callable[[Sequence[str]], Spec]) -> list[Spec]:
     """The spec of each point.
 
+    Args:
+        load: makes a spec of a point's words.
+
     Raises:
-        UserError: of some point there is none, or two points are the same run.
+        UserError: a point's spec is wrong, or two points are the same run.
     """
-    specs, first = [], {}
+    specs: list[Spec] = []
+    first: dict[str, Point] = {}  # by the text of the spec
     for point in points:
         with at_point(point.overrides):
             specs.append(load(point.words))
         twin = first.setdefault(specs[-1].text, point)
         if twin is not point:
-            raise UserError(f"two points are the same run: {said(twin.overrides)} and {said(point.overrides)}",
-                            "give each value once; `train.seed` makes runs differ that are else alike")
+            both = f"{overrides_text(twin.overrides)} and {overrides_text(point.overrides)}"
+            raise UserError(f"two points are the same run: {both}",
+                            "give each value once, or vary `train.seed` to repeat a run")
     return specs
 
 
 @contextmanager
 def at_point(overrides: Sequence[str]) -> Iterator[None]:
-    """Errors in it name the point."""
+    """Put the point's overrides in front of errors that are raised inside."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"at {said(overrides)}: {error.message}", error.hint) from error
+        raise UserError(f"at {overrides_text(overrides)}: {error.message}", error.hint) from error
 
 
-def said(overrides: Sequence[str]) -> str:
+def overrides_text(overrides: Sequence[str]) -> str:
+    """The overrides of a point, as text to print."""
     return " ".join(overrides)
 
 
 def make_sweep(sweep_id: str, points: Sequence[Mapping[str, Any]], specs: Mapping[int, Spec], request: Request,
                resources: Resources, *, root: Path, cwd: Path, copy: snapshot.Snapshot | None, number: int = 1,
                parallel: int | None = None) -> Sweep:
-    """The plan of those runs of a sweep whose specs are given, by their points' places.
+    """The plan of some runs of a sweep, or of all.
+
+    Args:
+        points: all of the sweep: {"run": id, "overrides"}.
+        specs: of the runs to execute now, by the index of their point.
+        root: the folder that holds the sweep's folder and those of its runs.
+        number: of the submission.
+        parallel: how many elements of an array may run at once.
 
     Raises:
-        UserError: something in it cannot be.
+        UserError: the plan is impossible, or the points differ in settings that the jobs of an array must share.
     """
     cluster, paths = request.cluster, RunPaths(root / sweep_id)
-    here = cluster.kind == "local"
-    python = (not here and cluster.python) or sys.executable
+    local = cluster.kind == "local"
+    python = (not local and cluster.python) or sys.executable
     first, array = next(iter(specs.values())), None
     submission = Submission(number, [str(root / point["run"]) for point in points], cluster, resources, python, str(cwd),
                             first.config.run.max_restarts, request.time, dict(request.options))
-    if parallel and (here or not cluster.requeue):
-        raise UserError("--max-parallel is for arrays on SLURM", "on this machine runs go one after another" if here else
-                        f"cluster `{cluster.name}` forbids requeueing, so each run has jobs of its own")
-    if not here and cluster.requeue:
+    if parallel and (local or not cluster.requeue):
+        raise UserError("--max-parallel is for arrays on SLURM", "on this machine runs go one after another" if local else
+                        f"cluster `{cluster.name}` forbids requeueing, so each run has its own jobs")
+    if not local and cluster.requeue:
         if any(spec.config.run != first.config.run for spec in specs.values()):
-            raise UserError("`run.*` differs between points, and the jobs of an array have all the same",
-                            "start a sweep for each value of it")
+            raise UserError("`run.*` differs between points, but the jobs of an array share these settings",
+                            "start one sweep for each value of `run.*`")
         array = make_job(request, resources, name=sweep_id, folder=str(paths.submission(number)), python=python,
                          grace_s=first.config.run.grace_s, code=as_copied(first, copy)[1], elements=tuple(specs),
                          parallel=parallel)
     plans = []
     for element, spec in specs.items():
         with at_point(points[element]["overrides"]):
-            if here or array:
+            if local or array:
                 plan = make_plan(points[element]["run"], as_copied(spec, copy)[0], cluster, resources, runs=root,
                                  python=python, cwd=cwd)
             else:
@@ -110,38 +123,42 @@ def make_sweep(sweep_id: str, points: Sequence[Mapping[str, Any]], specs: Mappin
 
 
 def show_sweep(sweep: Sweep) -> str:
-    """The sweep for a person: all of the first run's plan, and where the others' differ."""
+    """The plan of a sweep as text: the whole plan of the first run, and how the plans of the other runs differ."""
     first = sweep.plans[0]
-    lines = [f"sweep      {sweep.id}", f"directory  {sweep.folder}", f"points     {many(len(sweep.plans), 'point')}"]
-    lines += [f"           {plan.run_id}  {said(sweep.points[element]['overrides'])}"
+    lines = [f"sweep      {sweep.id}", f"directory  {sweep.folder}", f"points     {counted(len(sweep.plans), 'point')}"]
+    lines += [f"           {plan.run_id}  {overrides_text(sweep.points[element]['overrides'])}"
               for plan, element in zip(sweep.plans, sweep.elements)]
     if sweep.array:
         lines += ["", "# handed to SLURM", shlex.join(sweep.array.command),
-                  "scontrol release ID  # once each run's record holds its element's id",
+                  "scontrol release ID  # once each run's record holds the id of its element",
                   "", f"# file {sweep.array.file}", sweep.array.script.rstrip("\n")]
     lines += ["", f"# file {sweep.folder}/{submission_file(sweep)}", sweep.submission.text().rstrip("\n")]
     shown = show(first)
-    lines += ["", f"# the run {first.run_id}", shown.rstrip("\n")]
+    lines += ["", f"# run {first.run_id}", shown.rstrip("\n")]
     for plan in sweep.plans[1:]:
-        lines += ["", f"# the run {plan.run_id}, where it differs by more than its id",
+        lines += ["", f"# run {plan.run_id}: differences, apart from the run id",
                   *_differences(shown, show(plan).replace(plan.run_id, first.run_id))]
     return "\n".join(lines) + "\n"
 
 
 def _differences(before: str, after: str) -> list[str]:
+    """The lines that differ, each with - or + before it."""
     _, _, *lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
     return [line for line in lines if not line.startswith("@@")]
 
 
 def sweep_json(sweep: Sweep) -> dict[str, Any]:
+    """The plan of a sweep as JSON values."""
     return {"id": sweep.id, "folder": sweep.folder, "points": list(sweep.points), "elements": sweep.elements,
             "job": sweep.array and {**asdict(sweep.array), "command": sweep.array.command},
             "files": {submission_file(sweep): sweep.submission.text()}, "plans": [as_json(plan) for plan in sweep.plans]}
 
 
 def submission_file(sweep: Sweep) -> str:
+    """The path of submission.json in the sweep's folder."""
     return str(RunPaths(Path()).submission(sweep.submission.number) / "submission.json")
 
 
-def many(count: int, what: str) -> str:
+def counted(count: int, what: str) -> str:
+    """'1 run', '2 runs'"""
     return f"{count:,} {what}{'s' * (count != 1)}"

@@ -1,4 +1,4 @@
-"""The grid of a sweep: words of the command line, of which some give several values, and the points that they make."""
+"""The grid of a sweep: the points that the `key=value` words of a command line make."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from trainers.contract.errors import UserError
 
 MAX_POINTS = 1000  # SLURM's own default for an array
 
-# A quote opens only where a value can begin: not in `it's`.
+# A quote opens only where a value can start: the apostrophe in `it's` is text.
 TOKEN = re.compile(r"""(?<![^\s,:\[{])(?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|(?P<open>["']))|.""", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Point:
-    words: tuple[str, ...]      # key=value, of all keys that were given
-    overrides: tuple[str, ...]  # those by which it differs from other points
+    """One run of a sweep: one value for each key."""
+
+    words: tuple[str, ...]      # key=value, for every key that was given
+    overrides: tuple[str, ...]  # key=value, only for the keys that have several values in the grid
 
 
 def grid(words: Sequence[str]) -> list[Point]:
-    """The points of `key=value` words, of which some give several values: the last such key changes fastest.
+    """Return the points of `key=value` words, where `value` may be a list: `a,b,c`.
+
+    The points are every combination of values; the last key with several values changes fastest.
 
     Raises:
-        UserError: no key has several values, one is given twice, the points are too many, or a list is no list.
+        UserError: no key has several values, a key is given twice, there are too many points, or a list cannot be read.
     """
     choices, seen = [], set()
     for word in words:
@@ -35,20 +39,25 @@ def grid(words: Sequence[str]) -> list[Point]:
             raise UserError(f"`{key}` is given twice", f"give all of its values at once: {key}=a,b,c")
         seen.add(key)
         choices.append([f"{key}={value}" for value in values(text, word)] if equals else [word])
-    varied = [place for place, choice in enumerate(choices) if len(choice) > 1]
+    varied = [position for position, choice in enumerate(choices) if len(choice) > 1]
     if not varied:
         raise UserError("no key has several values: there is nothing to sweep",
-                        "write, for instance, optim.lr=0.1,0.01; a value that holds a comma itself needs quotes")
+                        "write, for instance, optim.lr=0.1,0.01; put quotes around a value that contains a comma")
     if (count := math.prod(map(len, choices))) > MAX_POINTS:
-        raise UserError(f"these lists make {count:,} points; a sweep has {MAX_POINTS:,} at most", "sweep a part of them")
-    return [Point(words, tuple(words[place] for place in varied)) for words in product(*choices)]
+        raise UserError(f"these lists make {count:,} points; a sweep can have at most {MAX_POINTS:,}",
+                        "give fewer values, or split the grid into several sweeps")
+    return [Point(combination, tuple(combination[position] for position in varied)) for combination in product(*choices)]
 
 
 def values(text: str, word: str) -> list[str]:
-    """The values of a list: what commas outside brackets and quotes separate, as text.
+    """Split a list at its commas, except at commas inside brackets or quotes. The values stay text.
+
+    Args:
+        text: the list.
+        word: the whole `key=value` word, for error messages.
 
     Raises:
-        UserError: an empty value; a bracket or quote that is not closed.
+        UserError: a value is empty, or a bracket or quote is not closed.
     """
     if "," not in text:
         return [text]
@@ -56,15 +65,16 @@ def values(text: str, word: str) -> list[str]:
     for token in TOKEN.finditer(text):
         depth = max(0, depth + (token[0] in ("[", "{")) - (token[0] in ("]", "}")))
         if token["open"]:
-            raise UserError(f"`{word}`: a quote is not closed", "a value that holds a quote itself goes into the other quotes")
+            raise UserError(f"`{word}`: a quote is not closed",
+                            "put a value that contains a quote inside the other kind of quotes")
         if token[0] == "," and not depth:
             parts.append("")
         else:
             parts[-1] += token[0]
     if depth:
-        raise UserError(f"`{word}`: a bracket is not closed", "a value that holds one itself needs quotes")
+        raise UserError(f"`{word}`: a bracket is not closed", "put quotes around a value that contains a bracket")
     if len(parts) == 1:
         return parts
     if not all(part.strip() for part in parts):
-        raise UserError(f"`{word}` has an empty value", 'write null or "" for one, or leave the comma out')
+        raise UserError(f"`{word}` has an empty value", 'write null or "" for an empty value, or remove the comma')
     return [part.strip() for part in parts]

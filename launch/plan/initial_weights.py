@@ -1,4 +1,4 @@
-"""The weights that a run starts from: which they are, and how they stay until it needs them."""
+"""The weights that a run starts from: how `init.source` names them, and how a copy is kept until the run needs them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from launch.plan.spec import Spec, Weights, spec_of, with_values
 from launch.records.checkpoints import choose
 from launch.records.read import find_run
 from launch.records.run import read_run
@@ -18,33 +18,15 @@ from trainers.contract.errors import UserError
 from trainers.contract.files import read_json
 from trainers.contract.paths import RunPaths
 
-if TYPE_CHECKING:
-    from launch.plan.spec import Spec
-
-HINT = "give a run (RUN, RUN@best, RUN@STEP), a checkpoint's folder, or safetensors (a file or a folder)"
+HINT = "give a run (RUN, RUN@best, RUN@STEP), a checkpoint folder, or a safetensors file or folder"
 
 
-@dataclass(frozen=True)
-class Weights:
-    path: str                # absolute
-    run: str | None = None   # whose checkpoint it is
-    step: int | None = None  # of a checkpoint
-    warnings: tuple[str, ...] = ()  # of others that were passed over
-
-    def __str__(self) -> str:
-        return f"run {self.run}, step {self.step}" if self.run else self.path
-
-
-def resolved(spec: Spec, root: Path) -> Spec:
-    """The spec with what `init.source` means now: a path.
+def with_weights(spec: Spec, root: Path) -> Spec:
+    """Return the spec with the path that `init.source` means now, and with the weights found there.
 
     Raises:
-        UserError: it means nothing.
+        UserError: there are no such weights.
     """
-    from dataclasses import replace
-
-    from launch.plan.spec import with_values
-
     init = getattr(spec.config, "init", None)
     if init is None or init.source is None or spec.weights is not None:
         return spec
@@ -54,68 +36,76 @@ def resolved(spec: Spec, root: Path) -> Spec:
 
 
 def find_weights(word: str, root: Path) -> Weights:
-    """What `init.source` means: a run under `root` (its newest whole checkpoint), a run `@best`, `@newest` or `@STEP`, or
-    a path.
+    """Find the weights that `init.source` names.
+
+    Args:
+        word: `RUN` (the newest whole checkpoint), `RUN@best`, `RUN@newest`, `RUN@STEP`, or a path.
+        root: the folder that holds the runs.
 
     Raises:
-        UserError: there is no such thing.
+        UserError: there are no such weights, or they cannot be used.
     """
     path = Path(word).expanduser()
-    an_id = os.sep not in word and (root / word).is_dir()
-    if path.exists() and not an_id and not RunPaths(path).record.exists():
-        return _at(path.absolute())
-    name, at, which = word.rpartition("@")
-    if not at or path.exists():
-        name, which = word, None
+    is_run_id = os.sep not in word and (root / word).is_dir()
+    if path.exists() and not is_run_id and not RunPaths(path).record.exists():
+        return _weights_at(path.absolute())
+    name = word
+    which: str | None = None
+    if "@" in word and not path.exists():
+        name, _, which = word.rpartition("@")
     if os.sep in name and not Path(name).expanduser().exists():
-        raise UserError(f"there is no `{name}` whose weights could be taken (`init.source`)", HINT)
+        raise UserError(f"`{name}` does not exist, so its weights cannot be loaded (`init.source`)", HINT)
     run = find_run(root, str(Path(name).expanduser()) if os.sep in name else name)
     return weights_of(run.paths, which)
 
 
 def weights_of(paths: RunPaths, which: str | None) -> Weights:
-    """A checkpoint of a run: see `choose`. Raises: UserError."""
-    from launch.plan.spec import spec_of
+    """Return the weights of a run's checkpoint; `which` is as in `launch.records.checkpoints.choose`.
 
+    Raises:
+        UserError: the run writes no checkpoints, or has no such checkpoint that is whole.
+    """
     if not hasattr(spec_of(paths).config, "checkpoint"):
-        raise UserError(f"run {paths.id} has no checkpoints: what a script or a search saves is its own",
-                        "a file of safetensors can be given by its path")
+        raise UserError(f"run {paths.id} has no checkpoints: scripts and searches save their results themselves",
+                        "give the path of a safetensors file instead")
     choice = choose(paths, which)
     return Weights(str(paths.checkpoint(choice.step).absolute()), paths.id, choice.step, tuple(choice.warnings()))
 
 
-def warn(specs: Iterable[Spec]) -> None:
-    """Say of each broken checkpoint once that another was taken."""
+def warn_of_broken(specs: Iterable[Spec]) -> None:
+    """Print a warning for each broken checkpoint that was passed over, once even if several specs have it."""
     for line in dict.fromkeys(line for spec in specs if spec.weights for line in spec.weights.warnings):
         print(f"warning: {line}", file=sys.stderr)
 
 
-def _at(path: Path) -> Weights:
+def _weights_at(path: Path) -> Weights:
     if path.is_file():
         if (path.parent / manifest.NAME).exists():
             raise UserError(f"`{path}` is a part of a checkpoint", f"give the folder: {path.parent}")
         if path.suffix != ".safetensors":
-            raise UserError(f"`{path}` is no file of safetensors", f"pickled weights are not loaded; {HINT}")
+            raise UserError(f"`{path}` is not a safetensors file", f"pickled weights are not loaded; {HINT}")
         return Weights(str(path))
     if (path / manifest.NAME).exists():
         try:
             step = read_json(path / manifest.NAME)["step"]
-            found = manifest.read(path, step)
+            content = manifest.read(path, step)
         except (manifest.Broken, OSError, ValueError, KeyError, TypeError) as problem:
             raise UserError(f"the checkpoint `{path}` is broken: {problem}", HINT) from None
         run = path.parent.parent if path.parent == RunPaths(path.parent.parent).checkpoints else None
-        return Weights(str(path), read_run(run).id if run and RunPaths(run).record.exists() else None, found["step"])
+        return Weights(str(path), read_run(run).id if run and RunPaths(run).record.exists() else None, content["step"])
     if not list(path.glob("*.safetensors")):
-        raise UserError(f"`{path}` holds no checkpoint and no *.safetensors (`init.source`)", HINT)
+        raise UserError(f"`{path}` contains no checkpoint and no *.safetensors file (`init.source`)", HINT)
     return Weights(str(path))
 
 
-def keep(weights: Weights, paths: RunPaths) -> None:
-    """Keep a checkpoint in a run's folder until the run has one of its own, since the run that it is of may delete it: by
-    hard links, else by a copy. Other files stay where they are.
+def keep_checkpoint(weights: Weights, paths: RunPaths) -> None:
+    """Keep a checkpoint in the new run's `init/` folder, because the run that wrote the checkpoint may delete it.
+
+    The files are hard links where possible, otherwise copies. Weights that are not a checkpoint stay where they are.
 
     Raises:
-        UserError: it has been deleted meanwhile. OSError: there is no room.
+        UserError: the checkpoint was deleted in the meantime.
+        OSError: the files cannot be written.
     """
     source = Path(weights.path)
     if weights.step is None:
@@ -128,11 +118,12 @@ def keep(weights: Weights, paths: RunPaths) -> None:
                 os.link(file, target / file.name)
             except FileNotFoundError:
                 raise
-            except OSError:  # another file system, or one that has no such links
+            except OSError:  # another file system, or a file system without hard links
                 shutil.copyfile(file, target / file.name)
-        manifest.sealed(target, weights.step)  # all of it, and not of two that had this name one after the other
+        # Meanwhile a new checkpoint may have replaced the old one under this name: check that the files belong together.
+        manifest.verify_sizes(target, weights.step)
     except (FileNotFoundError, manifest.Broken):
-        raise UserError(f"the checkpoint {source} has just been deleted", "take a newer one") from None
+        raise UserError(f"the checkpoint {source} has just been deleted", "use a newer checkpoint") from None
     except OSError:
         shutil.rmtree(paths.init, ignore_errors=True)
         raise

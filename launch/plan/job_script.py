@@ -1,4 +1,4 @@
-"""The script of a SLURM job, rendered by submitit. Pure: the same arguments, the same bytes."""
+"""The script of a SLURM job, rendered by submitit. Pure: the same arguments give the same bytes."""
 
 from __future__ import annotations
 
@@ -16,88 +16,97 @@ from trainers.contract.errors import UserError
 
 Option = str | int | bool
 
-PERCENT = "\ue000"  # for a folder's own %, until submitit has replaced %t and %j wherever they stand
-AFTER_GRACE_S = 45  # SLURM looks at time limits every 30 s, and records and requeueing take a moment
+PERCENT = "\ue000"  # stands for a % in the folder's name while submitit replaces %t and %j everywhere in the path
+AFTER_GRACE_S = 45  # SLURM checks time limits every 30 s; writing records and requeueing take a moment more
 
-# Options of sbatch that are decided elsewhere, and where.
-DECIDED = {
+# Options of sbatch that users cannot set, each with a hint: what to use instead.
+FORBIDDEN_OPTIONS = {
     "array": "`launch sweep` makes arrays", "nodes": "use --nodes", "time": "use --time",
     "gpus": "use --gpus", "gpus-per-node": "use --gpus", "gpus-per-task": "use --gpus",
     "ntasks": "use --gpus or --procs", "ntasks-per-node": "use --gpus or --procs",
-    "cpus-per-task": "it follows from `cpus_per_gpu` or `cpus_per_rank` in the cluster's file",
-    "signal": "it follows from run.grace_s", "requeue": "`requeue` in the cluster's file says so",
-    "no-requeue": "`requeue` in the cluster's file says so",
-    "hold": "`scontrol hold JOB` holds a job that was submitted",
-    **dict.fromkeys(("output", "error", "open-mode"), "logs lie in the run directory: `launch logs RUN`"),
+    "cpus-per-task": "set `cpus_per_gpu` or `cpus_per_rank` in the cluster's file",
+    "signal": "set run.grace_s", "requeue": "set `requeue` in the cluster's file",
+    "no-requeue": "set `requeue` in the cluster's file",
+    "hold": "submit the job, then use `scontrol hold JOB`",
+    **dict.fromkeys(("output", "error", "open-mode"), "logs are in the run directory: `launch logs RUN`"),
     **dict.fromkeys(("wrap", "wait", "parsable", "test-only", "export", "export-file", "get-user-env", "chdir"),
-                    "launch needs its own setting of it"),
+                    "leave it out: launch needs its own value"),
 }
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of SLURM for a run, beside its resources."""
+    """What a run asks of SLURM, besides its resources."""
 
     cluster: ClusterConfig
-    time: str | None = None             # the cluster's own if None
-    options: Mapping[str, Option] = field(default_factory=dict)  # of sbatch, over the cluster's
-    after: Sequence[str] = ()           # ids of jobs of a run that must finish first (any of them: they are a chain)
+    time: str | None = None             # the time limit; None: the cluster's
+    options: Mapping[str, Option] = field(default_factory=dict)  # for sbatch; override the cluster's `sbatch`
+    after: Sequence[str] = ()           # job ids of an earlier run; one of them must finish first (they are one chain)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One submission: a script, and in how many links of a chain, or elements of an array, it runs."""
+    """One submission to SLURM: a script, and how often it runs."""
 
-    folder: str          # the submission's, absolute
+    folder: str          # the submission's folder, absolute
     script: str
-    links: int = 1
-    elements: tuple[int, ...] | None = None
+    links: int = 1       # the number of jobs in a chain
+    elements: tuple[int, ...] | None = None  # the indices of a job array; None: not an array
 
     @property
     def file(self) -> str:
+        """The path of the script."""
         return f"{self.folder}/job.sh"
 
     @property
     def command(self) -> tuple[str, ...]:
+        """The sbatch command that submits one job."""
         return ("sbatch", "--parsable", "--hold", self.file)
 
 
 def make_job(request: Request, resources: Resources, *, name: str, folder: str, python: str, grace_s: float,
              code: str | None = None, elements: Sequence[int] | None = None, parallel: int | None = None) -> Job:
-    """The job of a run, or of a sweep's runs.
+    """Return the job of a run, or the job array of a sweep.
 
     Args:
-        name: the job's, unless an option names it.
-        folder: the submission's: it holds submission.json and gets the log of each node.
-        code: a folder in which launch's own packages lie as they were at submission.
-        elements: of an array, in order; at most `parallel` at once.
+        name: the job's name, unless the option `job-name` sets another.
+        folder: the submission's folder, which holds submission.json and the log of each node.
+        python: the Python that runs the node processes.
+        grace_s: seconds that a rank gets to write a checkpoint before the time limit.
+        code: a folder with launch's own packages as they were at submission.
+        elements: the indices of the array, in order.
+        parallel: how many elements may run at the same time; None: all.
 
     Raises:
-        UserError: an option is not for the user to set, or cannot be said to sbatch.
+        UserError: an option cannot be set, a value or the folder cannot be written into the script, or the time limit
+            leaves no time before the checkpoint at its end.
     """
     from submitit.slurm.slurm import _make_sbatch_string
 
     cluster = request.cluster
-    options = {"job-name": name, **_asked(request, resources)}
+    options = {"job-name": name, **_sbatch_options(request, resources)}
     for key, value in options.items():
         if not _one_line(str(value)):
-            raise UserError(f"sbatch's option `{key}` is {str(value)!r}, which holds a line end or control character",
+            raise UserError(f"sbatch's option `{key}` is {str(value)!r}, which contains a line break or control character",
                             f"give sbatch.{key} another value")
-    # srun (22.05) drops backslashes, and loses count of the %s where a width or one of its own letters follows.
+    # srun (22.05) drops backslashes. It also miscounts the % signs where a width or one of its own letters follows.
     if not _one_line(folder) or re.search(r"\\|%\d|%.*%[utnN]", folder):
-        raise UserError(f"the run directory's path {folder!r} holds a backslash, a line end, a control character, or such a % "
-                        "as srun cannot be told", "choose another place with --runs DIR or LAUNCH_RUNS")
+        raise UserError(f"the run directory's path {folder!r} contains a character that srun cannot handle: a backslash, a "
+                        "line break, a control character or certain uses of %",
+                        "choose another folder with --runs DIR or LAUNCH_RUNS")
     time_s, lead_s = seconds(str(options["time"])), ceil(grace_s) + AFTER_GRACE_S
     if time_s <= lead_s:
-        raise UserError(f"the time limit is {time_s} s, of which the last {lead_s} s are for the checkpoint at its end "
+        raise UserError(f"the time limit is {time_s} s, but the last {lead_s} s are reserved for the final checkpoint "
                         f"(run.grace_s is {grace_s:g})", "give a longer --time, or a shorter run.grace_s")
     if elements:
         options["array"] = _ranges(elements) + (f"%{parallel}" if parallel else "")
     script = _make_sbatch_string(
         command=shlex.join(node_process(cluster, python, folder)),
-        folder=folder.replace("%", PERCENT), job_name=None, time=None, wckey=None, nodes=resources.nodes, ntasks_per_node=1,
-        signal_delay_s=lead_s, stderr_to_stdout=True, map_count=elements and len(elements),
-        # sbatch takes a backslash for an escape inside single quotes too (seen in 22.05).
+        # submitit leaves out parameters that are None, although it annotates these three as `str` and `int`.
+        job_name=None, time=None, wckey=None,  # type: ignore[arg-type]
+        folder=folder.replace("%", PERCENT), nodes=resources.nodes, ntasks_per_node=1,
+        signal_delay_s=lead_s, stderr_to_stdout=True, map_count=len(elements) if elements else None,
+        # sbatch (22.05) reads a backslash as an escape, even inside single quotes.
         additional_parameters={key: value.replace("\\", r"\\") if isinstance(value, str) else value
                                for key, value in options.items() if value is not False},
         setup=setup(cluster, code), teardown=_teardown(folder, cluster.requeue), srun_args=srun_args(cluster, resources),
@@ -107,33 +116,39 @@ def make_job(request: Request, resources: Resources, *, name: str, folder: str, 
 
 
 def node_process(cluster: ClusterConfig, python: str, folder: str) -> list[str]:
-    """What srun starts once on each node."""
+    """Return the command that srun starts once on each node."""
     return [*cluster.prefix, python, "-P", "-u", "-m", "launch.execute.node_process", folder]
 
 
 def srun_args(cluster: ClusterConfig, resources: Resources, here: bool = False) -> list[str]:
-    """What sbatch is told, srun is told too: since 22.05 it does not take it over. No binding: ranks share the cores.
-    `here`: in an allocation of the user's own making, all that it has, beside the step of the shell that one stands in."""
-    cores = None if here else _cpus(cluster, resources)
+    """Return srun's options. They repeat those of sbatch: since 22.05 srun does not inherit them.
+
+    There is no CPU binding, because the ranks of a node share its cores.
+
+    Args:
+        here: run inside an allocation that the user made: use all of its cores, and share them with the step that the
+            user's shell runs in.
+    """
+    cores = None if here else _cpus_per_node(cluster, resources)
     return [f"--nodes={resources.nodes}", "--ntasks-per-node=1", *([f"--cpus-per-task={cores}"] if cores else []),
             *(["--overlap"] if here else []), "--cpu-bind=none", "--mpi=none", "--kill-on-bad-exit=0", "--export=ALL",
             *cluster.srun]
 
 
-def _asked(request: Request, resources: Resources) -> dict[str, Option]:
-    """sbatch's options, by their long names."""
+def _sbatch_options(request: Request, resources: Resources) -> dict[str, Option]:
+    """Return sbatch's options by their long names."""
     cluster, given = request.cluster, {}
     for key, value in {**cluster.sbatch, **request.options}.items():
         key = key.replace("_", "-")
         if not re.fullmatch(r"[a-z][a-z-]+", key):
-            raise UserError(f"{key!r} is no option of sbatch", "write its long name: sbatch.partition=NAME, not sbatch.p")
-        if decided := next((name for name in DECIDED if name.startswith(key)), None):  # sbatch takes abbreviations
-            raise UserError(f"sbatch's option `{decided}` cannot be set", DECIDED[decided])
+            raise UserError(f"{key!r} is not an option of sbatch", "write the long name: sbatch.partition=NAME, not sbatch.p")
+        if decided := next((name for name in FORBIDDEN_OPTIONS if name.startswith(key)), None):  # sbatch takes abbreviations
+            raise UserError(f"sbatch's option `{decided}` cannot be set", FORBIDDEN_OPTIONS[decided])
         given[key] = value
     asked: dict[str, Option | None] = {
         "partition": cluster.partition, "account": cluster.account, "qos": cluster.qos, "constraint": cluster.constraint,
         "time": slurm_time(seconds(request.time or cluster.time)),
-        "cpus-per-task": _cpus(cluster, resources),
+        "cpus-per-task": _cpus_per_node(cluster, resources),
     }
     if resources.gpus:
         count = resources.gpus // resources.nodes
@@ -165,16 +180,16 @@ def _gpus(cluster: ClusterConfig, count: int) -> dict[str, str]:
             return {}
 
 
-def _cpus(cluster: ClusterConfig, resources: Resources) -> int | None:
-    """Cores of one node's process and its ranks."""
+def _cpus_per_node(cluster: ClusterConfig, resources: Resources) -> int | None:
+    """Return the cores for one node's process and its ranks; None if the cluster's file sets no number."""
     if resources.gpus:
         return cluster.cpus_per_gpu and cluster.cpus_per_gpu * (resources.gpus // resources.nodes)
     return resources.threads * resources.ranks_per_node
 
 
 def setup(cluster: ClusterConfig, code: str | None) -> list[str]:
-    """Shell lines before srun's."""
-    lines = ["export SLURM_EXPORT_ENV=ALL"]  # what sbatch was told of the environment is not for srun
+    """Return the shell lines that come before the srun line."""
+    lines = ["export SLURM_EXPORT_ENV=ALL"]  # srun must not inherit what sbatch was told to export
     if cluster.data:
         lines.append(f"export LAUNCH_DATA={shlex.quote(cluster.data)}")
     lines += cluster.setup
@@ -185,7 +200,7 @@ def setup(cluster: ClusterConfig, code: str | None) -> list[str]:
 
 
 def _teardown(folder: str, requeue: bool) -> list[str]:
-    """What the batch shell does after the last node process has gone, however it went."""
+    """Return the shell lines that run after the last node process has ended, whatever its exit code."""
     if not requeue:
         return ['exit "$?"']
     return [
@@ -193,12 +208,12 @@ def _teardown(folder: str, requeue: bool) -> list[str]:
         'job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"',
         'name="$job-${SLURM_RESTART_COUNT:-0}"',
         f'if [ -e {shlex.quote(folder)}/"requeue-$name" ]; then',
-        # The requeue signals this shell too; what it excludes can be said only once the job is back in the queue.
+        # The requeue also sends signals to this shell. Nodes can be excluded only when the job is back in the queue.
         "    trap '' TERM CONT",
-        "    for pause in 0 2 4 8 8; do",  # SLURM's controller may be away for a moment
+        "    for pause in 0 2 4 8 8; do",  # SLURM's controller may not answer for a moment
         '        sleep "$pause"',
         '        shown="$(scontrol show job "$job")" || continue',
-        # Not if SLURM has begun the job anew elsewhere: this shell may have outlived its node's slurmd.
+        # Do nothing if SLURM has restarted the job elsewhere: this shell may outlive its node's slurmd.
         '        case "$shown" in *" Restarts=${SLURM_RESTART_COUNT:-0} "*) ;; *) break ;; esac',
         f'        touch {shlex.quote(folder)}/"again-$name"',
         '        scontrol requeue "$job" || continue',
@@ -212,18 +227,18 @@ def _teardown(folder: str, requeue: bool) -> list[str]:
 
 
 def _one_line(text: str) -> bool:
-    """Whether a #SBATCH line can hold it: no line ends, no control characters, nothing that is no text."""
+    """Return whether a #SBATCH line can contain the text: no line breaks, control, surrogate or private-use characters."""
     return not any(unicodedata.category(character) in ("Cc", "Cs", "Co", "Zl", "Zp") for character in text)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
     """[0, 1, 2, 5] -> '0-2,5'."""
-    found: list[list[int]] = []
+    ranges: list[list[int]] = []
     for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
         else:
-            found.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+            ranges.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 

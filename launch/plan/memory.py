@@ -1,4 +1,4 @@
-"""What memory a run takes of a GPU under each strategy, and what of it would fit. For `launch plan`."""
+"""The memory that a run needs on each GPU under each strategy, and whether it fits. For `launch plan`."""
 
 from __future__ import annotations
 
@@ -23,69 +23,73 @@ from trainers.config.schema import RunConfig, SearchConfig
 from trainers.contract.errors import UserError
 from trainers.contract.text import size
 
-STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "zero3")  # those that send less between ranks first
-USABLE = 0.9  # of a GPU: the rest is CUDA's own context and what its allocator cannot put to use
+STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "zero3")  # first those that send less data between ranks
+USABLE = 0.9  # the part of a GPU's memory that a run can use; CUDA's context and unused allocator blocks take the rest
 
 
 @dataclass(frozen=True)
 class Room:
-    """What a rank's device holds, in bytes; None: that is not known."""
+    """The memory that one rank's device has."""
 
-    bytes: int | None
-    said: str
+    bytes: int | None  # None: unknown
+    source: str        # where the number comes from, or how to make it known
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a strategy takes."""
+    """The memory that one rank needs under one strategy."""
 
     strategy: str
-    refused: str | None           # why this run cannot have it
-    memory: Memory | None         # at `micro`, without activations
-    activations: int | None = None
-    micro: int | None = None      # the micro-batch that this is of: the largest that fits, else the one asked for
-    fits: bool | None = None      # None: not known
+    refused: str | None           # why this run cannot use the strategy; then the other fields are None
+    memory: Memory | None         # with micro-batches of `micro` samples, without activations
+    activations: int | None = None  # bytes; None: not measured
+    micro: int | None = None      # the largest micro-batch size that fits or may fit, or the smallest size if none fits
+    fits: bool | None = None      # None: unknown
 
     @property
-    def total(self) -> int:
-        return self.memory.total + (self.activations or 0)
+    def total(self) -> int | None:
+        """Bytes that the rank needs at most; without activations where they were not measured."""
+        return None if self.memory is None else self.memory.total + (self.activations or 0)
 
 
 def memory_table(spec: Spec, cluster: ClusterConfig, resources: Resources, activations: bool) -> dict[str, Any]:
-    """What `launch plan` says, as plain data. The models are counted by torch, in a process of its own.
+    """Return what `launch plan` prints, as plain data.
+
+    torch counts the parameters of the models, in a separate process.
 
     Args:
-        activations: measure them too, by a step on this machine.
+        activations: also measure the activations, with one step on this machine.
 
     Raises:
-        UserError: the spec is a script's or a search's, the batch does not divide over the ranks, or the process failed.
+        UserError: the spec is for a script or a search, the batch cannot be divided among the ranks, or the separate
+            process failed.
     """
     config = spec.config
     if isinstance(config, SearchConfig):
-        raise UserError(f"`{spec.name}` is a search on CPUs: there is no model whose memory could be planned",
-                        f"`launch {spec.name} --dry-run` says what would run; `launch plan` is for tasks that train by steps")
+        raise UserError(f"`{spec.name}` is a search on CPUs: it has no model whose memory could be planned",
+                        f"use `launch {spec.name} --dry-run` to see what would run; `launch plan` is for training tasks")
     if not isinstance(config, RunConfig):
-        raise UserError(f"`{spec.name}` is a script, whose model nobody knows before it runs", "`launch plan` is for tasks")
+        raise UserError(f"`{spec.name}` is a script: its model is unknown until it runs", "use `launch plan` with a task")
     config.check()
     config.train.split(resources.ranks)
-    return lay_out(spec, cluster, resources, *probe(spec, cluster, resources, activations))
+    counts, measured = probe(spec, cluster, resources, activations)
+    return _compare_strategies(spec.name, config, cluster, resources, counts, measured)
 
 
-def lay_out(spec: Spec, cluster: ClusterConfig, resources: Resources, counts: Counts, activations: Mapping[int, int] | None
-            ) -> dict[str, Any]:
-    """The strategies side by side, from what was counted and measured: see `probe`."""
-    config = spec.config
+def _compare_strategies(name: str, config: RunConfig, cluster: ClusterConfig, resources: Resources, counts: Counts,
+                        activations: Mapping[int, int] | None) -> dict[str, Any]:
+    """Return the memory under every strategy, from the counts and measurements of `probe`."""
     room = room_of(cluster, resources)
     rows = [row(config, strategy, counts, activations, resources, room) for strategy in STRATEGIES]
     best = next((r for r in rows if r.fits), None)
     return {
-        "task": spec.name, "ranks": resources.ranks, "nodes": resources.nodes, "device": resources.device,
+        "task": name, "ranks": resources.ranks, "nodes": resources.nodes, "device": resources.device,
         "batch_size": config.train.batch_size, "strategy": config.train.strategy,
         "micro_batch_size": config.train.micro_batch_size, "precision": config.train.precision,
-        "counts": {**vars(counts)}, "room": room.bytes, "room_said": room.said,
+        "counts": {**vars(counts)}, "room": room.bytes, "room_said": room.source,
         "activations": activations,
         "rows": [{"strategy": r.strategy, "refused": r.refused, "memory": r.memory and r.memory.as_dict(),
-                  "activations": r.activations, "micro_batch_size": r.micro, "total": r.memory and r.total, "fits": r.fits}
+                  "activations": r.activations, "micro_batch_size": r.micro, "total": r.total, "fits": r.fits}
                  for r in rows],
         "best": best and {"strategy": best.strategy, "micro_batch_size": best.micro},
     }
@@ -93,7 +97,10 @@ def lay_out(spec: Spec, cluster: ClusterConfig, resources: Resources, counts: Co
 
 def row(config: RunConfig, strategy: str, counts: Counts, activations: Mapping[int, int] | None, resources: Resources,
         room: Room) -> Row:
-    """The strategy with the largest micro-batch that fits, of those that a spec's own leaves open."""
+    """Return what one strategy needs, with the largest micro-batch that fits.
+
+    A micro-batch size that the spec sets is not changed.
+    """
     changes: dict[str, Any] = {"strategy": strategy}
     if config.train.offload not in OFFLOADS[strategy]:
         changes["offload"] = "none"
@@ -111,12 +118,15 @@ def row(config: RunConfig, strategy: str, counts: Counts, activations: Mapping[i
         fits = None if room.bytes is None else memory.total + (kept or 0) <= USABLE * room.bytes
         if fits is None or fits or micro == sizes[-1]:
             return Row(strategy, None, memory, kept, micro, fits)
-    raise AssertionError("a share has divisors")
+    raise AssertionError("unreachable: the last size always returns")
 
 
 def _activations(config: RunConfig, counts: Counts, measured: Mapping[int, int] | None, micro: int) -> int | None:
-    """Of a micro-batch, by the line through those that were measured. What of it does not grow with the size is, in half
-    precision, mostly the copies of parameters, which the closed form has counted."""
+    """Estimate the bytes of activations of a micro-batch, from a line through the measured sizes.
+
+    Part of the measured memory does not grow with the micro-batch. In half precision this part is mostly the copies of
+    the parameters, which `expected` has already counted, so they are subtracted.
+    """
     if measured is None:
         return None
     (small, low), (large, high) = min(measured.items()), max(measured.items())
@@ -132,26 +142,27 @@ def _with(config: RunConfig, **changes: Any) -> RunConfig:
 
 
 def room_of(cluster: ClusterConfig, resources: Resources, meminfo: Path = Path("/proc/meminfo")) -> Room:
-    """What one rank can have, by the cluster's file, else as this machine is."""
-    here = resources.ranks_per_node
+    """Return the memory that one rank can use, from the cluster's file or from this machine."""
+    ranks_per_node = resources.ranks_per_node
     if resources.device == "cuda":
         if cluster.gpu_memory:
-            return Room(size_bytes(cluster.gpu_memory), f"as cluster `{cluster.name}` says (`gpu_memory`)")
-        if cluster.kind == "local" and (found := _smi()):
-            return Room(found, "as nvidia-smi says")
-        where = f"`gpu_memory` in the file of cluster `{cluster.name}`" if cluster.kind == "slurm" else "--cluster NAME"
-        return Room(None, f"not known: {where} would say it")
+            return Room(size_bytes(cluster.gpu_memory), f"from `gpu_memory` of cluster `{cluster.name}`")
+        if cluster.kind == "local" and (smallest := _smallest_gpu_bytes()):
+            return Room(smallest, "from nvidia-smi")
+        advice = (f"set `gpu_memory` in the file of cluster `{cluster.name}`" if cluster.kind == "slurm"
+                  else "name a cluster with --cluster NAME")
+        return Room(None, f"unknown: {advice}")
     if cluster.kind == "local":
         total = next(int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemTotal")) * 1024
-        return Room(total // here, f"this machine's {size(total)} over {here} rank(s)")
+        return Room(total // ranks_per_node, f"this machine's {size(total)} shared by {ranks_per_node} rank(s)")
     if cluster.mem_per_cpu:
         return Room(size_bytes(cluster.mem_per_cpu) * cluster.cpus_per_rank,
-                    f"as cluster `{cluster.name}` says (`mem_per_cpu` x `cpus_per_rank`)")
-    return Room(None, f"not known: `mem_per_cpu` in the file of cluster `{cluster.name}` would say it")
+                    f"from `mem_per_cpu` x `cpus_per_rank` of cluster `{cluster.name}`")
+    return Room(None, f"unknown: set `mem_per_cpu` in the file of cluster `{cluster.name}`")
 
 
-def _smi() -> int | None:
-    """Bytes of this machine's smallest GPU."""
+def _smallest_gpu_bytes() -> int | None:
+    """Return the memory of this machine's smallest GPU; None if nvidia-smi gives none."""
     try:
         done = subprocess.run(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"], text=True,
                               capture_output=True, timeout=20, check=True)
@@ -161,13 +172,13 @@ def _smi() -> int | None:
 
 
 def probe(spec: Spec, cluster: ClusterConfig, resources: Resources, activations: bool) -> tuple[Counts, dict[int, int] | None]:
-    """(how large the models are, bytes of activations by micro-batch size where they are asked for)
+    """Return the sizes of the models, and bytes of activations by micro-batch size (None if not asked for).
 
-    Both are found in a process of its own, since `launch` imports no torch. Counting needs no memory; measuring takes one
-    step on this machine, on a GPU if there is one.
+    A separate process finds both, because `launch` imports no torch. Counting needs no memory. Measuring takes one step on
+    this machine, on a GPU if there is one.
 
     Raises:
-        UserError: the process failed; what it said is on standard error.
+        UserError: the process failed; its output is on standard error.
     """
     env = {**os.environ, **({"LAUNCH_DATA": cluster.data} if cluster.data and Path(cluster.data).exists() else {})}
     on_gpu = activations and resources.device == "cuda" and visible_gpus(os.environ) > 0
@@ -181,44 +192,46 @@ def probe(spec: Spec, cluster: ClusterConfig, resources: Resources, activations:
                               env={**env, "ACCELERATE_USE_CPU": str(not on_gpu).lower()}, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        what = "made the model and took one step, on this machine" if activations else "made the model, to count its parameters"
-        raise UserError(f"the probe failed: it {what}", "what it said is above")
-    found = json.loads(done.stdout.splitlines()[-1])
-    measured = found["activations"]
-    return Counts(**found["counts"]), measured and {int(micro): count for micro, count in measured.items()}
+        work = "one step on this machine" if activations else "counting the model's parameters"
+        raise UserError(f"the probe failed ({work})", "see its output above")
+    result = json.loads(done.stdout.splitlines()[-1])
+    measured = result["activations"]
+    return Counts(**result["counts"]), measured and {int(micro): count for micro, count in measured.items()}
 
 
-# For a person
+# Text for a person
 
 
-def show(found: Mapping[str, Any]) -> str:
-    counts, probed = found["counts"], found["activations"] is not None
-    room = size(found["room"]) + ", " if found["room"] is not None else ""
-    device = "GPU" if found["device"] == "cuda" else "rank"
-    lines = [f"ranks      {found['ranks']} on {found['device']}, {found['nodes']} node(s)",
-             f"{device:<10} {room}{found['room_said']}"]
-    blocks = f", the largest block {counts['block']:,}" if counts["block"] else ""
-    lines.insert(0, f"model      {counts['parameters']:,} parameters{blocks}")
-    lines.append(f"batch      {found['batch_size']} = {found['ranks']} rank(s) x "
-                 f"{found['batch_size'] // found['ranks']} samples; micro-batch {found['micro_batch_size'] or 'not given'}")
-    wanted = [*PARTS, "host"] + (["activations"] if probed else [])
-    table = [["", *wanted, "most", "micro-batch"]]
-    for row in found["rows"]:
-        name = row["strategy"] + (" *" if row["strategy"] == found["strategy"] else "")
+def show(table: Mapping[str, Any]) -> str:
+    """Return the result of `memory_table` as text for a person."""
+    counts, probed = table["counts"], table["activations"] is not None
+    room = size(table["room"]) + ", " if table["room"] is not None else ""
+    device = "GPU" if table["device"] == "cuda" else "rank"
+    blocks = f", {counts['block']:,} in the largest block" if counts["block"] else ""
+    lines = [f"model      {counts['parameters']:,} parameters{blocks}",
+             f"ranks      {table['ranks']} on {table['device']}, {table['nodes']} node(s)",
+             f"{device:<10} {room}{table['room_said']}",
+             f"batch      {table['batch_size']} = {table['ranks']} rank(s) x "
+             f"{table['batch_size'] // table['ranks']} samples; micro-batch {table['micro_batch_size'] or 'not set'}"]
+    columns = [*PARTS, "host"] + (["activations"] if probed else [])
+    grid = [["", *columns, "peak", "micro-batch"]]
+    for row in table["rows"]:
+        name = row["strategy"] + (" *" if row["strategy"] == table["strategy"] else "")
         if row["refused"]:
-            table.append([name, f"refused: {row['refused']}"])
+            grid.append([name, f"refused: {row['refused']}"])
             continue
         parts = {**row["memory"], "activations": row["activations"]}
         verdict = {True: f"{row['micro_batch_size']} fits", False: f"{row['micro_batch_size']} does not fit",
                    None: str(row["micro_batch_size"])}[row["fits"]]
-        table.append([name, *(size(parts[part]) if parts[part] else "-" for part in wanted), size(row["total"]), verdict])
-    widths = [max(len(cells[place]) for cells in table if len(cells) > 2) for place in range(len(table[0]))]
+        grid.append([name, *(size(parts[part]) if parts[part] else "-" for part in columns), size(row["total"]), verdict])
+    widths = [max(len(cells[column]) for cells in grid if len(cells) > 2) for column in range(len(grid[0]))]
     lines += ["", *(("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)) if len(cells) > 2 else
-                     f"{cells[0]:<{widths[0]}}  {cells[1]}").rstrip() for cells in table), ""]
-    lines.append("* the spec's; bytes of one rank" + ("" if probed else ", without activations, which --probe measures"))
-    if best := found["best"]:
+                     f"{cells[0]:<{widths[0]}}  {cells[1]}").rstrip() for cells in grid), ""]
+    lines.append("* the spec's strategy; sizes are for one rank"
+                 + ("" if probed else ", without activations (--probe measures them)"))
+    if best := table["best"]:
         lines.append(f"--strategy {best['strategy']} train.micro_batch_size={best['micro_batch_size']} would fit"
-                     + ("" if probed else ", activations apart"))
-    elif found["room"] is not None:
-        lines.append("nothing fits: more ranks, train.checkpoint_activations=true or train.offload=parameters need less")
+                     + ("" if probed else ", not counting activations"))
+    elif table["room"] is not None:
+        lines.append("nothing fits: use more ranks, train.checkpoint_activations=true or train.offload=parameters")
     return "\n".join(lines)

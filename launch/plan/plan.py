@@ -1,4 +1,4 @@
-"""(run id, spec, cluster, resources) -> Plan: everything that will be run, as plain data.
+"""(run id, spec, cluster, resources) -> Plan: everything that will run, as plain data.
 
 Pure: no clock, no network, no file system. What `--dry-run` shows is what runs, byte for byte.
 """
@@ -9,22 +9,21 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping
 
 from launch.cluster.config import ClusterConfig
 from launch.cluster.resources import Resources
-from launch.plan.initial_weights import Weights
 from launch.plan.job_script import Job
-from launch.plan.spec import Spec
+from launch.plan.spec import Spec, Weights
 from trainers.config import compatibility
 from trainers.config.deepspeed_json import deepspeed_config
 from trainers.config.schema import RunConfig, ScriptConfig, SearchConfig
 from trainers.contract.paths import RunPaths
 
-# What SLURM says of a node's process, one a node, is wrong of its ranks, which have torchrun's variables.
-NODES_OWN = re.compile(r"SLURM_(PROCID|LOCALID|NODEID|GTIDS|NTASKS\w*|NPROCS|TASKS_PER_NODE|STEP_\w+)$")
+# SLURM's task variables describe the node process. Drop them: ranks get torchrun's variables instead.
+NODE_PROCESS_VARIABLES = re.compile(r"SLURM_(PROCID|LOCALID|NODEID|GTIDS|NTASKS\w*|NPROCS|TASKS_PER_NODE|STEP_\w+)$")
 # The parts of a rank's memory, by the names that trainers/config/memory.py gives them.
 PARTS = ("parameters", "gradients", "optimizer", "buffers", "gathered")
 
@@ -34,42 +33,47 @@ class Plan:
     """One attempt of one run."""
 
     run_id: str
-    name: str                 # of the task or script
+    name: str                 # the task's or script's name
     folder: str               # the run directory, absolute
     attempt: int
     resources: Resources
-    batch: str | None         # how the global batch, or a search's work, is split; None for a script
+    batch: str | None         # how the global batch, or the work of a search, is split; None for a script
     command: tuple[str, ...]  # what each rank executes
-    cwd: str                  # where
-    env: Mapping[str, str]    # what every rank gets on top of the inherited environment
-    files: Mapping[str, str]  # text by its path in the run directory, written before the first rank starts
-    equivalent: str           # the same job without `launch`
+    cwd: str                  # the folder in which each rank starts
+    env: Mapping[str, str]    # variables that every rank gets in addition to the inherited environment
+    files: Mapping[str, str]  # file texts by path in the run directory; written before the first rank starts
+    equivalent: str           # a command that runs the same job without `launch`
     max_restarts: int
     grace_s: float
-    hang_s: float | None      # how long a rank may be silent; None: for ever, as a script's
-    start_s: float | None     # the same while it rests: see trainers/contract/heartbeat.py
-    weights: Weights | None = None  # what its folder keeps for its beginning
-    job: Job | None = None    # what SLURM gets, where it is asked for the nodes
+    hang_s: float | None      # seconds that a rank may be silent; None: no limit, as for scripts
+    start_s: float | None     # the same limit while the rank rests: see trainers/contract/heartbeat.py
+    weights: Weights | None = None  # the weights that the run starts from
+    job: Job | None = None    # the submission to SLURM; None: the plan submits nothing
 
     def inherited(self, env: Mapping[str, str]) -> dict[str, str]:
-        """What ranks take over from `env`: all; ranks of a task nothing that would change what accelerate does."""
+        """Return the variables of `env` that ranks inherit.
+
+        Left out are SLURM's variables for the node process. A task's ranks also do not get variables that would change
+        how accelerate works. A script's ranks do not get launch's own packages on PYTHONPATH.
+        """
         foreign = ("ACCELERATE_", "TORCHELASTIC_") if self.batch else ()
-        taken = {key: value for key, value in env.items() if not key.startswith(foreign) and not NODES_OWN.match(key)}
-        if not self.batch and (ours := taken.pop("LAUNCH_CODE", None)):  # a script's `import trainers` is its own
-            rest = [folder for folder in taken.get("PYTHONPATH", "").split(os.pathsep) if folder != ours]
-            taken["PYTHONPATH"] = os.pathsep.join(rest)
-            if not rest:
-                del taken["PYTHONPATH"]
-        return taken
+        kept = {key: value for key, value in env.items()
+                if not key.startswith(foreign) and not NODE_PROCESS_VARIABLES.match(key)}
+        if not self.batch and (code := kept.pop("LAUNCH_CODE", None)):  # a script's `import trainers` means its own package
+            folders = [folder for folder in kept.get("PYTHONPATH", "").split(os.pathsep) if folder != code]
+            kept["PYTHONPATH"] = os.pathsep.join(folders)
+            if not folders:
+                del kept["PYTHONPATH"]
+        return kept
 
     def rank_env(self, node: int, local_rank: int, address: str, port: int | str) -> dict[str, str]:
-        """torchrun's variables for one rank."""
-        here = self.resources.ranks_per_node
+        """Return torchrun's variables for one rank."""
+        ranks_per_node = self.resources.ranks_per_node
         return {
-            "RANK": str(node * here + local_rank),
+            "RANK": str(node * ranks_per_node + local_rank),
             "LOCAL_RANK": str(local_rank),
             "WORLD_SIZE": str(self.resources.ranks),
-            "LOCAL_WORLD_SIZE": str(here),
+            "LOCAL_WORLD_SIZE": str(ranks_per_node),
             "GROUP_RANK": str(node),
             "GROUP_WORLD_SIZE": str(self.resources.nodes),
             "MASTER_ADDR": address,
@@ -79,18 +83,27 @@ class Plan:
 
 def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resources, *, runs: Path, python: str,
               cwd: Path, attempt: int = 1, job: Job | None = None, files: Mapping[str, str] = {}) -> Plan:
-    """The plan of attempt `attempt` of a run whose directory is `runs`/`run_id`; `files`: more of them.
+    """Return the plan of one attempt of a run.
+
+    Args:
+        runs: the folder that holds the run directory, `runs/run_id`.
+        python: the Python that runs the ranks.
+        cwd: the folder in which the ranks start.
+        job: the submission to SLURM, if there is one.
+        files: more file texts to write, by path in the run directory.
 
     Raises:
-        UserError: the batch does not divide over the ranks, or its settings do not go together.
+        UserError: the batch cannot be divided among the ranks, or some settings cannot be combined.
     """
     folder = runs / run_id
     config = spec.config
     env = {**cluster.env, **_rank_environment(config, resources, folder, attempt)}
     files = {"run.yaml": spec.text, **files}
+    batch: str | None
+    command: tuple[str, ...]
     if not isinstance(config, ScriptConfig):
-        batch = _split(config, resources)
-        # -P: a `trainers/` or `launch.py` in the folder one stands in shadows nothing.
+        batch = _batch_split(config, resources)
+        # -P: a `trainers/` or `launch.py` in the working folder must not hide launch's own.
         command = (python, "-P", "-m", "trainers.run", str(folder))
         program = ["-m", "trainers.run", str(folder)]
     else:
@@ -122,22 +135,28 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
     )
 
 
-def _split(config: RunConfig | SearchConfig, resources: Resources) -> str:
-    """Raises: UserError if it cannot be, or the config's settings do not go together."""
+def _batch_split(config: RunConfig | SearchConfig, resources: Resources) -> str:
+    """Return how the work is split among the ranks, for a person.
+
+    Raises:
+        UserError: the batch cannot be divided among the ranks, or some settings cannot be combined.
+    """
     ranks = resources.ranks
     if isinstance(config, SearchConfig):
-        return f"pieces, each to the first of {ranks} rank(s) x {resources.threads} core(s) that is free"
+        return f"pieces; each of {ranks} rank(s) x {resources.threads} core(s) takes the next piece when it is free"
     compatibility.check(config, resources.device)
     if config.eval.only:
-        return f"{config.evaluation_batch(ranks)} samples a rank at a time, evaluated"
+        return f"evaluation of {config.evaluation_batch(ranks)} samples per rank at a time"
     micro, accumulation = config.train.split(ranks)
     parts = f"{micro} micro-batch x {accumulation} accumulation"
     if config.train.micro_batch_size == "auto":
-        parts = f"auto micro-batch x accumulation ({parts}, or less at a time if that is what fits)"
+        parts = f"auto micro-batch x accumulation ({parts}, or smaller micro-batches if these do not fit)"
     return f"{config.train.batch_size} = {ranks} rank(s) x {parts}"
 
 
-def _rank_environment(config, resources: Resources, folder: Path, attempt: int) -> dict[str, str]:
+def _rank_environment(config: RunConfig | SearchConfig | ScriptConfig, resources: Resources, folder: Path, attempt: int
+                      ) -> dict[str, str]:
+    """Return the variables that all ranks share."""
     env = {
         "LAUNCH_RUN_DIR": str(folder),
         "LAUNCH_ATTEMPT": str(attempt),
@@ -146,10 +165,10 @@ def _rank_environment(config, resources: Resources, folder: Path, attempt: int) 
         "PYTHONUNBUFFERED": "1",
     }
     if resources.nodes == 1:
-        env["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks for an address by the host's name, which may have none
+        env["GLOO_SOCKET_IFNAME"] = "lo"  # otherwise gloo looks up the host's name, which may have no address
     env["ACCELERATE_USE_CPU"] = str(resources.device == "cpu").lower()
     if resources.device == "cuda" and isinstance(config, RunConfig) and config.train.deterministic:
-        env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS may sum in another order each time
+        env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # otherwise cuBLAS may sum in a different order each time
     return env
 
 
@@ -160,7 +179,7 @@ def _accelerate_yaml(resources: Resources) -> str:
         "num_machines": resources.nodes,
         "num_processes": resources.ranks,
         "machine_rank": 0,
-        "mixed_precision": "no",  # the loop does its own
+        "mixed_precision": "no",  # the training loop does autocast itself
         "use_cpu": False,
         "main_training_function": "main",
         "rdzv_backend": "static",

@@ -1,4 +1,4 @@
-"""Task specs: found by name, merged layer by layer, validated. Each value knows where it came from."""
+"""Task specs: found by name, merged from layers, validated. Each value keeps a note of where it came from."""
 
 from __future__ import annotations
 
@@ -15,60 +15,74 @@ from trainers.contract.files import replace_json
 
 if TYPE_CHECKING:
     from launch.cluster.config import ClusterConfig
-    from launch.plan.initial_weights import Weights
     from trainers.config.schema import RunConfig, ScriptConfig, SearchConfig, TaskConfig
     from trainers.config.yaml12 import Key
     from trainers.contract.paths import RunPaths
 
-    Layer = dict[Key, tuple[Any, str]]  # a value, and where it was given, by place
+    KeyPath = tuple[str, ...]               # ("optim", "lr") for `optim.lr`
+    Layer = dict[KeyPath, tuple[Any, str]]  # (value, origin) by key, for the values that are not mappings
 
-# Keys that say the same thing in other words: a later layer's takes the place of an earlier one's.
+# Keys that set the same thing in different ways. A later layer's key replaces the other key of an earlier layer.
 ALTERNATIVES = (("train.epochs", "train.steps"),)
 
-# WANDB_DISABLED is wandb's older way to say WANDB_MODE=disabled.
+# WANDB_DISABLED is wandb's older form of WANDB_MODE=disabled.
 WANDB_VARIABLES = {"WANDB_MODE": "mode", "WANDB_PROJECT": "project", "WANDB_ENTITY": "entity", "WANDB_DISABLED": "mode"}
 WANDB_MODES = {"disabled": "off"}
 YES = ("1", "true", "yes", "on", "t", "y")
 
 
 @dataclass(frozen=True)
+class Weights:
+    """The place of the weights that a run starts from."""
+
+    path: str                # absolute
+    run: str | None = None   # the id of the run that wrote the checkpoint, if known
+    step: int | None = None  # the checkpoint's step; None: not a checkpoint
+    warnings: tuple[str, ...] = ()  # one for each broken checkpoint that was passed over
+
+    def __str__(self) -> str:
+        return f"run {self.run}, step {self.step}" if self.run else self.path
+
+
+@dataclass(frozen=True)
 class Spec:
-    """What a run is, and why."""
+    """The resolved spec of a run, and where each value came from."""
 
     name: str
     config: RunConfig | SearchConfig | ScriptConfig
     values: dict[str, Any]   # the config as plain values, defaults included
     origins: dict[str, str]  # by dotted key: "default", "cifar10.yaml:12", "cluster local", "command line", ...
-    text: str                # run.yaml: `trainers.config.spec.read_spec` makes the same config of it
-    weights: Weights | None = None  # what `init.source` is, once that was looked up
+    text: str                # the text of run.yaml; `trainers.config.spec.read_spec` reads the same config from it
+    weights: Weights | None = None  # the weights that `init.source` names, after they were found
 
 
 def tasks() -> dict[str, Path]:
-    """The built-in specs, by name."""
-    found = (Path(__file__).parents[2] / "trainers").glob("*/*.yaml")
-    return dict(sorted((path.stem, path) for path in found))
+    """Return the files of the built-in specs, by name."""
+    files = (Path(__file__).parents[2] / "trainers").glob("*/*.yaml")
+    return dict(sorted((path.stem, path) for path in files))
 
 
 def description(path: Path) -> str:
-    """The first comment of a spec."""
+    """Return the comment in a spec's first line; "" if there is none."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.lstrip("# ").rstrip(" .") if first.startswith("#") else ""
 
 
 def is_spec(word: str | Path) -> bool:
-    """Whether a file's name is that of a spec; any other file is a script."""
+    """Return whether a file is a spec, by its name; any other file is a script."""
     return Path(word).suffix in (".yaml", ".yml")
 
 
 def load_spec(word: str | Path, overrides: Sequence[str] = (), *, cluster: ClusterConfig,
               environment: Mapping[str, str], config_file: str | Path | None = None) -> Spec:
-    """The spec of a built-in task or of a user's file.
+    """Load the spec of a built-in task or of a user's file.
 
-    Layers, later wins: the schema's defaults, the task's YAML, the cluster's defaults, W&B's environment
-    variables, `config_file`, and `overrides`, each `key.sub=value`.
+    The spec is merged from layers, and later layers override earlier ones: the schema's defaults, the task's YAML, the
+    cluster's defaults, W&B's environment variables, `config_file`, and `overrides`, each of the form `key.sub=value`.
 
     Raises:
-        UserError: no such file, no YAML, an unknown key, a value of the wrong kind, a module that fails.
+        UserError: a file does not exist or is not YAML, a key is unknown, a value has the wrong type, or a module cannot
+            be imported.
     """
     built_in = tasks().get(str(word))
     path = built_in or Path(word)
@@ -76,25 +90,25 @@ def load_spec(word: str | Path, overrides: Sequence[str] = (), *, cluster: Clust
     if config_file is not None:
         layers.append(_file(Path(config_file), str(config_file)))
     layers.append(_command_line(overrides))
-    merged = {("name",): (_name(path), "default"), **_merge(layers)}
-    own = [Path(file).absolute().parent for file in (config_file, None if built_in else word) if file is not None]
-    _find_modules(merged, [*own, Path.cwd()])
+    merged: Layer = {("name",): (_name(path), "default"), **_merge(layers)}
+    folders = [Path(file).absolute().parent for file in (config_file, None if built_in else word) if file is not None]
+    _find_modules(merged, [*folders, Path.cwd()])
     return _spec(config_class(_nest(merged)), merged)
 
 
 def script_spec(path: str | Path, args: Sequence[str] = (), overrides: Sequence[str] = (), *,
                 cluster: ClusterConfig) -> Spec:
-    """The spec of a user's own script. Of the cluster's defaults, those of `run` apply.
+    """Return the spec of a user's own script. Only the `run` keys of the cluster's defaults apply.
 
     Raises:
-        UserError: there is no such file, or an override is wrong.
+        UserError: the script does not exist, or an override is wrong.
     """
     from trainers.config.schema import ScriptConfig
 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"`{path}` is a folder" if path.is_dir() else f"there is no file `{path}`",
-                        "give a script, a spec (.yaml) or a task's name")
+                        "give a script, a spec (.yaml) or the name of a task")
     given: Layer = {("name",): (_name(path), "default"), ("script",): (str(path.absolute()), "command line")}
     if args:
         given["args",] = list(args), "command line"
@@ -103,39 +117,53 @@ def script_spec(path: str | Path, args: Sequence[str] = (), overrides: Sequence[
 
 
 def spec_of(paths: RunPaths) -> Spec:
-    """The spec that a run directory holds. Raises: UserError."""
+    """Return the spec of an existing run, as its directory holds it.
+
+    Raises:
+        UserError: run.yaml cannot be read.
+    """
     config = read_run(paths)
     return Spec(name=config.name, config=config, values=config.model_dump(mode="json"), origins={},
                 text=paths.spec.read_text(encoding="utf-8"))
 
 
-SPREAD = ("strategy", "offload", "checkpoint_activations")  # keys of `train` that change no number
+STRATEGY_KEYS = ("strategy", "offload", "checkpoint_activations")  # keys of `train` that do not change the results of training
 
 
-def spread_anew(spec: Spec, words: Sequence[str]) -> Spec:
-    """The spec of a run whose models are to be spread otherwise from now on.
+def with_strategy(spec: Spec, words: Sequence[str]) -> Spec:
+    """Return the spec of a run that continues with another strategy, offload or activation checkpointing.
+
+    The text of run.yaml stays the same: the changes go into a separate file, see `record_strategy`.
 
     Raises:
-        UserError: a word is another key's, which no resumption may change, or its value is wrong.
+        UserError: a word sets a key that cannot change when a run is resumed, or its value is wrong.
     """
     for word in words:
-        if word.partition("=")[0] not in [f"train.{key}" for key in SPREAD] or "train" not in spec.values:
-            raise UserError(f"`{word}`: a run's spec never changes",
-                            "start a new run for that; resume takes sbatch.KEY=VALUE, and how models are spread: --strategy, "
-                            "train.offload and train.checkpoint_activations")
+        if word.partition("=")[0] not in [f"train.{key}" for key in STRATEGY_KEYS] or "train" not in spec.values:
+            raise UserError(f"`{word}` cannot be set: a run's spec never changes",
+                            "start a new run for that; resume takes sbatch.KEY=VALUE, --strategy, train.offload and "
+                            "train.checkpoint_activations")
     changed = with_overrides(spec, words)
-    if not changed.config.train.strategy.startswith("zero"):
+    if not changed.values["train"]["strategy"].startswith("zero"):
         changed = with_values(changed, {"train": {**changed.values["train"], "deepspeed": {}}})
     return replace(changed, text=spec.text)
 
 
-def record_spread(paths: RunPaths, spec: Spec) -> None:
-    """For this attempt's ranks and those to come. Raises: OSError."""
-    replace_json(paths.spread, {key: spec.values["train"][key] for key in (*SPREAD, "deepspeed")})
+def record_strategy(paths: RunPaths, spec: Spec) -> None:
+    """Write the keys that `with_strategy` may change, for the ranks of this attempt and of later attempts.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    replace_json(paths.spread, {key: spec.values["train"][key] for key in (*STRATEGY_KEYS, "deepspeed")})
 
 
 def with_values(spec: Spec, changes: Mapping[str, Any]) -> Spec:
-    """The spec with other values of some top-level keys."""
+    """Return the spec with new values for some top-level keys.
+
+    Raises:
+        UserError: a value is wrong.
+    """
     from trainers.config import yaml12
 
     values = {**spec.values, **changes}
@@ -144,55 +172,63 @@ def with_values(spec: Spec, changes: Mapping[str, Any]) -> Spec:
 
 
 def with_overrides(spec: Spec, overrides: Sequence[str]) -> Spec:
-    """The spec with `key.sub=value` words over what it is. Raises: UserError."""
+    """Return the spec with the overrides applied, each of the form `key.sub=value`.
+
+    Raises:
+        UserError: an override is wrong.
+    """
     merged = _merge([_layer(spec.values, lambda key: "run.yaml"), _command_line(overrides)])
     return _spec(type(spec.config), merged)
 
 
 def for_debugging(word: str | Path, overrides: Sequence[str]) -> list[str]:
-    """The overrides of a run of this task under a debugger: a few steps, each logged, unless they say otherwise.
+    """Return the overrides with defaults for a debugger added: 3 steps, each logged.
 
     Raises:
-        UserError: no such task or file, or its config class cannot be had.
+        UserError: the task or file does not exist, or its config class cannot be imported.
     """
-    if "train" not in _class_of(word).model_fields:  # it has no steps
+    if "train" not in _class_of(word).model_fields:  # a search has no steps
         return list(overrides)
-    said = {word.partition("=")[0] for word in overrides}
-    more = [] if said & {"train.steps", "train.epochs"} else ["train.steps=3"]
-    return [*overrides, *more, *([] if "log.every" in said else ["log.every=1"])]
+    given = {override.partition("=")[0] for override in overrides}
+    more = [] if given & {"train.steps", "train.epochs"} else ["train.steps=3"]
+    return [*overrides, *more, *([] if "log.every" in given else ["log.every=1"])]
 
 
 def show(spec: Spec) -> str:
-    """The merged spec as YAML, each value with a comment that says where it came from."""
+    """Return the merged spec as YAML, with a comment on each value that says where it came from."""
     from trainers.config import yaml12
 
-    shown = [(line, spec.origins.get(".".join(key))) for key, line in yaml12.lines(spec.values)]
-    width = max(len(line) for line, origin in shown if len(line) <= 60)
-    return "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in shown)
+    lines = [(line, spec.origins.get(".".join(map(str, key)))) for key, line in yaml12.lines(spec.values)]
+    width = max(len(line) for line, origin in lines if len(line) <= 60)
+    return "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in lines)
 
 
 def schema(word: str | Path | None = None) -> dict[str, Any]:
-    """The JSON Schema of spec files: of a task's, or of what all tasks share.
+    """Return the JSON Schema of spec files: for one task, or by default for the keys that all tasks share.
 
-    Nothing is required in it at the top, since a file is one layer of several.
+    No top-level key is required, because a file is only one of several layers.
 
     Raises:
-        UserError: no such task or file, or its config class cannot be had.
+        UserError: the task or file does not exist, or its config class cannot be imported.
     """
     from trainers.config.schema import RunConfig
 
-    cls: Any = RunConfig
+    cls: type[TaskConfig] = RunConfig
     if word is not None:
         cls = _class_of(word)
-    found = cls.model_json_schema()
-    found.pop("required", None)
-    data = found["properties"]["data"]
-    found["properties"]["data"] = {"anyOf": [data, {"type": "string", "description": "short for data.source"}]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+    result = cls.model_json_schema()
+    result.pop("required", None)
+    data = result["properties"]["data"]
+    result["properties"]["data"] = {"anyOf": [data, {"type": "string", "description": "short for data.source"}]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result}
 
 
 def _class_of(word: str | Path) -> type[TaskConfig]:
-    """The config class of a task. Raises: UserError."""
+    """Return the config class of a task.
+
+    Raises:
+        UserError: the task or file does not exist, or its config class cannot be imported.
+    """
     path = tasks().get(str(word)) or Path(word)
     merged = _file(path, path.name)
     _find_modules(merged, [path.absolute().parent, Path.cwd()])
@@ -209,11 +245,14 @@ def _spec(cls: type[TaskConfig | ScriptConfig], merged: Layer) -> Spec:
 
 
 def _origin(key: Key, merged: Layer) -> str | None:
-    """Where the value at a key was given, or all that is inside it, or the list that it is in."""
-    inside = {place for other, (_, place) in merged.items() if other[:len(key)] == key}
-    if not inside:
-        inside = {place for other, (_, place) in merged.items() if key[:len(other)] == other}
-    return inside.pop() if len(inside) == 1 else None
+    """Return where a key's value was given; None if it is a default, or if its parts were given in several places.
+
+    A key inside a list (`optim.betas.1`) has the origin of the list.
+    """
+    origins = {origin for other, (_, origin) in merged.items() if other[:len(key)] == key}
+    if not origins:
+        origins = {origin for other, (_, origin) in merged.items() if key[:len(other)] == other}
+    return origins.pop() if len(origins) == 1 else None
 
 
 def _name(path: Path) -> str:
@@ -241,9 +280,9 @@ def _command_line(overrides: Sequence[str]) -> Layer:
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not re.fullmatch(r"[^\W\d][\w-]*(\.[\w-]+)*", key):
-            raise UserError(f"`{word}` is no key=value", "write, for instance, optim.lr=1e-3")
+            raise UserError(f"`{word}` is not of the form key=value", "write, for instance, optim.lr=1e-3")
         if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-            raise UserError(f"`{key}` is no text in UTF-8 (command line)")
+            raise UserError(f"`{key}` is not valid UTF-8 text (command line)")
         _add(layer, _layer({key: yaml12.argument(text)}, lambda _: "command line"))
     return _checked(layer)
 
@@ -261,7 +300,11 @@ def _wandb(environment: Mapping[str, str]) -> Layer:
 
 
 def _layer(values: Mapping[str, Any], origin: Callable[[Key], str]) -> Layer:
-    """Nested values as a layer. At the top a key may be dotted, and `data: WORD` is short for `data.source`."""
+    """Turn nested values into a layer. A top-level key may be dotted, and `data: WORD` is short for `data.source`.
+
+    Args:
+        origin: returns where the value at a key of `values` was given.
+    """
     layer: Layer = {}
     for name, value in values.items():
         key = tuple(name.split("."))
@@ -273,16 +316,17 @@ def _layer(values: Mapping[str, Any], origin: Callable[[Key], str]) -> Layer:
 
 
 def _add(layer: Layer, more: Layer) -> None:
-    """Within one layer a key is given once."""
+    """Add values to a layer. Two different values for one key in the same layer are an error."""
     for key, (value, place) in more.items():
         if key in layer and layer[key][0] != value:
-            before, where = layer[key]
-            places = place if place == where else f"{where}, {place}"
-            raise UserError(f"`{'.'.join(key)}` is both `{before}` and `{value}` ({places})", "keep one")
+            earlier_value, earlier_place = layer[key]
+            places = place if place == earlier_place else f"{earlier_place}, {place}"
+            raise UserError(f"`{'.'.join(key)}` is both `{earlier_value}` and `{value}` ({places})", "keep one")
         layer[key] = value, place
 
 
 def _checked(layer: Layer) -> Layer:
+    """Return the layer if it sets at most one key of each group of `ALTERNATIVES`."""
     for group in ALTERNATIVES:
         given = [key for key in group if layer.get(tuple(key.split(".")), (None,))[0] is not None]
         if len(given) > 1:
@@ -292,6 +336,7 @@ def _checked(layer: Layer) -> Layer:
 
 
 def _merge(layers: Sequence[Layer]) -> Layer:
+    """Merge layers key by key; later layers override earlier ones."""
     merged: Layer = {}
     for layer in layers:
         for group in ALTERNATIVES:
@@ -304,16 +349,17 @@ def _merge(layers: Sequence[Layer]) -> Layer:
             if value == {} and inside:
                 if place == "command line":
                     name = ".".join(key)
-                    raise UserError(f"`{name}={{}}` changes nothing: what `{name}` holds is merged key by key",
-                                    f"`launch show` lists its keys; say what each is to be: {'.'.join(inside[0])}=...")
-                continue  # an empty mapping takes nothing away
+                    raise UserError(f"`{name}={{}}` changes nothing: the keys of `{name}` are merged one by one",
+                                    f"set each key: {'.'.join(inside[0])}=...; `launch show` lists the keys")
+                continue  # an empty mapping removes nothing
             for other in inside + [key[:length] for length in range(1, len(key))]:
                 merged.pop(other, None)
             merged[key] = value, place
     return merged
 
 
-def _leaves(value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
+def _leaves(value: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield the key and value of everything in nested mappings that is not itself a mapping with keys."""
     if isinstance(value, dict) and value:
         for name, item in value.items():
             yield from _leaves(item, (*key, name))
@@ -322,6 +368,7 @@ def _leaves(value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
 
 
 def _nest(merged: Layer) -> dict[str, Any]:
+    """Turn a layer back into nested values."""
     values: dict[str, Any] = {}
     for key, (value, _) in merged.items():
         inner = values
@@ -335,10 +382,10 @@ def _nest(merged: Layer) -> dict[str, Any]:
 
 
 def _find_modules(merged: Layer, folders: Sequence[Path]) -> None:
-    """Note in `path` the first folder that has a module which `task` or `config` names.
+    """Set `path` to the first folder that holds a module named by `task` or `config`, unless `path` is given.
 
     Raises:
-        UserError: such a module is nowhere.
+        UserError: a module is in none of the folders, and cannot be imported.
     """
     if ("path",) in merged:
         value, place = merged["path",]
@@ -349,17 +396,17 @@ def _find_modules(merged: Layer, folders: Sequence[Path]) -> None:
         reference, place = merged.get((key,), (None, ""))
         module = reference.partition(":")[0] if isinstance(reference, str) else ""
         if not re.fullmatch(r"[^\W\d]\w*(\.\w+)*", module):
-            continue  # validation says so
+            continue  # validation reports this
         top = module.partition(".")[0]
-        ours = top in ("trainers", "launch")
+        built_in = top in ("trainers", "launch")
         home = next((folder for folder in folders if holds(folder, top)), None)
-        if home is not None and not ours:
+        if home is not None and not built_in:
             merged.setdefault(("path",), (str(home), place))
-        elif not _importable(module if ours else top):
-            looked = " and ".join(f"`{folder}`" for folder in dict.fromkeys(folders))
-            raise UserError(f"there is no module `{module}`, which `{key}` names ({place})",
-                            f"rename `{home / top}`: launch's own `{top}` comes before it" if home and ours
-                            else f"looked in {looked}")
+        elif not _importable(module if built_in else top):
+            searched = " and ".join(f"`{folder}`" for folder in dict.fromkeys(folders))
+            raise UserError(f"the module `{module}` that `{key}` names was not found ({place})",
+                            f"rename `{home / top}`: launch's own `{top}` hides it" if home and built_in
+                            else f"looked in {searched}")
 
 
 def _importable(module: str) -> bool:

@@ -1,4 +1,4 @@
-"""Stopping runs, with a checkpoint, wherever they are."""
+"""Cancel runs, on this machine and on SLURM. A run that is running writes a checkpoint before it stops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from launch.records.process import alive
 from launch.records.read import attempt_record, element_of, read_sweep
 from launch.records.run import Run, read_run
-from launch.records.state import ACTIVE, FINAL, NOT_SUBMITTED, Truth, local_state, look, on_slurm, state_of
+from launch.records.state import ACTIVE, FINAL, NOT_SUBMITTED, Truth, local_state, on_slurm, state_of, true_states
 from trainers.contract.clock import utc_now
 from trainers.contract.errors import UserError
 from trainers.contract.files import update_json
@@ -23,134 +23,143 @@ from trainers.contract.paths import RunPaths
 if TYPE_CHECKING:
     from launch.cluster.slurm import Queued
 
-BEYOND_GRACE_S = 15.0  # from the end of a run's grace to the end of its patience with a cancelled one
+BEYOND_GRACE_S = 15.0  # how much longer than run.grace_s a cancelled run on SLURM may take
 
 
 def cancel(run: Run, wait_s: float | None = None) -> str:
-    """Ask a run to stop with a checkpoint and wait until it has, for `wait_s` seconds at most (by default 90 s; on
-    SLURM somewhat longer than the run's own grace, after which its job is ended anyhow).
+    """Ask a run to write a checkpoint and stop, and wait until it has stopped.
 
-    Returns the state it is in then, with a word of explanation if it is still at work.
+    Args:
+        wait_s: how many seconds to wait; by default 90. On SLURM the default is the run's grace period and
+            `BEYOND_GRACE_S`, and the job is ended after the wait in any case.
+
+    Returns:
+        The run's state after the wait, with an explanation if the run has not stopped.
 
     Raises:
-        UserError: it is not at work, or cannot be reached from this host.
+        UserError: the run is not running or waiting, or cannot be reached from this host.
     """
     if on_slurm(run.record):
-        [(run, truth)] = looked = look([run])
-        said = _cancel_on_slurm(looked, wait_s)
-        if not said:
+        [(run, truth)] = looked = true_states([run])
+        states = _cancel_on_slurm(looked, wait_s)
+        if not states:
             raise _nothing_to_cancel(run, truth.state)
-        return said[run.id]
-    now, job = local_state(run.record), run.record.get("job")
-    if now not in ACTIVE:
-        raise _nothing_to_cancel(run, now)
+        return states[run.id]
+    state, job = local_state(run.record), run.record.get("job")
+    if state not in ACTIVE:
+        raise _nothing_to_cancel(run, state)
     if not job:
-        raise UserError(f"run `{run.id}` is {now}, but no process has taken it yet", "try again in a moment")
+        raise UserError(f"run `{run.id}` is {state}, but no process has started it yet", "try again in a moment")
     if job["host"] != socket.gethostname():
-        raise UserError(f"run `{run.id}` is at work on host `{job['host']}`, this is `{socket.gethostname()}`",
-                        f"type `launch cancel {run.id}` there")
+        raise UserError(f"run `{run.id}` is running on host `{job['host']}`, but this host is `{socket.gethostname()}`",
+                        f"type `launch cancel {run.id}` on that host")
     sweep = run.record.get("sweep")
-    if sweep and now == "submitted":  # it waits for its turn, before which the sweep's process looks at its record
+    if sweep and state == "submitted":  # the run waits for its turn; the sweep's process reads its record before starting it
         return update_json(run.paths.record, state="cancelled", updated=utc_now())["state"]
-    # The marker first: whoever sees the signal must already find the reason.
+    # Write the marker first: the run must find the reason when the signal arrives.
     attempt = max(run.paths.attempt_numbers(), default=run.record["attempt"])
     run.paths.cancellation(attempt).touch()
     try:
         os.kill(job["pid"], signal.SIGTERM)
     except ProcessLookupError:
-        pass  # it ended just now
+        pass  # the process has just ended
     except PermissionError:
         raise UserError(f"process {job['pid']} of run `{run.id}` belongs to another user",
-                        "ask them to cancel it") from None
+                        "ask that user to cancel the run") from None
     wait_s = 90.0 if wait_s is None else wait_s
     deadline = time.monotonic() + wait_s
-    while alive(job["pid"], job["started"]) and not (sweep and run.again().record["state"] in FINAL):
+    while alive(job["pid"], job["started"]) and not (sweep and run.reread().record["state"] in FINAL):
         if time.monotonic() > deadline:
-            return f"{now} (asked to stop, but process {job['pid']} still runs after {wait_s:.0f} s)"
+            return f"{state} (asked to stop, but process {job['pid']} still runs after {wait_s:.0f} s)"
         time.sleep(0.05)
-    return state_of(run.again())
+    return state_of(run.reread())
 
 
 def cancel_sweep(root: Path, sweep: str, wait_s: float | None = None) -> list[dict[str, str]]:
-    """Cancel all runs of a sweep that wait or are at work: those on SLURM together.
+    """Cancel all runs of a sweep that are waiting or running. Runs on SLURM are cancelled together.
 
-    Returns {"id", "state"} of each of its runs, in its order.
+    Returns:
+        {"id", "state"} of each run, in the sweep's order.
 
     Raises:
-        UserError: there is no such sweep, none of its runs waits or is at work, or they cannot be reached from here.
+        UserError: the sweep does not exist, none of its runs is waiting or running, or they cannot be reached from this host.
     """
-    found = read_sweep(root, sweep)
-    folder = Path(found["path"])
-    looked = look([read_run(folder.parent / point["run"]) for point in found["points"]
+    record = read_sweep(root, sweep)
+    folder = Path(record["path"])
+    looked = true_states([read_run(folder.parent / point["run"]) for point in record["points"]
                    if RunPaths(folder.parent / point["run"]).record.exists()])
-    said = _cancel_on_slurm([(run, truth) for run, truth in looked if on_slurm(run.record)], wait_s)
-    here = [run for run, truth in looked if truth.state in ACTIVE and not on_slurm(run.record)]
-    # Those that wait first: else the next begins when the one at work ends.
-    said |= {run.id: cancel(run, wait_s) for run in sorted(here, key=lambda run: run.record["state"] != "submitted")}
-    if not said:
-        raise UserError(f"no run of sweep `{folder.name}` waits or is at work: there is nothing to cancel",
+    states = _cancel_on_slurm([(run, truth) for run, truth in looked if on_slurm(run.record)], wait_s)
+    local = [run for run, truth in looked if truth.state in ACTIVE and not on_slurm(run.record)]
+    # Cancel the waiting runs first: otherwise the next one starts when the running one ends.
+    states |= {run.id: cancel(run, wait_s) for run in sorted(local, key=lambda run: run.record["state"] != "submitted")}
+    if not states:
+        raise UserError(f"no run of sweep `{folder.name}` is waiting or running: there is nothing to cancel",
                         f"see `launch runs --sweep {folder.name}`")
-    return [{"id": run.id, "state": said.get(run.id, truth.state)} for run, truth in looked]
+    return [{"id": run.id, "state": states.get(run.id, truth.state)} for run, truth in looked]
 
 
 def _cancel_on_slurm(looked: Sequence[tuple[Run, Truth]], wait_s: float | None) -> dict[str, str]:
-    """Cancel those of the runs that have a job, or whose submission did not finish; what became of them."""
+    """Cancel the runs that have a job, or whose submission did not finish. Return each one's state by its id.
+
+    Raises:
+        UserError: a run cannot be cancelled from this host or just now, or SLURM refused.
+    """
     from launch.cluster import slurm
 
     unfinished = [run for run, _ in looked if not run.record["job"]["ids"]]
     for run, truth in looked:
-        if truth.blind:
+        if truth.unreachable:
             raise UserError(f"run `{run.id}` cannot be cancelled from here: {truth.note}",
                             "use a host of its cluster that has SLURM's commands")
         if truth.stale:
-            raise UserError(f"run `{run.id}` is just changing its state", "try again in a moment")
+            raise UserError(f"run `{run.id}` is changing its state at this moment", "try again in a moment")
         if run in unfinished and truth.note != NOT_SUBMITTED and run.record["job"].get("host") == socket.gethostname():
-            raise UserError(f"run `{run.id}` is being submitted just now", "try again in a moment")
+            raise UserError(f"run `{run.id}` is being submitted at this moment", "try again in a moment")
     jobs = {run.id: truth.jobs for run, truth in looked}
-    if unfinished:  # whose job may be there all the same: its script tells
-        there = [job for job in slurm.queue().values() if job.script]
-        jobs |= {run.id: _by_script(run, there) for run in unfinished}
+    if unfinished:  # SLURM may have the job although its id was never recorded; the path of its script identifies it
+        queue = list(slurm.queue().values())
+        jobs |= {run.id: _jobs_by_script(run, queue) for run in unfinished}
     stopping = [run for run, _ in looked if jobs[run.id] or run in unfinished]
-    at_work = {run.id: number for run in stopping if any(not job.waiting for job in jobs[run.id])
-               and (number := _attempt_at_work(run))}
+    attempts = {run.id: number for run in stopping if any(not job.waiting for job in jobs[run.id])
+                and (number := _running_attempt(run))}
 
-    # The record or the marker first: whoever sees the job go must already find the reason. The record of a run that
-    # is at work is its node process's to write.
+    # Write the record or the marker first: the reason must be on disk before the job ends. A running run gets the marker,
+    # because its node process writes the record.
     for run in stopping:
-        if run.id in at_work:
-            run.paths.cancellation(at_work[run.id]).touch()
+        if run.id in attempts:
+            run.paths.cancellation(attempts[run.id]).touch()
         else:
             update_json(run.paths.record, state="cancelled", updated=utc_now())
-    waiting = {job.id for run in stopping for job in jobs[run.id] if run.id not in at_work or job.waiting}
+    waiting = {job.id for run in stopping for job in jobs[run.id] if run.id not in attempts or job.waiting}
     running = {job.id for run in stopping for job in jobs[run.id]} - waiting
     try:
         slurm.cancel(waiting)
         slurm.cancel(running, signal="TERM")
-    except UserError:  # it was not cancelled
+    except UserError:  # nothing was cancelled: restore the records
         for run in stopping:
-            if run.id not in at_work:
+            if run.id not in attempts:
                 update_json(run.paths.record, state=run.record["state"])
         raise
     if running:
-        obeying = [run for run in stopping if run.id in at_work]
-        _wait_for(obeying, running, max(map(_grace_s, obeying)) + BEYOND_GRACE_S if wait_s is None else wait_s)
+        working = [run for run in stopping if run.id in attempts]
+        _wait_for(working, running, max(map(_grace_s, working)) + BEYOND_GRACE_S if wait_s is None else wait_s)
         slurm.cancel(running)
-    return _after(stopping, waiting | running)
+    return _end(stopping, waiting | running)
 
 
-def _by_script(run: Run, there: Sequence[Queued]) -> tuple[Queued, ...]:
-    """The jobs that run its own script, or as its element that of its sweep."""
+def _jobs_by_script(run: Run, queue: Sequence[Queued]) -> tuple[Queued, ...]:
+    """Return the jobs that run the run's script, or the run's element of its sweep's script."""
     sweep, element = run.record.get("sweep"), element_of(run)
-    return tuple(job for job in there if f"/{run.id}/" in job.script
-                 or sweep and f"/{sweep}/" in job.script and job.id.endswith(f"_{element}"))
+    return tuple(job for job in queue if job.script and (
+        f"/{run.id}/" in job.script or sweep and f"/{sweep}/" in job.script and job.id.endswith(f"_{element}")))
 
 
 def _wait_for(runs: Sequence[Run], ids: set[str], wait_s: float) -> None:
-    """Until the attempts at work have ended, by the runs' records, or their jobs are gone."""
+    """Wait until the runs have ended by their records, or their jobs are gone, or `wait_s` seconds have passed."""
     from launch.cluster import slurm
 
     start = asked = time.monotonic()
-    while time.monotonic() < start + wait_s and any(run.again().record["state"] in ACTIVE for run in runs):
+    while time.monotonic() < start + wait_s and any(run.reread().record["state"] in ACTIVE for run in runs):
         if time.monotonic() > asked + 5:
             asked = time.monotonic()
             if not slurm.queue(ids):
@@ -158,43 +167,46 @@ def _wait_for(runs: Sequence[Run], ids: set[str], wait_s: float) -> None:
         time.sleep(0.1)
 
 
-def _after(runs: Sequence[Run], ids: set[str]) -> dict[str, str]:
-    """What became of cancelled runs. SLURM lets a job go some seconds after it was told to; then nobody else writes
-    the record, which says so in any case: a job that was just beginning may have overwritten it."""
+def _end(runs: Sequence[Run], ids: set[str]) -> dict[str, str]:
+    """Wait up to 5 s for the jobs to leave the queue, write the records, and return each run's state by its id.
+
+    SLURM removes a cancelled job a few seconds late. After that nobody else writes the run's record. The record is then
+    written again, because a job that was just starting may have overwritten it.
+    """
     from launch.cluster import slurm
 
     deadline = time.monotonic() + 5
     while left := slurm.queue(ids) if ids else {}:
         if time.monotonic() > deadline:
             break
-        slurm.cancel(id for id, job in left.items() if job.waiting)  # it was on its way back into the queue
+        slurm.cancel(id for id, job in left.items() if job.waiting)  # the job was being requeued when it was cancelled
         time.sleep(0.25)
-    said = {}
+    states = {}
     for run in runs:
-        run = run.again()
-        mine = [id for id in run.record["job"]["ids"] if id in left]
-        if run.record["state"] not in FINAL and not mine:
+        run = run.reread()
+        remaining = [id for id in run.record["job"]["ids"] if id in left]
+        if run.record["state"] not in FINAL and not remaining:
             update_json(run.paths.record, state="cancelled", updated=utc_now())
-        said[run.id] = run.again().record["state"]
-        if said[run.id] not in FINAL:
-            said[run.id] += f" (asked to stop; SLURM was told to end job {', '.join(mine)}, and has not yet)"
-    return said
+        states[run.id] = run.reread().record["state"]
+        if states[run.id] not in FINAL:
+            states[run.id] += f" (asked to stop; SLURM was told to end job {', '.join(remaining)}, but has not done so yet)"
+    return states
 
 
-def _attempt_at_work(run: Run) -> int | None:
-    """The number of the attempt that has begun and not said how it ended."""
+def _running_attempt(run: Run) -> int | None:
+    """Return the number of the last attempt if its record does not say how it ended, else None."""
     number = max(run.paths.attempt_numbers(), default=None)
     return number if number and attempt_record(run.paths, number)["outcome"] in ("running", "unreadable") else None
 
 
 def _grace_s(run: Run) -> float:
-    """run.grace_s of its spec, which is ours and so plainly laid out: no need for a YAML reader."""
+    """Return run.grace_s of the run's spec. A regular expression is enough, because launch itself writes run.yaml."""
     try:
-        found = re.search(r"^\s+grace_s:\s*([\d.]+)", run.paths.spec.read_text(encoding="utf-8"), re.MULTILINE)
+        match = re.search(r"^\s+grace_s:\s*([\d.]+)", run.paths.spec.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
-        found = None
-    return float(found[1]) if found else 60.0
+        match = None
+    return float(match[1]) if match else 60.0
 
 
-def _nothing_to_cancel(run: Run, now: str) -> UserError:
-    return UserError(f"run `{run.id}` is {now}: there is nothing to cancel", "see `launch runs`")
+def _nothing_to_cancel(run: Run, state: str) -> UserError:
+    return UserError(f"run `{run.id}` is {state}: there is nothing to cancel", "see `launch runs`")

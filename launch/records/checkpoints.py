@@ -1,4 +1,4 @@
-"""A run's checkpoints from outside: which there are, whether they are whole, and deleting what is superfluous."""
+"""A run's checkpoints, seen from outside the run: list, verify, prune, and choose one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.records.run import Run
-from launch.records.state import ACTIVE, look
+from launch.records.state import ACTIVE, true_states
 from trainers.checkpoints import folders, manifest, retention
 from trainers.config import yaml12
 from trainers.config.schema import Checkpoint
@@ -18,8 +18,10 @@ from trainers.contract.paths import RunPaths
 
 
 def listing(paths: RunPaths) -> list[dict[str, Any]]:
-    """The committed checkpoints, newest first: `step`, `created`, `bytes`, `strategy`, `world_size`, `metrics`, `kept` (as
-    `last`, `best` or `every`), `path`, and the `problem` that manifest and sizes alone show, or None.
+    """Return the committed checkpoints, newest first.
+
+    Each has `step`, `created`, `bytes`, `strategy`, `world_size`, `metrics`, `kept` (the reasons: `last`, `best`,
+    `every`), `path`, and `problem` (None if the manifest and the file sizes show none; no file is hashed).
 
     Raises:
         UserError: run.yaml cannot be read.
@@ -37,62 +39,73 @@ def listing(paths: RunPaths) -> list[dict[str, Any]]:
 
 
 def verify(paths: RunPaths, step: int | None) -> list[dict[str, Any]]:
-    """Read and hash every file of every checkpoint, or of one: `step`, `bytes`, `problem` or None; newest first. One that
-    the run deletes meanwhile is left out.
+    """Read and hash every file of one checkpoint, or of all of them.
+
+    Args:
+        step: the checkpoint; None: all.
+
+    Returns:
+        `step`, `bytes` and `problem` (or None) of each, newest first. Checkpoints that the run deletes meanwhile are left
+        out.
 
     Raises:
-        UserError: there is no such checkpoint, or none.
+        UserError: the run has no checkpoint, or none of this step.
     """
     rows = []
-    for one in reversed(existing(paths, step)):
-        folder = paths.checkpoint(one)
+    for existing_step in reversed(existing(paths, step)):
+        folder = paths.checkpoint(existing_step)
         try:
-            content = manifest.verify(folder, one)
-            rows.append({"step": one, "bytes": sum(entry["size"] for entry in content["files"].values()), "problem": None})
-        except manifest.Broken as problem:
+            content = manifest.verify(folder, existing_step)
+            size_bytes = sum(entry["size"] for entry in content["files"].values())
+            rows.append({"step": existing_step, "bytes": size_bytes, "problem": None})
+        except manifest.Broken as error:
             if folder.exists():
-                rows.append({"step": one, "bytes": None, "problem": str(problem)})
+                rows.append({"step": existing_step, "bytes": None, "problem": str(error)})
     return rows
 
 
 def prune(run: Run, keep_last: int | None, dry_run: bool) -> dict[str, Any]:
-    """Delete what retention does not keep, and what interruptions have left: `deleted`, `kept` (with the reasons), steps;
-    `leftovers`, names; `bytes`, what is freed.
+    """Delete the checkpoints that the retention rules do not keep, and what interruptions have left behind.
 
-    The newest whole one stays in any case, and those whose manifest cannot be read: somebody may want to look at them.
+    The newest whole checkpoint is always kept. Checkpoints whose manifest cannot be read are also kept, so that they can
+    be examined.
 
     Args:
-        keep_last: instead of the run's own `checkpoint.keep_last`.
-        dry_run: say so, and do nothing.
+        keep_last: replaces the run's own `checkpoint.keep_last`.
+        dry_run: delete nothing, and return what would be deleted.
+
+    Returns:
+        `deleted` (steps), `kept` (the reasons by step), `leftovers` (names of folders), `bytes` (freed) and `dry_run`.
+
     Raises:
-        UserError: the run is at work or in a queue, or none of its checkpoints is whole.
+        UserError: the run is running or in a queue, or none of its checkpoints is whole.
     """
     paths = run.paths
-    [(_, truth)] = look([run])
+    [(_, truth)] = true_states([run])
     if truth.state in ACTIVE or truth.jobs:
-        raise UserError(f"`{run.id}` is {truth.state}, and deletes by itself what is superfluous",
-                        f"once it has ended, or after `launch cancel {run.id}`")
+        raise UserError(f"`{run.id}` is {truth.state}: it deletes its old checkpoints itself",
+                        f"wait until it has ended, or type `launch cancel {run.id}`")
     config = settings(paths)
     if keep_last is not None:
         config = config.model_copy(update={"keep_last": keep_last})
     if not dry_run:
         folders.put_back(paths)
     existing(paths)
-    found = folders.metrics(folders.manifests(paths))
-    keep = retention.kept(found, config)
-    stale = [step for step in found if step not in keep]
+    metrics = folders.metrics(folders.manifests(paths))
+    keep = retention.kept(metrics, config)
+    stale = [step for step in metrics if step not in keep]
     leftovers = folders.leftovers(paths, folders.TMP, folders.OLD, folders.BROKEN)
     if stale or leftovers:
-        whole = next((step for step in sorted(found, reverse=True) if _whole(paths, step)), None)
+        whole = next((step for step in sorted(metrics, reverse=True) if _is_whole(paths, step)), None)
         if whole is None:
             raise UserError(f"no checkpoint of `{run.id}` is whole: nothing is deleted",
-                            f"`launch checkpoint verify {run.id}` says what is wrong with each")
+                            f"type `launch checkpoint verify {run.id}` to see what is wrong with each")
         if whole in stale:
             stale.remove(whole)
             keep[whole] = ["whole"]
     size_bytes = sum(_size(path) for path in [*leftovers, *map(paths.checkpoint, stale)])
     if not dry_run:
-        folders.sweep(paths)
+        folders.delete_leftovers(paths)
         for step in stale:
             folders.delete(paths, step)
     return {"deleted": stale, "kept": {step: keep[step] for step in sorted(keep)}, "leftovers": [path.name for path in leftovers],
@@ -104,17 +117,17 @@ def _size(folder: Path) -> int:
 
 
 def _glance(folder: Path, step: int) -> tuple[dict[str, Any], str | None]:
-    """(the manifest, or nothing; the problem that it and the sizes of files show)"""
+    """Return the manifest ({} if it cannot be read), and the problem that the manifest and the file sizes show, or None."""
     content: dict[str, Any] = {}
     try:
         content = manifest.read(folder, step)
-        manifest.sealed(folder, step)
-    except manifest.Broken as problem:
-        return content, str(problem)
+        manifest.verify_sizes(folder, step)
+    except manifest.Broken as error:
+        return content, str(error)
     return content, None
 
 
-def _whole(paths: RunPaths, step: int) -> bool:
+def _is_whole(paths: RunPaths, step: int) -> bool:
     try:
         manifest.verify(paths.checkpoint(step), step)
     except manifest.Broken:
@@ -124,23 +137,28 @@ def _whole(paths: RunPaths, step: int) -> bool:
 
 @dataclass(frozen=True)
 class Choice:
+    """A checkpoint that was chosen."""
+
     step: int
-    passed_over: dict[int, str]  # what is wrong with each that was preferred, or may have been
+    passed_over: dict[int, str]  # the problem of each broken checkpoint that comes before this one, or may do so, by step
 
     def warnings(self) -> list[str]:
+        """Return one line for each checkpoint that was passed over."""
         return [f"the checkpoint of step {step} is broken ({problem}): passed over" for step, problem in self.passed_over.items()]
 
 
-def choose(paths: RunPaths, which: str | None, look: Callable[[Path, int], Any] = manifest.sealed) -> Choice:
-    """A whole checkpoint of a run: of the newest, or the best, the first that is whole; of a step, that one or none.
+def choose(paths: RunPaths, which: str | None, check: Callable[[Path, int], Any] = manifest.verify_sizes) -> Choice:
+    """Choose a whole checkpoint of a run.
+
+    Broken checkpoints are passed over, except when `which` is a step.
 
     Args:
-        which: a step, `best` by the run's `checkpoint.metric` (of equals the newer), or `newest`, as None.
-        look: says whether one is whole: `manifest.sealed` by its manifest and the sizes of its files, `manifest.verify` by
-            reading them all.
+        which: `newest` or None; `best` by the run's `checkpoint.metric` (of equal ones the newer); or a step.
+        check: raises `manifest.Broken` for a checkpoint that is not whole. `manifest.verify_sizes` looks at the manifest and the
+            file sizes, `manifest.verify` reads all files.
 
     Raises:
-        UserError: there is none such, or none is whole.
+        UserError: there is no such checkpoint, or no such checkpoint is whole.
     """
     steps = existing(paths)
     passed_over: dict[int, str] = {}
@@ -151,58 +169,66 @@ def choose(paths: RunPaths, which: str | None, look: Callable[[Path, int], Any] 
     elif which.isdecimal():
         steps = existing(paths, int(which))
     else:
-        raise UserError(f"`{which}` names no checkpoint of a run", f"give `newest`, `best` or a step: {_listed(steps)}")
+        raise UserError(f"`{which}` is not a checkpoint of a run", f"give `newest`, `best` or a step: {_listed(steps)}")
     for step in steps:
         try:
-            look(paths.checkpoint(step), step)
+            check(paths.checkpoint(step), step)
             return Choice(step, passed_over)
-        except manifest.Broken as problem:
-            passed_over[step] = str(problem)
+        except manifest.Broken as error:
+            passed_over[step] = str(error)
     step, problem = max(passed_over.items())
-    see = f"`launch checkpoint verify {paths.id}` looks at all"
+    verify_hint = f"`launch checkpoint verify {paths.id}` checks all of them"
+    newest_hint = "use `newest` for the newest whole checkpoint"
     if which in (None, "newest", "best"):
         evaluated = " that was evaluated" if which == "best" else ""
-        hint = "`newest` takes the newest whole one" if which == "best" else "put a good copy back"
-        raise UserError(f"no checkpoint of `{paths.id}`{evaluated} is whole (step {step}: {problem})", f"{hint}; {see}")
-    raise UserError(f"the checkpoint of step {step} of `{paths.id}` is broken: {problem}",
-                    f"`newest` takes the newest whole one; {see}")
+        hint = newest_hint if which == "best" else "restore a good copy"
+        raise UserError(f"no checkpoint of `{paths.id}`{evaluated} is whole (step {step}: {problem})", f"{hint}; {verify_hint}")
+    raise UserError(f"the checkpoint of step {step} of `{paths.id}` is broken: {problem}", f"{newest_hint}; {verify_hint}")
 
 
 def existing(paths: RunPaths, step: int | None = None) -> list[int]:
-    """The steps of which there are checkpoints, whole or not, oldest first; or this one alone.
+    """Return the steps that have a checkpoint, whole or not, oldest first; if `step` is given, only this step.
 
     Raises:
-        UserError: there is none, or not this one.
+        UserError: the run has no checkpoint, or none of this step.
     """
     steps = paths.checkpoint_steps()
     if not steps:
         raise UserError(f"`{paths.id}` has no checkpoint", f"looked in {paths.checkpoints}")
     if step is not None and step not in steps:
-        raise UserError(f"`{paths.id}` has no checkpoint of step {step}", f"there is {_listed(steps)}")
+        raise UserError(f"`{paths.id}` has no checkpoint of step {step}", f"give one of {_listed(steps)}")
     return steps if step is None else [step]
 
 
 def settings(paths: RunPaths) -> Checkpoint:
-    """The run's `checkpoint` section: no more of its spec, which may need modules that are not here. Raises: UserError."""
+    """Return the `checkpoint` section of the run's spec. The rest may need modules that this machine does not have.
+
+    Raises:
+        UserError: run.yaml cannot be read, or its `checkpoint` section is wrong.
+    """
     values = mapping(yaml12.read(read_text(paths.spec), paths.spec.name).value, paths.spec.name)
     return validate(Checkpoint, values.get("checkpoint") or {}, lambda key: paths.spec.name)
 
 
 def _best_first(paths: RunPaths) -> tuple[list[int], dict[int, str]]:
-    """(the steps that can be ranked, the problem of each that cannot say how good it is)"""
+    """Return the steps that have the run's metric, best first, and the problem of each step whose manifest is broken.
+
+    Raises:
+        UserError: the run has no `checkpoint.metric`, or no checkpoint has a value of the metric.
+    """
     config = settings(paths)
-    see = f"`launch checkpoint list {paths.id}` shows the metrics of each: give a step"
+    hint = f"give a step; `launch checkpoint list {paths.id}` shows the metrics of each"
     if config.metric is None:
-        raise UserError(f"`{paths.id}` names no metric by which a checkpoint is the best (`checkpoint.metric`)", see)
+        raise UserError(f"`{paths.id}` has no best checkpoint, because it sets no `checkpoint.metric`", hint)
     metrics, unreadable = {}, {}
     for step in existing(paths):
         try:
             metrics[step] = manifest.read(paths.checkpoint(step), step)["metrics"]
-        except manifest.Broken as problem:
-            unreadable[step] = str(problem)
+        except manifest.Broken as error:
+            unreadable[step] = str(error)
     ranked = retention.ranked(metrics, config)[::-1]
     if not ranked and not unreadable:
-        raise UserError(f"no checkpoint of `{paths.id}` was evaluated by `{config.metric}` (`checkpoint.metric`)", see)
+        raise UserError(f"no checkpoint of `{paths.id}` has a value of `{config.metric}` (`checkpoint.metric`)", hint)
     return ranked, unreadable
 
 

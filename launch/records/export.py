@@ -1,4 +1,4 @@
-"""The models of a run's checkpoint as files for others, here and at once: without ranks, and without torch."""
+"""Export the models of a checkpoint to files that other programs read. Starts no ranks and needs no torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ SUFFIX = ".safetensors"
 
 
 def export(run: Run, *, which: str | None, to: str, output: Path | None) -> dict[str, Any]:
-    """Write the models of one checkpoint, without what else it holds: `step`, `warnings` (of those that were
-    passed over), `files` (the path of each model's file or folder, by the model's name), `bytes`.
+    """Write the models of one checkpoint to files, without optimizer states and other data.
 
     Args:
-        which: a step, `best`, or None: the newest whole one.
-        to: `safetensors`, a file a model, or `huggingface`, a folder a model.
-        output: by default in the run's `export/step_<n>/`. A folder; of a single model the very file, if its name ends so,
-            or the very folder in Hugging Face's layout.
+        which: a step, `best`, or None for the newest whole checkpoint.
+        to: `safetensors` for one file per model, or `huggingface` for one folder per model.
+        output: a folder; by default the run's `export/step_<n>/`. With `safetensors` and a single model it may also be
+            the file itself, if its name ends in .safetensors. With `huggingface` and a single model it is the model's folder.
+
+    Returns:
+        `step`, `warnings` (about checkpoints that were passed over), `files` (the path of each model's file or folder, by
+        the model's name) and `bytes`.
+
     Raises:
         UserError: there is no such checkpoint, it is broken, a model has no such layout, or the output cannot be written.
     """
@@ -33,11 +37,11 @@ def export(run: Run, *, which: str | None, to: str, output: Path | None) -> dict
     checkpoint = run.paths.checkpoint(step)
     try:
         models = engine.read_models(checkpoint)
-        places = _places(run, step, to, output, list(models))
+        places = _outputs(run, step, to, output, list(models))
         about = {"run": run.id, "step": str(step)}
         if to == "huggingface":
             for name in models:
-                _described(run, name)
+                _require_layout(run, name)
         written = 0
         for name, model in models.items():
             if to == "huggingface":
@@ -46,39 +50,49 @@ def export(run: Run, *, which: str | None, to: str, output: Path | None) -> dict
                 written += engine.to_safetensors(model, places[name], about)
     except Exception:
         if not checkpoint.exists():
-            raise UserError(f"the checkpoint of step {step} was deleted meanwhile", "the run has newer ones: once more") from None
+            raise UserError(f"the run deleted the checkpoint of step {step} during the export",
+                            "try again: the run has a newer checkpoint") from None
         raise
     files = {name: str(path) for name, path in places.items()}
     return {"step": step, "warnings": choice.warnings(), "files": files, "bytes": written}
 
 
-def say(found: dict[str, Any]) -> None:
-    """What `export` did, for a person: the paths to standard output."""
-    for line in found["warnings"]:
+def say(exported: dict[str, Any]) -> None:
+    """Print what `export` did: the paths to standard output, everything else to standard error."""
+    for line in exported["warnings"]:
         print(f"warning: {line}", file=sys.stderr)
-    print(f"step {found['step']}, {size(found['bytes'])}", file=sys.stderr)
-    for path in found["files"].values():
+    print(f"step {exported['step']}, {size(exported['bytes'])}", file=sys.stderr)
+    for path in exported["files"].values():
         print(path)
 
 
-def _places(run: Run, step: int, to: str, output: Path | None, names: list[str]) -> dict[str, Path]:
-    """Where each model goes."""
+def _outputs(run: Run, step: int, to: str, output: Path | None, names: list[str]) -> dict[str, Path]:
+    """Return the file or folder that each model is written to.
+
+    Raises:
+        UserError: the checkpoint has no model, or `output` is one file and there are several models.
+    """
     if not names:
-        raise UserError(f"the checkpoint of step {step} holds no model")
+        raise UserError(f"the checkpoint of step {step} contains no model")
     folder = output.absolute() if output else run.paths.export(step)
     if to == "huggingface":
         folder = folder if output else folder / "huggingface"
         return {name: folder if len(names) == 1 else folder / name for name in names}
     if folder.suffix == SUFFIX:
         if len(names) > 1:
-            raise UserError(f"`{run.id}` has {len(names)} models ({', '.join(names)}), and `{output}` is one file",
-                            "-o names a folder for them")
+            raise UserError(f"`{run.id}` has {len(names)} models ({', '.join(names)}), but `{output}` is one file",
+                            "give a folder: -o FOLDER")
         return {names[0]: folder}
     return {name: folder / f"{name}{SUFFIX}" for name in names}
 
 
-def _described(run: Run, name: str) -> None:
+def _require_layout(run: Run, name: str) -> None:
+    """Raise an error if the run has no files for the model in Hugging Face's layout.
+
+    Raises:
+        UserError: there is no config.json for the model.
+    """
     if not (run.paths.huggingface(name) / engine.CONFIG).is_file():
-        raise UserError(f"model `{name}` of `{run.id}` has no Hugging Face layout: it is no model of transformers, and task "
-                        f"`{run.record['task']}` gives it no {engine.CONFIG}",
-                        "--to safetensors; a task of your own gives one by Task.huggingface(model, folder)")
+        raise UserError(f"model `{name}` of `{run.id}` has no Hugging Face layout: it is not a model of transformers, and task "
+                        f"`{run.record['task']}` writes no {engine.CONFIG} for it",
+                        "use --to safetensors; your own task can write that file in Task.huggingface(model, folder)")

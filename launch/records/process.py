@@ -1,4 +1,4 @@
-"""Whether a process is still the one that was meant: a pid alone may have been given to another."""
+"""Identify processes. A pid alone is not enough, because the system reuses pids."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from functools import cache
 
 
 def identity(pid: int) -> str | None:
-    """What tells this process from any other that has had or will have its pid; None if there is none, or
-    only its zombie. On Linux the boot and the clock ticks from there to its start: no time of day, which moves."""
+    """Return a text that no other process with the same pid has; None if the process does not exist or is a zombie.
+
+    On Linux it consists of the boot's id and the process's start in clock ticks since the boot. It does not use the time
+    of day, because that can be changed.
+    """
     try:
-        # The name in parentheses may hold spaces and parentheses itself: read after the last one.
+        # The process's name stands in parentheses and may itself contain spaces and parentheses: read after the last one.
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -20,7 +23,7 @@ def identity(pid: int) -> str | None:
 
 
 def alive(pid: int, started: str) -> bool:
-    """Whether the process `pid` whose identity was `started` still runs."""
+    """Return whether the process `pid` still runs. `started` is what `identity` returned for it earlier."""
     return identity(pid) == started
 
 
@@ -31,7 +34,7 @@ def _boot() -> str:
 
 
 def _identity_elsewhere(pid: int) -> str | None:
-    """The same where there is no /proc."""
+    """Return the same on systems without /proc."""
     import psutil
 
     try:

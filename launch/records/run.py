@@ -1,4 +1,4 @@
-"""One run as its folder holds it."""
+"""One run, as read from its folder."""
 
 from __future__ import annotations
 
@@ -10,42 +10,53 @@ from typing import Any
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 
-SWEEP = "sweep.json"  # in a sweep's folder, which lies among those of runs
-NEEDED = ("id", "task", "state", "step", "attempt", "created")
+SWEEP = "sweep.json"  # the file in a sweep's folder; sweeps and runs are in the same parent folder
+REQUIRED_KEYS = ("id", "task", "state", "step", "attempt", "created")
 
 
 @dataclass(frozen=True)
 class Run:
+    """A run and its record. The record does not change when run.json does: see `again`."""
+
     paths: RunPaths
-    record: dict[str, Any]  # run.json when it was read
+    record: dict[str, Any]  # the content of run.json when it was read
 
     @property
     def id(self) -> str:
         return self.paths.id
 
-    def again(self) -> Run:
-        """The run as it is now."""
+    def reread(self) -> Run:
+        """Return the run with its record read again."""
         return read_run(self.paths.root)
 
 
 def read_run(folder: Path) -> Run:
-    """Raises: UserError if the folder is no run, or its run.json cannot be read."""
+    """Read a run from its folder.
+
+    Raises:
+        UserError: the folder is not a run, or its run.json cannot be read.
+    """
     paths = RunPaths(folder)
     try:
         return Run(paths, read_record(paths.record))
     except FileNotFoundError:
         if (folder / SWEEP).exists():
-            raise UserError(f"`{paths.id}` is a sweep and no run", f"`launch runs --sweep {paths.id}` lists its runs") from None
-        raise UserError(f"`{folder}` is no run: it has no {paths.record.name}", "see `launch runs`") from None
+            raise UserError(f"`{paths.id}` is a sweep, not a run", f"`launch runs --sweep {paths.id}` lists its runs") from None
+        raise UserError(f"`{folder}` is not a run: it has no {paths.record.name}", "see `launch runs`") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read `{paths.record}`: {error}",
-                        "mend or restore that file; the run's checkpoints and metrics lie beside it") from None
+                        "fix or restore that file; the run's checkpoints and metrics are in the same folder") from None
 
 
 def read_record(file: Path | str) -> dict[str, Any]:
-    """Raises: OSError; ValueError if it is no run's record."""
+    """Read a run's record from its run.json.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not the record of a run.
+    """
     with open(file, "rb", buffering=0) as opened:
         record = json.loads(str(opened.read(), "utf-8"))
-    if not isinstance(record, dict) or any(record.get(key) is None for key in NEEDED):
-        raise ValueError(f"it is no run's record, which has {', '.join(NEEDED)}")
+    if not isinstance(record, dict) or any(record.get(key) is None for key in REQUIRED_KEYS):
+        raise ValueError(f"it is not the record of a run, which has the keys {', '.join(REQUIRED_KEYS)}")
     return record

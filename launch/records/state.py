@@ -1,5 +1,7 @@
-"""The true state of runs: by squeue, then by what SLURM remembers of ended jobs, then by the run's own record; none of
-them is required."""
+"""The true state of runs. It comes from squeue, then from SLURM's memory of ended jobs, then from the run's own record.
+
+None of the three is required.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,22 @@ from launch.records.run import Run
 from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 
-if TYPE_CHECKING:  # slurm is imported only where it is asked
+if TYPE_CHECKING:  # `slurm` is imported only where SLURM is asked
     from launch.cluster.slurm import Ended, Queued
-    from launch.records.run import Run
 
 ACTIVE = ("submitted", "running")
 FINAL = ("finished", "failed", "cancelled")
-# The state of a run whose job is gone, by how SLURM says that the job ended; any other is `lost`. TIMEOUT: if it has
-# a checkpoint.
+# The state of a run whose job is gone, by SLURM's state of the ended job. For any other state the run is `lost`.
+# TIMEOUT and DEADLINE give `preempted` only if the run has a checkpoint, otherwise `failed`.
 GONE = {"CANCELLED": "cancelled", "FAILED": "failed", "OUT_OF_MEMORY": "failed", "TIMEOUT": "preempted",
         "DEADLINE": "preempted", "PREEMPTED": "preempted"}
 NOT_SUBMITTED = "its submission did not finish"
 
+Stage = tuple[str, int, list[str]]  # a record's state, attempt and job ids: they show whether the record has changed
+
 
 def local_state(record: Mapping[str, Any]) -> str:
-    """The recorded state, or `lost` if it says that processes of this host are at work which are gone."""
+    """Return the recorded state, or `lost` if the run's process was on this host and is gone."""
     job = record.get("job")
     if record["state"] not in ACTIVE or not job or job["kind"] != "local" or job["host"] != socket.gethostname():
         return record["state"]
@@ -36,63 +39,69 @@ def local_state(record: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What SLURM said when it was asked of some runs."""
+class SlurmAnswer:
+    """SLURM's answer about the jobs of some runs."""
 
-    stages: Mapping[str, tuple] = field(default_factory=dict)  # by run id: what its record said before SLURM was asked
-    queued: Mapping[str, Queued] = field(default_factory=dict)
-    ended: Mapping[str, Ended] = field(default_factory=dict)
-    problem: str | None = None  # why it said nothing
+    stages: Mapping[str, Stage] = field(default_factory=dict)  # by run id: the run's stage before SLURM was asked
+    queued: Mapping[str, Queued] = field(default_factory=dict)  # by job id
+    ended: Mapping[str, Ended] = field(default_factory=dict)    # by job id
+    problem: str | None = None  # why SLURM did not answer
 
 
 @dataclass(frozen=True)
 class Truth:
+    """The true state of a run."""
+
     state: str
-    note: str | None = None           # what there is to say of the state
-    jobs: tuple[Queued, ...] = ()     # those of its jobs that SLURM has before it
-    blind: bool = False               # whether SLURM could not be asked
-    stale: bool = False               # whether its record has changed since SLURM was asked: it alone counts
+    note: str | None = None           # an explanation of the state, if it needs one
+    jobs: tuple[Queued, ...] = ()     # the run's jobs that are waiting or running
+    unreachable: bool = False               # whether SLURM could not be asked
+    stale: bool = False               # whether the record changed after SLURM was asked; then `state` is the record's
 
 
 def state_of(run: Run) -> str:
-    """The true state of one run. SLURM is asked where the run's record alone cannot tell."""
-    return look([run])[0][1].state
+    """Return the true state of one run. SLURM is asked only if the run's record is not enough."""
+    return true_states([run])[0][1].state
 
 
-def look(runs: Sequence[Run]) -> list[tuple[Run, Truth]]:
-    """The runs as they are now, and the truth of each; SLURM is asked once for all, if at all."""
-    found = _look(runs)
-    if stale := {run.id: run for run, truth in found if truth.stale}:
+def true_states(runs: Sequence[Run]) -> list[tuple[Run, Truth]]:
+    """Return each run as it is now, with its true state.
+
+    SLURM is asked once about all runs together, and a second time about runs whose record changed in between.
+    """
+    looked = _look(runs)
+    if stale := {run.id: run for run, truth in looked if truth.stale}:
         again = {run.id: (run, truth) for run, truth in _look(list(stale.values()))}
-        found = [again.get(run.id, (run, truth)) for run, truth in found]
-    return found
+        looked = [again.get(run.id, (run, truth)) for run, truth in looked]
+    return looked
 
 
 def _look(runs: Sequence[Run]) -> list[tuple[Run, Truth]]:
+    """Do what `look` does, without the second question."""
     seen = ask([run.record for run in runs])
-    # Records are read again after SLURM was asked: a run that has ended meanwhile says so before its job goes.
-    now = [run.again() if run.id in seen.stages else run for run in runs]
-    return [(run, truth_of(run, seen)) for run in now]
+    # Read the records again after SLURM has answered: a run that ends writes its record before its job disappears.
+    current = [run.reread() if run.id in seen.stages else run for run in runs]
+    return [(run, truth_of(run, seen)) for run in current]
 
 
-def ask(records: Sequence[Mapping[str, Any]]) -> Seen:
-    """Ask SLURM of the jobs of those runs that have not ended by their own record."""
+def ask(records: Sequence[Mapping[str, Any]]) -> SlurmAnswer:
+    """Ask SLURM about the jobs of the runs that have not ended according to their own record."""
     asked = [record for record in records if on_slurm(record) and record["job"]["ids"]]
     if not asked:
-        return Seen()
+        return SlurmAnswer()
     from launch.cluster import slurm
 
     stages = {record["id"]: _stage(record) for record in asked}
     try:
         queued = slurm.queue(id for record in asked for id in record["job"]["ids"])
         gone = [id for record in asked if not queued.keys() & set(record["job"]["ids"]) for id in record["job"]["ids"]]
-        return Seen(stages, queued, slurm.history(gone) if gone else {})
+        return SlurmAnswer(stages, queued, slurm.history(gone) if gone else {})
     except UserError as error:
-        return Seen(stages, problem=error.message)
+        return SlurmAnswer(stages, problem=error.message)
 
 
-def truth_of(run: Run, seen: Seen) -> Truth:
-    """Pure but for local runs, of which the process is looked for."""
+def truth_of(run: Run, seen: SlurmAnswer) -> Truth:
+    """Return the true state of a run, from its record and SLURM's answer. Local runs: look for the run's process."""
     record = run.record
     if not on_slurm(record):
         return Truth(local_state(record))
@@ -102,62 +111,64 @@ def truth_of(run: Run, seen: Seen) -> Truth:
     if seen.stages.get(run.id) != _stage(record):
         return Truth(recorded, stale=True)
     if seen.problem:
-        return Truth(recorded, f"SLURM cannot be asked here: {seen.problem}", blind=True)
+        return Truth(recorded, f"SLURM cannot be asked here: {seen.problem}", unreachable=True)
     jobs = tuple(seen.queued[id] for id in job["ids"] if id in seen.queued)
-    if strangers := [queued.id for queued in jobs if not _ours(queued, record)]:
-        return Truth(recorded, f"job {strangers[0]} is not this run's here: it was submitted to cluster `{job['cluster']}`",
-                     blind=True)
+    if foreign := [queued.id for queued in jobs if not _ours(queued, record)]:
+        return Truth(recorded, f"job {foreign[0]} here is not this run's: the run was submitted to cluster `{job['cluster']}`",
+                     unreachable=True)
     if not jobs:
         return _gone(run, [seen.ended[id] for id in job["ids"] if id in seen.ended])
     if all(queued.waiting for queued in jobs):
         return Truth("submitted" if recorded == "submitted" else "preempted", None, jobs)
-    # Its record was preempted, its job runs: the next attempt is being started, unless the job is just ending.
+    # The record says preempted, but a job runs: the next attempt is being started, unless the job is just ending.
     starting = recorded == "preempted" and any(queued.state != "COMPLETING" for queued in jobs if not queued.waiting)
     return Truth("running" if starting else recorded, None, jobs)
 
 
-def _stage(record: Mapping[str, Any]) -> tuple:
+def _stage(record: Mapping[str, Any]) -> Stage:
     return record["state"], record["attempt"], record["job"]["ids"]
 
 
 def _gone(run: Run, ended: Sequence[Ended]) -> Truth:
-    """Its record has not ended, but its jobs have."""
+    """Return the state of a run whose jobs are gone, although its record does not say that it ended."""
     record = run.record
-    note = "; ".join(map(_said, ended)) or "SLURM knows its job no more"
-    if record["state"] == "preempted":  # its last attempt said how it ended
+    note = "; ".join(map(_how_it_ended, ended)) or "SLURM no longer knows its job"
+    if record["state"] == "preempted":  # the last attempt has recorded how it ended
         if any(end.state == "CANCELLED" for end in ended):
             return Truth("cancelled", note)
         return Truth("preempted", note if ended and ended[-1].exit_code != exit_codes.PREEMPTED else None)
     if not ended:
         cancelled = record["state"] == "running" and run.paths.cancellation(record["attempt"]).exists()
         return Truth("cancelled" if cancelled else "lost", note)
-    last = ([end for end in ended if end.node_list] or ended)[-1]  # of a chain the last that began
+    last = ([end for end in ended if end.node_list] or ended)[-1]  # the last job of a chain that started
     state = GONE.get(last.state, "lost")
     if last.state in ("TIMEOUT", "DEADLINE") and record.get("checkpoint") is None:
         state = "failed"
     return Truth(state, note)
 
 
-def _said(end: Ended) -> str:
-
-    why = reasons.words(end.reason)
-    return (f"by SLURM, job {end.id} ended as {end.state}" + (f" on {end.node_list}" if end.node_list else "")
+def _how_it_ended(end: Ended) -> str:
+    why = reasons.in_words(end.reason)
+    return (f"SLURM says that job {end.id} ended as {end.state}" + (f" on {end.node_list}" if end.node_list else "")
             + (f": {why}" if why != end.reason and end.reason != "None" else ""))
 
 
 def on_slurm(record: Mapping[str, Any]) -> bool:
-    """Whether SLURM may know more of it than its record."""
+    """Return whether the run was submitted to SLURM and its record does not say that it ended."""
     job = record.get("job")
-    return record["state"] not in FINAL and bool(job) and job["kind"] == "slurm"
+    return bool(job and job["kind"] == "slurm" and record["state"] not in FINAL)
 
 
 def _ours(queued: Queued, record: Mapping[str, Any]) -> bool:
-    """Another cluster has jobs of the same numbers; ours run a script in the run's folder, or its sweep's."""
+    """Return whether the job is this run's: its script is in the run's folder or in its sweep's folder.
+
+    A job of another cluster may have the same number.
+    """
     return queued.script is None or any(f"/{id}/" in queued.script for id in (record["id"], record.get("sweep")) if id)
 
 
 def _submitting(job: Mapping[str, Any]) -> str:
-    """Of a run whose job has no id yet."""
+    """Return a note about a run whose job has no id yet."""
     if job.get("host") == socket.gethostname() and not alive(job["pid"], job["started"]):
         return NOT_SUBMITTED
     return f"it is being submitted by process {job.get('pid', '?')} on host {job.get('host', '?')}"

@@ -1,1 +1,1 @@
-"""What a person reads about runs."""
+"""Reports for a person: `explain`, logs, tables and `doctor`."""

@@ -1,4 +1,4 @@
-"""A run's checkpoints, for a person."""
+"""Text about the checkpoints of a run, for a person."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLUMNS = ("STEP", "WHEN", "SIZE", "STRATEGY", "RANKS", "KEPT AS", "METRICS")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """`listing` for a person."""
+    """The rows of `launch.records.checkpoints.listing` as a table."""
     from launch.report.columns import columns
 
     if not rows:
@@ -22,16 +22,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         if row["bytes"] is None:
             cells.append((str(row["step"]), "-", "-", "-", "-", "-", f"broken: {row['problem']}"))
             continue
-        said = f"broken: {row['problem']}" if row["problem"] else metrics_line(brief(row["metrics"]))
+        metrics = f"broken: {row['problem']}" if row["problem"] else metrics_line(brief(row["metrics"]))
         cells.append((str(row["step"]), local_time(row["created"]), size(row["bytes"]), row["strategy"], str(row["world_size"]),
-                      ", ".join(row["kept"]) or "-", said))
+                      ", ".join(row["kept"]) or "-", metrics))
     return columns(cells)
 
 
-def pruned(found: dict[str, Any]) -> str:
-    """What `prune` did, for a person."""
-    verb = "would delete" if found["dry_run"] else "deleted"
-    gone = [*(f"step_{step}" for step in found["deleted"]), *found["leftovers"]]
-    kept = ", ".join(f"step_{step} ({', '.join(why)})" for step, why in found["kept"].items())
-    what = f"{', '.join(gone)}: {size(found['bytes'])}" if gone else "nothing"
-    return f"{verb} {what}\nkept {kept or 'nothing'}"
+def pruned(result: dict[str, Any]) -> str:
+    """The result of `launch.records.checkpoints.prune` as text."""
+    verb = "would delete" if result["dry_run"] else "deleted"
+    names = [*(f"step_{step}" for step in result["deleted"]), *result["leftovers"]]
+    kept = ", ".join(f"step_{step} ({', '.join(why)})" for step, why in result["kept"].items())
+    deleted = f"{', '.join(names)}: {size(result['bytes'])}" if names else "nothing"
+    return f"{verb} {deleted}\nkept {kept or 'nothing'}"

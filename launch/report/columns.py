@@ -1,4 +1,4 @@
-"""Aligned columns of text, cut to the width of a terminal. A Chinese character takes two cells of it."""
+"""Aligned columns of text, cut to the width of a terminal. Widths are in cells: a Chinese character takes two cells."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from rich.cells import cell_len, set_cell_size
 
 
 def columns(rows: Sequence[tuple[str, ...]], width: int | None = None) -> str:
-    """Rows as lines, their columns aligned, each line cut at `width` cells (None: the terminal's width)."""
+    """The rows as lines with aligned columns, each line cut at `width` cells (None: the width of the terminal)."""
     width = width or shutil.get_terminal_size().columns
     widths = [max(map(cell_len, column)) for column in zip(*rows)]
     return "\n".join(cut("  ".join(map(set_cell_size, row, widths)).rstrip(), width) for row in rows)
 
 
 def cut(text: str, width: int) -> str:
-    """The text, or as much of it as fits with an ellipsis behind it."""
+    """The text, cut with an ellipsis at the end if it is wider than `width` cells."""
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"

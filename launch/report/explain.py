@@ -1,4 +1,4 @@
-"""What became of a run, and why: the first rank that failed, what SLURM said, and what to do next."""
+"""Explain what happened to a run: the first rank that failed, what SLURM reports, and what to do next."""
 
 from __future__ import annotations
 
@@ -9,84 +9,88 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.cluster import reasons
-from launch.records.read import node_logs, node_of, slow_words, status
+from launch.records.read import node_logs, node_of, slow_words
+from launch.records.read import status as status_of
 from launch.records.run import Run
 from launch.records.state import ACTIVE
-from launch.report.causes import CAUSES, GOING, MENDED, RESUME, WAITING, Cause
+from launch.report.causes import CAUSES, GOING, RESUME, RESUME_AFTER_FIX, WAITING, Cause
 from trainers.contract.clock import local_time, seconds_between, utc_at, utc_now
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 from trainers.contract.text import duration, last_traceback
 
-END_BYTES = 256 * 1024  # of a log, from its end
-BEGIN_BYTES = 64 * 1024
-TRACE_LINES = 15        # of a traceback, the last
-LOG_LINES = 8           # of a log that has none
-SAID_LINES = 5          # of SLURM's
-STILL_S = 300.0         # without a word, until a run is said to be still
+if TYPE_CHECKING:
+    from launch.plan.submission import Submission
+
+END_BYTES = 256 * 1024   # read from the end of a log
+BEGIN_BYTES = 64 * 1024  # read from the beginning of a log
+TRACE_LINES = 15         # the last lines of a traceback that are shown
+LOG_LINES = 8            # the last lines of a log that are shown if it has no traceback
+SLURM_LINES = 5          # the last of SLURM's lines in a job's log that are shown
+SILENT_S = 300.0         # a run without output for longer than this is reported as silent
 
 BEGAN = re.compile(r"^(?:(?:training from|resuming at) step|(?:from|resuming at) fit) (\d+) of ", re.MULTILINE)
 STEP = re.compile(r"^(?:step|fit|eval|(?:finished|preempted) at (?:step|fit)) (\d+)/\d+", re.MULTILINE)
 SPEED = re.compile(r"^(?:step|fit) \d+/\d+ .*?([\d,.]+ \w+/s) .*eta (\S+)$", re.MULTILINE)
 BY_SLURM = re.compile(r"^(?:srun|slurmstepd[^:]*|.*/slurm_script): .*", re.MULTILINE)
 NOISE = re.compile(r"lacks support for cpu binding|Exited with exit code|got SIGCONT|Job step aborted|Terminating StepId")
-ENDED = {"running": "is at work", "preempted": "stopped", "lost": "was lost", "cancelled": "was cancelled"}
+ENDED = {"running": "is running", "preempted": "stopped", "lost": "was lost", "cancelled": "was cancelled"}
 
-Found = Mapping[str, Any]  # what `launch.records.read.status` gives
+Status = Mapping[str, Any]  # from `launch.records.read.status`
 
 
 def explain(run: Run) -> dict[str, Any]:
-    """What became of a run, and why:
+    """What happened to a run, and why, as a JSON object. SLURM may be unreachable: no error is raised.
 
-    - `id`, `state`, `step`, `total`, `note` (what there is to say of the state, or None), and all in one `sentence`
-    - `cause`: None, or of the first rank that failed, or what else did: {"message", "meaning", "attempt", "rank", "node",
-      "exit_code", "signal", "hint", "log" (a path), "traceback" or "log_end" (lines)}, None where there is none
-    - `slurm`: {"problem" (why it could not be asked, or None), "jobs" (what it remembers of the run's that are over),
-      "forgotten" (ids of others), "nodes" (of a lost attempt: those that are down, and their states), "said" (its lines
-      in the job's logs), "queue" (as in `launch.records.read.status`)}
+    - `id`, `state`, `step`, `total`, `note` (a remark on the state, or None), and a summary in one `sentence`
+    - `cause`: None, or of the first rank that failed, or of another failure: {"message", "meaning", "attempt", "rank",
+      "node", "exit_code", "signal", "hint", "log" (a path), "traceback" or "log_end" (lines)}; unknown values are None
+    - `slurm`: {"problem" (why SLURM could not be asked, or None), "jobs" (the run's ended jobs that SLURM remembers),
+      "forgotten" (ids of jobs that SLURM does not know any more), "nodes" (of a lost attempt: the nodes that are down, and
+      their states), "said" (SLURM's lines in the job's log), "queue" (as in `launch.records.read.status`)}
     - `attempts`: of each {"attempt", "outcome", "why", "nodes", "job", "began", "ended", "seconds", "from_step", "to_step",
-      "kept" (by one that stopped or was cancelled: "checkpoint", or of a search "pieces"), "next_step" (at which the next
-      one went on), "lost_steps" (that it did again), "next_s" (until it began)}; None where that is not known
+      "kept" (what a stopped or cancelled attempt kept: "checkpoint", or of a search "pieces"), "next_step" (where the next
+      attempt continued), "lost_steps" (the steps that the next attempt repeated), "next_s" (seconds until the next attempt
+      started)}; unknown values are None
     - `next`: [{"command", "why"}, ...]
-
-    Nothing is raised because SLURM cannot be asked.
     """
-    found = status(run)
-    attempts = _attempts(run.paths, found)
-    slurm = _slurm(run, found)
-    cause = _cause(run, found, slurm)
-    facts = _facts(run, found, attempts, cause)
+    status = status_of(run)
+    attempts = _attempts(run.paths, status)
+    slurm = _slurm(run, status)
+    cause = _cause(run, status, slurm)
+    facts = _facts(run, status, attempts, cause)
     kind = None
     if cause and (known := _match(_text(cause, slurm))):
         kind, match = known
         cause["meaning"] = _filled(kind.meaning, facts, match)
-        if cause["exit_code"] is None:  # then the hint is no rank's own, and says the same
+        if cause["exit_code"] is None:  # then the hint does not come from a rank, and only repeats the meaning
             cause["hint"] = None
-    elif cause and found["state"] in ACTIVE:  # it has not begun yet, and that is all
+    elif cause and status["state"] in ACTIVE:  # nothing failed: the first attempt has not started yet
         cause = None
-    sentence = _sentence(run, found, attempts, cause)
-    return {"id": run.id, **{key: found[key] for key in ("state", "step", "total", "note")}, "sentence": sentence,
-            "cause": cause, "slurm": slurm, "attempts": attempts, "next": _next(found, cause, kind, facts)}
+    sentence = _sentence(run, status, attempts, cause)
+    return {"id": run.id, **{key: status[key] for key in ("state", "step", "total", "note")}, "sentence": sentence,
+            "cause": cause, "slurm": slurm, "attempts": attempts, "next": _next(status, cause, kind, facts)}
 
 
 def told(explanation: Mapping[str, Any]) -> str:
-    """The same for a person."""
+    """An explanation from `explain` as text for a person."""
     cause, slurm = explanation["cause"] or {}, explanation["slurm"]
-    last = cause.get("traceback") or cause.get("log_end") or []
+    log_lines = cause.get("traceback") or cause.get("log_end") or []
     rows = [("cause", cause.get("meaning")), ("hint", cause.get("hint")), ("log", cause.get("log"))]
-    rows += [("log", f"  {line}") for line in last]
+    rows += [("log", f"  {line}") for line in log_lines]
     rows += [("slurm", slurm["problem"] and f"cannot be asked: {slurm['problem']}")]
-    rows += [("slurm", _ended(job)) for job in slurm["jobs"]]
-    rows += [("slurm", f"knows job {id} no more") for id in slurm["forgotten"]]
+    rows += [("slurm", _ended_job(job)) for job in slurm["jobs"]]
+    rows += [("slurm", f"no longer knows job {id}") for id in slurm["forgotten"]]
     rows += [("slurm", f"node {node} is {state}") for node, state in slurm["nodes"].items()]
-    rows += [("said", line) for line in slurm["said"] if line not in last]
+    rows += [("slurm log", line) for line in slurm["said"] if line not in log_lines]
     rows += [(f"attempt {attempt['attempt']}", _attempt(attempt)) for attempt in explanation["attempts"]]
     for step in explanation["next"]:
         rows += [("next", step["command"]), ("", f"  {step['why']}")]
     rows = [(label, text) for label, text in rows if text and text not in explanation["sentence"]]
+    # Each label is shown once, in its first row.
     shown = [(label if label not in [before for before, _ in rows[:i]] else "", text) for i, (label, text) in enumerate(rows)]
     return "\n".join([f"{explanation['id']}: {explanation['sentence']}", *([""] if rows else []),
                       *(f"{label:<12}{text}".rstrip() for label, text in shown)])
@@ -95,18 +99,19 @@ def told(explanation: Mapping[str, Any]) -> str:
 # The attempts
 
 
-def _attempts(paths: RunPaths, found: Found) -> list[dict[str, Any]]:
-    rows, kept = [], "checkpoint" if found["checkpoint"] is not None else "pieces" if paths.pieces.exists() else None
-    for record in found["attempts"]:
+def _attempts(paths: RunPaths, status: Status) -> list[dict[str, Any]]:
+    """The `attempts` of `explain`."""
+    rows, kept = [], "checkpoint" if status["checkpoint"] is not None else "pieces" if paths.pieces.exists() else None
+    for record in status["attempts"]:
         number, log = record["attempt"], paths.log(record["attempt"], 0)
         first, last = _steps(log)
-        if last is not None and number == found["attempt"]:
-            last = max(last, found["step"] or 0)
-        going = record["outcome"] == "running"
-        ended = record.get("ended") or (None if going else _changed(log))
+        if last is not None and number == status["attempt"]:
+            last = max(last, status["step"] or 0)
+        running = record["outcome"] == "running"
+        ended = record.get("ended") or (None if running else _changed(log))
         failure = record.get("failure")
         rows.append({
-            "attempt": number, "outcome": record["outcome"], "why": _failed(failure) if failure else record.get("reason"),
+            "attempt": number, "outcome": record["outcome"], "why": _failure(failure) if failure else record.get("reason"),
             "nodes": record.get("nodes") or [], "job": record.get("job"), "began": record.get("began"), "ended": ended,
             "seconds": seconds_between(record.get("began"), ended), "from_step": first, "to_step": last,
             "kept": kept if record["outcome"] in ("preempted", "cancelled") else None,
@@ -120,16 +125,16 @@ def _attempts(paths: RunPaths, found: Found) -> list[dict[str, Any]]:
 
 
 def _steps(log: Path) -> tuple[int | None, int | None]:
-    """Of an attempt, by the log of its rank 0: the step at which it began, and the last one that it told of."""
+    """(first step, last step) of an attempt, as the log of its rank 0 shows them; None where the log shows none."""
     began = BEGAN.search(_read(log, BEGIN_BYTES))
     first = int(began[1]) if began else None
-    told = STEP.findall(_read(log, -END_BYTES))
-    return first, int(told[-1]) if told else first
+    logged = STEP.findall(_read(log, -END_BYTES))
+    return first, int(logged[-1]) if logged else first
 
 
-def _failed(failure: Mapping[str, Any]) -> str:
-    """'rank 3 on node n2 was ended by SIGKILL'"""
-    message, rank, node = failure.get("message") or "nobody said why", failure.get("rank"), failure.get("node")
+def _failure(failure: Mapping[str, Any]) -> str:
+    """A failure in words, such as 'rank 3 on node n2 was ended by SIGKILL'."""
+    message, rank, node = failure.get("message") or "the reason is not known", failure.get("rank"), failure.get("node")
     if rank is None:
         return message
     who = f"rank {rank}" + (f" on node {node}" if node else "")
@@ -137,7 +142,7 @@ def _failed(failure: Mapping[str, Any]) -> str:
 
 
 def _outcome(row: Mapping[str, Any]) -> tuple[str, str]:
-    """How an attempt ended, and what is to be said of that at the end of the sentence."""
+    """(how an attempt ended, what the attempt kept as the last part of the sentence), in words."""
     ended = ENDED.get(row["outcome"], row["outcome"])
     if row["outcome"] == "preempted" and row["kept"] == "checkpoint":
         return f"{ended} with a checkpoint", ""
@@ -145,6 +150,7 @@ def _outcome(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _attempt(row: Mapping[str, Any]) -> str:
+    """One of the `attempts` of `explain` in words."""
     line, kept = _outcome(row)
     line += f" after {duration(row['seconds'])}" if row["seconds"] is not None else ""
     line += f" at step {row['to_step']}" if row["to_step"] is not None else ""
@@ -152,50 +158,52 @@ def _attempt(row: Mapping[str, Any]) -> str:
     line += f" on {', '.join(row['nodes'])}" if row["nodes"] else ""
     line += (f": {row['why']}" if row["why"] else "") + kept
     if row["lost_steps"] is not None:
-        line += f"; the next went on at step {row['next_step']}"
+        line += f"; the next attempt continued at step {row['next_step']}"
         line += f", {duration(row['next_s'])} later" if row["next_s"] is not None else ""
-        line += f", {row['lost_steps']} step(s) done again" if row["lost_steps"] else ", no step lost"
+        line += f", {row['lost_steps']} step(s) repeated" if row["lost_steps"] else ", no step lost"
     return line
 
 
-# What SLURM says
+# What SLURM reports
 
 
-def _slurm(run: Run, found: Found) -> dict[str, Any]:
-    said: dict[str, Any] = {"problem": None, "jobs": [], "forgotten": [], "nodes": {}, "said": [], "queue": found["queue"]}
-    attempts, ids = found["attempts"], _ids(found)
-    if not ids or found["state"] in ("finished", "running", "cancelled"):
-        return said
+def _slurm(run: Run, status: Status) -> dict[str, Any]:
+    """The part `slurm` of `explain`."""
+    report: dict[str, Any] = {"problem": None, "jobs": [], "forgotten": [], "nodes": {}, "said": [], "queue": status["queue"]}
+    attempts, ids = status["attempts"], _ids(status)
+    if not ids or status["state"] in ("finished", "running", "cancelled"):
+        return report
     from launch.cluster import slurm
 
-    lines = [line for line in BY_SLURM.findall(_last_words(run, found)) if not NOISE.search(line)]
-    said["said"] = list(dict.fromkeys(lines))[-SAID_LINES:]
+    lines = [line for line in BY_SLURM.findall(_last_output(run, status)) if not NOISE.search(line)]
+    report["said"] = list(dict.fromkeys(lines))[-SLURM_LINES:]
     try:
         ended = slurm.history(ids)
-        said["jobs"] = [{**asdict(ended[id]), "words": reasons.words(ended[id].reason)} for id in ids if id in ended]
-        said["forgotten"] = [id for id in ids if id not in ended and id not in (found["queue"] or {"ids": ()})["ids"]]
+        report["jobs"] = [{**asdict(ended[id]), "words": reasons.in_words(ended[id].reason)} for id in ids if id in ended]
+        report["forgotten"] = [id for id in ids if id not in ended and id not in (status["queue"] or {"ids": ()})["ids"]]
         if attempts and attempts[-1]["outcome"] == "lost":
             states = slurm.node_states(attempts[-1].get("nodes") or ())
-            said["nodes"] = {node: ", ".join(filter(None, state)) for node, state in states.items()
-                             if not slurm.takes_jobs(state[0])}
+            report["nodes"] = {node: ", ".join(filter(None, state)) for node, state in states.items()
+                               if not slurm.takes_jobs(state[0])}
     except UserError as error:
-        said["problem"] = error.message
-    return said
+        report["problem"] = error.message
+    return report
 
 
-def _ids(found: Found) -> list[str]:
-    """The jobs of the last submission; none for a local run."""
-    return (found["job"] or {}).get("ids") or []
+def _ids(status: Status) -> list[str]:
+    """The ids of the last submission's jobs; empty for a local run."""
+    return (status["job"] or {}).get("ids") or []
 
 
-def _last_words(run: Run, found: Found) -> str:
-    """What node processes have said in the last job, SLURM's own words among it: since the last attempt began."""
-    logs = [log for log in node_logs(run) if log.job in _ids(found)]
+def _last_output(run: Run, status: Status) -> str:
+    """The log of the head node in the last job, from the start of the last attempt. It holds SLURM's own lines too."""
+    logs = [log for log in node_logs(run) if log.job in _ids(status)]
     text = "\n".join(_read(log.path, -END_BYTES) for log in logs if log.job == logs[-1].job and log.node == 0)
     return text[max((mark.start() for mark in re.finditer(r"^attempt \d+ of ", text, re.MULTILINE)), default=0):]
 
 
-def _ended(job: Mapping[str, Any]) -> str:
+def _ended_job(job: Mapping[str, Any]) -> str:
+    """How a job ended, in words."""
     line = f"job {job['id']} ended as {job['state']}" + (f" on {job['node_list']}" if job["node_list"] else "")
     line += f", exit code {job['exit_code']}" if job["exit_code"] else f", signal {job['signal']}" if job["signal"] else ""
     return line + (f": {job['words']}" if job["words"] != job["reason"] and job["reason"] != "None" else "")
@@ -204,230 +212,247 @@ def _ended(job: Mapping[str, Any]) -> str:
 # The cause
 
 
-def _cause(run: Run, found: Found, slurm: Mapping[str, Any]) -> dict[str, Any] | None:
+def _cause(run: Run, status: Status, slurm: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `cause` of `explain`, still without its meaning."""
     keys = ("message", "meaning", "attempt", "rank", "node", "exit_code", "signal", "hint", "log", "traceback", "log_end")
     cause: dict[str, Any] = dict.fromkeys(keys)
-    if found["state"] in ("finished", "running", "cancelled"):
+    if status["state"] in ("finished", "running", "cancelled"):
         return None
-    number = (found["job"] or {}).get("submission")
-    attempts = [attempt for attempt in found["attempts"] if attempt.get("submission", number) == number]
+    submission = (status["job"] or {}).get("submission")
+    attempts = [attempt for attempt in status["attempts"] if attempt.get("submission", submission) == submission]
     if not attempts:
-        waits = found["queue"]["reason"] if found["queue"] else found["state"] in ACTIVE
-        return None if waits else cause | {"message": _no_attempt(slurm)} | _job_log(run, found)
+        waits = status["queue"]["reason"] if status["queue"] else status["state"] in ACTIVE
+        return None if waits else cause | {"message": _no_attempt(slurm)} | _job_log(run, status)
     attempt = attempts[-1]
     if attempt["outcome"] not in ("failed", "lost"):
         return None
-    failure = attempt.get("failure") or {"message": _silent(slurm)}
+    failure = attempt.get("failure") or {"message": _unrecorded(slurm)}
     failure = _first(run.paths, attempt, failure) or failure
     rank = failure.get("rank")
     node = failure.get("node") or node_of(attempt, rank)
     cause |= {key: failure.get(key) for key in ("rank", "exit_code", "signal", "hint")}
-    cause |= {"attempt": attempt["attempt"], "node": node, "message": _failed({**failure, "node": node})}
+    cause |= {"attempt": attempt["attempt"], "node": node, "message": _failure({**failure, "node": node})}
     log = run.paths.log(attempt["attempt"], rank or 0)
     text = _read(log, -END_BYTES)
     cause["log"] = str(log) if log.exists() else None
     if trace := failure.get("traceback") or (last_traceback(text) if rank is not None else None):
         return cause | {"traceback": trace.splitlines()[-TRACE_LINES:]}
-    if _ids(found) and (rank is None or not log.exists()):
-        return cause | _job_log(run, found, node)
-    return cause | {"log_end": text.rstrip().splitlines()[-LOG_LINES:] or ["(it is empty)"] * log.exists()}
+    if _ids(status) and (rank is None or not log.exists()):
+        return cause | _job_log(run, status, node)
+    return cause | {"log_end": text.rstrip().splitlines()[-LOG_LINES:] or ["(the log is empty)"] * log.exists()}
 
 
 def _first(paths: RunPaths, attempt: Mapping[str, Any], failure: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Another rank that failed, if the one in the record has only lost it."""
+    """The failure of another rank, if the recorded rank failed only because it lost that rank; else None."""
     kind = _match(f"{failure.get('message')}\n{failure.get('traceback')}\n{failure.get('signal')}")
     if failure.get("rank") is None or not kind or not kind[0].consequence:
         return None
     for rank, log in paths.logs(attempt["attempt"]).items():
         text = _read(log, -END_BYTES)
         trace = last_traceback(text)
-        said = re.findall(r"^error: (.*)", text, re.MULTILINE)[-1:] or (trace or "").splitlines()[-1:]
-        other = _match(said[0]) if said else None
-        if rank != failure["rank"] and said and not (other and other[0].consequence):
-            return {"rank": rank, "message": f"rank {rank} ended with {said[0]}", "traceback": trace}
+        last_error = re.findall(r"^error: (.*)", text, re.MULTILINE)[-1:] or (trace or "").splitlines()[-1:]
+        other = _match(last_error[0]) if last_error else None
+        if rank != failure["rank"] and last_error and not (other and other[0].consequence):
+            return {"rank": rank, "message": f"rank {rank} ended with {last_error[0]}", "traceback": trace}
     return None
 
 
 def _no_attempt(slurm: Mapping[str, Any]) -> str:
+    """The message for a job without an attempt. causes.py has a pattern for it."""
     if queue := slurm["queue"]:
-        return f"job {', '.join(queue['ids'])} runs on {', '.join(queue['nodes'])}, and no attempt has begun"
+        return f"job {', '.join(queue['ids'])} runs on {', '.join(queue['nodes'])}, and no attempt has started"
     if not slurm["jobs"]:
-        return "its job ended before the first attempt began"
+        return "its job ended before the first attempt started"
     job = slurm["jobs"][-1]
-    return f"{_ended({**job, 'reason': 'None'})}, before the first attempt began"
+    return f"{_ended_job({**job, 'reason': 'None'})}, before the first attempt started"
 
 
-def _silent(slurm: Mapping[str, Any]) -> str:
+def _unrecorded(slurm: Mapping[str, Any]) -> str:
+    """The message for an attempt that ended without a record of its failure."""
     down = [f"node {node} is down ({state})" for node, state in slurm["nodes"].items()]
-    return ", ".join(down) or "its processes are gone and nobody said why"
+    return ", ".join(down) or "its processes are gone, and the reason is not known"
 
 
-def _job_log(run: Run, found: Found, node: str | None = None) -> dict[str, Any]:
-    """The end of what a node process of the last job has said: that of `node`, or the head's."""
-    logs = [log for log in node_logs(run) if log.job in _ids(found)]
-    nodes = (found["attempts"] or [{}])[-1].get("nodes") or []
+def _job_log(run: Run, status: Status, node: str | None = None) -> dict[str, Any]:
+    """The end of a node process's log in the last job, as {"log", "log_end"}: the log of `node`, or else of the head node."""
+    logs = [log for log in node_logs(run) if log.job in _ids(status)]
+    nodes = (status["attempts"] or [{}])[-1].get("nodes") or []
     logs = [log for log in logs if log.job == logs[-1].job]
-    mine = [log for log in logs if node in nodes and log.node == nodes.index(node)] or logs
-    if not mine:
-        return {"log_end": ["there is no log: no node could write one into the run's folder"]} if _ids(found) else {}
-    lines = [line for line in _read(mine[0].path, -END_BYTES).splitlines() if not NOISE.search(line)]
-    return {"log": str(mine[0].path), "log_end": lines[-LOG_LINES:] or ["(it is empty)"]}
+    chosen = [log for log in logs if node in nodes and log.node == nodes.index(node)] or logs
+    if not chosen:
+        return {"log_end": ["there is no log: no node could write to the run's folder"]} if _ids(status) else {}
+    lines = [line for line in _read(chosen[0].path, -END_BYTES).splitlines() if not NOISE.search(line)]
+    return {"log": str(chosen[0].path), "log_end": lines[-LOG_LINES:] or ["(the log is empty)"]}
 
 
 def _text(cause: Mapping[str, Any], slurm: Mapping[str, Any]) -> str:
-    """All in which a known kind of failure may show."""
+    """All texts that may show a known cause, in lines."""
     states = [f"state {job['state']} signal {job['signal']}" for job in slurm["jobs"]]
     parts = [cause["message"], cause["signal"], *(cause["traceback"] or cause["log_end"] or ()), *slurm["said"], *states]
     return "\n".join(filter(None, parts))
 
 
 def _match(text: str) -> tuple[Cause, re.Match[str]] | None:
+    """The first known cause that the text shows, and the match of its pattern."""
     return next(((cause, match) for cause in CAUSES if (match := re.search(cause.pattern, text))), None)
 
 
-# In words
+# The sentence
 
 
-def _sentence(run: Run, found: Found, attempts: Sequence[Mapping[str, Any]], cause: Mapping[str, Any] | None) -> str:
-    state, note, last = found["state"], found["note"], attempts[-1] if attempts else None
+def _sentence(run: Run, status: Status, attempts: Sequence[Mapping[str, Any]], cause: Mapping[str, Any] | None) -> str:
+    """The state of the run and the reason for it, in one sentence."""
+    state, note, last = status["state"], status["note"], attempts[-1] if attempts else None
     where = "" if last is None or last["to_step"] is None else f" at step {last['to_step']}"
     where += f" in attempt {last['attempt']}" if last else ""
     why = cause["message"] if cause else last["why"] if last else None
-    if found["queue"] and found["queue"]["reason"]:
+    if status["queue"] and status["queue"]["reason"]:
         if last is None:
-            return _waits(run, found, last)
+            return _waits(run, status)
         ended, kept = _outcome(last)
-        return f"{_waits(run, found, last)}; it {ended}{where}{f': {why}' if why else ''}{kept}"
+        return f"{_waits(run, status)}; it {ended}{where}{f': {why}' if why else ''}{kept}"
     match state:
         case "finished":
             return state + where
         case "running":
-            return _runs(run, found, last)
+            return _runs(run, status, last)
         case "submitted":
-            queue = found["queue"]
-            begun = f"job {', '.join(queue['ids'])} has started on {', '.join(queue['nodes'])}" if queue else "it is submitted"
-            return note or begun + (f", but {cause['meaning']}" if cause else ", and no attempt has begun yet")
+            queue = status["queue"]
+            job = f"job {', '.join(queue['ids'])} has started on {', '.join(queue['nodes'])}" if queue else "it is submitted"
+            return note or job + (f", but {cause['meaning']}" if cause else ", and no attempt has started yet")
         case "cancelled":
-            kept = found["checkpoint"]
+            kept = status["checkpoint"]
             return state + where + (f", with a checkpoint of step {kept}" if kept is not None else "")
         case "preempted" if cause is None:
-            told = f" ({why})" if why else ""
-            return f"stopped{where}{told}; nothing goes on with it by itself" + (f": {note}" if note else "")
+            return f"stopped{where}{f' ({why})' if why else ''}; it does not continue by itself" + (f": {note}" if note else "")
     if cause and cause["attempt"] is None:
         return f"{state} before its first attempt: {cause['meaning'] or why}"
     return f"{state}{where}: {why or note}"
 
 
-def _waits(run: Run, found: Found, last: Mapping[str, Any] | None) -> str:
-
-    queue, submission = found["queue"], (found["job"] or {}).get("submission")
-    # SLURM forgets since when at each requeue.
-    again = last and found["attempts"][-1].get("submission") == submission
-    since = found["attempts"][-1].get("ended") if again else _changed(run.paths.submission(submission) / "submission.json")
-    reason = reasons.told(queue["reason"])
+def _waits(run: Run, status: Status) -> str:
+    """Why and since when a run waits in SLURM's queue, in words."""
+    queue, submission = status["queue"], status["job"]["submission"]
+    # SLURM forgets the start of the wait at each requeue: a requeued job waits since the end of its last attempt.
+    last = status["attempts"][-1] if status["attempts"] else {}
+    requeued = last and last.get("submission") == submission
+    since = last.get("ended") if requeued else _changed(run.paths.submission(submission) / "submission.json")
+    reason = reasons.in_words_with_code(queue["reason"])
     return ("waits in SLURM's queue" + (f" since {local_time(since)}" if since else "")
             + (f", at place {queue['position']} of {queue['of']}" if queue["position"] else "") + f": {reason}"
-            + (f"; by SLURM's estimate it starts at {local_time(queue['start'])}" if queue["start"] else ""))
+            + (f"; SLURM expects it to start at {local_time(queue['start'])}" if queue["start"] else ""))
 
 
-def _runs(run: Run, found: Found, last: Mapping[str, Any] | None) -> str:
+def _runs(run: Run, status: Status, last: Mapping[str, Any] | None) -> str:
+    """How far a running run is, and whether it is slow or silent, in words.
+
+    Args:
+        last: the last of the `attempts` of `explain`.
+    """
     if last is None or last["outcome"] != "running":
         return f"attempt {last['attempt'] + 1 if last else 1} is being started"
     log = run.paths.log(last["attempt"], 0)
     speed = SPEED.findall(_read(log, -END_BYTES))
-    text = f"attempt {last['attempt']} " + ("has not come to its first step" if last["to_step"] is None else
-                                            f"is at step {last['to_step']} of {found['total'] or '?'}")
+    text = f"attempt {last['attempt']} " + ("has not reached its first step" if last["to_step"] is None else
+                                            f"is at step {last['to_step']} of {status['total'] or '?'}")
     text += f", {speed[-1][0]}, with {speed[-1][1]} to go" if speed else ""
-    quiet_s = seconds_between(_changed(log), utc_now()) or 0
-    if found["note"]:
-        return f"{text}; {found['note']}"
-    if found["slow"]:
-        return f"{text}; slow: {'; '.join(map(slow_words, found['slow']))}"
-    return text + (f"; it has said nothing for {duration(quiet_s)}: it may hang" if quiet_s > STILL_S else "; nothing is wrong")
+    silent_s = seconds_between(_changed(log), utc_now()) or 0
+    if status["note"]:
+        return f"{text}; {status['note']}"
+    if status["slow"]:
+        return f"{text}; slow: {'; '.join(map(slow_words, status['slow']))}"
+    return text + (f"; no output for {duration(silent_s)}: it may hang" if silent_s > SILENT_S else "; nothing is wrong")
 
 
 # What to do
 
 
-def _facts(run: Run, found: Found, attempts: Sequence[Mapping[str, Any]], cause: Mapping[str, Any] | None
+def _facts(run: Run, status: Status, attempts: Sequence[Mapping[str, Any]], cause: Mapping[str, Any] | None
            ) -> dict[str, str | None]:
-    """What commands and reasons are made of; None where it is not known, or does not apply."""
+    """The values for the templates in causes.py, by name; None where a value is not known or does not apply."""
     from launch.plan.submission import last_submission
-    from launch.records.naming import named, shown
+    from launch.records.naming import command_name, short_path
     from trainers.config import yaml12
 
-    paths, on_slurm = run.paths, (found["job"] or {}).get("kind") == "slurm"
+    paths, on_slurm = run.paths, (status["job"] or {}).get("kind") == "slurm"
     try:
         spec = yaml12.read(paths.spec.read_text(encoding="utf-8"), paths.spec.name).value or {}
-        submission = last_submission(paths, found.get("sweep")) if on_slurm else None
-    except (OSError, ValueError, UserError):  # what is broken there is no part of this
+        submission = last_submission(paths, status.get("sweep")) if on_slurm else None
+    except (OSError, ValueError, UserError):  # the explanation does without a broken spec or submission
         spec, submission = {}, None
-    begun = next((attempt for attempt in reversed(found["attempts"]) if attempt.get("ranks")), None)
-    ranks, kind = (begun["ranks"], "--gpus" if begun["device"] == "cuda" else "--procs") if begun else (0, "--procs")
-    where = f" {kind} {ranks}" if begun else ""
+    started = next((attempt for attempt in reversed(status["attempts"]) if attempt.get("ranks")), None)
+    ranks, option = (started["ranks"], "--gpus" if started["device"] == "cuda" else "--procs") if started else (0, "--procs")
+    where = f" {option} {ranks}" if started else ""
     if submission:
-        ranks, kind = submission.resources.ranks, "--gpus" if submission.resources.gpus else "--procs"
-        where = f" {kind} {ranks} --nodes {submission.resources.nodes} --cluster {shlex.quote(submission.cluster.name)}"
+        ranks, option = submission.resources.ranks, "--gpus" if submission.resources.gpus else "--procs"
+        where = f" {option} {ranks} --nodes {submission.resources.nodes} --cluster {shlex.quote(submission.cluster.name)}"
     train = spec.get("train") or {}
-    share = train["batch_size"] // ranks if train and ranks else 1
+    samples = train["batch_size"] // ranks if train and ranks else 1  # of a batch, per rank
     given = train.get("micro_batch_size")
-    micro = given or share if given != "auto" else 1  # auto has made it smaller itself
-    kept = found["checkpoint"]
-    again = (attempts[-1]["to_step"] or 0) - kept if attempts and kept is not None else 0
-    name = shlex.quote(named(paths))
+    micro = given or samples if given != "auto" else 1  # `auto` tries smaller micro-batches by itself
+    kept = status["checkpoint"]
+    repeated = (attempts[-1]["to_step"] or 0) - kept if attempts and kept is not None else 0
+    name = shlex.quote(command_name(paths))
     return {
-        "run": name, "resume": f"launch resume {name}", "folder": shlex.quote(shown(paths.root)), "where": where,
-        "onward": "it does what is missing: finished pieces are kept" if "search" in spec else
-                  "it has no checkpoint, and begins anew" if kept is None else
-                  f"it goes on from its checkpoint of step {kept}" + (f" ({again} steps are done again)" if again > 0 else ""),
-        "stop": "stops it: finished pieces are kept" if "search" in spec else
-                "stops it, with a checkpoint if it is at work",
-        "new": f"launch {shlex.quote(shown(paths.spec))}" if train or "search" in spec else None,
-        "plan": f"launch plan {shlex.quote(shown(paths.spec))}" if train else None,
-        "smaller": str(max(size for size in range(1, micro) if share % size == 0)) if micro > 1 else None,
-        "more": f"{kind} {2 * ranks}" if share % 2 == 0 and not given else None,
+        "run": name, "resume": f"launch resume {name}", "folder": shlex.quote(short_path(paths.root)), "where": where,
+        "onward": "it does the missing pieces; finished pieces are kept" if "search" in spec else
+                  "it has no checkpoint, and starts from the beginning" if kept is None else
+                  f"it continues from its checkpoint of step {kept}"
+                  + (f" ({repeated} steps are repeated)" if repeated > 0 else ""),
+        "stop": "stops it; finished pieces are kept" if "search" in spec else
+                "stops it, with a checkpoint if it is running",
+        "new": f"launch {shlex.quote(short_path(paths.spec))}" if train or "search" in spec else None,
+        "plan": f"launch plan {shlex.quote(short_path(paths.spec))}" if train else None,
+        "smaller": str(max(size for size in range(1, micro) if samples % size == 0)) if micro > 1 else None,
+        "more": f"{option} {2 * ranks}" if samples % 2 == 0 and not given else None,
         "lower": f"{spec['optim']['lr'] / 3:.2g}" if train else None,
         "grace_s": str(round(3 * spec["run"]["grace_s"])) if "run" in spec else None,
         "hang_s": f"{3 * spec['run']['hang_s']:g}" if (spec.get("run") or {}).get("hang_s") else None,
         "cluster": shlex.quote(submission.cluster.name) if submission else None,
         "node": cause["node"] if cause and on_slurm else None,
-        "memory": _memory(run, found) if submission else None, "time": _longer(submission) if submission else None,
-        "jobs": " ".join(_ids(found)),
+        "memory": _more_memory(run, status) if submission else None, "time": _more_time(submission) if submission else None,
+        "jobs": " ".join(_ids(status)),
     }
 
 
-def _memory(run: Run, found: Found) -> str:
-    """Twice what the last submission asked for."""
-    homes = [run.paths, RunPaths(run.paths.root.parent / (found.get("sweep") or run.id))]
-    scripts = [_read(home.submission(found["job"]["submission"]) / "job.sh", END_BYTES) for home in homes]
+def _more_memory(run: Run, status: Status) -> str:
+    """The option that asks sbatch for twice the memory of the last submission."""
+    folders = [run.paths, RunPaths(run.paths.root.parent / (status.get("sweep") or run.id))]
+    scripts = [_read(paths.submission(status["job"]["submission"]) / "job.sh", END_BYTES) for paths in folders]
     asked = re.search(r"^#SBATCH --(mem|mem-per-cpu)=(\d+)([KMGT]?)$", "\n".join(scripts), re.MULTILINE)
     return f"sbatch.{asked[1]}={2 * int(asked[2])}{asked[3]}" if asked else "sbatch.mem=SIZE"
 
 
-def _longer(submission: Any) -> str:
+def _more_time(submission: Submission) -> str:
+    """Twice the time limit of a submission."""
     from launch.cluster.times import seconds, slurm_time
 
     return slurm_time(2 * seconds(submission.time or submission.cluster.time))
 
 
-def _next(found: Found, cause: Mapping[str, Any] | None, kind: Cause | None, facts: Mapping[str, str | None]
-          ) -> list[dict[str, str]]:
+def _next(status: Status, cause: Mapping[str, Any] | None, kind: Cause | None, facts: Mapping[str, str | None]
+          ) -> list[dict[str, str | None]]:
+    """The commands to run next, each with the reason."""
     advice = kind.advice if kind else ()
-    if found["state"] == "finished":
+    if status["state"] == "finished":
         return []
-    if not any(" resume " in command for command in found["next"]):  # it goes on by itself, or may
-        reason = (found["queue"] or {}).get("reason") or ""
-        advice = [*(step for pattern, step in WAITING if re.match(pattern, reason)), *GOING]
-    steps: dict[str, str] = {}
-    for command, why in advice:
-        if command := _filled(command, facts):
-            steps.setdefault(command, _filled(why, facts))
-    return [{"command": command, "why": why} for command, why in (steps or {
-        facts["resume"]: _filled((MENDED if cause else RESUME)[1], facts)}).items()]
+    if not any(" resume " in command for command in status["next"]):  # the run continues by itself, or may do so
+        reason = (status["queue"] or {}).get("reason") or ""
+        advice = (*(step for pattern, step in WAITING if re.match(pattern, reason)), *GOING)
+    return _steps_of(advice, facts) or _steps_of([RESUME_AFTER_FIX if cause else RESUME], facts)
+
+
+def _steps_of(advice: Sequence[tuple[str, str]], facts: Mapping[str, str | None]) -> list[dict[str, str | None]]:
+    """The commands of `advice` whose facts are all known, each once."""
+    reasons_by_command: dict[str, str | None] = {}
+    for template, why in advice:
+        if command := _filled(template, facts):
+            reasons_by_command.setdefault(command, _filled(why, facts))
+    return [{"command": command, "why": why} for command, why in reasons_by_command.items()]
 
 
 def _filled(template: str, facts: Mapping[str, str | None], match: re.Match[str] | None = None) -> str | None:
-    """None if it names a fact that is not known."""
+    """The template with the facts, and the groups of `match`, in place of its braces; None if a fact is not known."""
     names = [name for _, name, _, _ in Formatter().parse(template) if name and not name.isdigit()]
     if any(facts.get(name) is None for name in names):
         return None
@@ -438,7 +463,7 @@ def _filled(template: str, facts: Mapping[str, str | None], match: re.Match[str]
 
 
 def _read(file: Path, size: int) -> str:
-    """The first `size` bytes of a file, or the last if it is negative; "" if there is none."""
+    """The first `size` bytes of a file, or the last if `size` is negative; "" if the file cannot be read."""
     try:
         with open(file, "rb") as opened:
             opened.seek(max(0, opened.seek(0, os.SEEK_END) + size) if size < 0 else 0)
@@ -448,6 +473,7 @@ def _read(file: Path, size: int) -> str:
 
 
 def _changed(file: Path) -> str | None:
+    """When the file was last changed, in UTC; None if the file does not exist."""
     try:
         return utc_at(file.stat().st_mtime)
     except OSError:

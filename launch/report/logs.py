@@ -1,33 +1,37 @@
-"""What ranks have printed, of all attempts in order, and as it comes; and what node processes have."""
+"""The logs of ranks and node processes, of all attempts in order. They can be followed while the run writes them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launch.cluster import reasons
 from launch.records.read import node_logs
 from launch.records.run import Run
-from launch.records.state import ACTIVE, Seen, Truth, ask, truth_of
+from launch.records.state import ACTIVE, SlurmAnswer, Truth, ask, truth_of
 from trainers.contract.errors import UserError
 
 POLL_S = 0.2
-ASK_S = {"running": 30.0}  # from asking SLURM to asking again, by the recorded state
-ASK_OFTEN_S = 5.0          # in any other
+ASK_S = {"running": 30.0}  # seconds between two questions to SLURM, by the recorded state of the run
+ASK_OFTEN_S = 5.0          # the same in any other state
 
 
 def follow(run: Run, *, rank: int | None = None, attempt: int | None = None, node: int | None = None,
            follow: bool = False, write: Callable[[str], Any]) -> None:
-    """Write the log of a rank (of rank 0 unless told), with a line between attempts, or of a node process, with a
-    line between jobs; with `follow` go on until the run has ended, through requeues. Ctrl-C ends it.
+    """Write the log of a rank, with a line between attempts, or of a node process, with a line between jobs. Ctrl-C ends it.
 
     Args:
+        rank: by default rank 0.
+        attempt: by default all attempts.
+        node: write the log of this node's process instead of a rank's.
+        follow: continue until the run has ended, also when its job is requeued.
         write: takes text with its line end, as `sys.stdout.write` does.
 
     Raises:
-        UserError: there is no such attempt, rank or node.
+        UserError: the attempt, rank or node does not exist, or `node` is given together with `rank` or `attempt`.
     """
     last = None
     try:
@@ -46,16 +50,17 @@ def follow(run: Run, *, rank: int | None = None, attempt: int | None = None, nod
 
 def lines(run: Run, *, rank: int | None = None, attempt: int | None = None, node: int | None = None,
           follow: bool = False) -> Iterator[dict[str, Any]]:
-    """The same as {"attempt", "rank", "line"}, one a line; of a node process as {"job", "node", "line"}. While the
-    run waits in SLURM's queue, once {"attempt", "waiting": for what}.
+    """The lines that `follow` writes, as {"attempt", "rank", "line"}, or as {"job", "node", "line"} for a node process.
+    When the run waits in SLURM's queue, one {"attempt", "waiting": the reason} comes in between.
 
     Raises:
-        UserError: there is no such attempt, rank or node.
+        UserError: the attempt, rank or node does not exist, or `node` is given together with `rank` or `attempt`.
     """
     watch = Watch(run, follow)
     if node is not None:
         if rank is not None or attempt is not None:
-            raise UserError("a node's log is of all its ranks and attempts", "leave out either `--node` or the others")
+            raise UserError("the log of a node covers all its ranks and attempts",
+                            "leave out `--node`, or `--rank` and `--attempt`")
         yield from _node_lines(run, node, watch)
         return
     rank = 0 if rank is None else rank
@@ -64,82 +69,81 @@ def lines(run: Run, *, rank: int | None = None, attempt: int | None = None, node
         raise UserError(f"run `{run.id}` has no attempt {attempt}", f"it has {_listed(numbers, 'attempt')}")
     chosen = numbers if attempt is None else [attempt]
     if not any(rank in run.paths.logs(number) for number in chosen) and not watch.going():
-        there = sorted({found for number in chosen for found in run.paths.logs(number)})
+        existing = sorted({logged for number in chosen for logged in run.paths.logs(number)})
         where = "" if attempt is None else f" in attempt {attempt}"
         raise UserError(f"run `{run.id}` has no log of rank {rank}{where}",
-                        f"it has {_listed(there, 'rank')}" + ("" if there else _elsewhere(run)))
+                        f"it has {_listed(existing, 'rank')}" + ("" if existing else _node_log_hint(run)))
 
     number = chosen[0] if chosen else None
     while True:
         if number is not None:
-            for line in _grow(run.paths.log(number, rank), lambda: watch.working(number)):
+            for line in _grow(run.paths.log(number, rank), partial(watch.working, number)):
                 yield {"attempt": number, "rank": rank, "line": line}
         if attempt is not None:
             return
-        told = over = False
+        reported = over = False
         while True:
-            # The state is read before the attempts: one that is not at work begins no other.
+            # The state is read before the attempts: once the run has ended, it starts no other attempt.
             going = watch.going()
             later = [other for other in run.paths.attempt_numbers() if number is None or other > number]
             if later:
                 break
-            if not told and (why := watch.waiting()):
-                told = True
+            if not reported and (why := watch.waiting()):
+                reported = True
                 ended = f"attempt {number} ended: {watch.run.record['state']}; " if number else ""
                 yield {"attempt": number, "waiting": ended + why}
             if not going and (over or not watch.follow):
                 return
-            over = not going  # and still so at the next look: after a failure another attempt may begin at once
+            over = not going  # look once more before ending: after a failure the next attempt may start at once
             time.sleep(POLL_S)
         number = later[0]
 
 
 class Watch:
-    """Whether a run goes on, asked often: its record is read each time, SLURM asked seldom."""
+    """A view of a run's state that may be asked often. It reads the run's record each time and asks SLURM seldom."""
 
     def __init__(self, run: Run, follow: bool):
         self.run, self.follow = run, follow
-        self._seen, self._asked = Seen(), float("-inf")
+        self._seen, self._asked = SlurmAnswer(), float("-inf")
         self._truth: Truth | None = None
 
     def going(self) -> bool:
-        """Whether it is at work, or waits in the queue to be."""
+        """Whether the run is running or waits in the queue. False if nobody follows the run."""
         if not self.follow:
             return False
         truth = self._look()
         return truth.state in ACTIVE or bool(truth.jobs) or truth.stale
 
     def working(self, attempt: int) -> bool:
-        """Whether this attempt may still be at work."""
+        """Whether this attempt may still be running. False if nobody follows the run."""
         if not self.follow or self.run.paths.attempt_numbers()[-1] > attempt:
             return False
         return self._look().state in ACTIVE
 
     def waiting(self) -> str | None:
-        """What it waits for in SLURM's queue, by what was found last; or why that is not known."""
+        """Why the run waits in SLURM's queue, or why that is not known; None if it does not wait. As of the last look."""
         truth = self._truth
-        if truth and truth.blind:
+        if truth and truth.unreachable:
             return truth.note
         if not truth or not truth.jobs or not all(job.waiting for job in truth.jobs):
             return None
-
-        return f"waiting in the queue: {reasons.told(truth.jobs[0].reason)}"
+        return f"waiting in the queue: {reasons.in_words_with_code(truth.jobs[0].reason)}"
 
     def _look(self) -> Truth:
-        self.run = self.run.again()
+        self.run = self.run.reread()
         if time.monotonic() > self._asked + ASK_S.get(self.run.record["state"], ASK_OFTEN_S):
             self._seen, self._asked = ask([self.run.record]), time.monotonic()
-            self.run = self.run.again()  # what ended meanwhile says so in its record
+            self.run = self.run.reread()  # a run that has ended meanwhile has said so in its record
         self._truth = truth_of(self.run, self._seen)
         return self._truth
 
 
 def _node_lines(run: Run, node: int, watch: Watch) -> Iterator[dict[str, Any]]:
-    """The logs of a node's processes, job after job: SLURM appends those of a requeued job to one file."""
-    found = node_logs(run)
-    if not any(log.node == node for log in found) and not watch.going():
+    """The lines of a node's logs, job after job. A requeued job has one log: SLURM appends to it."""
+    logs = node_logs(run)
+    if not any(log.node == node for log in logs) and not watch.going():
         raise UserError(f"run `{run.id}` has no job log of node {node}",
-                        f"it has {_listed(sorted({log.node for log in found}), 'node')}")
+                        f"it has {_listed(sorted({log.node for log in logs}), 'node')}")
     done: set[Path] = set()
     while True:
         going = watch.going()
@@ -148,27 +152,27 @@ def _node_lines(run: Run, node: int, watch: Watch) -> Iterator[dict[str, Any]]:
                 continue
             done.add(log.path)
 
-            def last() -> bool:
+            def is_last() -> bool:
                 return watch.going() and not any(other.node == node and other.path not in done for other in node_logs(run))
 
-            for line in _grow(log.path, last):
+            for line in _grow(log.path, is_last):
                 yield {"job": log.job, "node": node, "line": line}
         if not going:
             return
         time.sleep(POLL_S)
 
 
-def _elsewhere(run: Run) -> str:
-    """Where there are words of a run whose ranks have said none."""
-    found = [log for log in node_logs(run) if log.path.stat().st_size]
-    return f"; its job said something: `launch logs {run.id} --node {found[-1].node}`" if found else ""
+def _node_log_hint(run: Run) -> str:
+    """The end of a hint that names a node's log, for a run without any rank's log."""
+    logs = [log for log in node_logs(run) if log.path.stat().st_size]
+    return f"; its job printed something: `launch logs {run.id} --node {logs[-1].node}`" if logs else ""
 
 
 def _grow(file: Path, working: Callable[[], bool]) -> Iterator[str]:
-    """The lines of one log; while its writer is at work, those to come too."""
+    """The lines of one log, also those that are written later, as long as `working` says that the writer runs."""
     position, rest = 0, b""
     while True:
-        # Asked before reading: nothing is written after the end, so this reading then is the last.
+        # Ask before reading. A writer that has ended writes nothing more, and this reading is the last.
         ended = not working()
         data = _read(file, position)
         position += len(data)
@@ -196,7 +200,7 @@ def _decoded(line: bytes) -> str:
 
 
 def _listed(numbers: list[int], what: str) -> str:
-    """'rank 0', 'ranks 0 to 3', 'no rank yet'."""
+    """The numbers in words: 'rank 0', 'ranks 0 to 3' or 'no rank yet'."""
     if not numbers:
         return f"no {what} yet"
     return f"{what} {numbers[0]}" if len(numbers) == 1 else f"{what}s {numbers[0]} to {numbers[-1]}"

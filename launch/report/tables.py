@@ -1,4 +1,4 @@
-"""Runs as plain text: the table of all, the comparison of a sweep's, the details of one."""
+"""Runs as plain text: a table of all runs, a comparison of the runs of a sweep, the details of one run."""
 
 from __future__ import annotations
 
@@ -13,46 +13,52 @@ from trainers.contract.events import brief, metrics_line
 from trainers.contract.text import duration, number
 
 COLUMNS = ("RUN", "TASK", "STATE", "STEP", "UPDATED", "METRICS")
-VALUE_WIDTH = 20  # of what a sweep varies: a long path leaves room for the metrics
+VALUE_WIDTH = 20  # cells for a value that a sweep varies, so that a long path leaves room for the metrics
 
 
 def table(rows: Sequence[dict[str, Any]], width: int | None = None) -> str:
-    """One line a run, cut at `width` columns (None: the terminal's, 80 if there is none), then what there is to note.
-    Rows of a sweep, which have `overrides`, are compared: what differs, and each metric, have columns."""
+    """One line per run, then the notes of all runs.
+
+    Rows of a sweep have `overrides`. They are compared: each override that differs, and each metric, gets a column.
+
+    Args:
+        rows: from `launch.records.read.list_runs`.
+        width: where lines are cut, in cells; None: at the width of the terminal, or at 80 without a terminal.
+    """
     if not rows:
         return "no runs"
     cells = _comparison(rows) if "overrides" in rows[0] else [COLUMNS, *(_cells(row) for row in rows)]
-    of: dict[str, list[str]] = {}
+    ids_by_note: dict[str, list[str]] = {}
     for row in rows:
         if row.get("note"):
-            of.setdefault(row["note"], []).append(row["id"])
-    notes = [f"note: {ids[0] if len(ids) == 1 else f'{len(ids)} runs'}: {note}" for note, ids in of.items()]
+            ids_by_note.setdefault(row["note"], []).append(row["id"])
+    notes = [f"note: {ids[0] if len(ids) == 1 else f'{len(ids)} runs'}: {note}" for note, ids in ids_by_note.items()]
     from launch.report.columns import columns
 
     return "\n".join([columns(cells, width), *notes])
 
 
 def _comparison(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The run comes last: of all columns its name, whole or cut, tells least."""
-    from launch.report.columns import cut  # imports rich, as late as it can
+    """The header and cells of a sweep's table. The run's id comes last, where a line is cut: it tells the least."""
+    from launch.report.columns import cut  # here, because it imports rich
 
     values = [dict(override.partition("=")[::2] for override in row["overrides"]) for row in rows]
-    keys = list(dict.fromkeys(key for given in values for key in given))
-    differing = [key for key in keys if len({given.get(key) for given in values}) > 1] or keys
-    last = [key.rpartition(".")[2] for key in differing]
-    heads = [short if last.count(short) == 1 else key for key, short in zip(differing, last)]
+    keys = list(dict.fromkeys(key for overrides in values for key in overrides))
+    differing = [key for key in keys if len({overrides.get(key) for overrides in values}) > 1] or keys
+    short_names = [key.rpartition(".")[2] for key in differing]
+    heads = [short if short_names.count(short) == 1 else key for key, short in zip(differing, short_names)]
     metrics = list(dict.fromkeys(name for row in rows for name in brief(row.get("metrics") or {})))
     lines = [(*heads, "STATE", "STEP", *metrics, "RUN")]
-    for row, given in zip(rows, values):
-        found = row.get("metrics") or {}
-        lines.append((*(cut(given.get(key, "-"), VALUE_WIDTH) for key in differing), row["state"], _step(row),
-                      *(number(found[name]) if name in found else "-" for name in metrics),
+    for row, overrides in zip(rows, values):
+        measured = row.get("metrics") or {}
+        lines.append((*(cut(overrides.get(key, "-"), VALUE_WIDTH) for key in differing), row["state"], _step(row),
+                      *(number(measured[name]) if name in measured else "-" for name in metrics),
                       row["id"] + (f"  {row['problem']}" if row.get("problem") else "")))
     return lines
 
 
 def details(status: dict[str, Any]) -> str:
-    """What `launch.records.read.status` found, for a person."""
+    """The result of `launch.records.read.status` as text for a person."""
     progress = _step(status)
     if status["loss"] is not None:
         progress += f", loss {number(status['loss'])}"
@@ -66,7 +72,7 @@ def details(status: dict[str, Any]) -> str:
         "queue": _place(queue) if queue and queue["reason"] else "",
         "starts": _start(queue) if queue and queue["reason"] else "",
         "step": progress,
-        "speed": f"{status['rate']:,.0f} samples or tokens a second" if status["rate"] and status["state"] == "running" else "",
+        "speed": f"{status['rate']:,.0f} samples or tokens per second" if status["rate"] and status["state"] == "running" else "",
         "slow": "; ".join(map(slow_words, status["slow"])),
         "metrics": metrics_line(status["metrics"] or {}),
         "process": f"{job['pid']} on {job['host']}" if job and "pid" in job and status["state"] in ACTIVE else "",
@@ -95,37 +101,39 @@ def details(status: dict[str, Any]) -> str:
 
 
 def _weights(init: dict[str, Any] | None) -> str:
-    """Where it began."""
+    """The run or file that the first weights came from."""
     if not init:
         return ""
     return f"from run {init['run']}, step {init['step']}" if init["run"] else f"from {init['path']}"
 
 
 def _explained(status: dict[str, Any]) -> str:
+    """A remark on the state, in parentheses."""
     if status["note"]:
         return f" ({status['note']})"
-    return " (its processes are gone and nobody said why)" if status["state"] == "lost" else ""
+    return " (its processes are gone, and the reason is not known)" if status["state"] == "lost" else ""
 
 
 def _job(status: dict[str, Any]) -> str:
     job, queue = status["job"], status["queue"]
     if not job or job["kind"] != "slurm" or not job["ids"]:
         return ""
-    said = f"{', '.join(job['ids'])} on cluster {job['cluster']}"
+    text = f"{', '.join(job['ids'])} on cluster {job['cluster']}"
     if queue:
-        said += f": {queue['state']}"
+        text += f": {queue['state']}"
         if queue["nodes"]:
-            said += f" on {', '.join(queue['nodes'])} since {local_time(queue['start'])}"
-    return said
+            text += f" on {', '.join(queue['nodes'])} since {local_time(queue['start'])}"
+    return text
 
 
 def _place(queue: dict[str, Any]) -> str:
-
+    """The place of a job in the queue, and why the job waits."""
     place = f"place {queue['position']} of {queue['of']} in partition {queue['partition']}: " if queue["position"] else ""
-    return place + reasons.told(queue["reason"])
+    return place + reasons.in_words_with_code(queue["reason"])
 
 
 def _start(queue: dict[str, Any]) -> str:
+    """When SLURM expects to start a job."""
     if not queue["start"]:
         return "SLURM has no estimate yet"
     seconds = (datetime.fromisoformat(queue["start"]) - datetime.now(UTC)).total_seconds()
@@ -133,8 +141,8 @@ def _start(queue: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    said = row.get("problem") or metrics_line(row.get("metrics") or {})
-    return row["id"], row["task"] or "-", row["state"], _step(row), _ago(row.get("updated")), said
+    metrics = row.get("problem") or metrics_line(row.get("metrics") or {})
+    return row["id"], row["task"] or "-", row["state"], _step(row), _ago(row.get("updated")), metrics
 
 
 def _step(row: dict[str, Any]) -> str:
@@ -144,22 +152,22 @@ def _step(row: dict[str, Any]) -> str:
 
 
 def _attempt(attempt: dict[str, Any]) -> str:
-    said = attempt["outcome"]
+    text = attempt["outcome"]
     if attempt.get("exit_code") is not None:
-        said += f", exit code {attempt['exit_code']}"
+        text += f", exit code {attempt['exit_code']}"
     if attempt.get("ranks"):
-        said += f", {attempt['ranks']} rank(s) on {attempt['device']}, "
-        said += f"job {attempt['job']} on {', '.join(attempt['nodes'])}" if attempt.get("job") else f"host {attempt['host']}"
+        text += f", {attempt['ranks']} rank(s) on {attempt['device']}, "
+        text += f"job {attempt['job']} on {', '.join(attempt['nodes'])}" if attempt.get("job") else f"host {attempt['host']}"
     if attempt.get("began"):
-        said += f", {local_time(attempt['began'])}"
+        text += f", {local_time(attempt['began'])}"
         if attempt.get("ended"):
             took = datetime.fromisoformat(attempt["ended"]) - datetime.fromisoformat(attempt["began"])
-            said += f", took {duration(took.total_seconds())}"
-    return said
+            text += f", took {duration(took.total_seconds())}"
+    return text
 
 
 def _failure(failure: dict[str, Any]) -> str:
-    """'rank 1 on n2 was ended by SIGKILL: ...'; of a failure that is no rank's, what is known."""
+    """A failure in words, such as 'rank 1 on n2 was ended by SIGKILL: ...'."""
     if failure.get("signal"):
         how = f"was ended by {failure['signal']}"
     elif failure.get("exit_code") is not None:
@@ -169,7 +177,7 @@ def _failure(failure: dict[str, Any]) -> str:
     rank = "a rank" if failure.get("rank") is None else f"rank {failure['rank']}"
     where = f" on {failure['node']}" if failure.get("node") else ""
     message = failure.get("message") or ""
-    if message.startswith(f"{rank} "):  # it says how itself
+    if message.startswith(f"{rank} "):  # the message itself says how the rank ended
         return f"{rank}{where}{message.removeprefix(rank)}"
     return f"{rank}{where} {how}" + (f": {message}" if message else "")
 

@@ -1,4 +1,4 @@
-"""A port for the ranks' rendezvous that nobody else can take meanwhile."""
+"""A free port for rank 0's store, reserved so that no other process takes it."""
 
 from __future__ import annotations
 
@@ -7,32 +7,38 @@ import socket
 from contextlib import closing, contextmanager
 from typing import Iterator
 
+FIRST_PORT, LAST_PORT = 20_000, 32_000
+
 
 @contextmanager
 def reserved_port(tries: int = 200) -> Iterator[int]:
-    """A free port, held until the block ends.
+    """Reserve a free port until the block ends, and give its number.
 
-    The socket is bound exclusively, so that no other process, and no other launcher, is given the
-    port; only then is its address marked reusable, which lets rank 0's store (it asks for reuse)
-    listen there. Ports of the range from which the kernel serves outgoing connections are avoided.
+    The socket is first bound exclusively, so that no other process and no other launcher gets the port. Only then is its
+    address marked reusable: rank 0's store, which asks for reuse, can then listen on the same port. The kernel gives the
+    ports of its ephemeral range to outgoing connections, so those ports are avoided.
+
+    Raises:
+        OSError: no free port was found in `tries` tries.
     """
-    low, high = 20_000, min(32_000, _ephemeral_start())
+    low, high = FIRST_PORT, min(LAST_PORT, _ephemeral_start())
     for _ in range(tries):
-        with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as held:
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as holder:
             try:
-                held.bind(("", random.SystemRandom().randrange(low, high)))
+                holder.bind(("", random.SystemRandom().randrange(low, high)))
             except OSError:
                 continue
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            yield held.getsockname()[1]
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            yield holder.getsockname()[1]
             return
     raise OSError(f"no free port between {low} and {high} in {tries} tries")
 
 
 def _ephemeral_start() -> int:
+    """Return the first port that the kernel gives to outgoing connections, or LAST_PORT where that is of no use."""
     try:
         with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
             start = int(file.read().split()[0])
     except (OSError, ValueError):
-        return 32_000
-    return start if start > 21_000 else 32_000
+        return LAST_PORT
+    return start if start > FIRST_PORT + 1_000 else LAST_PORT

@@ -1,4 +1,4 @@
-"""One rank: its process, its pipe, its log, and the end of what it printed."""
+"""One rank: its process, the pipe of its output, its log, and the last lines that it printed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Callable, Literal, Mapping, Protocol
 
 from launch.plan.plan import Plan
@@ -19,85 +20,93 @@ from trainers.contract import events, heartbeat
 from trainers.contract.paths import RunPaths
 from trainers.contract.text import last_traceback
 
-PARTIAL_AFTER_S = 0.5
+PARTIAL_AFTER_S = 0.5  # an unfinished line is shown after this time
 READ_BYTES = 1 << 16
+LAST_READS = 32        # of a rank that has ended
 TAIL_LINES = 400
-MESSAGE_LINES = 20  # of an exception, after its first
+MESSAGE_LINES = 20     # of an exception's message, after its first line
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The first rank that failed, and what is known of why."""
+    """The first failure of an attempt, and what is known about its cause."""
 
-    rank: int
-    exit_code: int | None     # None if a signal ended it
+    rank: int | None          # None: no rank failed; a node process is gone, for example
+    exit_code: int | None     # None if a signal ended the rank
     signal: str | None
     message: str
     hint: str | None
     traceback: str | None
-    retry: bool               # whether another attempt may fare better
-    node: str | None = None   # the host, where there are several
+    retry: bool               # whether another attempt may succeed
+    node: str | None = None   # the host, if the job has several nodes
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`ended`: ranks of this node that ended because those of another had failed."""
+    """How the ranks of one node, or of all nodes, ended.
+
+    The kind "ended" is for one node only: its ranks were stopped because ranks of another node had failed.
+    """
 
     kind: Literal["finished", "failed", "preempted", "killed", "ended"]
     failure: Failure | None = None
-    signal: str | None = None           # what asked for the stop
-    checkpoint_s: float | None = None   # what the slowest checkpoint took
+    signal: str | None = None           # the signal that asked for the stop
+    checkpoint_s: float | None = None   # duration of the slowest checkpoint
 
 
 class Peers(Protocol):
     """The node processes of the other nodes."""
 
     def sockets(self) -> list[socket.socket]:
-        """What to wait on for their words."""
+        """Return the sockets on which their messages arrive."""
 
-    def tell(self, word: Mapping[str, Any]) -> None:
-        """To all of them."""
+    def send(self, message: Mapping[str, Any], /) -> None:
+        """Send a message to all of them."""
 
-    def heard(self) -> list[dict[str, Any]]:
-        """What they have said since: {"failure"}, {"signal"}, what launch/supervise/watchdog.py lists, or {"lost"}: one has gone
-        without a word."""
+    def receive(self) -> list[dict[str, Any]]:
+        """Return the messages that have arrived since the last call.
+
+        The keys that a supervisor handles: "failure" (a rank failed there), "signal" (a stop signal arrived there), "lost"
+        (the node process is gone), and the keys that launch/supervise/watchdog.py lists.
+        """
 
 
 class Alone:
-    """There are none."""
+    """The peers of a job on one node: none."""
 
     def sockets(self) -> list[socket.socket]:
         return []
 
-    def tell(self, word: Mapping[str, Any]) -> None: ...
+    def send(self, message: Mapping[str, Any], /) -> None: ...
 
-    def heard(self) -> list[dict[str, Any]]:
+    def receive(self) -> list[dict[str, Any]]:
         return []
 
 
 class LogFile:
-    """A rank's log. While the disk is full it keeps the newest mebibyte and tries again."""
+    """A rank's log. While the file cannot be written (a full disk), keep the newest mebibyte and retry."""
 
     KEPT_BYTES = 2**20
 
-    def __init__(self, path, warn: Callable[[str], None]):
+    def __init__(self, path: Path, warn: Callable[[str], None]):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self._path, self._warn, self._waiting, self._failing = path, warn, b"", False
+        self._path, self._warn, self._unwritten, self._failing = path, warn, b"", False
 
     def write(self, data: bytes) -> None:
-        self._waiting += data
+        self._unwritten += data
         try:
-            while self._waiting:
-                self._waiting = self._waiting[os.write(self._file, self._waiting):]
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten):]
             self._failing = False
         except OSError as error:
-            self._waiting = self._waiting[-self.KEPT_BYTES:]
+            self._unwritten = self._unwritten[-self.KEPT_BYTES:]
             if not self._failing:
-                self._warn(f"{self._path} cannot be written: {error.strerror}; the run goes on")
+                self._warn(f"{self._path} cannot be written: {error.strerror}; the run continues")
             self._failing = True
 
     def close(self) -> None:
@@ -106,28 +115,30 @@ class LogFile:
 
 
 class Rank:
-    """One rank: its process, its pipe, its log, and the end of what it said."""
+    """One rank: its process, the pipe of its output, its log, and the last lines that it printed."""
 
-    def __init__(self, plan: Plan, node: int, local_rank: int, address: str, port: int, more: Mapping[str, str],
+    def __init__(self, plan: Plan, node: int, local_rank: int, address: str, port: int, node_env: Mapping[str, str],
                  paths: RunPaths, view: View):
         env = plan.rank_env(node, local_rank, address, port)
         self.rank = int(env["RANK"])
         self.view = view
         self.log = LogFile(paths.log(plan.attempt, self.rank), view.notice)
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self.error: dict[str, Any] | None = None
-        self.code: int | None = None
-        self.silent = False  # whether it has closed its output
-        self.checkpoint_s: float | None = None
+        self.error: dict[str, Any] | None = None  # the `error` event, if the rank sent one
+        self.code: int | None = None              # as of Popen.returncode: -N if signal N ended the process
+        self.output_closed = False
+        self.checkpoint_s: float | None = None    # duration of the slowest checkpoint
         self._partial, self._partial_since = b"", 0.0
-        # A script has no loop of ours that could write there.
-        beats, self.page = heartbeat.new_page() if plan.batch else (None, None)
-        told = {heartbeat.VARIABLE: str(beats)} if plan.batch else {}
+        beats: int | None = None
+        self.page: memoryview | None = None
+        if plan.batch:  # a script has no loop of ours that gives signs of life
+            beats, self.page = heartbeat.new_page()
+            env[heartbeat.VARIABLE] = str(beats)
         self.pipe, child = os.pipe()
         os.set_blocking(self.pipe, False)
         try:
             self.process = subprocess.Popen(
-                plan.command, env={**plan.inherited(os.environ), **more, **plan.env, **env, **told}, cwd=plan.cwd,
+                plan.command, env={**plan.inherited(os.environ), **node_env, **plan.env, **env}, cwd=plan.cwd,
                 stdin=subprocess.DEVNULL, stdout=child, stderr=child, process_group=0, preexec_fn=_die_with(os.getpid()),
                 pass_fds=() if beats is None else (beats,),
             )
@@ -137,29 +148,32 @@ class Rank:
                 os.close(beats)
 
     def read(self) -> bool:
-        """Take in some of what the rank has said. False if there is no more for now, or for ever."""
+        """Read some of the rank's output. Return False if there is no more at present, or none will come."""
         try:
             data = os.read(self.pipe, READ_BYTES)
         except BlockingIOError:
             return False
-        self.silent = not data
+        self.output_closed = not data
         if not self._partial:
             self._partial_since = time.monotonic()
-        *whole, self._partial = (self._partial + data).split(b"\n")
-        for raw in whole:
-            self._line(raw)
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        for line in lines:
+            self._handle_line(line)
             self._partial_since = time.monotonic()
         return bool(data)
 
     def read_all(self) -> None:
-        """The last words of a rank that has ended: what a pipe holds, even if someone still writes to it."""
-        for _ in range(32):
+        """Read the last output of a rank that has ended.
+
+        The number of reads is limited: a process that the rank has started may still write to the pipe.
+        """
+        for _ in range(LAST_READS):
             if not self.read():
                 break
         self.show_partial(older_than_s=0.0)
 
     def show_partial(self, older_than_s: float) -> None:
-        """Pass on a line that waits for its end, such as a progress bar's."""
+        """Show a line that has had no line end for `older_than_s` seconds, such as the line of a progress bar."""
         waiting = self._partial and time.monotonic() - self._partial_since >= older_than_s
         if waiting and events.SEPARATOR.encode() not in self._partial:
             text = self._partial.decode(errors="replace")
@@ -169,20 +183,20 @@ class Rank:
                 self.view.text(text)
             self._partial = b""
 
-    def _line(self, raw: bytes) -> None:
+    def _handle_line(self, raw: bytes) -> None:
         text = raw.decode(errors="replace")
-        # Another thread may have left a line unfinished before the event.
+        # Another thread of the rank may have printed an unfinished line before the event.
         before, separator, after = text.partition(events.SEPARATOR)
         event = events.parse(separator + after) if separator else None
         try:
             plain = events.line(event) if event else None
-        except (KeyError, TypeError, ValueError):  # a script that prints the like
+        except (KeyError, TypeError, ValueError):  # a script printed something that only looks like an event
             plain = None
-        if plain is None:
-            self._say(raw, text)
+        if event is None or plain is None:
+            self._handle_text(raw, text)
             return
         if before:
-            self._say(before.encode(), before)
+            self._handle_text(before.encode(), before)
         if event["event"] == "error":
             self.error = event
         if event["event"] == "checkpoint":
@@ -191,20 +205,21 @@ class Rank:
         if self.rank == 0:
             self.view.event(event)
 
-    def _say(self, raw: bytes, text: str) -> None:
+    def _handle_text(self, raw: bytes, text: str) -> None:
         self.tail.append(text)
         self.log.write(raw + b"\n")
         if self.rank == 0:
             self.view.text(text)
 
     def ended(self) -> bool:
-        """Whether the process has ended; takes in its last words the first time."""
+        """Return whether the process has ended. The first time, read its last output."""
         if self.code is None and (code := self.process.poll()) is not None:
             self.code = code
             self.read_all()
         return self.code is not None
 
     def send(self, number: int) -> None:
+        """Send a signal to the process, unless the process is known to have ended."""
         if self.code is None:
             try:
                 os.kill(self.process.pid, number)
@@ -212,13 +227,14 @@ class Rank:
                 pass
 
     def kill(self) -> None:
+        """Kill the process and all other processes of its group."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass
 
-    def group(self) -> bool:
-        """Whether any process of its group is left."""
+    def group_exists(self) -> bool:
+        """Return whether any process of the rank's process group is left."""
         try:
             os.killpg(self.process.pid, 0)
         except (ProcessLookupError, PermissionError):
@@ -231,22 +247,23 @@ class Rank:
         self.log.close()
 
     def failure(self) -> Failure:
-        """What is known of why this rank ended as it did."""
+        """Return what is known about why this rank ended. The rank must have ended."""
+        assert self.code is not None
         trace = last_traceback("\n".join(self.tail), MESSAGE_LINES)
         if self.code < 0:
             name = signal.Signals(-self.code).name
-            hint = "the kernel ends processes this way when memory runs out" if name == "SIGKILL" else None
+            hint = "the kernel ends processes with SIGKILL when memory runs out" if name == "SIGKILL" else None
             return Failure(self.rank, None, name, f"rank {self.rank} was ended by {name}", hint, trace, True)
         if self.error:
             return Failure(self.rank, self.code, None, self.error["message"], self.error.get("hint"), None,
                            self.error.get("retry", True))
-        last = next((line for line in reversed(self.tail) if line.strip()), "it said nothing")
+        last = next((line for line in reversed(self.tail) if line.strip()), "it printed nothing")
         return Failure(self.rank, self.code, None, f"rank {self.rank} ended with exit code {self.code}: {last}",
                        None, trace, True)
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:
-    """What a child does first so that the kernel kills it when this process dies (Linux)."""
+    """Return what a child runs before exec so that the kernel kills it when this process dies; None if not on Linux."""
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None).prctl
@@ -254,8 +271,8 @@ def _die_with(parent: int) -> Callable[[], None] | None:
 
     def before_exec() -> None:
         prctl(set_death_signal, signal.SIGKILL, 0, 0, 0)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # SLURM's reaches ranks too, which get SIGTERM from us
-        if os.getppid() != parent:  # it died in between
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # SLURM sends SIGUSR2 to ranks too; we send them SIGTERM instead
+        if os.getppid() != parent:  # the parent died before prctl
             os._exit(1)
 
     return before_exec

@@ -1,8 +1,8 @@
-"""How the node processes of one job find each other and agree: lines of JSON over TCP, all to the head and back.
+"""The connections between the node processes of one job: lines of JSON over TCP, between the head and every other node.
 
-The head is the process of node 0. It writes where it listens into the job's folder, on storage that all nodes
-share, with a token that a newcomer must give. From then on a process that dies is noticed at once, by its
-connection, and not by a timeout.
+The head is the process of node 0. It writes the address on which it listens, and a secret token, into the job's folder,
+on storage that all nodes share. A process that connects must send the token. From then on, the death of a process is
+noticed at once, by its closed connection, and not after a timeout.
 """
 
 from __future__ import annotations
@@ -20,37 +20,40 @@ from typing import Any
 
 from trainers.contract.files import read_json, replace_json, replace_text
 
-MEETING_S = 300.0   # for all to come: modules load slowly on a cluster's file system
+MEETING_S = 300.0   # until all node processes must be connected: modules load slowly from a cluster's file system
 CONNECT_S = 5.0
 POLL_S = 0.2
-ALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}  # gone after a minute without an answer
+HELLO_BYTES = 4096  # the longest first line of a connection
+KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}  # a host is lost after a minute without an answer
 
 
-class Absent(Exception):
-    """Not all node processes have come in time."""
+class NotConnected(Exception):
+    """Not all node processes have connected."""
 
 
 @dataclass
 class Link:
-    """One connection, a word a line."""
+    """One connection; each message is one line."""
 
     socket: socket.socket
     open: bool = True
-    _rest: bytes = b""
+    _partial: bytes = b""
 
-    def say(self, word: Mapping[str, Any]) -> None:
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message. To a closed connection, send nothing."""
         if self.open:
             try:
-                self.socket.sendall(json.dumps(word).encode() + b"\n")
+                self.socket.sendall(json.dumps(message).encode() + b"\n")
             except OSError:
-                pass  # the next reading finds it closed
+                pass  # the next `receive` finds the connection closed
 
-    def leave(self) -> None:
+    def close(self) -> None:
+        """Close the connection from this side."""
         self.open = False
         self.socket.close()
 
-    def words(self) -> list[dict[str, Any]]:
-        """What has come; afterwards `open` says whether more can."""
+    def receive(self) -> list[dict[str, Any]]:
+        """Return the messages that have arrived. Afterwards, `open` tells whether more can arrive."""
         while self.open:
             try:
                 data = self.socket.recv(1 << 16, socket.MSG_DONTWAIT)
@@ -59,56 +62,65 @@ class Link:
             except OSError:
                 data = b""
             self.open = bool(data)
-            self._rest += data
-        *whole, self._rest = self._rest.split(b"\n")
-        return [json.loads(line) for line in whole]
+            self._partial += data
+        *lines, self._partial = self._partial.split(b"\n")
+        return [json.loads(line) for line in lines]
 
 
 @dataclass
 class NodeGroup:
-    """One node process's links to the others: the head has one to each, by node; the others one, to the head."""
+    """The connected node processes of one job, as one of them sees the others.
 
-    node: int
-    address: str               # of the head, as the others have reached it; rank 0's store listens there
-    interface: str | None      # of this node, by which it reaches the others, where that is known
-    links: dict[int, Link] = field(default_factory=dict)
-    said: list[dict[str, Any]] = field(default_factory=list)  # by the others since this attempt began
+    The head has a link to each other node. Each other node has one link, to the head.
+    """
+
+    node: int                  # this process's node; 0 is the head
+    address: str               # the head's address, as the other nodes reach it; rank 0's store listens there
+    interface: str | None      # this node's network interface to the other nodes; None: not known
+    links: dict[int, Link] = field(default_factory=dict)       # by node
+    received: list[dict[str, Any]] = field(default_factory=list)   # the other nodes' messages since this attempt began
     _kept: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def whole(self) -> bool:
-        """Whether nobody has gone."""
+    def complete(self) -> bool:
+        """Whether all links are still open."""
         return all(link.open for link in self.links.values())
 
     def sockets(self) -> list[socket.socket]:
+        """Return the sockets on which messages of the other nodes arrive."""
         return [link.socket for link in self.links.values() if link.open]
 
-    def tell(self, word: Mapping[str, Any]) -> None:
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message over all links: from the head to all nodes, from another node to the head."""
         for link in self.links.values():
-            link.say({**word, "node": self.node})
+            link.send({**message, "node": self.node})
 
-    def heard(self) -> list[dict[str, Any]]:
-        """What the others have said since, in the order in which it came, and {"lost", "node"} for one that has gone.
-        The head passes on to the others what concerns all."""
-        words, self._kept = self._kept, []
+    def receive(self) -> list[dict[str, Any]]:
+        """Return the messages that have arrived since the last call; the messages of one node are in order.
+
+        A node process that is gone adds {"lost": True, "node": its node}. The head forwards failures, signals and losses to
+        the other nodes.
+        """
+        messages, self._kept = self._kept, []
         for node, link in self.links.items():
             if not link.open:
                 continue
-            found = link.words()
+            arrived = link.receive()
             if not link.open:
-                found.append({"lost": True, "node": node})
-            for word in found:
-                if self.node == 0 and word.keys() & {"failure", "lost", "signal"}:
-                    for other, each in self.links.items():
+                arrived.append({"lost": True, "node": node})
+            for message in arrived:
+                if self.node == 0 and message.keys() & {"failure", "lost", "signal"}:
+                    for other, other_link in self.links.items():
                         if other != node:
-                            each.say(word)
-            words += found
-        self.said += [word for word in words if not word.keys() & {"pace", "hung"}]  # those come all the time
-        return words
+                            other_link.send(message)
+            messages += arrived
+        # "pace" and "hung" messages arrive all the time, and nobody needs them later.
+        self.received += [message for message in messages if not message.keys() & {"pace", "hung"}]
+        return messages
 
-    def keep(self, words: list[dict[str, Any]]) -> None:
-        """Give back what was heard too early: the next `heard` begins with it."""
-        self._kept = words
+    def put_back(self, messages: list[dict[str, Any]]) -> None:
+        """Put back messages that arrived too early. The next call of `receive` returns them first."""
+        self._kept = messages
 
     def close(self) -> None:
         for link in self.links.values():
@@ -117,15 +129,18 @@ class NodeGroup:
 
 def meet(folder: Path, name: str, node: int, nodes: int, interface: str | None = None,
          stopped: Callable[[], bool] = lambda: False) -> NodeGroup:
-    """Wait for the node processes of all `nodes`, each of which calls this with the same `name`.
+    """Connect the node processes of all `nodes` nodes. Each of them calls this function, with the same `name`.
 
     Args:
-        folder: shared by all nodes.
-        interface: the network interface between nodes; None: whichever works.
-        stopped: asked now and then whether to give up.
+        folder: a folder that all nodes share.
+        name: names this meeting: the job, and how often the job was restarted.
+        node: the number of this node, from 0.
+        interface: the network interface between nodes; None: any that works.
+        stopped: is called again and again; True stops the waiting.
 
     Raises:
-        Absent: some did not come.
+        NotConnected: a node process did not connect in time, could not connect, or the waiting was stopped.
+        OSError: the folder could not be read or written.
     """
     if nodes == 1:
         return NodeGroup(0, "127.0.0.1", "lo")
@@ -133,117 +148,125 @@ def meet(folder: Path, name: str, node: int, nodes: int, interface: str | None =
     file, absent = folder / f"meeting-{name}.json", f"absent-{name}-"
 
     def given_up() -> bool:
-        """Raises: Absent if another node's process has said that it cannot come."""
-        # Looking through the folder makes a network file system look anew for what was not there before.
+        """Return whether to stop waiting. Raises: NotConnected if another node process has reported that it cannot connect."""
+        # Listing the folder makes a network file system look again for files that did not exist before.
         for path in folder.iterdir():
             if path.name.startswith(absent):
-                raise Absent(f"node {path.stem.removeprefix(absent)}: {path.read_text(encoding='utf-8')}")
+                raise NotConnected(f"node {path.stem.removeprefix(absent)}: {path.read_text(encoding='utf-8')}")
         return stopped()
 
     try:
         if node == 0:
-            return _gather(file, nodes, interface, deadline, given_up)
-        return _come(file, node, interface, deadline, given_up)
-    except (Absent, OSError) as error:
-        if not stopped() and not any(path.name.startswith(absent) for path in folder.iterdir()):  # the others need not wait
-            replace_text(folder / f"{absent}{node}.txt", str(error))
+            return _accept_all(file, nodes, interface, deadline, given_up)
+        return _connect(file, node, interface, deadline, given_up)
+    except (NotConnected, OSError) as error:
+        if not stopped() and not any(path.name.startswith(absent) for path in folder.iterdir()):
+            replace_text(folder / f"{absent}{node}.txt", str(error))  # the other nodes need not wait until the deadline
         raise
 
 
-def _come(file: Path, node: int, interface: str | None, deadline: float, given_up: Callable[[], bool]) -> NodeGroup:
+def _connect(file: Path, node: int, interface: str | None, deadline: float, given_up: Callable[[], bool]) -> NodeGroup:
+    """Connect to the head, on any other node."""
     if interface is not None:
-        _addresses(interface)  # it must be there
+        _addresses(interface)  # raises NotConnected at once if this host does not have the interface
     while time.monotonic() < deadline and not given_up():
         try:
-            there = read_json(file)
+            meeting = read_json(file)
         except (OSError, ValueError):
-            there = None
-        if there and (group := _join(there, node, interface)):
+            meeting = None
+        if meeting and (group := _join(meeting, node, interface)):
             return group
         time.sleep(POLL_S)
-    raise Absent("the head node's process could not be reached")
+    raise NotConnected("the head node's process could not be reached")
 
 
-def _gather(file: Path, nodes: int, interface: str | None, deadline: float, given_up: Callable[[], bool]) -> NodeGroup:
+def _accept_all(file: Path, nodes: int, interface: str | None, deadline: float, given_up: Callable[[], bool]) -> NodeGroup:
+    """Wait for the connections of all other nodes, on the head."""
     token = secrets.token_hex(16)
     addresses = _addresses(interface)
     group = NodeGroup(0, addresses[0], interface)
-    with closing(socket.socket()) as listening:
-        # With one address all come by that; else whichever of them the others can reach.
-        listening.bind((addresses[0] if len(addresses) == 1 else "", 0))
-        listening.listen(nodes)
-        listening.settimeout(POLL_S)
-        umask = os.umask(0o077)  # the token is for this user's processes
+    with closing(socket.socket()) as listener:
+        # With several addresses, listen on all of them: other nodes may reach only some.
+        listener.bind((addresses[0] if len(addresses) == 1 else "", 0))
+        listener.listen(nodes)
+        listener.settimeout(POLL_S)
+        umask = os.umask(0o077)  # only this user may read the token
         try:
-            replace_json(file, {"addresses": addresses, "port": listening.getsockname()[1], "token": token})
+            replace_json(file, {"addresses": addresses, "port": listener.getsockname()[1], "token": token})
         finally:
             os.umask(umask)
         while len(group.links) < nodes - 1:
             try:
                 if time.monotonic() > deadline or given_up():
                     missing = sorted(set(range(1, nodes)) - set(group.links))
-                    raise Absent(f"the process of node {', '.join(map(str, missing))} of {nodes} did not come")
-            except Absent:
-                group.close()  # those who have come need not wait for the rest
+                    raise NotConnected(f"the process of node {', '.join(map(str, missing))} of {nodes} did not come")
+            except NotConnected:
+                group.close()  # the connected nodes then stop waiting too
                 raise
             try:
-                new, _ = listening.accept()
+                connection, _ = listener.accept()
             except TimeoutError:
                 continue
-            hello = _hello(new)
+            hello = _read_hello(connection)
             if hello is None or hello.get("token") != token or hello.get("node") in group.links:
-                new.close()
+                connection.close()
                 continue
-            group.links[hello["node"]] = Link(_watched(new))
+            group.links[hello["node"]] = Link(_keep_alive(connection))
             group.address = hello["reached"]
-            group.interface = interface or _interface(new.getsockname()[0])
+            group.interface = interface or _interface(connection.getsockname()[0])
     file.unlink(missing_ok=True)
-    group.tell({"address": group.address})
+    group.send({"address": group.address})
     return group
 
 
-def _watched(link: socket.socket) -> socket.socket:
-    """A host that loses power closes no connection: it is asked now and then whether it is there."""
-    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in ALIVE.items():
+def _keep_alive(connection: socket.socket) -> socket.socket:
+    """Let the kernel check the other host regularly: a host that loses power closes no connection."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE.items():
         if hasattr(socket, option):
-            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    return link
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return connection
 
 
-def _hello(new: socket.socket) -> dict[str, Any] | None:
-    """A newcomer's first line; anyone may connect, and has one time limit for all of it."""
+def _read_hello(connection: socket.socket) -> dict[str, Any] | None:
+    """Return the first message of a new connection; None if there is none within CONNECT_S.
+
+    Anyone may connect, so the time and the length of the whole line are limited.
+    """
     deadline, line = time.monotonic() + CONNECT_S, b""
     try:
-        while not line.endswith(b"\n") and len(line) < 4096:
-            new.settimeout(max(0.001, deadline - time.monotonic()))
-            line += new.recv(1) or b"\n"
-        new.settimeout(None)
-        word = json.loads(line)
-        return word if isinstance(word, dict) else None
+        while not line.endswith(b"\n") and len(line) < HELLO_BYTES:
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            line += connection.recv(1) or b"\n"
+        connection.settimeout(None)
+        message = json.loads(line)
+        return message if isinstance(message, dict) else None
     except (OSError, ValueError, RecursionError):
         return None
 
 
-def _join(there: Mapping[str, Any], node: int, interface: str | None) -> NodeGroup | None:
-    for address in there["addresses"]:
+def _join(meeting: Mapping[str, Any], node: int, interface: str | None) -> NodeGroup | None:
+    """Connect to the first of the head's addresses that answers; None if none does."""
+    for address in meeting["addresses"]:
         try:
-            link = socket.create_connection((address, there["port"]), timeout=CONNECT_S)
-            link.settimeout(MEETING_S)  # the head answers when all have come
-            link.sendall(json.dumps({"token": there["token"], "node": node, "reached": address}).encode() + b"\n")
-            word = json.loads(_line(link))
-            link.settimeout(None)
+            connection = socket.create_connection((address, meeting["port"]), timeout=CONNECT_S)
+            connection.settimeout(MEETING_S)  # the head answers when all nodes are connected
+            hello = {"token": meeting["token"], "node": node, "reached": address}
+            connection.sendall(json.dumps(hello).encode() + b"\n")
+            answer = json.loads(_read_line(connection))
+            connection.settimeout(None)
         except (OSError, ValueError):
             continue
-        return NodeGroup(node, word["address"], interface or _interface(link.getsockname()[0]), {0: Link(_watched(link))})
+        interface = interface or _interface(connection.getsockname()[0])
+        return NodeGroup(node, answer["address"], interface, {0: Link(_keep_alive(connection))})
     return None
 
 
-def _line(link: socket.socket) -> bytes:
-    """Up to the line's end and not a byte more: what follows is for later."""
+def _read_line(connection: socket.socket) -> bytes:
+    """Read one line and no byte more: the bytes after the line belong to later messages."""
     line = b""
     while not line.endswith(b"\n"):
-        byte = link.recv(1)
+        byte = connection.recv(1)
         if not byte:
             raise ConnectionError
         line += byte
@@ -251,26 +274,29 @@ def _line(link: socket.socket) -> bytes:
 
 
 def _addresses(interface: str | None) -> list[str]:
-    """This host's IPv4 addresses, the likeliest first."""
+    """Return this host's IPv4 addresses, or only the interface's; other nodes most likely reach the first."""
     import psutil
 
-    by_interface = {name: [a.address for a in found if a.family == socket.AF_INET]
-                    for name, found in psutil.net_if_addrs().items()}
+    by_interface = {name: [entry.address for entry in entries if entry.family == socket.AF_INET]
+                    for name, entries in psutil.net_if_addrs().items()}
     if interface is not None:
         if not by_interface.get(interface):
-            raise Absent(f"this host has no interface `{interface}` with an IPv4 address ({', '.join(by_interface)})")
+            raise NotConnected(f"this host has no interface `{interface}` with an IPv4 address "
+                               f"(interfaces: {', '.join(by_interface)})")
         return by_interface[interface][:1]
     try:
-        named = [info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
+        named = [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
     except OSError:
         named = []
-    found = [*named, *(address for addresses in by_interface.values() for address in addresses)]
-    if not found:
-        raise Absent("this host has no IPv4 address by which other nodes could reach it")
-    return sorted(dict.fromkeys(found), key=lambda address: address.startswith("127."))
+    addresses = [*named, *(address for entries in by_interface.values() for address in entries)]
+    if not addresses:
+        raise NotConnected("this host has no IPv4 address for other nodes to connect to")
+    return sorted(dict.fromkeys(addresses), key=lambda address: address.startswith("127."))
 
 
 def _interface(address: str) -> str | None:
+    """Return the name of the network interface that has this address."""
     import psutil
 
-    return next((name for name, found in psutil.net_if_addrs().items() if any(a.address == address for a in found)), None)
+    return next((name for name, entries in psutil.net_if_addrs().items()
+                 if any(entry.address == address for entry in entries)), None)

@@ -1,4 +1,4 @@
-"""Stop signals: recorded by handlers, heeded by the loop."""
+"""Stop signals: handlers record them, and the supervisor's loop acts on them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 @dataclass(frozen=True)
 class StopSignals:
-    received: list[int]     # in order, not yet heeded
-    wakeup: socket.socket   # readable when one has come, or a child has ended
+    """The stop signals that this process has received."""
+
+    received: list[int]     # in order of arrival; the loop removes each signal that it handles
+    wakeup: socket.socket   # readable after a stop signal, or after a child has ended
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Stop signals are recorded and wake the loop, as does a child's end; handlers do nothing else. One
-    that this process was started to ignore (nohup) stays ignored."""
+    """Record stop signals until the block ends.
+
+    A handler only records its signal. A stop signal and the end of a child both wake the loop. A signal that this process
+    was started to ignore (nohup) stays ignored.
+    """
     received: list[int] = []
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.setblocking(False)
-    before = {n: signal.getsignal(n) for n in (*STOP_SIGNALS, signal.SIGCHLD)}
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGCHLD)}
     wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     try:
         for number in STOP_SIGNALS:

@@ -1,9 +1,9 @@
-"""The supervisor on one node, the same here and on SLURM: start its ranks, watch them, handle signals,
-record the first failure. It imports no torch.
+"""The supervisor of one node's ranks: start them, watch them, handle signals, record the first failure.
 
-Ranks are plain child processes, each the leader of its own process group, and die with this process
-whatever kills it. Their output comes through pipes: it goes to one log a rank, and rank 0's also to
-the view. A pipe, not the file itself, so that a full disk stops no rank.
+The supervisor is the same on this machine and on SLURM, and imports no torch. Ranks are plain child processes. Each rank
+leads its own process group, and dies with the supervisor, whatever kills the supervisor. The output of a rank comes
+through a pipe and goes to the rank's log; rank 0's output also goes to the view. Ranks write to a pipe and not to the log
+file itself, so that a full disk stops no rank.
 """
 
 from __future__ import annotations
@@ -21,21 +21,27 @@ from launch.supervise.watchdog import Watchdog
 from trainers.contract import exit_codes
 from trainers.contract.paths import RunPaths
 
-FAILURE_GRACE_S = 5.0    # for ranks whose peer has died: they hang in a collective more often than not
-LEFTOVERS_GRACE_S = 3.0
+FAILURE_GRACE_S = 5.0    # for ranks that have lost another rank: most of them hang in a collective operation
+LEFTOVERS_GRACE_S = 3.0  # for processes that ranks have started
 
 
 def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address: str = "127.0.0.1", port: int,
               peers: Peers = Alone(), more: Mapping[str, str] = {}, kill_wait_s: float | None = None,
               stop: StopSignals | None = None) -> Outcome:
-    """Run this node's ranks of one attempt to their end. From the main thread, whose death ends the ranks.
+    """Run this node's ranks of one attempt until they have ended.
+
+    Call this from the main thread: the ranks die with the thread that started them.
 
     Args:
+        node: the number of this node, from 0.
         address, port: where rank 0's store listens.
         peers: the node processes of the other nodes.
-        more: variables of this node alone, for its ranks; the plan's win.
-        kill_wait_s: how long after SIGTERM whoever manages this machine kills everything; None: never.
-        stop: the caller's, if it listens to signals itself.
+        more: environment variables for the ranks of this node only; variables of the plan override them.
+        kill_wait_s: seconds from SLURM's SIGTERM to its SIGKILL; None: nobody kills the ranks, or the time is not known.
+        stop: the caller's stop signals, if the caller records them already.
+
+    Raises:
+        OSError: a rank could not be started, or its log could not be opened.
     """
     if stop is None:
         with stop_signals() as stop:
@@ -53,9 +59,10 @@ def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address
             watchdog = Watchdog(plan, ranks, peers, node, paths.slow(plan.attempt))
             return _watch(plan, ranks, selector, stop, peers, kill_wait_s, view, watchdog)
         finally:
-            # What ranks have started themselves (W&B's writer) may finish its work, but not stay.
+            # Processes that ranks have started (W&B's writer) may finish their work, but may not stay.
             end = time.monotonic() + LEFTOVERS_GRACE_S
-            while all(rank.code is not None for rank in ranks) and any(r.group() for r in ranks) and time.monotonic() < end:
+            while (all(rank.code is not None for rank in ranks) and any(rank.group_exists() for rank in ranks)
+                   and time.monotonic() < end):
                 time.sleep(0.02)
             for rank in ranks:
                 rank.kill()
@@ -64,102 +71,114 @@ def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address
                 rank.close()
 
 
-def _watch(plan: Plan, ranks: list[Rank], selector, stop: StopSignals, peers: Peers, kill_wait_s: float | None,
-           view: View, watchdog: Watchdog) -> Outcome:
-    first: Failure | None = None
-    asked: int | None = None       # the signal that asked for a stop
-    deadline: float | None = None  # when the ranks that are left are killed
-    abrupt = overdue = False       # a rank that could not yet heed the signal; one that would not
-    elsewhere = warned = False     # whether ranks of another node have failed; whether the grace was found short
+def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop: StopSignals, peers: Peers,
+           kill_wait_s: float | None, view: View, watchdog: Watchdog) -> Outcome:
+    failure: Failure | None = None  # the first one on this node
+    stop_signal: int | None = None  # the signal that asked for a stop
+    deadline: float | None = None   # when the ranks that still run are killed
+    abrupt = False                  # a rank was stopped before it could handle the signal
+    overdue = False                 # ranks did not stop in time
+    failed_elsewhere = False        # ranks of another node have failed
+    warned = False                  # the user knows that run.grace_s or KillWait is too short
     while True:
         for key, _ in selector.select(0.2 if deadline is None else max(0.0, min(0.2, deadline - time.monotonic()))):
             if key.fileobj is stop.wakeup:
                 stop.wakeup.recv(4096)
             elif key.data is not None:
                 key.data.read()
-                if key.data.silent:
+                if key.data.output_closed:
                     selector.unregister(key.fileobj)
         for rank in ranks:
             rank.show_partial(PARTIAL_AFTER_S)
         slowest = max((rank.checkpoint_s for rank in ranks if rank.checkpoint_s is not None), default=None)
-        if slowest is not None and not warned and (short := _short(slowest, plan, kill_wait_s)):
+        if slowest is not None and not warned and (warning := _too_slow(slowest, plan, kill_wait_s)):
             warned = True
-            view.notice(f"warning: {short}")
-        # Of ranks found dead together, one that a signal ended, or that has said why, is likelier the cause than one that
-        # lost a peer.
-        gone = sorted((rank for rank in ranks if rank.code is None and rank.ended()),
-                      key=lambda rank: (rank.code >= 0, rank.error is None))
-        if asked is None and any(rank.code == -signal.SIGTERM for rank in gone):
-            time.sleep(0.5)  # SLURM's signals reach ranks directly: our own may be a moment behind
-        heard = peers.heard()
-        stop.received.extend(word["signal"] for word in heard if "signal" in word)
-        while stop.received:  # before the ranks are looked at: SLURM's signals reach them directly too
+            view.notice(f"warning: {warning}")
+        just_ended = sorted((rank for rank in ranks if rank.code is None and rank.ended()), key=_cause_first)
+        if stop_signal is None and any(rank.code == -signal.SIGTERM for rank in just_ended):
+            time.sleep(0.5)  # SLURM signals ranks directly: the same signal to this process may arrive a moment later
+        messages = peers.receive()
+        stop.received.extend(message["signal"] for message in messages if "signal" in message)
+        # Before the ended ranks are judged: a rank that SLURM's signal ended has not failed.
+        while stop.received:
             number = stop.received.pop(0)
-            if asked is not None and number == signal.SIGINT:
+            if stop_signal is not None and number == signal.SIGINT:
                 return Outcome("killed", signal="SIGINT", checkpoint_s=slowest)
-            if asked is None:
-                asked = number
+            if stop_signal is None:
+                stop_signal = number
                 how = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-                what = "stopping at the next step; what is done is kept" if plan.batch else "asking the script to stop"
+                what = "stopping at the next step; finished work is kept" if plan.batch else "asking the script to stop"
                 view.notice(f"{signal.Signals(number).name}: {what}{how}")
-                peers.tell({"signal": int(number)})
+                peers.send({"signal": int(number)})
                 for rank in ranks:
                     rank.send(signal.SIGTERM)
                 deadline = deadline or time.monotonic() + plan.grace_s
-        if not elsewhere and any("failure" in word or "lost" in word for word in heard):
-            elsewhere = True
+        if not failed_elsewhere and any("failure" in message or "lost" in message for message in messages):
+            failed_elsewhere = True
             deadline = _end_others(ranks, plan)
-        for rank in gone:
-            # One that was asked to stop before it could heed that, or that lost a peer which stopped so.
+        for rank in just_ended:
+            # The stop signal reached this rank before its handler was set, or this rank lost a peer that stopped as asked.
             early = rank.code in (-signal.SIGTERM, -signal.SIGUSR2) or any(r.code == exit_codes.PREEMPTED for r in ranks)
-            stopped = rank.code in (exit_codes.FINISHED, exit_codes.PREEMPTED) or (asked is not None and early)
-            if not stopped and first is None and not (overdue or abrupt or elsewhere):
-                first = rank.failure()
+            stopped = (rank.code in (exit_codes.FINISHED, exit_codes.PREEMPTED)
+                       or (stop_signal is not None and early))
+            if not stopped and failure is None and not (overdue or abrupt or failed_elsewhere):
+                failure = rank.failure()
                 deadline = _end_others(ranks, plan)
-                peers.tell({"failure": first.as_dict()})
-            # A script's ranks may stop each in its own way.
+                peers.send({"failure": failure.as_dict()})
+            # Only for tasks: the ranks of a script may each stop in their own way.
             elif plan.batch and stopped and rank.code not in (exit_codes.FINISHED, exit_codes.PREEMPTED):
+                assert deadline is not None  # a stop was asked for
                 abrupt, deadline = True, min(deadline, time.monotonic() + FAILURE_GRACE_S)
-        if deadline is None and (hang := watchdog.turn(heard)):
-            first = Failure(hang.rank, None, None, hang.message, hang.hint, hang.stack, True)
+        if deadline is None and (hang := watchdog.turn(messages)):
+            failure = Failure(hang.rank, None, None, hang.message, hang.hint, hang.stack, True)
             deadline = _end_others(ranks, plan)
-            peers.tell({"failure": first.as_dict()})
+            peers.send({"failure": failure.as_dict()})
         running = [rank for rank in ranks if rank.code is None]
         if deadline is not None and time.monotonic() >= deadline and running and not overdue:
-            overdue = not (first or abrupt or elsewhere)
+            overdue = not (failure or abrupt or failed_elsewhere)
             for rank in running:
                 rank.kill()
         if not running:
             break
-    name = signal.Signals(asked).name if asked is not None else None
-    if first is None and overdue:
+    name = signal.Signals(stop_signal).name if stop_signal is not None else None
+    if failure is None and overdue:
         late = next(rank for rank in ranks if rank.code == -signal.SIGKILL)
-        first = Failure(late.rank, None, "SIGKILL", f"rank {late.rank} did not stop within {plan.grace_s:g} s of {name} "
-                        "and was killed", "raise run.grace_s if a checkpoint takes that long", None, False)
-    if first is not None:
-        return Outcome("failed", first, name, slowest)
-    if elsewhere:
+        failure = Failure(late.rank, None, "SIGKILL", f"rank {late.rank} did not stop within {plan.grace_s:g} s of {name} "
+                          "and was killed", "raise run.grace_s if a checkpoint takes that long", None, False)
+    if failure is not None:
+        return Outcome("failed", failure, name, slowest)
+    if failed_elsewhere:
         return Outcome("ended", None, name, slowest)
-    # A task's ranks say by their code whether they are through; a script's 0 may mean that it has saved and stopped.
-    finished = all(rank.code == exit_codes.FINISHED for rank in ranks) and (asked is None or plan.batch is not None)
+    # Exit code 0 of a task's rank means that the run is finished. A script that was asked to stop may also exit with 0
+    # after it has saved its state.
+    finished = (all(rank.code == exit_codes.FINISHED for rank in ranks)
+                and (stop_signal is None or plan.batch is not None))
     return Outcome("finished" if finished else "preempted", None, name, slowest)
 
 
+def _cause_first(rank: Rank) -> tuple[bool, bool]:
+    """Sort key for ranks that are found dead together: the likeliest cause first.
+
+    A rank that was killed by a signal, or that has reported an error, is likelier to be the cause than a rank that lost
+    another rank.
+    """
+    killed = rank.code is not None and rank.code < 0
+    return not killed, rank.error is None
+
+
 def _end_others(ranks: list[Rank], plan: Plan) -> float:
-    """After a failure: ask the ranks that are left to end; returns when those that have not are killed."""
+    """Ask the ranks that still run to stop, after a failure. Return the time at which they are killed."""
     for rank in ranks:
         rank.send(signal.SIGTERM)
     return time.monotonic() + min(FAILURE_GRACE_S, plan.grace_s)
 
 
-def _short(checkpoint_s: float, plan: Plan, kill_wait_s: float | None) -> str | None:
-    """What is wrong if a checkpoint takes longer than ranks are given for the one at a stop."""
+def _too_slow(checkpoint_s: float, plan: Plan, kill_wait_s: float | None) -> str | None:
+    """Return a warning if a checkpoint takes longer than ranks have for one when they are stopped."""
     if checkpoint_s > plan.grace_s:
-        return (f"a checkpoint took {checkpoint_s:.1f} s; a stop leaves run.grace_s = {plan.grace_s:g} s for one, "
-                f"and would lose the steps since the last: runs like this need run.grace_s={max(60, round(3 * checkpoint_s))}")
+        return (f"a checkpoint took {checkpoint_s:.1f} s, but a stop leaves only run.grace_s = {plan.grace_s:g} s for one and "
+                f"would lose the steps since the last: set run.grace_s={max(60, round(3 * checkpoint_s))} for runs like this")
     if kill_wait_s is not None and checkpoint_s > kill_wait_s:
-        return (f"a checkpoint took {checkpoint_s:.1f} s; preempted, requeued or cancelled by SLURM, this job is killed "
-                f"{kill_wait_s:g} s after the signal (KillWait): a lower checkpoint.every loses less")
+        return (f"a checkpoint took {checkpoint_s:.1f} s, but SLURM kills this job {kill_wait_s:g} s (KillWait) after it "
+                "preempts, requeues or cancels the job: a lower checkpoint.every loses fewer steps")
     return None
-
-

@@ -1,4 +1,4 @@
-"""What a person, or a program, sees of a run while it goes on."""
+"""Show a run in progress, to a person or to a program."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from trainers.contract.events import line as plain_line
 from trainers.contract.events import speed
 from trainers.contract.text import duration, number
 
-if TYPE_CHECKING:  # rich is imported only where something is drawn
+if TYPE_CHECKING:  # rich is imported only when something is drawn
+    from rich.live import Live
     from rich.progress_bar import ProgressBar
     from rich.text import Text
 
@@ -20,25 +21,32 @@ DRAW_EVERY_S = 0.05
 
 
 class View(Protocol):
-    """Draws what the node process hears. Nothing here raises because of the stream: a run outlives its
-    reader (`| head`) and its terminal."""
+    """Shows what ranks and the launcher print.
+
+    No method raises because of the stream: a run continues without its reader (`| head`) and without its terminal.
+    """
 
     def event(self, event: dict[str, Any]) -> None:
-        """An event, see trainers/contract/events.py."""
+        """Show an event (trainers/contract/events.py)."""
 
     def text(self, line: str) -> None:
-        """A line of output of rank 0 that is no event, without its line end."""
+        """Show a line of rank 0's output that is not an event. The line has no line end."""
 
     def notice(self, message: str) -> None:
-        """Something the launcher itself says."""
+        """Show a message of the launcher."""
 
     def close(self) -> None:
-        """Leave the terminal in order. Nothing is drawn after it."""
+        """Restore the terminal. Nothing is shown afterwards."""
 
 
 def make_view(json: bool, stream: IO[str] | None = None, ranks: bool = True) -> View:
-    """JSON lines if asked for, a progress line on a terminal that can draw, else plain lines; without `ranks` of what
-    the launcher itself says alone."""
+    """Return the view that fits the stream: a progress line on a terminal that can draw one, otherwise plain lines.
+
+    Args:
+        json: show JSON lines instead.
+        stream: None: standard output.
+        ranks: False: show only the launcher's own messages, as plain lines.
+    """
     stream = sys.stdout if stream is None else stream
     outlet = Outlet(stream)
     if not ranks:
@@ -51,7 +59,7 @@ def make_view(json: bool, stream: IO[str] | None = None, ranks: bool = True) -> 
 
 
 class Outlet:
-    """A stream that goes quiet when its reader has gone, and shows a character it cannot encode as `?`."""
+    """A stream that drops its output once the reader is gone, and writes `?` for characters that it cannot encode."""
 
     def __init__(self, stream: IO[str]):
         self._stream = stream
@@ -64,7 +72,7 @@ class Outlet:
         if not self._gone:
             try:
                 self._stream.write(text)
-            except (OSError, ValueError):  # ValueError: it was closed
+            except (OSError, ValueError):  # ValueError: the stream is closed
                 self._leave()
         return len(text)
 
@@ -90,7 +98,7 @@ class Outlet:
 
     def _leave(self) -> None:
         self._gone = True
-        # What the stream still buffers would fail once more as Python exits, with exit code 120.
+        # Python flushes the stream's buffer when it exits. Without a valid target that fails, with exit code 120.
         try:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -99,11 +107,11 @@ class Outlet:
             pass  # a stream without a file descriptor
 
 
-FOR_PROGRAMS = ("error", "failure")  # the launcher says these at its end, once, on standard error
+FOR_PROGRAMS = ("error", "failure")  # the launcher prints these once, when it ends, on standard error
 
 
 class PlainView:
-    """A line for each thing said."""
+    """Shows one plain line per event, line of output or message."""
 
     def __init__(self, outlet: Outlet):
         self._outlet = outlet
@@ -123,14 +131,14 @@ class PlainView:
 
 
 class NoticeView(PlainView):
-    """What the launcher says, and no word of the ranks: those have logs of their own."""
+    """Shows only the launcher's messages. The output of ranks is in their logs."""
 
     def event(self, event: dict[str, Any]) -> None: ...
     def text(self, line: str) -> None: ...
 
 
 class JsonView:
-    """A JSON object a line: the events, and {"event": "text", "line"} and {"event": "notice", "message"}."""
+    """Shows one JSON object per line: the events, {"event": "text", "line"} and {"event": "notice", "message"}."""
 
     def __init__(self, outlet: Outlet):
         self._outlet = outlet
@@ -149,15 +157,15 @@ class JsonView:
 
 
 class RichView:
-    """Plain lines, and below them, from the first `start` on, one line of progress.
+    """Shows plain lines and, from the first `start` event on, a progress line below them.
 
-    It is drawn when something is said, by no thread of its own: ranks are forked from this process.
+    No thread draws the progress line, because ranks are forked from this process. The methods of the view draw it.
     """
 
     def __init__(self, outlet: Outlet):
         self._outlet = outlet
-        self._live = None
-        self._drawn = 0.0
+        self._live: Live | None = None
+        self._drawn_at = 0.0
         self._progress = Progress()
 
     def event(self, event: dict[str, Any]) -> None:
@@ -165,15 +173,15 @@ class RichView:
             case kind if kind in FOR_PROGRAMS:
                 return
             case "step" if self._live and self._progress.take(event):
-                # A drawing costs 0.5 ms: a thousand logged steps a second must not.
-                if time.monotonic() - self._drawn > DRAW_EVERY_S:
+                # Drawing takes 0.5 ms: do not draw for each of a thousand logged steps per second.
+                if time.monotonic() - self._drawn_at > DRAW_EVERY_S:
                     self._live.refresh()
-                    self._drawn = time.monotonic()
+                    self._drawn_at = time.monotonic()
                 return
             case "start":
                 self._open(event)
             case "end":
-                self._progress.shown = False  # the line of this event says it all
+                self._progress.shown = False  # the plain line of this event holds everything
         self._above(event_line(event))
 
     def text(self, line: str) -> None:
@@ -196,11 +204,12 @@ class RichView:
         self._progress = Progress()
         self._progress.take({"step": event.get("step", 0), "total": event.get("total")})
         if self._live is None:
-            console = Console(file=self._outlet, force_terminal=True, highlight=False, markup=False, emoji=False)
+            console = Console(file=self._outlet,  # type: ignore[arg-type]  # rich uses only what Outlet has
+                              force_terminal=True, highlight=False, markup=False, emoji=False)
             self._live = Live(get_renderable=lambda: self._progress, console=console, auto_refresh=False,
                               redirect_stdout=False, redirect_stderr=False)
             self._live.start()
-            # Live hides the cursor; a launcher that is killed could not bring it back.
+            # Live hides the cursor. A launcher that is killed could not show the cursor again.
             console.show_cursor(True)
 
     def _above(self, line: str) -> None:
@@ -209,23 +218,23 @@ class RichView:
             return
         from rich.text import Text
 
-        # Colours are kept, other control sequences would tear the drawing; of what a progress bar wrote
-        # over itself with carriage returns the last stays. soft_wrap: the terminal breaks long lines.
+        # from_ansi keeps colours and removes other control sequences, which would damage the progress line. If a progress
+        # bar has overwritten its line with carriage returns, the last version stays. soft_wrap: the terminal breaks long lines.
         self._live.console.print(Text.from_ansi(line.rstrip("\r\n")), soft_wrap=True)
 
 
 class Progress:
-    """The progress line: what fits of it, the most important first, and a bar in the room left."""
+    """The progress line: its most important parts, as many as fit, and a bar in the space that is left."""
 
     LEAST_BAR = 6  # columns
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.shown = True
         self._began = time.monotonic()
         self._event: dict[str, Any] = {"step": 0, "total": None}
 
     def take(self, event: dict[str, Any]) -> bool:
-        """Show this step from now on; False if it cannot be drawn: a user's script may say anything."""
+        """Show this `step` event from now on. Return False if it cannot be drawn: a user's script may print anything."""
         try:
             self._parts(event)
         except (KeyError, TypeError, ValueError):
@@ -238,7 +247,7 @@ class Progress:
             yield from self.draw(options.max_width - 1)  # the last column stays free: some terminals wrap there
 
     def draw(self, width: int) -> list[Text | ProgressBar]:
-        """What stands side by side on the line, in at most `width` cells."""
+        """Return the parts of the line, from left to right, in at most `width` cells."""
         from rich.cells import cell_len
         from rich.progress_bar import ProgressBar
         from rich.text import Text
@@ -248,24 +257,24 @@ class Progress:
         chosen, room = {0}, width - cell_len(" ".join(parts[0][1:]))
         if total:
             room -= self.LEAST_BAR + gap
-        for place in sorted(range(1, len(parts)), key=lambda place: parts[place][0]):
-            needed = cell_len(" ".join(parts[place][1:]).strip()) + gap
+        for index in sorted(range(1, len(parts)), key=lambda index: parts[index][0]):
+            needed = cell_len(" ".join(parts[index][1:]).strip()) + gap
             if needed <= room:
-                chosen.add(place)
+                chosen.add(index)
                 room -= needed
         line: list[Text | ProgressBar] = []
         text = Text(no_wrap=True, overflow="crop", end="")
-        for place in sorted(chosen):
-            _, label, value = parts[place]
-            text.append(" " * gap if place else "").append(f"{label} " if label else "", style="dim").append(value)
-            if place == 0 and total and room >= 0:
+        for index in sorted(chosen):
+            _, label, value = parts[index]
+            text.append(" " * gap if index else "").append(f"{label} " if label else "", style="dim").append(value)
+            if index == 0 and total and room >= 0:
                 bar = ProgressBar(total=total, completed=self._event["step"], width=min(self.LEAST_BAR + room, 40))
                 line += [text.append(" " * gap), bar]
                 text = Text(no_wrap=True, overflow="crop", end="")
         return [*line, text]
 
     def _parts(self, event: dict[str, Any]) -> list[tuple[int, str, str]]:
-        """(rank of importance, label, value) in the order shown."""
+        """Return (importance, 0 being the highest, label, value) of each part, from left to right."""
         step, total = event["step"], event["total"]
         known = {"event", "step", "total", "loss", "lr", "rate", "unit", "data_wait", "eta_s"}
         parts = [(0, "", f"{step}/{total}") if total else (0, "step", str(step))]
@@ -287,7 +296,7 @@ class Progress:
 
 
 def event_line(event: dict[str, Any]) -> str:
-    """The event's plain line, or the event itself if it lacks something."""
+    """Return the event's plain line, or the event as JSON if a field is missing or has the wrong type."""
     try:
         return plain_line(event)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -295,7 +304,7 @@ def event_line(event: dict[str, Any]) -> str:
 
 
 def strict_json(value: dict[str, Any]) -> str:
-    """JSON as every reader takes it: a number that is none (a loss of nan) becomes null."""
+    """Return JSON that every parser accepts: a number that is not finite (a loss of nan) becomes null."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:

@@ -1,9 +1,10 @@
-"""Ranks that hang, and ranks that are slower than the others: found by their signs of life (trainers/contract/heartbeat.py).
+"""Find ranks that hang, and ranks that are slower than the others, by their signs of life (trainers/contract/heartbeat.py).
 
-One rank that hangs makes all wait. So it is a hang when none of all ranks, on all nodes, has given a sign of life for
-as long as it may be silent (`run.hang_s`; while ranks rest, `run.start_s`), or when one has been stopped (SIGSTOP) for
-that long. Then each node's ranks write their stacks, and the head says by what all nodes report which rank is to blame.
-What time this process, or the machine, was stopped itself does not count.
+One rank that hangs makes all ranks wait. A run therefore hangs when no rank on any node has given a sign of life for as
+long as the rank may be silent: `run.hang_s`, or `run.start_s` while the rank rests. A run also hangs when one rank's
+process has been stopped (SIGSTOP) for `run.hang_s`. Then the ranks of each node write their stacks, and the head compares
+the reports of all nodes to find the rank that is to blame. Time during which this process or the machine was stopped does
+not count.
 
 A user's script gives no signs of life: its ranks are not watched.
 """
@@ -14,7 +15,7 @@ import re
 import signal
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,37 +27,46 @@ from trainers.contract.files import replace_json
 if TYPE_CHECKING:
     from launch.supervise.rank import Peers, Rank
 
-LOOK_S = 1.0        # between two looks at the ranks; less where hang_s is short
+LOOK_S = 1.0        # between two looks at the ranks; less if hang_s is short
 STACKS_S = 1.0      # for ranks to write their stacks
-ANSWER_S = 5.0      # beyond that, for the other nodes to report
-STACK_FRAMES = 30   # of a stack that a report holds, the innermost
+ANSWER_S = 5.0      # after that, for the other nodes to report
+STACK_FRAMES = 30   # of a stack, how many of the innermost calls a report holds
 
-PACE_S = 5.0        # over which ranks are measured, and at least
-PACE_STEPS = 5      # so many steps
-SLOW = 1.5          # a rank is slow whose own work in a step is more than this times the others' median,
-SLOW_SHARE = 0.1    # and the difference more than this share of the step,
-SLOW_IN_ROW = 2     # so many times in a row
-REWRITE_S = 60.0    # between two writings of what has changed in figures alone
+PACE_S = 5.0        # ranks are measured over at least this time
+PACE_STEPS = 5      # and at least this many steps
+# A rank is slow if its own work in a step takes more than SLOW times the median of the other ranks, and the difference is
+# more than SLOW_SHARE of the step, in SLOW_IN_ROW measurements in a row.
+SLOW = 1.5
+SLOW_SHARE = 0.1
+SLOW_IN_ROW = 2
+REWRITE_S = 60.0    # between two writes of the file if only the figures have changed
 
 THREAD = re.compile(r"(?:Current thread|Thread) 0x[0-9a-f]+ .*\(most recent call first\):")
-STOPPED, DISK = "Tt", "D"  # states of proc(5)
+STOPPED, DISK = ("T", "t"), "D"  # states of a process, as proc(5) names them
 
 
 @dataclass(frozen=True)
 class Sign:
-    """One rank, when a hang was found."""
+    """The state of one rank when a hang was suspected."""
 
     rank: int
-    step: int          # the last that it had done in this attempt
+    step: int          # the last step that the rank completed in this attempt
     beats: int
     silent_s: float
-    over: bool         # whether that is longer than it may be
-    state: str         # of its process, by proc(5); "" where that cannot be read
-    stack: str | None  # of its main thread, the innermost call last
+    over: bool         # whether the rank has been silent for longer than it may be
+    state: str         # the state of its process, as proc(5) names it; "" if not known
+    stack: str | None  # the stack of its main thread, the innermost call last
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the rank's process is stopped, by a signal or a debugger."""
+        return self.state in STOPPED
 
 
 @dataclass(frozen=True)
 class Hang:
+    """A hang that was found, and the rank that the others wait for."""
+
     rank: int
     message: str
     hint: str
@@ -65,120 +75,138 @@ class Hang:
 
 @dataclass(frozen=True)
 class Pace:
-    """What a rank's steps took, on average."""
+    """How long a rank's steps took, on average."""
 
     step_s: float
-    work_s: float  # of it, its own work (with GPUs: making batches), and no waiting for others
+    work_s: float  # the part that was the rank's own work (with GPUs: making batches), not waiting for other ranks
 
 
 class Watched:
-    """What is known of one rank's life from one look to the next."""
+    """A rank, and for how long it has given no sign of life."""
 
-    def __init__(self, rank: Rank):
-        self.rank, self.page = rank, rank.page
+    def __init__(self, rank: Rank, page: memoryview):
+        self.rank, self.page = rank, page
         self.silent_s = self.stopped_s = 0.0
         self.state = ""
-        self._life: tuple = ()
-        self._pace = (0, 0, 0)
+        self._life: tuple[object, ...] = ()
+        self._measured = (0, 0, 0)  # (steps, time, work) at the last call of `pace`
 
     def look(self, passed_s: float) -> None:
+        """Look at the rank, `passed_s` seconds after the last look."""
         saving = self.page[heartbeat.SAVING] > 0
-        life = (self.page[heartbeat.BEATS], self.page[heartbeat.RESTING], saving, _moved(self.rank.process.pid) if saving else "")
+        counters = _io_counters(self.rank.process.pid) if saving else b""
+        life = (self.page[heartbeat.BEATS], self.page[heartbeat.RESTING], saving, counters)
         self.silent_s = self.silent_s + passed_s if life == self._life else 0.0
         self._life = life
         self.state = _state(self.rank.process.pid)
-        self.stopped_s = self.stopped_s + passed_s if self.state and self.state in STOPPED else 0.0
+        self.stopped_s = self.stopped_s + passed_s if self.state in STOPPED else 0.0
 
     def sign(self, limits: Limits) -> Sign:
+        """Return the rank's state for a report, without the stack."""
         return Sign(self.rank.rank, self.page[heartbeat.STEP], self.page[heartbeat.BEATS],
                     round(max(self.silent_s, self.stopped_s), 1),
                     limits.over(self), self.state, None)
 
     def steps(self) -> int:
-        """Since `pace` was last called."""
-        return self.page[heartbeat.STEPS] - self._pace[0]
+        """Return how many steps the rank has completed since the last call of `pace`."""
+        return self.page[heartbeat.STEPS] - self._measured[0]
 
     def pace(self, field: int) -> Pace:
-        """Of the steps since the last call. `field`: what counts as work."""
-        before, self._pace = self._pace, (self.page[heartbeat.STEPS], self.page[heartbeat.WALL_NS], self.page[field])
-        steps, wall_ns, work_ns = (new - old for new, old in zip(self._pace, before))
+        """Return the average pace since the last call. At least one step must have been completed since.
+
+        Args:
+            field: the field of the heartbeat page that counts as the rank's own work.
+        """
+        before, self._measured = self._measured, (self.page[heartbeat.STEPS], self.page[heartbeat.WALL_NS], self.page[field])
+        steps, wall_ns, work_ns = (new - old for new, old in zip(self._measured, before))
         return Pace(wall_ns / steps / 1e9, work_ns / steps / 1e9)
 
 
 @dataclass(frozen=True)
 class Limits:
+    """For how many seconds a rank may be silent."""
+
     hang_s: float
-    start_s: float | None
+    start_s: float | None  # while the rank rests; None: without limit
 
     def over(self, watched: Watched) -> bool:
-        """Whether a rank has been silent for longer than it may be."""
+        """Return whether a rank has been silent for longer than it may be."""
         limit_s = self.start_s if watched.page[heartbeat.RESTING] else self.hang_s
         return limit_s is not None and watched.silent_s >= limit_s
 
 
 class Watchdog:
-    """This node's part of watching one attempt: `turn` is called some times a second.
+    """Watches this node's ranks during one attempt. `turn` is called several times a second.
 
-    Between node processes go {"hung"}: to the head, `stopped`, `silent` or "", whenever that changes; {"stacks"}: from
-    the head, to write stacks and report; {"signs"}: that report; {"pace"}: to the head, what steps took.
+    Node processes exchange these messages (the key names the message):
+
+    - "hung", to the head: "stopped", "silent" or "", whenever that changes
+    - "stacks", from the head: let ranks write their stacks, and report
+    - "signs", to the head: that report
+    - "pace", to the head: how long steps took
     """
 
     def __init__(self, plan: Plan, ranks: Sequence[Rank], peers: Peers, node: int, slow_file: Path):
-        self.ranks = [Watched(rank) for rank in ranks if rank.page is not None]
+        self.ranks = [Watched(rank, rank.page) for rank in ranks if rank.page is not None]
         self.limits = Limits(plan.hang_s, plan.start_s) if plan.hang_s else None
         self.peers, self.node, self.nodes = peers, node, plan.resources.nodes
         self.look_s = min(LOOK_S, plan.hang_s / 10) if plan.hang_s else LOOK_S
         self.looked_at = self.measured_at = time.monotonic()
-        self.hung = dict.fromkeys(range(self.nodes), "")  # by node; kept by the head
-        self.mine: list[Sign] | None = None               # since stacks were asked for
+        self.hung = dict.fromkeys(range(self.nodes), "")  # by node; only the head knows all
+        self.mine: list[Sign] | None = None               # this node's report; None: no report is asked for
         self.asked_at = 0.0
-        self.signs: dict[int, list[Sign]] = {}            # by node; kept by the head
+        self.signs: dict[int, list[Sign]] = {}            # finished reports, by node; only the head has all
         self.pace = SlowRanks(self.nodes, slow_file) if node == 0 and plan.resources.ranks > 1 else None
         self.work = heartbeat.WORK_NS if plan.resources.device == "cpu" else heartbeat.DATA_NS
 
     def turn(self, heard: Sequence[Mapping[str, Any]]) -> Hang | None:
-        """Take in what other nodes have said and look at the ranks if it is time; on the head, the hang if it has
-        been found whose it is."""
-        for word in heard:
-            self._hear(word)
+        """Handle the messages of other nodes, and look at the ranks if it is time to.
+
+        Returns:
+            On the head, the hang, once the rank that is to blame is known; otherwise None.
+        """
+        for message in heard:
+            self._handle(message)
         now = time.monotonic()
         if now - self.looked_at >= self.look_s and self.ranks:
             self._look(now)
         if self.mine is not None and self.node not in self.signs:
-            found = {watched.rank.rank: _stack(watched.rank.tail) for watched in self.ranks}  # before a rank says more
-            self.mine = [replace(sign, stack=found[sign.rank] or sign.stack) for sign in self.mine]
+            # Read the stacks at every turn, before later output pushes them out of `tail`.
+            stacks = {watched.rank.rank: _stack(watched.rank.tail) for watched in self.ranks}
+            self.mine = [replace(sign, stack=stacks[sign.rank] or sign.stack) for sign in self.mine]
             if now - self.asked_at >= STACKS_S:
                 self.signs[self.node] = self.mine
                 self._tell_head({"signs": [asdict(sign) for sign in self.mine]})
         return self._decide(now) if self.node == 0 else None
 
-    def _tell_head(self, word: Mapping[str, Any]) -> None:
+    def _tell_head(self, message: Mapping[str, Any]) -> None:
         if self.node != 0:
-            self.peers.tell(word)
+            self.peers.send(message)
 
-    def _hear(self, word: Mapping[str, Any]) -> None:
-        match word:
+    def _handle(self, message: Mapping[str, Any]) -> None:
+        match message:
             case {"hung": how, "node": node}:
                 self.hung[node] = how
-            case {"ended": _, "node": node}:  # it has no ranks any more that anybody could wait for
+            case {"ended": _, "node": node}:  # the node has no ranks left for others to wait for
                 self.hung[node] = "silent"
                 self.signs[node] = []
             case {"signs": signs, "node": node}:
                 self.signs[node] = [Sign(**sign) for sign in signs]
             case {"stacks": _}:
-                self._ask()
+                self._ask_for_stacks()
             case {"pace": rows, "node": node} if self.pace:
                 self.pace.take(node, {rank: Pace(*row) for rank, *row in rows})
 
     def _look(self, now: float) -> None:
-        passed_s = min(now - self.looked_at, 2 * self.look_s)  # more only if this process was stopped too
+        passed_s = min(now - self.looked_at, 2 * self.look_s)  # if more has passed, this process was stopped too
         self.looked_at = now
         live = [watched for watched in self.ranks if watched.rank.code is None]
         for watched in live:
             watched.look(passed_s)
         if self.limits is not None:
-            how = ("stopped" if any(watched.stopped_s >= self.limits.hang_s for watched in live) else
-                   "silent" if all(self.limits.over(watched) for watched in live) else "")
+            limits = self.limits
+            how = ("stopped" if any(watched.stopped_s >= limits.hang_s for watched in live) else
+                   "silent" if all(limits.over(watched) for watched in live) else "")
             if how != self.hung[self.node]:
                 self.hung[self.node] = how
                 self._tell_head({"hung": how})
@@ -189,8 +217,8 @@ class Watchdog:
             if self.pace:
                 self.pace.take(0, rows)
 
-    def _ask(self) -> None:
-        """Note how each rank is, and have it write its stacks; one that is stopped can only once it goes on."""
+    def _ask_for_stacks(self) -> None:
+        """Note the state of each rank, and let the rank write its stacks. A stopped rank must first continue to do so."""
         if self.limits is None:
             return
         self.asked_at = time.monotonic()
@@ -198,101 +226,116 @@ class Watchdog:
         live = [watched for watched in self.ranks if watched.rank.code is None]
         self.mine = [watched.sign(self.limits) for watched in live]
         for watched in live:
-            if watched.page[heartbeat.READY]:  # the signal would end another
+            if watched.page[heartbeat.READY]:  # a rank that is not ready has no handler: the signal would end it
                 watched.rank.send(heartbeat.STACKS)
             watched.rank.send(signal.SIGCONT)
 
     def _decide(self, now: float) -> Hang | None:
+        """Return the hang, if there is one; called on the head only.
+
+        If all ranks are silent, or one is stopped, first ask all nodes for reports. Judge the reports when all have arrived.
+        """
+        if self.limits is None:
+            return None
         how = set(self.hung.values())
         if self.mine is None:
             if how == {"silent"} or "stopped" in how:
-                self.peers.tell({"stacks": True})
-                self._ask()
+                self.peers.send({"stacks": True})
+                self._ask_for_stacks()
             return None
         if len(self.signs) < self.nodes and now - self.asked_at < STACKS_S + ANSWER_S:
             return None
         signs = [sign for node in sorted(self.signs) for sign in self.signs[node]]
-        if signs and (all(sign.over for sign in signs) or any(sign.state and sign.state in STOPPED for sign in signs)):
+        if signs and (all(sign.over for sign in signs) or any(sign.stopped for sign in signs)):
             return blamed(signs, self.limits.hang_s)
-        self.mine, self.signs = None, {}  # somebody went on just then
+        self.mine, self.signs = None, {}  # a rank gave a sign of life after all
         self.hung[0] = ""
         return None
 
 
 def blamed(signs: Sequence[Sign], hang_s: float) -> Hang:
-    """Which rank the others wait for: one that is stopped; else the one that has not come as far as the others; of
-    several, one that waits for a disk."""
-    def order(sign: Sign) -> tuple:
-        stopped = bool(sign.state) and sign.state in STOPPED
-        return not stopped, sign.beats, sign.state != DISK, sign.rank
+    """Return the hang, with the rank that the other ranks most likely wait for.
+
+    That is a stopped rank, if there is one; otherwise the rank with the fewest beats; among several of those, a rank that
+    waits for a disk.
+    """
+    def order(sign: Sign) -> tuple[bool, int, bool, int]:
+        return not sign.stopped, sign.beats, sign.state != DISK, sign.rank
 
     first = min(signs, key=order)
-    alike = [sign.rank for sign in signs if order(sign)[:3] == order(first)[:3] and sign.rank != first.rank]
+    equal = [sign.rank for sign in signs if order(sign)[:3] == order(first)[:3] and sign.rank != first.rank]
     others = len(signs) - 1
-    if first.state and first.state in STOPPED:
+    if first.stopped:
         why = "its process was stopped, by a signal or a debugger"
     elif first.state == DISK:
         why = "its process waits for a disk or a network file system"
-    elif alike:
-        why = f"so were ranks {', '.join(map(str, alike))}, at the same place: which of them the others wait for is not known"
-        why = why if len(alike) > 1 else why.replace("ranks", "rank", 1)
+    elif equal:
+        ranks = f"rank {equal[0]} is" if len(equal) == 1 else f"ranks {', '.join(map(str, equal))} are"
+        why = f"{ranks} silent at the same place: which of them the other ranks wait for is not known"
     elif others:
         why = "the other ranks wait for it" if others > 1 else "the other rank waits for it"
     else:
-        why = "nothing is known of why"
+        why = "the reason is not known"
     where = f"after step {first.step}" if first.step else "before its first step was done"
     return Hang(first.rank, f"rank {first.rank} hung {where}: silent for {first.silent_s:.3g} s; {why}",
                 f"the logs of the ranks hold their stacks; run.hang_s is {hang_s:g} s", first.stack)
 
 
 class SlowRanks:
-    """Kept by the head: which ranks take longer than the others for their own work, into a file for `launch status`.
+    """Finds ranks whose own work takes longer than the work of other ranks, and writes them to a file for `launch status`.
 
-    In synchronous training all ranks take as many steps a second: the slow one works while the others wait. On CPUs
-    its work is the main thread's time on a CPU, in the queue for one, and making batches, so that a slow or busy
-    node is seen. With GPUs it is the making of batches alone: a host does not see that its GPU is slow.
+    Only the head has such an object.
+
+    In synchronous training, all ranks take the same number of steps per second: the slow rank works while the others wait.
+    On CPUs, a rank's own work is the time in which its main thread runs on a CPU, waits for a free CPU, or makes batches.
+    This shows a slow or busy node. With GPUs, a rank's own work is only making batches: a host cannot see that its GPU is
+    slow.
     """
 
     def __init__(self, nodes: int, file: Path):
         self.nodes, self.file = nodes, file
         self._heard: dict[int, Mapping[int, Pace]] = {}
         self._in_row: dict[int, int] = {}
-        self._written: tuple[list[int], float] = ([], 0.0)  # (ranks, when)
+        self._written: tuple[list[int], float] = ([], 0.0)  # (ranks, time)
 
     def take(self, node: int, rows: Mapping[int, Pace]) -> None:
-        """What a node's ranks took; acts once all nodes have said it."""
+        """Take the paces of one node's ranks. Once all nodes have reported, find the slow ranks and write them."""
         self._heard[node] = rows
         if len(self._heard) < self.nodes:
             return
-        found = slow_ranks({rank: pace for part in self._heard.values() for rank, pace in part.items()})
+        slow = slow_ranks({rank: pace for paces in self._heard.values() for rank, pace in paces.items()})
         self._heard = {}
-        self._in_row = {row["rank"]: self._in_row.get(row["rank"], 0) + 1 for row in found}
-        found = [row for row in found if self._in_row[row["rank"]] >= SLOW_IN_ROW]
-        ranks, now = [row["rank"] for row in found], time.monotonic()
+        self._in_row = {row["rank"]: self._in_row.get(row["rank"], 0) + 1 for row in slow}
+        slow = [row for row in slow if self._in_row[row["rank"]] >= SLOW_IN_ROW]
+        ranks, now = [row["rank"] for row in slow], time.monotonic()
         if ranks != self._written[0] or ranks and now - self._written[1] >= REWRITE_S:
             self._written = ranks, now
             try:
-                replace_json(self.file, found)
+                replace_json(self.file, slow)
             except OSError:
-                pass  # a full disk: the run matters more
+                pass  # a full disk must not stop the run
 
 
 def slow_ranks(paces: Mapping[int, Pace]) -> list[dict[str, Any]]:
-    """Of each slow rank {"rank", "factor", "work_s", "others_s", "step_s"}: what it takes for its work in a step, and
-    the median of the others."""
-    found = []
+    """Return {"rank", "factor", "work_s", "others_s", "step_s"} for each slow rank.
+
+    All times are averages per step: `work_s` is the rank's own work, `others_s` the median of the other ranks' own work,
+    `step_s` the whole step. `factor` is work_s / others_s.
+    """
+    slow = []
     for rank, pace in sorted(paces.items()):
-        others = [other.work_s for each, other in paces.items() if each != rank]
+        others = [other_pace.work_s for other, other_pace in paces.items() if other != rank]
         if not others:
             continue
         usual_s = statistics.median(others)
         if pace.work_s > SLOW * usual_s and pace.work_s - usual_s > SLOW_SHARE * pace.step_s:
-            found.append({"rank": rank, "factor": round(pace.work_s / max(usual_s, 1e-6), 1), "work_s": round(pace.work_s, 6),
-                          "others_s": round(usual_s, 6), "step_s": round(pace.step_s, 6)})
-    return found
+            slow.append({"rank": rank, "factor": round(pace.work_s / max(usual_s, 1e-6), 1), "work_s": round(pace.work_s, 6),
+                         "others_s": round(usual_s, 6), "step_s": round(pace.step_s, 6)})
+    return slow
 
 
 def _state(pid: int) -> str:
+    """Return the state of a process, one letter of proc(5); "" if it cannot be read."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()[0].decode()
@@ -300,8 +343,8 @@ def _state(pid: int) -> str:
         return ""
 
 
-def _moved(pid: int) -> bytes:
-    """Changes while a process reads or writes."""
+def _io_counters(pid: int) -> bytes:
+    """Return the I/O counters of a process; they change whenever the process reads or writes."""
     try:
         with open(f"/proc/{pid}/io", "rb") as file:
             return file.read()
@@ -309,9 +352,12 @@ def _moved(pid: int) -> bytes:
         return b""
 
 
-def _stack(lines: Sequence[str]) -> str | None:
-    """The main thread's, which faulthandler writes last, the innermost call last."""
-    lines = list(lines)
+def _stack(output: Iterable[str]) -> str | None:
+    """Return the main thread's stack from a rank's output, the innermost call last.
+
+    faulthandler writes the main thread last, and the innermost call of each thread first.
+    """
+    lines = list(output)
     start = max((i for i, line in enumerate(lines) if THREAD.match(line)), default=None)
     if start is None:
         return None

@@ -1,12 +1,12 @@
-"""How fast training images are augmented: `trainers.data.images` in batches, against torchvision one by one.
+"""Compare how fast training images are augmented: in batches by `trainers.data.images`, and one by one by torchvision.
 
     python tests/benchmarks/augmentation.py [--threads 1] [--rounds 5] [--cutout 0] [--device cpu]
 
-Both take the 2,000 drawn shapes of `data=sample` from memory and give normalised float32 batches of 128: crops
-with a reflected border of 4 pixels, flips, and a blanked square where --cutout asks for one. The other side is
-torchvision's v1 transforms on PIL images, as its examples have them, in a DataLoader with 0 and with 2 workers
-(kept alive between rounds and warm); the better counts. A worker has one thread, and so have the batches here
-unless --threads says otherwise. They take turns, and the best round of each counts.
+Both sides read the 2,000 drawn shapes of `data=sample` from memory and return normalised float32 batches of 128 images. They
+crop with a reflected border of 4 pixels, flip, and with --cutout blank a square. The torchvision side uses the v1 transforms on
+PIL images, as in torchvision's examples, in a DataLoader with 0 and with 2 workers, which stay alive between rounds. The faster
+of the two DataLoaders counts. A worker has one thread, and our side has --threads threads, 1 by default. All sides take turns in
+each round, and the best round of each side counts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BATCH, PAD = 128, 4
 
 
 class OneByOne(Dataset):
-    """The raw images, as torchvision's CIFAR10 gives them."""
+    """The raw images, one at a time, as torchvision's CIFAR10 returns them."""
 
     def __init__(self, raw: Raw, transform: Callable):
         self.pixels = np.ascontiguousarray(raw.pixels.transpose(0, 2, 3, 1))
@@ -45,10 +45,10 @@ class OneByOne(Dataset):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cutout", type=int, default=0)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--threads", type=int, default=1, help="threads of our side (default: 1)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds after the warm-up (default: 5)")
+    parser.add_argument("--cutout", type=int, default=0, help="side of the blanked square in pixels (default: 0, none)")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="device of the batches (default: cpu)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     sets = draw_shapes()
@@ -60,7 +60,7 @@ def main() -> None:
     def batched() -> int:
         nonlocal draw
         images = 0
-        for _ in range(200):  # 25,600 images: long enough to time
+        for _ in range(200):  # 25,600 images take long enough to time
             batch, labels = train.batch(order.shares(draw, 0, 1, 1)[0])
             batch, labels = batch.to(args.device), labels.to(args.device)
             draw, images = draw + 1, images + len(labels)
@@ -79,24 +79,24 @@ def main() -> None:
     def loader(workers: int) -> Callable[[], int]:
         batches = DataLoader(one_by_one, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
 
-        def go() -> int:
+        def one_by_one_images() -> int:
             return sum(len(batch.to(args.device)) for _ in range(2) for batch, _ in batches)
 
-        return go
+        return one_by_one_images
 
     contestants = {"batched, resident": batched, "torchvision, 0 workers": loader(0),
                    "torchvision, 2 workers": loader(2)}
     best = dict.fromkeys(contestants, 0.0)
     for turn in range(args.rounds + 1):
-        for name, go in contestants.items():
+        for name, augment in contestants.items():
             began = time.perf_counter()
-            rate = go() / (time.perf_counter() - began)
-            if turn:  # the first is for warming up
+            rate = augment() / (time.perf_counter() - began)
+            if turn:  # the first turn is the warm-up
                 best[name] = max(best[name], rate)
     for name, rate in best.items():
         print(f"{name:24} {rate:10,.0f} images/s")
     ours, *theirs = best.values()
-    print(f"{'ratio':24} {ours / max(theirs):10.1f}")
+    print(f"{'ratio to torchvision':24} {ours / max(theirs):10.1f}")
     print(f"torch {torch.__version__}, {args.device}, {args.threads} thread(s)")
 
 

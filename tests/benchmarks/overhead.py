@@ -1,10 +1,13 @@
-"""What the engine costs a step, against a plain loop: the same small model and batches, a step of one after a step of the
-other, so that both have the same machine.
+"""Compare the time of a step in the engine with a step of a plain PyTorch loop.
+
+Both train the same small model with batches of the same size. They take turns after every step, so that other work on the
+machine slows both.
 
     python tests/benchmarks/overhead.py [rounds]
 
-The model is made wide enough for a plain step to take about 10 ms; gradients are clipped in both. A round is STEPS steps of
-each: the ratio of what they took in all, and of the medians, which leaves out what other work on the machine took of some.
+The model is made so wide that a plain step takes about 10 ms. Both clip the gradients. A round has STEPS steps of each. It
+prints the ratio of the total times and the ratio of the median times; the medians ignore single steps that other work on the
+machine slowed.
 """
 
 from __future__ import annotations
@@ -67,17 +70,19 @@ def config(width: int, steps: int) -> RunConfig:
 
 
 class Plain:
+    """The plain loop."""
+
     def __init__(self, width: int):
         self.rows, self.model = Rows(), Wide(config(width, 1)).model()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
         self.order, self.done = torch.randperm(len(self.rows)), 0
 
     def step(self) -> float:
-        """Seconds that it took."""
+        """Take one step and return its seconds."""
         began = time.perf_counter()
-        at = self.order[(self.done * BATCH) % len(self.rows):][:BATCH]
+        rows = self.order[(self.done * BATCH) % len(self.rows):][:BATCH]
         self.optimizer.zero_grad()
-        F.cross_entropy(self.model(self.rows.inputs[at]), self.rows.labels[at]).backward()
+        F.cross_entropy(self.model(self.rows.inputs[rows]), self.rows.labels[rows]).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.done += 1
@@ -85,12 +90,13 @@ class Plain:
 
 
 def plain_steps(width: int) -> list[float]:
+    """Return the seconds of some plain steps after a warm-up."""
     plain = Plain(width)
     return [plain.step() for _ in range(2 * WARM)][WARM:]
 
 
-def by_turns(width: int, rounds: int) -> tuple[list[float], list[float]]:
-    """(seconds of each of our steps, with its share of logging; of each plain one), after the warm-up."""
+def measure(width: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Return the seconds of each engine step, which include logging, and of each plain step, after a warm-up."""
     ours, theirs, plain = [], [], Plain(width)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         settings = config(width, WARM + rounds * STEPS + 1)
@@ -102,7 +108,7 @@ def by_turns(width: int, rounds: int) -> tuple[list[float], list[float]]:
             ours.append(time.perf_counter() - ended)
             torch.set_deterministic_debug_mode("default")
             theirs.append(plain.step())
-            torch.set_deterministic_debug_mode("warn")  # as the loop has it
+            torch.set_deterministic_debug_mode("warn")  # as the loop sets it
             ended = time.perf_counter()
             return False
 
@@ -115,16 +121,18 @@ def main() -> None:
     rounds, width = int(sys.argv[1]) if len(sys.argv) > 1 else 7, 256
     while statistics.median(plain_steps(width)) < STEP_S:
         width = width * 5 // 4
-    ours, theirs = by_turns(width, rounds)
+    ours, theirs = measure(width, rounds)
     ratios = []
     for first in range(0, len(ours), STEPS):
         a, b = ours[first:first + STEPS], theirs[first:first + STEPS]
         ratios.append((sum(a) / sum(b), statistics.median(a) / statistics.median(b)))
-        print(f"ours {sum(a) / STEPS * 1e3:.2f} ms a step, plain {sum(b) / STEPS * 1e3:.2f}: {ratios[-1][0]:.3f}; "
-              f"medians {statistics.median(a) * 1e3:.2f} and {statistics.median(b) * 1e3:.2f}: {ratios[-1][1]:.3f}")
-    middle = statistics.median(ratio for ratio, _ in ratios)
-    print(f"width {width}, {len(ours)} steps of each: in all {sum(ours) / sum(theirs):.3f}, rounds' median {middle:.3f}; of "
-          f"medians {statistics.median(ours) / statistics.median(theirs):.3f} ({torch.get_num_threads()} threads)")
+        print(f"mean step: ours {sum(a) / STEPS * 1e3:.2f} ms, plain {sum(b) / STEPS * 1e3:.2f} ms, ratio {ratios[-1][0]:.3f}; "
+              f"median step: ours {statistics.median(a) * 1e3:.2f} ms, plain {statistics.median(b) * 1e3:.2f} ms, "
+              f"ratio {ratios[-1][1]:.3f}")
+    median_of_rounds = statistics.median(ratio for ratio, _ in ratios)
+    print(f"width {width}, {len(ours)} steps of each, {torch.get_num_threads()} threads: ratio of the total times "
+          f"{sum(ours) / sum(theirs):.3f}, median ratio of the rounds {median_of_rounds:.3f}, "
+          f"ratio of the median steps {statistics.median(ours) / statistics.median(theirs):.3f}")
 
 
 if __name__ == "__main__":

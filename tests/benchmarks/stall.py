@@ -1,5 +1,5 @@
-"""How long a checkpoint of 500 MB holds training up, against `accelerator.save_state`, by turns; and the memory that
-`launch export` of it takes.
+"""Measure how long a checkpoint of 500 MB stalls training, in alternating turns with `accelerator.save_state`. Then measure the
+memory that `launch export` of the checkpoint uses.
 
     python tests/benchmarks/stall.py [turns]
 """
@@ -36,12 +36,11 @@ from trainers.engine.world import World
 
 MB = 10**6
 LAYERS, WIDTH = 20, 2500          # 20 x 2500 x 2500 x 4 bytes = 500 MB
-STEPS = 30                        # after a checkpoint, while it is written in the background
+STEPS = 30                        # steps after a checkpoint, while the checkpoint is written in the background
 
 
 class Training:
-    """Steps of a model whose state is its parameters, 500 MB of them, of which the last layer is trained: steps of a few
-    milliseconds."""
+    """Training of a model with 500 MB of parameters. Only the last layer is trained, so that a step takes a few milliseconds."""
 
     def __init__(self):
         self.model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))).requires_grad_(False)
@@ -53,13 +52,16 @@ class Training:
         self.optimizer.step()
 
     def seconds(self, save: Callable[[], None]) -> tuple[float, float, float]:
-        """(the call; of it, this thread at work; the call and STEPS steps after it)"""
-        began, at_work = time.perf_counter(), time.thread_time()
+        """Call `save`, then take STEPS steps.
+
+        Returns: the seconds of the call, the CPU seconds of this thread in the call, the seconds of the call and the steps.
+        """
+        began, cpu_began = time.perf_counter(), time.thread_time()
         save()
-        called, worked = time.perf_counter() - began, time.thread_time() - at_work
+        call_s, cpu_s = time.perf_counter() - began, time.thread_time() - cpu_began
         for _ in range(STEPS):
             self.step()
-        return called, worked, time.perf_counter() - began
+        return call_s, cpu_s, time.perf_counter() - began
 
 
 def main() -> None:
@@ -68,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = make_run(Path(folder, "run"))
         checkpoints = Checkpoints(paths, World(0, 1, 0, 1, torch.device("cpu")), config.Checkpoint(keep_last=1), strategy="ddp",
-                                  attempt=None, say=lambda event: None, committed=lambda step: None)
+                                  attempt=None, emit=lambda event: None, on_commit=lambda step: None)
         accelerator = Accelerator()
         accelerator.prepare(training.model, training.optimizer)
         fragments = {f"models/model/{name}": Fragment.whole(value) for name, value in training.model.named_parameters()}
@@ -82,36 +84,37 @@ def main() -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 accelerator.save_state(str(Path(folder, "state")))
 
-        ours(), checkpoints.wait(), theirs(), training.step()  # the first, with fresh buffers, is no turn
-        print("turn: seconds of ours / of save_state: the call, work in it, what call and steps took more than steps alone")
+        ours(), checkpoints.wait(), theirs(), training.step()  # not measured: the first save allocates the buffers
+        print("turn: seconds of ours / of save_state, for the call, the CPU time in the call, and the call with the steps after "
+              "it minus the same steps alone")
         ratios = []
         for turn in range(1, turns + 1):
             plain = training.seconds(lambda: None)[2]
-            found = {}
+            measured = {}
             for save in (ours, theirs) if turn % 2 else (theirs, ours):
-                call, work, whole = training.seconds(save)
-                found[save] = call, work, whole - plain
+                call_s, cpu_s, with_steps_s = training.seconds(save)
+                measured[save] = call_s, cpu_s, with_steps_s - plain
                 assert checkpoints.wait() is None
                 os.sync()
-            ratios.append([mine / other for mine, other in zip(found[ours], found[theirs])])
-            print(f"{turn}: " + ", ".join(f"{mine:.3f} / {other:.3f}" for mine, other in zip(found[ours], found[theirs])),
-                  flush=True)
-        call, work, whole = (statistics.median(column) for column in zip(*ratios))
-        print(f"median ratios: the stall {call:.3f}; work in it {work:.3f}; with what writing in the background takes from "
-              f"the steps {whole:.3f} ({torch.get_num_threads()} threads)")
+            ratios.append([our_s / their_s for our_s, their_s in zip(measured[ours], measured[theirs])])
+            columns = (f"{our_s:.3f} / {their_s:.3f}" for our_s, their_s in zip(measured[ours], measured[theirs]))
+            print(f"{turn}: " + ", ".join(columns), flush=True)
+        call, cpu, with_steps = (statistics.median(column) for column in zip(*ratios))
+        print(f"median ratios: the stall {call:.3f}; CPU time in the stall {cpu:.3f}; the stall and how much the background "
+              f"write slows the steps {with_steps:.3f} ({torch.get_num_threads()} threads)")
         checkpoints.close()
         size = sum(value.nbytes for value in training.model.parameters())
-        peak, idle = (rss(words) for words in (["export", str(paths.root)], ["--help"]))
-        print(f"launch export of {size / MB:.0f} MB: at most {peak / MB:.0f} MB resident, {idle / MB:.0f} MB of them without "
-              f"any work: {(peak - idle) / size:.3f} of the model")
+        peak, idle = (peak_memory(args) for args in (["export", str(paths.root)], ["--help"]))
+        print(f"launch export of {size / MB:.0f} MB: at most {peak / MB:.0f} MB resident, `launch --help` {idle / MB:.0f} MB; "
+              f"the difference is {(peak - idle) / size:.3f} of the model")
 
 
-def rss(words: list[str]) -> int:
-    """Bytes that `launch` had resident at most."""
+def peak_memory(args: list[str]) -> int:
+    """Run `launch` with these arguments and return its highest resident memory in bytes."""
     code = ("import re, sys\nfrom launch.cli.main import main\nassert main(sys.argv[1:]) == 0\n"
             "print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])")
-    ran = subprocess.run([sys.executable, "-P", "-c", code, *words], check=True, capture_output=True, text=True)
-    return int(re.findall(r"\d+", ran.stdout)[-1]) * 1024
+    done = subprocess.run([sys.executable, "-P", "-c", code, *args], check=True, capture_output=True, text=True)
+    return int(re.findall(r"\d+", done.stdout)[-1]) * 1024
 
 
 if __name__ == "__main__":

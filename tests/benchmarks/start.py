@@ -1,4 +1,5 @@
-"""How long a start takes: `launch --help`, `launch show`, and the first training step, by turns with the usual tools.
+"""Measure the time of `launch --help`, of `launch show`, and until the first training step, in alternating turns with other
+tools.
 
     python tests/benchmarks/start.py [turns]
 """
@@ -21,13 +22,14 @@ FIRST_STEP = ["cifar10", "data=sample", "model.width=0.1", "train.steps=1", "tra
 
 
 def seconds(*command: str) -> float:
+    """Run a command and return the seconds that it takes."""
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
-def until_first_step(command: list[str], folder: Path) -> float:
-    """From the command to the first logged step."""
+def seconds_to_first_step(command: list[str], folder: Path) -> float:
+    """Return the seconds from the start of a command to its first logged step."""
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     for line in process.stdout:
@@ -35,14 +37,14 @@ def until_first_step(command: list[str], folder: Path) -> float:
             passed = time.perf_counter() - began
             process.communicate()
             return passed
-    raise SystemExit(f"no first step: {shlex.join(command)}")
+    raise SystemExit(f"the command ended without a first step: {shlex.join(command)}")
 
 
-def by_hand(folder: Path) -> list[str]:
-    """torchrun's line for the same run, in a run directory of its own."""
-    shown = subprocess.run([str(BIN / "launch"), *FIRST_STEP, "--dry-run", "--json"], cwd=folder, check=True,
+def torchrun_command(folder: Path) -> list[str]:
+    """Return the torchrun command for the same run, in a new run directory."""
+    dry_run = subprocess.run([str(BIN / "launch"), *FIRST_STEP, "--dry-run", "--json"], cwd=folder, check=True,
                            capture_output=True, text=True)
-    plan = json.loads(shown.stdout)
+    plan = json.loads(dry_run.stdout)
     for path, text in plan["files"].items():
         (Path(plan["folder"]) / path).parent.mkdir(parents=True, exist_ok=True)
         (Path(plan["folder"]) / path).write_text(text)
@@ -51,6 +53,7 @@ def by_hand(folder: Path) -> list[str]:
 
 
 def compare(turns: int, first, second) -> None:
+    """Call two functions in alternating order, and print the medians and the ratio of the seconds that they return."""
     pairs = []
     for turn in range(turns):
         pairs.append((first(), second()) if turn % 2 else (second(), first())[::-1])
@@ -70,8 +73,8 @@ def main() -> None:
         print("launch show cifar10 against launch --help")
         compare(turns, lambda: seconds(launch, "show", "cifar10"), lambda: seconds(launch, "--help"))
         print("first training step of 2 ranks, launch against torchrun")
-        compare(turns, lambda: until_first_step([launch, *FIRST_STEP], folder),
-                lambda: until_first_step(by_hand(folder), folder))
+        compare(turns, lambda: seconds_to_first_step([launch, *FIRST_STEP], folder),
+                lambda: seconds_to_first_step(torchrun_command(folder), folder))
     finally:
         shutil.rmtree(folder)
 

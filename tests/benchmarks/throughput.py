@@ -1,4 +1,5 @@
-"""This loop against the shortest plain PyTorch loop: the same model, data and batches, by turns in one run.
+"""Compare the throughput of the engine's loop with the shortest plain PyTorch loop, in alternating turns. Both use the same
+model, data and batch size.
 
     python tests/benchmarks/throughput.py [turns]
 """
@@ -34,7 +35,7 @@ CONFIG = load_spec("cifar10", KEYS, cluster=load_cluster("local"), environment={
 
 
 def ours() -> float:
-    """Images a second of the logged intervals but the first, which holds the warm-up."""
+    """Train with the engine and return images per second, without the first two logged intervals, which hold the warm-up."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         paths = RunPaths(Path(folder))
         train(Cifar10(CONFIG), CONFIG, World.from_env(), paths, None)
@@ -43,6 +44,7 @@ def ours() -> float:
 
 
 def plain() -> float:
+    """Train with a plain loop and return images per second, without the first 10 steps."""
     torch.use_deterministic_algorithms(False)
     task = Cifar10(CONFIG)
     data, _ = task.data(World.from_env())

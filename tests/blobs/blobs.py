@@ -1,4 +1,5 @@
-"""A task for the tests: small images whose class is their mean's sign; BatchNorm and dropout if asked for."""
+"""A task for the tests: the class of a small random image is the sign of its mean. The model has BatchNorm and dropout, unless
+`model.exact_over_ranks` is true."""
 
 import os
 import time
@@ -10,10 +11,15 @@ from torch.nn import functional as F
 
 from trainers.engine.task import Loss, Task
 
-PACE = Path(os.environ.get("LAUNCH_RUN_DIR", ".")) / "pace"  # a test may have written another pause there
+PACE = Path(os.environ.get("LAUNCH_RUN_DIR", ".")) / "pace"  # a test writes a new pause into this file
 
 
 class Blobs:
+    """A data set of `count` images.
+
+    `pause_s` is the pause before each batch. At batch number `hang_at` (from 1) the data set hangs.
+    """
+
     def __init__(self, count, seed, device, noise=0.0, pause_s=0.0, hang_at=None):
         self.noise, self.pause_s, self.hang_at, self.made = noise, pause_s, hang_at, 0
         generator = torch.Generator().manual_seed(seed)
@@ -28,7 +34,7 @@ class Blobs:
             time.sleep(float(PACE.read_text()) if PACE.exists() else self.pause_s)
         self.made += 1
         if self.made == self.hang_at:
-            time.sleep(1000)  # for ever
+            time.sleep(1000)  # longer than any test waits
         rows = torch.from_numpy(share.indices)
         noise = share.generator().normal(scale=0.1, size=share.size)[share.slots]
         images = self.images[rows] + torch.from_numpy(noise).float().view(-1, 1, 1, 1)
@@ -38,16 +44,16 @@ class Blobs:
 class BlobsTask(Task):
     def data(self, world):
         noise = 0.0 if self.exact else 0.1
-        pause_s = self.config.model.get("pause_s", 0.0)  # for runs that something is to happen to
+        pause_s = self.config.model.get("pause_s", 0.0)  # for runs that a test interrupts
         slow_rank, more_s = self.config.model.get("slow", (None, 0.0))
-        hung_rank, at = self.config.model.get("hang", (None, None))  # in the first attempt
-        hang_at = at if world.rank == hung_rank and os.environ.get("LAUNCH_ATTEMPT") == "1" else None
+        hung_rank, batch = self.config.model.get("hang", (None, None))  # hangs only in the first attempt
+        hang_at = batch if world.rank == hung_rank and os.environ.get("LAUNCH_ATTEMPT") == "1" else None
         pause_s += more_s if world.rank == slow_rank else 0.0
         return Blobs(300, 1, world.device, noise, pause_s, hang_at), Blobs(101, 2, world.device, noise)
 
     @property
     def exact(self):
-        """Without what depends on the rank: BatchNorm, dropout, noise from torch's generator."""
+        """Whether to leave out everything that depends on the rank: BatchNorm, dropout, noise from torch's generator."""
         return self.config.model.get("exact_over_ranks", False)
 
     def model(self):

@@ -1,6 +1,8 @@
-"""Random small searches, by both classes: every number but the times must be the same.
+"""Run random small searches with ForestSearchCV and GridSearchCV. All their results except the times must be equal.
 
     python tests/forests/random_grids.py [COUNT [FIRST]]
+
+Each of the COUNT problems (default 300) is made from its own seed. The seeds start at FIRST (default 0).
 """
 
 from __future__ import annotations
@@ -32,41 +34,41 @@ VALUES = {
     "ccp_alpha": [0.0, 0.01],
     "random_state": [0, 7],
 }
-OF_REGRESSORS = {"criterion": ["squared_error", "absolute_error", "friedman_mse", "poisson"]}
-OF_CLASSIFIERS = {"criterion": ["gini", "entropy", "log_loss"], "class_weight": [None, "balanced", "balanced_subsample"]}
-BAD = {"min_samples_leaf": [0, 1, 2], "max_features": ["none", 1], "n_estimators": [-1, 3], "max_depth": [0, 2]}
+REGRESSOR_VALUES = {"criterion": ["squared_error", "absolute_error", "friedman_mse", "poisson"]}
+CLASSIFIER_VALUES = {"criterion": ["gini", "entropy", "log_loss"], "class_weight": [None, "balanced", "balanced_subsample"]}
+INVALID_VALUES = {"min_samples_leaf": [0, 1, 2], "max_features": ["none", 1], "n_estimators": [-1, 3], "max_depth": [0, 2]}
 REGRESSION_SCORES = ["r2", "neg_root_mean_squared_error", "neg_mean_absolute_error", "neg_max_error", "explained_variance"]
 CLASS_SCORES = ["accuracy", "f1_macro", "neg_log_loss", "roc_auc_ovr", "balanced_accuracy"]
 
 
 def own_score(forest: Any, X: Any, y: Any) -> float:
-    """It sees more than predictions."""
+    """A score that reads more of the forest than its predictions."""
     return float(len(forest.estimators_) + forest.min_samples_split + forest.predict(X).shape[0])
 
 
 def problem(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(arguments of the search, those of its fit)"""
+    """Return the arguments of a random search, and the arguments of its `fit`."""
     rng = np.random.default_rng(seed)
 
     def pick(values: list) -> Any:
         return values[rng.integers(len(values))]
 
-    def some(values: list, most: int) -> list:
-        return [values[i] for i in sorted(rng.permutation(len(values))[:rng.integers(1, most + 1)])]
+    def some(values: list, limit: int) -> list:
+        return [values[i] for i in sorted(rng.permutation(len(values))[:rng.integers(1, limit + 1)])]
 
     rows, columns = int(rng.integers(16, 70)), int(rng.integers(1, 7))
     X = rng.normal(size=(rows, columns))
     if rng.random() < 0.6:
-        X = np.round(X * pick([1, 2, 4]))  # repeated values
+        X = np.round(X * pick([1, 2, 4]))  # makes equal values likely
     if rng.random() < 0.3:
-        X[rng.integers(rows, size=rows // 3)] = X[rng.integers(rows, size=rows // 3)]  # and rows
+        X[rng.integers(rows, size=rows // 3)] = X[rng.integers(rows, size=rows // 3)]  # makes equal rows
     classify = rng.random() < 0.5
     y: Any = X.sum(1) + rng.normal(size=rows)
     y = np.digitize(y, np.quantile(y, pick([[0.5], [0.3, 0.7]]))) if classify else np.round(np.abs(y), pick([0, 1, 5]))
     if classify and rng.random() < 0.5:
         y = np.array(["a", "b", "c"])[y]
     kind = pick(list(CLASSIFIERS if classify else REGRESSORS))
-    values = {**VALUES, **(OF_CLASSIFIERS if classify else OF_REGRESSORS)}
+    values = {**VALUES, **(CLASSIFIER_VALUES if classify else REGRESSOR_VALUES)}
     if rng.random() < 0.2 and "ExtraTrees" not in kind.__name__:
         X[rng.random(size=X.shape) < 0.05] = np.nan
     fixed = {"random_state": pick([0, 1, 42, np.int64(3)]), "n_estimators": pick([2, 5])}
@@ -79,13 +81,13 @@ def problem(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
     def grid() -> dict[str, list]:
         names = ["n_estimators", *some([name for name in values if name != "n_estimators"], 4)]
-        found = {name: some(values[name], 3) for name in names}
+        values_by_name = {name: some(values[name], 3) for name in names}
         if rng.random() < 0.1:
-            found["min_samples_leaf"] = [2, 2]  # the same twice
+            values_by_name["min_samples_leaf"] = [2, 2]  # the same value twice
         if rng.random() < 0.1:
-            name = pick(list(BAD))
-            found[name] = BAD[name]
-        return found
+            name = pick(list(INVALID_VALUES))
+            values_by_name[name] = INVALID_VALUES[name]
+        return values_by_name
 
     given: dict[str, Any] = {}
     folds: Any = pick([2, 3, None, KFold(3, shuffle=True, random_state=1), ShuffleSplit(2, random_state=0), GroupKFold(3),
@@ -114,9 +116,9 @@ def problem(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def differences(ours: GridSearchCV, theirs: GridSearchCV) -> list[str]:
-    """Where two searches that were done differ."""
+    """Return the names of the results in which two fitted searches differ."""
     a, b = ours.cv_results_, theirs.cv_results_
-    found = [] if list(a) == list(b) else [f"keys {list(a)} {list(b)}"]
+    different = [] if list(a) == list(b) else [f"keys {list(a)} {list(b)}"]
     for key in b:
         if key == "params":
             equal = a[key] == b[key]
@@ -127,47 +129,55 @@ def differences(ours: GridSearchCV, theirs: GridSearchCV) -> list[str]:
         else:
             equal = a[key].dtype == b[key].dtype and np.array_equal(a[key], b[key], equal_nan=a[key].dtype.kind == "f")
         if not equal:
-            found.append(key)
+            different.append(key)
     for name in ("best_index_", "best_score_", "best_params_", "n_splits_", "multimetric_"):
-        one, other = getattr(ours, name, None), getattr(theirs, name, None)
-        if one != other and not (one != one and other != other):
-            found.append(name)
-    return found
+        our_value, their_value = getattr(ours, name, None), getattr(theirs, name, None)
+        both_nan = our_value != our_value and their_value != their_value
+        if our_value != their_value and not both_nan:
+            different.append(name)
+    return different
 
 
 def compare(seed: int, **more: Any) -> tuple[str, int, int]:
-    """(what became of it: `same`, or the error that both gave; trees grown, of how many). Raises: AssertionError."""
+    """Run both searches on the problem of a seed and compare them.
+
+    Returns:
+        "same", or the name of the exception that both searches raised; the number of trees that ForestSearchCV grew; the
+        number of trees that the grid asks for.
+    Raises:
+        AssertionError: the two searches differ.
+    """
     search, given = problem(seed)
     outcomes = []
     for cls in (GridSearchCV, ForestSearchCV):
-        made = cls(**search, **(more if cls is ForestSearchCV else {}))
+        cv_search = cls(**search, **(more if cls is ForestSearchCV else {}))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                outcomes.append(made.fit(**given))
+                outcomes.append(cv_search.fit(**given))
             except Exception as error:
                 outcomes.append(error)
     theirs, ours = outcomes
     if isinstance(theirs, Exception) or isinstance(ours, Exception):
-        # The last line: before it scikit-learn shows a traceback, with lines of its own source.
-        said = [str(one).replace(cls.__name__, "").strip().splitlines()[-1:] for one, cls in
-                ((theirs, GridSearchCV), (ours, ForestSearchCV))]
-        assert type(theirs) is type(ours) and said[0] == said[1], f"seed {seed}: {theirs!r} against {ours!r}"
+        # Compare only the last line of the messages: the lines before it are a traceback, with source lines of scikit-learn.
+        messages = [str(error).replace(cls.__name__, "").strip().splitlines()[-1:] for error, cls in
+                    ((theirs, GridSearchCV), (ours, ForestSearchCV))]
+        assert type(theirs) is type(ours) and messages[0] == messages[1], f"seed {seed}: {theirs!r} against {ours!r}"
         return type(theirs).__name__, 0, 0
-    found = differences(ours, theirs)
-    assert not found, f"seed {seed}: {found}\n{search}"
+    different = differences(ours, theirs)
+    assert not different, f"seed {seed}: {different}\n{search}"
     if search["refit"]:
         X = given["X"]
-        assert np.array_equal(ours.predict(X), theirs.predict(X)), f"seed {seed}: predictions"
+        assert np.array_equal(ours.predict(X), theirs.predict(X)), f"seed {seed}: predictions differ"
         assert ours.best_estimator_.get_params() == theirs.best_estimator_.get_params() or "random_state" in str(search)
     return "same", ours.n_trees_, ours.n_trees_asked_
 
 
 if __name__ == "__main__":
     count, first = int([*sys.argv, 300][1]), int([*sys.argv, 300, 0][2]) if len(sys.argv) > 2 else 0
-    began, kinds, shared = time.time(), {}, 0
+    began, outcomes, with_fewer_trees = time.time(), {}, 0
     for seed in range(first, first + count):
-        kind, grown, asked = compare(seed)
-        kinds[kind] = kinds.get(kind, 0) + 1
-        shared += grown < asked
-    print(f"{count} problems in {time.time() - began:.0f} s: {kinds}; in {shared} of them fewer trees were grown")
+        outcome, grown, asked = compare(seed)
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        with_fewer_trees += grown < asked
+    print(f"{count} problems in {time.time() - began:.0f} s: {outcomes}; {with_fewer_trees} problems needed fewer trees")

@@ -1,4 +1,4 @@
-"""The small Transformer on ranks of which the second holds few sentences at a time."""
+"""The sentences task, where rank 1 runs out of memory if a micro-batch holds too many sentences (simulated)."""
 
 import os
 
@@ -7,13 +7,17 @@ from sentences import Counting
 
 
 class Narrow(Counting):
-    """`data.most`: those that fit in training; `data.calls`: after so many micro-batches in which any number did."""
+    """`data.max_sentences` is how many sentences of a training micro-batch fit into the memory of rank 1.
+
+    In the first `data.unlimited_calls` training micro-batches (default 0) any number fits.
+    """
 
     calls = 0
 
     def loss(self, model, batch):
         data = self.config.data
         self.calls += model.training
-        if os.environ["RANK"] == "1" and model.training and len(batch[0]) > data["most"] and self.calls > data.get("calls", 0):
+        limited = os.environ["RANK"] == "1" and model.training and self.calls > data.get("unlimited_calls", 0)
+        if limited and len(batch[0]) > data["max_sentences"]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate as much as this test wants")
         return super().loss(model, batch)

@@ -1,5 +1,5 @@
-"""A task for the tests of the engine: a small Transformer that learns to count in steps, in sentences of uneven lengths,
-where what counts is the token."""
+"""A task for the tests of the engine: a small Transformer learns to count up by a fixed number in sentences of uneven lengths.
+The loss is counted in tokens."""
 
 import os
 import time
@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from trainers.engine.task import Loss, Task
 
 WORDS, LONGEST = 17, 12
-PACE = Path(os.environ.get("LAUNCH_RUN_DIR", ".")) / "pace"  # a test may have written another pause there
-OF_TESTS = ("pause_s", "bad_row", "big_steps")  # keys of `model` for what is to happen to a run
+PACE = Path(os.environ.get("LAUNCH_RUN_DIR", ".")) / "pace"  # a test writes a new pause into this file
+# Keys of `model` that tests use to disturb a run: a pause before each batch (seconds), the index of a sample that makes the
+# logits of its micro-batch NaN, and the numbers (from 1) of the training losses whose logits are multiplied by 1e30.
+TEST_KEYS = ("pause_s", "bad_row", "big_steps")
 
 
 class Sentences:
@@ -21,8 +23,8 @@ class Sentences:
         generator = torch.Generator().manual_seed(seed)
         self.pause_s = pause_s
         self.lengths = torch.randint(2, LONGEST + 1, (count,), generator=generator)
-        first, by = torch.randint(WORDS - 1, (2, count, 1), generator=generator)
-        self.words = 1 + (first + by * torch.arange(LONGEST)) % (WORDS - 1)
+        first, increment = torch.randint(WORDS - 1, (2, count, 1), generator=generator)
+        self.words = 1 + (first + increment * torch.arange(LONGEST)) % (WORDS - 1)
         self.words[torch.arange(LONGEST) >= self.lengths[:, None]] = 0
         self.words, self.lengths = self.words.to(device), self.lengths.to(device)
 
@@ -55,12 +57,12 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self, width=32, heads=2, depth=2, dropout=0.0, words=WORDS):
         super().__init__()
-        self.words, self.places = nn.Embedding(words, width), nn.Embedding(LONGEST, width)
+        self.words, self.positions = nn.Embedding(words, width), nn.Embedding(LONGEST, width)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, words, bias=False)
 
     def forward(self, words):
-        x = self.words(words) + self.places.weight[: words.shape[1]]
+        x = self.words(words) + self.positions.weight[: words.shape[1]]
         for block in self.blocks:
             x = block(x)
         return self.out(self.norm(x))
@@ -68,14 +70,14 @@ class Model(nn.Module):
 
 class Counting(Task):
     unit = "tokens"
-    losses = 0  # computed so far in training, by this rank
+    losses = 0  # how many losses this rank has computed in training
 
     def data(self, world):
         pause_s = self.config.model.get("pause_s", 0.0)
         return Sentences(500, 1, world.device, pause_s), Sentences(67, 2, world.device)
 
     def model(self):
-        return Model(**{key: value for key, value in self.config.model.items() if key not in OF_TESTS})
+        return Model(**{key: value for key, value in self.config.model.items() if key not in TEST_KEYS})
 
     def loss(self, model, batch):
         words, lengths, rows = batch

@@ -1,4 +1,4 @@
-"""One private SLURM cluster for all tests here, and `launch` on its login node."""
+"""Fixtures: one private SLURM cluster for all tests of this folder, and `launch` as on its login node."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from conftest import Command
-from slurm.cluster import Cluster, cluster, missing, outside
+from slurm.cluster import Cluster, cluster, missing_programs, without_slurm_variables
 
 from launch.records.run import read_run
 from launch.report.explain import explain, told
@@ -20,38 +20,38 @@ from launch.report.explain import explain, told
 
 @pytest.fixture(scope="session")
 def needs_slurm() -> None:
-    """Skips where SLURM is not installed; in CI that is a failure."""
-    if lacking := missing():
-        told = f"not installed: {', '.join(lacking)} (Debian: slurm-wlm, munge)"
+    """Skip the test where SLURM is not installed. In CI the test fails instead."""
+    if lacking := missing_programs():
+        message = f"not installed: {', '.join(lacking)} (Debian: slurm-wlm, munge)"
         if os.environ.get("CI"):
-            pytest.fail(told, pytrace=False)
-        pytest.skip(told)
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
 
 
 @pytest.fixture(scope="session")
 def shared_cluster(needs_slurm: None) -> Iterator[Cluster]:
-    """Nodes n1, n2, n3 of 16 CPUs and eight stand-in GPUs each."""
+    """A cluster of nodes n1, n2, n3, each with 16 CPUs and eight stand-in GPUs."""
     with cluster() as slurm:
         yield slurm
 
 
 @pytest.fixture
 def slurm(shared_cluster: Cluster) -> Iterator[Cluster]:
-    """The session's cluster, to do anything with: afterwards its jobs are cancelled and its nodes made whole."""
+    """The shared cluster. A test may break it: after the test all jobs are cancelled and all daemons run again."""
     yield shared_cluster
     shared_cluster.clean()
 
 
 @pytest.fixture
-def own_cluster(needs_slurm: None) -> Iterator[Callable[..., Cluster]]:
-    """Starts a cluster of the test's own, with the arguments of `cluster`; 32 small nodes take about a second."""
+def start_cluster(needs_slurm: None) -> Iterator[Callable[..., Cluster]]:
+    """A function that starts a cluster for this test alone. It takes the arguments of `cluster`; 32 nodes take about a second."""
     with ExitStack() as stack:
         yield lambda **options: stack.enter_context(cluster(**options))
 
 
 @dataclass
 class LoginCommand(Command):
-    """`launch` as on a cluster's login node: it finds the cluster, and nothing of an enclosing job."""
+    """`launch` as on the cluster's login node: it finds the cluster and the cluster file `here`."""
 
     slurm: Cluster
 
@@ -61,35 +61,40 @@ class LoginCommand(Command):
 
 
 @pytest.fixture(scope="session")
-def login(shared_cluster: Cluster) -> Callable[[Path], LoginCommand]:
-    """`launch` in a folder, with a config `here` of the test cluster."""
+def launch_in(shared_cluster: Cluster) -> Callable[[Path], LoginCommand]:
+    """A function that gives `launch` in a folder, with the cluster file `here` of the test cluster."""
 
-    def at(folder: Path) -> LoginCommand:
+    def make(folder: Path) -> LoginCommand:
         write_cluster(folder)
         return LoginCommand(folder, shared_cluster)
 
-    return at
+    return make
 
 
 @pytest.fixture
 def slurm_launch(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoginCommand:
-    """`launch` in a folder of its own. Variables given to a call win over all else."""
-    for name in set(os.environ) - set(outside(os.environ)):
+    """`launch` in the test's own folder, without the variables of an enclosing job.
+
+    Variables given to a call override all others.
+    """
+    for name in set(os.environ) - set(without_slurm_variables(os.environ)):
         monkeypatch.delenv(name)
     write_cluster(tmp_path)
     return LoginCommand(tmp_path, slurm)
 
 
-def explained(run: Path) -> dict:
-    """What `launch explain` says of a run; shown, too."""
-    found = explain(read_run(run))
-    print(told(found))
-    assert json.loads(json.dumps(found)) == found
-    return found
+def explanation_of(run: Path) -> dict:
+    """Return the JSON of `launch explain` for a run, and print the text of `launch explain`."""
+    # A command names a run by the shorter of its absolute and its relative path. From /usr/lib the absolute path is shorter.
+    with chdir("/usr/lib"):
+        explanation = explain(read_run(run))
+    print(told(explanation))
+    assert json.loads(json.dumps(explanation)) == explanation
+    return explanation
 
 
 def write_cluster(folder: Path, **more: object) -> None:
-    """The config `here` of the test cluster in `folder`, where LoginCommand looks for it."""
+    """Write the cluster file `here` of the test cluster to the place in `folder` where LoginCommand looks for it."""
     values = {"kind": "slurm", "device": "cpu", "interface": "lo", "gpus_per_node": 8, "cpus_per_gpu": 1, "time": "30m", **more}
     path = folder / "config/launch/clusters/here.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Runs of scripts on the cluster: how they are submitted, and what they have said. They import nothing heavy."""
+"""Helpers for tests that submit small scripts to the cluster. The scripts import no large libraries, so they start fast."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from conftest import Command, record, wait_until
 from slurm.conftest import LoginCommand
 
-# A rank that says what it sees.
-SHOW = """\
+# A rank that prints its arguments, environment and working directory as JSON.
+PRINT_CONTEXT = """\
 import json, os, sys
 print(json.dumps({"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}))
 """
-WHERE = ("--cluster", "here")
-LATER = "sbatch.begin=now+1hour"  # it waits until Cluster.start_now
-# No file name holds a slash, no folder of runs a backslash.
+ON_TEST_CLUSTER = ("--cluster", "here")
+START_LATER = "sbatch.begin=now+1hour"  # the job waits until Cluster.start_now
+# Without a slash, because it is used as a file name, and without a backslash, because launch refuses a folder of runs with one.
 HOSTILE = """it's "a" $(touch hacked) `touch hacked` %t%j%A, ; & | * ? # ~ = ! <b> 中文　é"""
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR")
 
@@ -27,19 +27,21 @@ def write(folder: Path, text: str, name: str = "work.py") -> Path:
 
 
 def submit(launch: Command, *args: object, **env: str) -> tuple[Path, list[str]]:
-    """(the run's folder, the ids of its jobs)"""
-    done = launch(*before_dashes(args, *WHERE, "--json"), **env)
+    """Submit a run and return its folder and the ids of its jobs."""
+    done = launch(*insert_before_dashes(args, *ON_TEST_CLUSTER, "--json"), **env)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    return Path(told["path"]), told["jobs"]
+    output = json.loads(done.stdout)
+    return Path(output["path"]), output["jobs"]
 
 
-def before_dashes(args: tuple, *more: object) -> list:
+def insert_before_dashes(args: tuple, *more: object) -> list:
+    """Return `args` with `more` inserted before `--`, or at the end where `--` is missing."""
     cut = args.index("--") if "--" in args else len(args)
     return [*args[:cut], *more, *args[cut:]]
 
 
-def finish(run: Path, state: str = "finished", timeout_s: float = 60) -> None:
+def wait_for_end(run: Path, state: str = "finished", timeout_s: float = 60) -> None:
+    """Wait until a run is in `state`; on a timeout, print all its logs."""
     try:
         wait_until(lambda: record(run)["state"] == state, timeout_s=timeout_s)
     except BaseException:
@@ -48,14 +50,14 @@ def finish(run: Path, state: str = "finished", timeout_s: float = 60) -> None:
         raise
 
 
-def log(run: Path, rank: int = 0, number: int = 1) -> str:
+def rank_log(run: Path, rank: int = 0, number: int = 1) -> str:
     return (run / f"attempts/{number}/logs/{rank}.log").read_text()
 
 
-def seen(run: Path, rank: int = 0, number: int = 1) -> dict:
-    """What a rank of SHOW has said."""
-    return json.loads(log(run, rank, number).splitlines()[-1])
+def printed(run: Path, rank: int = 0, number: int = 1) -> dict:
+    """Return what a rank of PRINT_CONTEXT printed."""
+    return json.loads(rank_log(run, rank, number).splitlines()[-1])
 
 
-def nothing_was_done(launch: LoginCommand) -> None:
+def assert_nothing_submitted(launch: LoginCommand) -> None:
     assert launch.runs() == [] and launch.slurm.run("squeue", "-h") == ""

@@ -1,4 +1,4 @@
-"""The draft of a cluster file, and the files of cluster_configs/, against real clusters."""
+"""Drafts of cluster files, and the example files of cluster_configs/, checked on real clusters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launch.cluster.detect import draft
 from launch.cluster.resources import Wanted, slurm_resources
 from launch.plan.job_script import Request, make_job
 
-# What the files of cluster_configs/ describe: nodes <letter>1 and <letter>2, and a partition of each letter's.
+# Nodes as in the files of cluster_configs/: <letter>1 and <letter>2 for each letter.
 NODES = {
     "d": "CPUs=112 RealMemory=2000000 Gres=gpu:8 Feature=h100",
     "a": 'CPUs=96 RealMemory=1000000 MemSpecLimit=4000 Gres=gpu:a100:8 Feature=a100-80g,nvlink Reason="once CPUTot=3"',
@@ -24,8 +24,8 @@ PARTITIONS = {"dgx": "d[1-2] MaxTime=2-00:00:00", "gpu": "a[1-2],v[1-2] MaxTime=
 
 
 @pytest.fixture(scope="module")
-def shapes(needs_slurm: None) -> Iterator[Cluster]:
-    """Nodes of many kinds; main, the default, holds all."""
+def mixed_cluster(needs_slurm: None) -> Iterator[Cluster]:
+    """A cluster with nodes of several kinds. The default partition, main, contains all nodes."""
     names = [f"{kind}{number}" for kind in NODES for number in (1, 2)]
     lines = [f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} {NODES[name[0]]}"
              for name, port in zip(names, free_ports(len(names)))]
@@ -38,13 +38,13 @@ def shapes(needs_slurm: None) -> Iterator[Cluster]:
         for name in names:
             (slurm.folder / name).mkdir()
             slurm.start_slurmd(name, wait=False)
-        slurm.wait_up(names)
+        slurm.wait_until_up(names)
         yield slurm
 
 
 @pytest.fixture
-def drafted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Cluster], tuple[ClusterConfig, str]]:
-    """What is drafted on a cluster: as it is read back, and the text."""
+def draft_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Cluster], tuple[ClusterConfig, str]]:
+    """A function that drafts a cluster file and returns (the parsed file, its text)."""
     def make(slurm: Cluster) -> tuple[ClusterConfig, str]:
         monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
         text = draft("here")
@@ -53,81 +53,85 @@ def drafted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Cluste
     return make
 
 
-def accepted(slurm: Cluster, config: ClusterConfig, nodes: int = 2) -> str:
-    """What `sbatch --test-only` says of a job of whole nodes."""
+def sbatch_test(slurm: Cluster, config: ClusterConfig, nodes: int = 2) -> str:
+    """Return what `sbatch --test-only` prints for a job of whole nodes."""
     gpus = None if config.device == "cpu" else nodes * (config.gpus_per_node or 4)
     resources = slurm_resources(config, Wanted(gpus=gpus, procs=nodes if gpus is None else None, nodes=nodes))
     job = make_job(Request(config), resources, name="job", folder="/tmp/none", python="python3", grace_s=60)
     (slurm.folder / "job.sh").write_text(job.script)
-    return slurm.ask("sbatch", "--test-only", "job.sh").stderr
+    return slurm.try_run("sbatch", "--test-only", "job.sh").stderr
 
 
 @pytest.mark.parametrize("name", [path.stem for path in BUILT_IN.glob("*.yaml") if path.stem != "local"])
-def test_slurm_takes_the_examples(shapes, name):
-    assert "to start at" in accepted(shapes, read_cluster(BUILT_IN / f"{name}.yaml"))
+def test_slurm_accepts_the_example_files(mixed_cluster, name):
+    assert "to start at" in sbatch_test(mixed_cluster, read_cluster(BUILT_IN / f"{name}.yaml"))
 
 
-def test_a_draft_of_the_shared_cluster(slurm, drafted):
-    config, text = drafted(slurm)
+def test_a_draft_of_the_shared_cluster(slurm, draft_of):
+    config, text = draft_of(slurm)
     assert config == ClusterConfig(
         name="here", description="private, partition main", kind="slurm", partition="main", time="1-00:00:00",
         gpu_request="gpus-per-node", gpus_per_node=8, cpus_per_gpu=2, mem_per_gpu="8000M", cpus_per_node=16,
         mem_per_cpu="4000M", max_nodes=3, requeue=True)
     assert "the default; others: short (up to 00:03:00), urgent (up to 1-00:00:00)" in text
     assert "KillWait, 20 sec (PreemptMode=REQUEUE)" in text
-    assert "on nodes n[1-3]" in accepted(slurm, config, nodes=3)
+    assert "on nodes n[1-3]" in sbatch_test(slurm, config, nodes=3)
 
 
 @pytest.fixture
-def only(shapes: Cluster) -> Iterator[Callable[..., None]]:
-    """Gives a function that leaves these partitions of `shapes` up, the first as the default, with settings of its own."""
-    every = ["main", "short", "urgent", *PARTITIONS]
+def use_partitions(mixed_cluster: Cluster) -> Iterator[Callable[..., None]]:
+    """A function that sets all partitions of `mixed_cluster` down except the named ones.
 
-    def choose(*names: str, **own: str) -> None:
-        for name in every:
-            more = own if name == names[0] else {}
-            values = {"State": "UP" if name in names else "DOWN", "Default": "YES" if more is own else "NO", **more}
-            shapes.run("scontrol", "update", f"PartitionName={name}", *(f"{key}={value}" for key, value in values.items()))
+    The first named partition becomes the default and gets the settings that are passed by keyword.
+    """
+    partitions = ["main", "short", "urgent", *PARTITIONS]
+
+    def choose(*names: str, **settings: str) -> None:
+        for name in partitions:
+            default = name == names[0]
+            values = {"State": "UP" if name in names else "DOWN", "Default": "YES" if default else "NO"}
+            values |= settings if default else {}
+            mixed_cluster.run("scontrol", "update", f"PartitionName={name}", *(f"{key}={value}" for key, value in values.items()))
 
     yield choose
-    shapes.run("scontrol", "reconfigure")
+    mixed_cluster.run("scontrol", "reconfigure")
 
 
-def test_the_most_common_gpu_is_chosen(shapes, only, drafted):
-    only("gpu", GraceTime="120", AllowAccounts="ml,vision", MaxNodes="1", OverSubscribe="EXCLUSIVE")
-    config, text = drafted(shapes)
+def test_the_most_common_gpu_is_chosen(mixed_cluster, use_partitions, draft_of):
+    use_partitions("gpu", GraceTime="120", AllowAccounts="ml,vision", MaxNodes="1", OverSubscribe="EXCLUSIVE")
+    config, text = draft_of(mixed_cluster)
     assert (config.partition, config.gpu_type, config.gpus_per_node, config.max_nodes) == ("gpu", "a100", 8, 1)
     assert (config.cpus_per_gpu, config.mem_per_gpu, config.time) == (12, "121G", "0-12:00:00")
     assert "GPUs here: 16 a100, 8 v100\n" in text and "nodes have a100-80g, nvlink\n" in text
-    assert "# account: NAME                 # AllowAccounts=ml,vision\n" in text and "given out whole" in text
+    assert "# account: NAME                 # AllowAccounts=ml,vision\n" in text and "Jobs get whole nodes" in text
     assert "KillWait, 20 sec, after GraceTime, 120 sec" in text and "of 2, MaxNodes=1" in text
 
 
-def test_all_that_is_drafted_may_be_had(shapes, only, drafted):
-    only("gpu", MaxMemPerNode="800000")
-    config, _ = drafted(shapes)
+def test_a_draft_stays_below_maxmempernode(mixed_cluster, use_partitions, draft_of):
+    use_partitions("gpu", MaxMemPerNode="800000")
+    config, _ = draft_of(mixed_cluster)
     assert config.mem_per_gpu == "97G"
-    assert "on nodes a[1-2]" in accepted(shapes, config)
+    assert "on nodes a[1-2]" in sbatch_test(mixed_cluster, config)
 
 
-def test_a_default_partition_without_gpus(shapes, only, drafted):
-    only("cpu", "gpu", "dgx")
-    config, text = drafted(shapes)
+def test_a_default_partition_without_gpus_is_replaced_or_drafted_for_cpus(mixed_cluster, use_partitions, draft_of):
+    use_partitions("cpu", "gpu", "dgx")
+    config, text = draft_of(mixed_cluster)
     assert config.partition == "gpu" and "the default has no GPUs; others: dgx (up to 2-00:00:00), cpu (up to UNLIMITED)" in text
-    only("cpu")
-    config, text = drafted(shapes)
+    use_partitions("cpu")
+    config, text = draft_of(mixed_cluster)
     assert (config.partition, config.device, config.gpu_request, config.gpus_per_node) == ("cpu", "cpu", "none", None)
     assert (config.cpus_per_node, config.mem_per_cpu, config.time) == (64, "4000M", "1-00:00:00")
-    assert "on nodes c[1-2]" in accepted(shapes, config)
+    assert "on nodes c[1-2]" in sbatch_test(mixed_cluster, config)
 
 
-def test_a_site_of_other_habits(needs_slurm, drafted):
-    """Another selection of nodes, memory that is not given out, no requeueing unless asked for."""
+def test_a_draft_for_a_site_with_other_slurm_settings(needs_slurm, draft_of):
+    """The site uses select/cons_res, does not allocate memory, and requeues only jobs that ask for it."""
     with cluster(nodes=1, gpus=8, extra="SelectType=select/cons_res\nSelectTypeParameters=CR_CPU\nJobRequeue=0") as slurm:
-        config, text = drafted(slurm)
+        config, text = draft_of(slurm)
         assert config.gpu_request == "gres" and config.gpus_per_node == 8 and config.mem_per_gpu is None
-        assert "to start at" in accepted(slurm, config, nodes=1)
+        assert "to start at" in sbatch_test(slurm, config, nodes=1)
         assert config.requeue and "JobRequeue=0: jobs that ask for it" in text
         job = slurm.run("sbatch", "--parsable", "--requeue", "--wrap", "sleep 60").strip()
         slurm.wait(job, "RUNNING")
-        slurm.run("scontrol", "requeue", job)  # refused of a job that did not ask
+        slurm.run("scontrol", "requeue", job)  # SLURM refuses this for a job that did not ask for requeueing

@@ -1,4 +1,4 @@
-"""`launch doctor` on the cluster, whole and broken."""
+"""`launch doctor` on a healthy cluster and on broken clusters."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from launch.cluster.config import ClusterConfig, load_cluster
 from launch.report.doctor.check import line
 from launch.report.doctor.checks import doctor
 
-pytestmark = pytest.mark.slow  # not each, but together
+pytestmark = pytest.mark.slow  # each test is fast, the file is slow
 
 
 @pytest.fixture
 def examine(slurm, slurm_launch, monkeypatch):
-    """All that doctor finds, by name, with a cluster file that says more."""
+    """A function that runs doctor with changes to the cluster file and returns the checks by name."""
     folder = slurm_launch.folder
     monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
     monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
     monkeypatch.chdir(folder)
     monkeypatch.setattr("launch.report.doctor.trial_job.TROUBLE_S", 2.0)
 
-    def one(job=False, nodes=None, **more):
+    def run_doctor(job=False, nodes=None, **more):
         write_cluster(folder, **more)
-        said: list[str] = []
-        found: dict[str, list] = {}
-        for check in doctor(load_cluster("here"), folder / "runs", job, nodes, said.append):
+        notes: list[str] = []
+        checks: dict[str, list] = {}
+        for check in doctor(load_cluster("here"), folder / "runs", job, nodes, notes.append):
             print(line(check))
-            found.setdefault(check.name, []).append(check)
-        print(*said, sep="\n")
-        return found
+            checks.setdefault(check.name, []).append(check)
+        print(*notes, sep="\n")
+        return checks
 
-    return one
+    return run_doctor
 
 
-def test_a_cluster_in_order(examine, slurm_launch):
-    found = examine()
-    assert {name: checks[0].ok for name, checks in found.items()} == dict.fromkeys(
+def test_a_healthy_cluster(examine, slurm_launch):
+    checks = examine()
+    assert {name: results[0].ok for name, results in checks.items()} == dict.fromkeys(
         ("packages", "runs", "slurm", "partition", "nodes", "sbatch", "accounting", "requeue", "grace", "W&B"), "ok")
-    assert found["nodes"][0].what == "all 3 are in order"
-    assert found["sbatch"][0].what == "would take 1 GPU(s) on 1 node(s) and 8 GPU(s) on 1 node(s)"
-    assert "preempted, a job is killed after 20 s" in found["grace"][0].what
+    assert checks["nodes"][0].what == "all 3 take jobs"
+    assert checks["sbatch"][0].what == "accepts 1 GPU(s) on 1 node(s) and 8 GPU(s) on 1 node(s)"
+    assert "a preempted job is killed after 20 s" in checks["grace"][0].what
     assert not list(slurm_launch.folder.glob("runs/*"))
 
 
-def test_what_sbatch_refuses(examine):
-    found = examine(gpus_per_node=9, time="2d")
-    (small, whole) = found["sbatch"]
+def test_jobs_that_sbatch_refuses(examine):
+    checks = examine(gpus_per_node=9, time="2d")
+    (small, whole) = checks["sbatch"]
     assert small.what == "the smallest job: the time limit is 2-00:00:00; partition `main` allows 1-00:00:00"
     assert whole.what == "a whole node: SLURM refuses this job: Requested node configuration is not available"
     assert "has 3 node(s) of 16 cores, 62 GiB and 8 GPU(s)" in whole.mend
@@ -66,22 +66,22 @@ def test_nodes_that_take_no_jobs(slurm, examine):
 
 
 @pytest.mark.slow
-def test_no_controller(slurm, examine, monkeypatch, tmp_path):
-    """The commands are here and find a cluster file; nobody answers."""
+def test_a_controller_that_does_not_answer(slurm, examine, monkeypatch, tmp_path):
+    """SLURM's commands are installed and find slurm.conf, but slurmctld does not run at that port."""
     text = slurm.conf.read_text()
     port = next(line for line in text.splitlines() if line.startswith("SlurmctldPort="))
     (tmp_path / "slurm.conf").write_text(text.replace(port, "SlurmctldPort=1"))
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     checks = list(doctor(load_cluster("here"), tmp_path / "runs", job=True))
-    (found,) = [check for check in checks if check.ok == "error"]
-    assert found.name == "slurm" and found.what.endswith("is DOWN") and found.mend.startswith("SLURM's controller is down")
+    (failed,) = [check for check in checks if check.ok == "error"]
+    assert failed.name == "slurm" and failed.what.endswith("is DOWN") and failed.mend.startswith("SLURM's controller is down")
 
 
 @pytest.mark.slow
-def test_the_job(examine, slurm_launch):
-    found = examine(job=True)
-    (job,) = found["job"]
-    assert job.ok == "ok" and job.what.startswith("2 rank(s) on n1, n2; of rank 0: torch: ")
+def test_a_trial_job(examine, slurm_launch):
+    checks = examine(job=True)
+    (job,) = checks["job"]
+    assert job.ok == "ok" and job.what.startswith("2 rank(s) on n1, n2; rank 0: torch: ")
     assert "all-reduce: over gloo, 2 rank(s)" in job.what
     assert not list(slurm_launch.folder.glob("runs/*"))
 
@@ -94,13 +94,13 @@ def test_the_node_whose_torch_is_broken_is_named(examine, slurm_launch):
     wrapper = folder / "wrapper.sh"
     wrapper.write_text(f'#!/bin/sh\n[ "$SLURM_PROCID" = 1 ] && export PYTHONPATH={folder}/broken:$PYTHONPATH\nexec "$@"\n')
     wrapper.chmod(0o755)
-    job, all = examine(job=True, prefix=[str(wrapper)])["job"]
+    job, summary = examine(job=True, prefix=[str(wrapper)])["job"]
     assert job.ok == "error" and job.what == ("node n2: torch: rank 1: ImportError: libcudart.so.13: cannot open shared "
                                               "object file")
     (run,) = folder.glob("runs/doctor-*")
-    assert all.what == "failed on n2" and f"launch explain {run}" in all.mend
-    told = slurm_launch("status", run)
-    assert "failed" in told.stdout
+    assert summary.what == "failed on n2" and f"launch explain {run}" in summary.mend
+    status = slurm_launch("status", run)
+    assert "failed" in status.stdout
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide a folder from a node")
@@ -109,9 +109,9 @@ def test_the_node_that_cannot_see_the_folder_of_runs_is_named(slurm, examine, tm
     slurm.kill_slurmd(node)
     slurm.start_slurmd(node, "unshare", "-m", "--propagation", "private", "sh", "-c",
                        f'mount -t tmpfs tmpfs {tmp_path} && exec "$@"', "sh")
-    job, all = examine(job=True)["job"]
-    assert all.what == f"failed on {node}"
-    assert job.ok == "error" and job.what.startswith(f"node {node}: folder: it could write nothing into {tmp_path}/runs/doctor-")
+    job, summary = examine(job=True)["job"]
+    assert summary.what == f"failed on {node}"
+    assert job.ok == "error" and job.what.startswith(f"node {node}: folder: it could not write to {tmp_path}/runs/doctor-")
     assert not slurm.run("squeue", "-h")
 
 
@@ -120,12 +120,12 @@ def test_the_node_that_cannot_see_the_folder_of_runs_is_named(slurm, examine, tm
     ({"setup": ["cd /nonexistent || exit 7"]}, "n1", "cd: /nonexistent: No such file or directory"),
     ({"interface": "ib7"}, "n1", "error: this host has no interface `ib7` with an IPv4 address"),
 ])
-def test_why_nodes_could_not_start_is_told(examine, more, node, what):
+def test_the_reason_why_a_node_could_not_start_is_shown(examine, more, node, what):
     job = examine(job=True, **more)["job"][0]
     assert job.ok == "error" and job.what.startswith(f"node {node}: start: ") and what in job.what
 
 
-def test_a_job_that_does_not_start(examine, slurm, slurm_launch, monkeypatch):
+def test_a_trial_job_that_does_not_start(examine, slurm, slurm_launch, monkeypatch):
     monkeypatch.setattr("launch.report.doctor.trial_job.START_S", 1.0)
     (job,) = examine(job=True, sbatch={"begin": "now+1hour"})["job"]
     assert job.ok == "warning" and "has not started within 1 s: its start time has not come" in job.what
@@ -135,7 +135,8 @@ def test_a_job_that_does_not_start(examine, slurm, slurm_launch, monkeypatch):
 def test_a_site_that_does_not_requeue_by_default(needs_slurm, monkeypatch, tmp_path):
     with cluster(nodes=1, gpus=0, cpus=1, extra="JobRequeue=0\nMinJobAge=60") as slurm:
         monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
-        found = {check.name: check for check in doctor(ClusterConfig(name="here", kind="slurm", device="cpu"), tmp_path)}
-        assert "shared" not in found  # its only node is this host
-    assert found["requeue"].what == "jobs come back after time limits and preemption; not by default here, but jobs ask for it"
-    assert "known for 60 sec" in found["accounting"].what
+        checks = {check.name: check for check in doctor(ClusterConfig(name="here", kind="slurm", device="cpu"), tmp_path)}
+        assert "shared" not in checks  # the only node is this host, so every folder is shared
+    assert checks["requeue"].what == ("jobs are requeued after time limits and preemption; SLURM's default here is no requeue, "
+                                     "but jobs ask for it")
+    assert "SLURM knows how a job ended for 60 sec" in checks["accounting"].what

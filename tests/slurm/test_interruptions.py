@@ -1,4 +1,4 @@
-"""The promise on SLURM: whatever interrupts a run, it is the run it would have been."""
+"""Interrupted runs on SLURM give exactly the results of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ import signal
 import time
 
 import pytest
-from conftest import BLOBS, alive, attempt, pace, record, rows, wait_until
-from slurm.conftest import explained
+from conftest import BLOBS, alive, attempt, record, rows, set_pause, wait_until
+from slurm.conftest import explanation_of
 
 pytestmark = pytest.mark.slow
 
 STEPS = 400
 KEYS = (BLOBS, f"train.steps={STEPS}", "eval.every=100", "checkpoint.every=50", "run.grace_s=10")
-SLOWLY = "model.pause_s=0.05"  # until `pace`
+SLOWLY = "model.pause_s=0.05"  # `set_pause` changes the pause later
 WHERE = ("--cluster", "here", "--gpus", 4, "--nodes", 2)
 
 
-def told(run) -> tuple[list, list]:
+def results(run) -> tuple[list, list]:
+    """Return (step, loss and gradient norm of each training row, all evaluation rows without their times)."""
     evaluations = [{k: v for k, v in row.items() if k != "time"} for row in rows(run, "eval")]
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(run)], evaluations
 
 
 def submit(launch, *args) -> tuple:
-    """(the run's folder, its job's id)"""
+    """Submit a run and return (the run's folder, its job's id)."""
     done = launch(*args, "--json")
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    return launch.folder / "runs" / said["id"], said["jobs"][0]
+    output = json.loads(done.stdout)
+    return launch.folder / "runs" / output["id"], output["jobs"][0]
 
 
 def state(run) -> str:
@@ -46,14 +47,15 @@ def step(run) -> int:
 
 
 def reach(run, at: int) -> None:
-    """There it slows down, so that it cannot be over before what is to happen to it."""
+    """Wait until a run is at a step, then slow the run down, so that it cannot finish before the test interrupts it."""
     wait_until(lambda: step(run) >= at or state(run) == "failed", timeout_s=180)
     assert state(run) != "failed", attempt(run, record(run)["attempt"])
-    pace(run, 0.5)
+    set_pause(run, 0.5)
 
 
-def finish(run) -> None:
-    pace(run, 0)
+def run_to_the_end(run) -> None:
+    """Let a run continue without pauses and wait until it has finished."""
+    set_pause(run, 0)
     wait_until(lambda: state(run) in ("finished", "failed", "cancelled"), timeout_s=240)
     assert state(run) == "finished", job_log(run)
 
@@ -63,11 +65,11 @@ def job_log(run) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(login, tmp_path_factory):
-    """What the run is when nothing interrupts it, on the same nodes."""
-    run, _ = submit(login(tmp_path_factory.mktemp("whole")), *KEYS, *WHERE)
-    finish(run)
-    return told(run)
+def whole(launch_in, tmp_path_factory):
+    """The results of the same run on the same nodes without an interruption."""
+    run, _ = submit(launch_in(tmp_path_factory.mktemp("whole")), *KEYS, *WHERE)
+    run_to_the_end(run)
+    return results(run)
 
 
 def test_a_time_limit_a_requeue_and_a_cancellation(slurm, slurm_launch, whole):
@@ -77,26 +79,26 @@ def test_a_time_limit_a_requeue_and_a_cancellation(slurm, slurm_launch, whole):
     run, job = submit(slurm_launch, *KEYS, SLOWLY, *WHERE, "--wandb", "offline")
 
     reach(run, random.randint(10, 40))
-    slurm.end_soon(job)
+    slurm.shorten_time_limit(job)
     wait_until(lambda: attempt(run, 1)["outcome"] != "running")
     at = record(run)["step"]
     print(f"time limit (USR2) at step {at}: {attempt(run, 1)['outcome']}")
     assert (attempt(run, 1)["outcome"], attempt(run, 1)["reason"]) == ("preempted", "time limit")
     assert record(run)["checkpoint"] == at
-    slurm.wait_requeued(job)
+    slurm.wait_until_requeued(job)
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     slurm.start_now(job)
 
-    pace(run, 0.05)
+    set_pause(run, 0.05)
     reach(run, at + random.randint(10, 40))
     slurm.run("scontrol", "requeue", job)
     wait_until(lambda: attempt(run, 2)["outcome"] != "running")
     print(f"requeue (TERM) at step {record(run)['step']}: {attempt(run, 2)['outcome']}")
     assert attempt(run, 2)["outcome"] == "preempted" and record(run)["checkpoint"] == record(run)["step"]
-    slurm.wait_requeued(job)
+    slurm.wait_until_requeued(job)
     slurm.start_now(job)
 
-    pace(run, 0.05)
+    set_pause(run, 0.05)
     reach(run, record(run)["step"] + random.randint(10, 40))
     cancelled = slurm_launch("cancel", run.name)
     assert cancelled.returncode == 0, cancelled.stderr
@@ -105,9 +107,9 @@ def test_a_time_limit_a_requeue_and_a_cancellation(slurm, slurm_launch, whole):
     wait_until(lambda: slurm.job(job)["JobState"] == "CANCELLED")
     resumed = slurm_launch("resume", run.name, "--time", "10m", "--json")
     assert resumed.returncode == 0, resumed.stderr
-    finish(run)
+    run_to_the_end(run)
 
-    assert told(run) == whole
+    assert results(run) == whole
     assert record(run)["attempt"] == 4 and [attempt(run, n)["restart"] for n in (1, 2, 3, 4)] == [0, 1, 2, 0]
     logs = [f"attempts/{n}/logs/{rank}.log" for n in (1, 2, 3, 4) for rank in range(4)]
     assert all((run / log).exists() for log in logs)
@@ -115,123 +117,123 @@ def test_a_time_limit_a_requeue_and_a_cancellation(slurm, slurm_launch, whole):
     assert len(folders) == 4 and {re.split(r"-\d{8}_\d{6}-", folder.name)[1] for folder in folders} == {run.name}
 
 
-@pytest.mark.parametrize("what", ["rank", "node process", "head node process"])
-def test_a_kill(slurm, slurm_launch, whole, what):
+@pytest.mark.parametrize("victim", ["rank", "node process", "head node process"])
+def test_a_killed_process(slurm, slurm_launch, whole, victim):
     run, job = submit(slurm_launch, *KEYS, SLOWLY, *WHERE)
     at = random.randint(60, 200)
     reach(run, at)
-    pid, about = victim(run, what)
-    os.kill(pid, signal.SIGKILL)
-    began, killed_at = time.monotonic(), step(run)
-    if what != "rank":
-        slurm.wait_requeued(job)
+    os.kill(find_process(run, victim), signal.SIGKILL)
+    killed, killed_at = time.monotonic(), step(run)
+    if victim != "rank":
+        slurm.wait_until_requeued(job)
         slurm.start_now(job)
     resumed = resumed_at(run, 2)
-    seconds = time.monotonic() - began
-    finish(run)
-    print(f"kill -9 of {about} at step {killed_at}: training went on after {seconds:.1f} s from step {resumed}; "
+    seconds = time.monotonic() - killed
+    run_to_the_end(run)
+    print(f"{victim} killed at step {killed_at}: training continued after {seconds:.1f} s from step {resumed}; "
           f"attempt 1: {attempt(run, 1)['outcome']}: {attempt(run, 1)['failure']['message']}")
-    assert killed_at - resumed <= 50 + 5 and told(run) == whole
+    assert killed_at - resumed <= 50 + 5 and results(run) == whole
     restarts = [attempt(run, n)["restart"] for n in (1, 2)]
-    assert restarts == ([0, 0] if what == "rank" else [0, 1])  # a rank's end needs no new job
+    assert restarts == ([0, 0] if victim == "rank" else [0, 1])  # after a killed rank, the job itself starts the new attempt
 
 
-def victim(run, what: str) -> tuple[int, str]:
-    """The process to kill, by its command and place."""
-    me = attempt(run, 1)
-    if what == "head node process":
-        return me["pid"], what
-    found = []
+def find_process(run, kind: str) -> int:
+    """Return the pid of rank 3, of the second node's process, or of the head node's process of the first attempt."""
+    if kind == "head node process":
+        return attempt(run, 1)["pid"]
+    pids = []
     for entry in os.listdir("/proc"):
         try:
             words = open(f"/proc/{entry}/cmdline", "rb").read().split(b"\0")
             env = dict(word.split(b"=", 1) for word in open(f"/proc/{entry}/environ", "rb").read().split(b"\0") if b"=" in word)
         except OSError:
             continue
-        if what == "rank" and b"trainers.run" in words and str(run).encode() in words and env[b"RANK"] == b"3":
-            found.append(int(entry))
+        if kind == "rank" and b"trainers.run" in words and str(run).encode() in words and env[b"RANK"] == b"3":
+            pids.append(int(entry))
         node = b"launch.execute.node_process" in words and str(run / "submissions/1").encode() in words and b"-u" in words
-        if what == "node process" and node and env.get(b"SLURM_PROCID") == b"1" and b"srun" not in words[0]:
-            found.append(int(entry))
-    (pid,) = found
+        if kind == "node process" and node and env.get(b"SLURM_PROCID") == b"1" and b"srun" not in words[0]:
+            pids.append(int(entry))
+    (pid,) = pids
     assert alive(pid)
-    return pid, what
+    return pid
 
 
 def test_a_rank_that_hangs(slurm_launch, whole):
-    """Of the second node: all four wait, and the head names the right one."""
+    """A rank of the second node hangs. All four ranks then wait, and the head node names the right rank."""
     run, _ = submit(slurm_launch, *KEYS, SLOWLY, "run.hang_s=8", *WHERE)
     reach(run, random.randint(60, 200))
-    pid, _ = victim(run, "rank")
-    os.kill(pid, signal.SIGSTOP)
-    began, stopped_at = time.monotonic(), step(run)
+    os.kill(find_process(run, "rank"), signal.SIGSTOP)
+    stopped, stopped_at = time.monotonic(), step(run)
     wait_until(lambda: attempt(run, 1)["outcome"] != "running")
-    print(f"rank 3 stopped at step {stopped_at}: its attempt had ended after {time.monotonic() - began:.1f} s")
+    print(f"rank 3 was stopped at step {stopped_at}: its attempt ended after {time.monotonic() - stopped:.1f} s")
     failure = attempt(run, 1)["failure"]
     assert (failure["rank"], failure["node"]) == (3, "n2") and "was stopped" in failure["message"]
     assert "loop.py" in failure["traceback"]
     for rank in range(4):
         assert "most recent call first" in (run / f"attempts/1/logs/{rank}.log").read_text()
-    finish(run)
-    assert told(run) == whole and [attempt(run, n)["restart"] for n in (1, 2)] == [0, 0]
+    run_to_the_end(run)
+    assert results(run) == whole and [attempt(run, n)["restart"] for n in (1, 2)] == [0, 0]
 
 
 def test_a_dead_node(slurm, slurm_launch, whole, monkeypatch, node="n1"):
-    """The head node, with the batch shell. (Of the other node the head's process hears at once; it takes less long.)"""
+    """The head node dies, and with it the batch shell. The death of the other node is noticed at once and takes less time."""
     run, job = submit(slurm_launch, *KEYS, SLOWLY, *WHERE)
     reach(run, random.randint(60, 200))
     assert attempt(run, 1)["nodes"] == ["n1", "n2"]
     slurm.kill_slurmd(node, steps=True)
-    began, killed_at = time.monotonic(), step(run)
-    slurm.wait_requeued(job)
+    killed, killed_at = time.monotonic(), step(run)
+    slurm.wait_until_requeued(job)
     monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
-    found = explained(run)
-    first = found["attempts"][0]
-    assert (found["state"], first["outcome"], found["cause"]["meaning"]) == ("preempted", "lost", "a node of its job failed")
-    assert found["sentence"].startswith("waits in SLURM's queue: its start time has not come")
-    assert f"it was lost at step {first['to_step']} in attempt 1: node n1 is down (DOWN, Not responding)" in found["sentence"]
-    assert [said["command"] for said in found["next"]] == [f"launch logs {run} --follow", f"launch cancel {run}"]
+    explanation = explanation_of(run)
+    first = explanation["attempts"][0]
+    assert (explanation["state"], first["outcome"]) == ("preempted", "lost")
+    assert explanation["cause"]["meaning"] == "a node of its job failed"
+    assert explanation["sentence"].startswith("waits in SLURM's queue: its start time has not come")
+    lost = f"it was lost at step {first['to_step']} in attempt 1: node n1 is down (DOWN, Not responding)"
+    assert lost in explanation["sentence"]
+    assert [step["command"] for step in explanation["next"]] == [f"launch logs {run} --follow", f"launch cancel {run}"]
     slurm.start_now(job)
     resumed = resumed_at(run, 2)
-    print(f"node {node} dead at step {killed_at}: training went on after {time.monotonic() - began:.1f} s from step {resumed}; "
+    seconds = time.monotonic() - killed
+    print(f"node {node} died at step {killed_at}: training continued after {seconds:.1f} s from step {resumed}; "
           f"attempt 1: {attempt(run, 1)['outcome']}: {attempt(run, 1)['failure']['message']}")
-    finish(run)
-    assert killed_at - resumed <= 50 + 5 and told(run) == whole
+    run_to_the_end(run)
+    assert killed_at - resumed <= 50 + 5 and results(run) == whole
     assert attempt(run, 2)["nodes"] == ["n2", "n3"] and attempt(run, 2)["job"] == job
-    first = explained(run)["attempts"][0]
+    first = explanation_of(run)["attempts"][0]
     assert first["outcome"] == "lost" and "node n1 went down" in first["why"]
     assert (first["next_step"], first["lost_steps"]) == (resumed, first["to_step"] - resumed)
 
 
 def resumed_at(run, number: int, timeout_s: float = 150) -> int:
-    """The step at which an attempt has gone on."""
+    """Wait until an attempt has resumed and return its first step."""
     log = run / f"attempts/{number}/logs/0.log"
-    found = wait_until(lambda: log.exists() and re.search(r"resuming at step (\d+)", log.read_text()), timeout_s=timeout_s)
-    return int(found[1])
+    match = wait_until(lambda: log.exists() and re.search(r"resuming at step (\d+)", log.read_text()), timeout_s=timeout_s)
+    return int(match[1])
 
 
 def test_ranks_that_outlive_their_attempt_commit_nothing(slurm, slurm_launch):
-    """slurmd dies, its ranks do not: SLURM begins the job anew elsewhere beside them."""
+    """A slurmd dies, but its ranks do not. SLURM starts the job again on another node while the old ranks still run."""
     where = ("--cluster", "here", "--gpus", 2)
     whole, _ = submit(slurm_launch, *KEYS, *where)
-    finish(whole)
+    run_to_the_end(whole)
     run, job = submit(slurm_launch, *KEYS, SLOWLY, *where)
     reach(run, random.randint(60, 90))
     (node,) = attempt(run, 1)["nodes"]
     slurm.kill_slurmd(node)
-    began, killed_at = time.monotonic(), step(run)
-    slurm.wait_requeued(job)
+    killed, killed_at = time.monotonic(), step(run)
+    slurm.wait_until_requeued(job)
     slurm.start_now(job)
     resumed = resumed_at(run, 2)
-    pace(run, 0)  # the first attempt's ranks, too, come to a checkpoint
-    print(f"slurmd of {node} killed at step {killed_at}: a second attempt after {time.monotonic() - began:.1f} s, "
+    set_pause(run, 0)  # the first attempt's ranks also reach a checkpoint
+    print(f"slurmd of {node} killed at step {killed_at}: the second attempt started after {time.monotonic() - killed:.1f} s, "
           f"from step {resumed}")
     assert resumed >= killed_at - 50 and node not in attempt(run, 2)["nodes"]
     log = run / "attempts/1/logs/0.log"
     wait_until(lambda: "taken the run over" in log.read_text())
-    print(f"the first attempt's last words: {log.read_text().splitlines()[-2:]}")
-    finish(run)
-    assert told(run) == told(whole)
+    print(f"the last lines of the first attempt: {log.read_text().splitlines()[-2:]}")
+    run_to_the_end(run)
+    assert results(run) == results(whole)
     assert [row["step"] for row in rows(run)] == list(range(1, STEPS + 1))
 
 
@@ -242,22 +244,25 @@ def test_a_preemption(slurm, slurm_launch, whole):
                        "--wrap", "sleep 3").strip()
     wait_until(lambda: attempt(run, 1)["outcome"] != "running")
     at = record(run)["step"]
-    began = time.monotonic()
+    preempted = time.monotonic()
     assert resumed_at(run, 2) == at == record(run)["checkpoint"]
-    print(f"preempted at step {at}: training went on {time.monotonic() - began:.1f} s later, at that step")
-    finish(run)
-    assert told(run) == whole and slurm.job(urgent)["JobState"] == "COMPLETED" and attempt(run, 2)["job"] == job
+    print(f"preempted at step {at}: training continued from this step after {time.monotonic() - preempted:.1f} s")
+    run_to_the_end(run)
+    assert results(run) == whole and slurm.job(urgent)["JobState"] == "COMPLETED" and attempt(run, 2)["job"] == job
 
 
 def test_a_rank_that_runs_out_of_memory_costs_no_restart(slurm_launch):
-    """One on the second node, whose sizes are halved until they fit; then the run is what it would have been with the last."""
+    """A rank of the second node runs out of memory. Micro-batches are halved until they fit.
+
+    The results are those of a run with the last micro-batch size from the start.
+    """
     narrow = BLOBS.parents[1] / "sentences" / "narrow.yaml"
     where = ("--cluster", "here", "--gpus", 2, "--nodes", 2, "run.max_restarts=0", "train.batch_size=8")
-    run, _ = submit(slurm_launch, narrow, *where, "train.micro_batch_size=auto", "data.most=1")
-    finish(run)
-    given, _ = submit(slurm_launch, narrow, *where, "train.micro_batch_size=1")
+    run, _ = submit(slurm_launch, narrow, *where, "train.micro_batch_size=auto", "data.max_sentences=1")
+    run_to_the_end(run)
+    expected, _ = submit(slurm_launch, narrow, *where, "train.micro_batch_size=1")
     assert [attempt(run, number)["outcome"] for number in (1, 2, 3)] == ["failed", "failed", "finished"]
     failure = attempt(run, 2)["failure"]
     assert (failure["rank"], failure["message"]) == (1, "rank 1 ran out of memory with a micro-batch of 2")
-    finish(given)
-    assert told(run) == told(given)
+    run_to_the_end(expected)
+    assert results(run) == results(expected)

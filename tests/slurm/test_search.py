@@ -1,4 +1,4 @@
-"""A search over the nodes of a cluster: the same table, and nothing done twice."""
+"""A grid search on several nodes gives the same table as on one machine, and no piece is computed twice."""
 
 from __future__ import annotations
 
@@ -14,55 +14,57 @@ from slurm.conftest import write_cluster
 
 pytestmark = pytest.mark.slow
 
-# Pieces of a second or so: an interruption finds some done and some not.
+# A piece takes about a second, so an interruption finds some pieces finished and some not.
 KEYS = ("wine", "data=sample", "search.grid.n_estimators=[20,60]", "search.grid.min_samples_leaf=[1,2,3,5]",
         "search.importance_repeats=2", "run.grace_s=10")
 WHERE = ("--cluster", "here", "--nodes", 2, "--cpus", 1)
 
 
 def submit(launch, *args) -> tuple[Path, str]:
-    """(the run's folder, its job's id)"""
+    """Submit a run and return (the run's folder, its job's id)."""
     done = launch(*args, "--json")
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    return launch.folder / "runs" / said["id"], said["jobs"][0]
+    output = json.loads(done.stdout)
+    return launch.folder / "runs" / output["id"], output["jobs"][0]
 
 
-def finish(run: Path) -> None:
+def wait_for_end(run: Path) -> None:
     wait_until(lambda: record(run)["state"] in ("finished", "failed", "cancelled"), timeout_s=300)
     log = "\n".join(path.read_text() for path in sorted(run.glob("submissions/*/*_log.out")))
     assert record(run)["state"] == "finished", log
 
 
 def table(run: Path) -> list[dict]:
+    """Return the rows of the table of results, without the columns of times."""
     with open(run / "cv_results.csv", newline="") as file:
         return [{key: value for key, value in row.items() if "time" not in key} for row in csv.DictReader(file)]
 
 
 def pieces(run: Path) -> dict[str, int]:
-    """When each was written."""
+    """Return the time in ns at which each finished piece was written, by file name."""
     return {path.name: path.stat().st_mtime_ns for path in run.glob("pieces/*.json")}
 
 
 def claims(run: Path, number: int) -> set[str]:
+    """Return the pieces that ranks of an attempt started."""
     return {path.name for path in run.glob(f"attempts/{number}/claims/*")}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> list[dict]:
-    """The table of the same search in this process, by GridSearchCV."""
+    """The table of the same search, computed in this process by GridSearchCV."""
     from sklearn.datasets import load_diabetes
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.model_selection import GridSearchCV
 
     X, y = load_diabetes(return_X_y=True)
     grid = {"n_estimators": [20, 60], "min_samples_leaf": [1, 2, 3, 5], "min_samples_split": [2, 4, 8]}
-    found = GridSearchCV(RandomForestRegressor(random_state=0), grid, cv=5, refit=False).fit(X, y).cv_results_
-    return [{key: str(dict(values[row]) if key == "params" else values[row]) for key, values in found.items()
+    results = GridSearchCV(RandomForestRegressor(random_state=0), grid, cv=5, refit=False).fit(X, y).cv_results_
+    return [{key: str(dict(values[row]) if key == "params" else values[row]) for key, values in results.items()
              if "time" not in key} for row in range(24)]
 
 
-def test_two_nodes_kills_and_a_requeue(slurm, slurm_launch, whole):
+def test_a_requeue_and_a_killed_rank_on_two_nodes(slurm, slurm_launch, whole):
     write_cluster(slurm_launch.folder, cpus_per_node=16)
     run, job = submit(slurm_launch, *KEYS, *WHERE)
     wait_until(lambda: len(pieces(run)) >= 8 or record(run)["state"] == "failed", timeout_s=240)
@@ -76,20 +78,20 @@ def test_two_nodes_kills_and_a_requeue(slurm, slurm_launch, whole):
     wait_until(lambda: len(pieces(run)) >= len(before) + 6, timeout_s=240)
     (rank,) = wait_until(lambda: ranks(run, "1"), timeout_s=30)
     os.kill(rank, signal.SIGKILL)
-    finish(run)
+    wait_for_end(run)
     assert attempt(run, 2)["outcome"] == "failed" and attempt(run, 2)["failure"]["signal"] == "SIGKILL"
     after = pieces(run)
     assert len(after) == 40 and {name: after[name] for name in before} == before
-    taken = [claims(run, number) for number in (1, 2, 3)]
-    done = {name.removesuffix(".json") for name in before}
-    assert not taken[1] & done and not taken[2] & done and taken[0] >= done
+    claimed = [claims(run, number) for number in (1, 2, 3)]
+    finished = {name.removesuffix(".json") for name in before}
+    assert not claimed[1] & finished and not claimed[2] & finished and claimed[0] >= finished
     assert table(run) == whole
-    print(f"pieces begun by attempt: {[len(each) for each in taken]}")
+    print(f"pieces started by attempt: {[len(names) for names in claimed]}")
 
 
 def ranks(run: Path, number: str) -> list[int]:
-    """The processes of that rank."""
-    found = []
+    """Return the pids of a rank of a run."""
+    pids = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
             words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
@@ -97,21 +99,21 @@ def ranks(run: Path, number: str) -> list[int]:
         except OSError:
             continue
         if b"trainers.run" in words and str(run).encode() in words and b"RANK=" + number.encode() in env:
-            found.append(int(entry))
-    return found
+            pids.append(int(entry))
+    return pids
 
 
-def test_both_nodes_work_and_the_plan_says_how(slurm, slurm_launch, whole):
+def test_both_nodes_compute_and_the_plan_shows_their_resources(slurm, slurm_launch, whole):
     write_cluster(slurm_launch.folder, cpus_per_node=2)
     plan = json.loads(slurm_launch(*KEYS, "--slurm", "--cluster", "here", "--nodes", 2, "--dry-run", "--json").stdout)
     assert plan["resources"] == {"device": "cpu", "ranks": 2, "nodes": 2, "threads": 2, "gpus": 0}
     assert "--cpus-per-task=2" in plan["job"]["script"]
     run, _ = submit(slurm_launch, *KEYS, "--cluster", "here", "--nodes", 2)
-    finish(run)
+    wait_for_end(run)
     assert table(run) == whole and len(pieces(run)) == 40 == len(claims(run, 1))
     logs = [(run / f"attempts/1/logs/{rank}.log").exists() for rank in (0, 1)]
     assert all(logs) and attempt(run, 1)["nodes"] == ["n1", "n2"]
-    asked = slurm_launch("wine", "data=sample", "--cluster", "here", "--gpus", 2)
-    assert asked.returncode == 2 and "this task computes on CPUs" in asked.stderr
-    asked = slurm_launch("wine", "data=sample", "--cluster", "here", "--nodes", 2, "--cpus", 3)
-    assert asked.returncode == 2 and "has 2 cores" in asked.stderr
+    refused = slurm_launch("wine", "data=sample", "--cluster", "here", "--gpus", 2)
+    assert refused.returncode == 2 and "this task computes on CPUs" in refused.stderr
+    refused = slurm_launch("wine", "data=sample", "--cluster", "here", "--nodes", 2, "--cpus", 3)
+    assert refused.returncode == 2 and "has 2 cores" in refused.stderr

@@ -1,5 +1,8 @@
-"""Submitting to a real cluster: what is shown is what is submitted, it arrives as it was written, and what cannot run is
-refused. The runs are scripts that import nothing heavy."""
+"""Submit runs to a real cluster.
+
+The dry run shows what is submitted, names and values arrive unchanged, and jobs that cannot run are refused. The runs are
+small scripts that import no large libraries.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,24 @@ from pathlib import Path
 import pytest
 from conftest import BLOBS, Command, attempt, record, wait_until
 from slurm.conftest import LoginCommand, write_cluster
-from slurm.scripts import HOSTILE, LATER, SHOW, TORCHRUN, WHERE, finish, log, nothing_was_done, seen, submit, write
+from slurm.scripts import (
+    HOSTILE,
+    ON_TEST_CLUSTER,
+    PRINT_CONTEXT,
+    START_LATER,
+    TORCHRUN,
+    assert_nothing_submitted,
+    printed,
+    rank_log,
+    submit,
+    wait_for_end,
+    write,
+)
 
-pytestmark = pytest.mark.slow  # not each, but together
+pytestmark = pytest.mark.slow  # each test is fast, the file is slow
 
 
-# --- what is shown is what is submitted
+# --- the dry run shows what is submitted
 
 
 @pytest.mark.parametrize("cluster, args", [
@@ -29,57 +44,57 @@ pytestmark = pytest.mark.slow  # not each, but together
     ({"requeue": False, "chain": 3}, ["--gpus", 2]),
     ({"gpu_request": "gres", "cpus_per_gpu": 2, "mem_per_gpu": "1G"}, ["--gpus", 4, "run.grace_s=20"]),
     ({"prefix": ["env", "A WORD=it's $HOME"], "setup": ["export COLOUR='dark blue'"], "srun": ["--label"]}, ["--procs", 2]),
-], ids=["a node", "two nodes", "a chain", "gres", "a prefix"])
-def test_the_dry_run_is_what_is_submitted(slurm, slurm_launch, cluster, args):
-    write(slurm_launch.folder, SHOW)
+], ids=["one node", "two nodes", "a chain", "gres", "a prefix"])
+def test_the_dry_run_shows_what_is_submitted(slurm, slurm_launch, cluster, args):
+    write(slurm_launch.folder, PRINT_CONTEXT)
     write_cluster(slurm_launch.folder, **cluster)
-    args = ["work.py", *args, LATER]
+    args = ["work.py", *args, START_LATER]
     config = {"XDG_CONFIG_HOME": str(slurm_launch.folder / "config")}
-    without_slurm = Command(slurm_launch.folder)(*args, *WHERE, "--dry-run", PATH="/nonexistent", **config)
+    without_slurm = Command(slurm_launch.folder)(*args, *ON_TEST_CLUSTER, "--dry-run", PATH="/nonexistent", **config)
     assert without_slurm.returncode == 0, without_slurm.stderr
-    text, plan = slurm_launch(*args, *WHERE, "--dry-run").stdout, slurm_launch(*args, *WHERE, "--dry-run", "--json").stdout
-    plan = json.loads(plan)
+    text = slurm_launch(*args, *ON_TEST_CLUSTER, "--dry-run").stdout
+    plan = json.loads(slurm_launch(*args, *ON_TEST_CLUSTER, "--dry-run", "--json").stdout)
     assert slurm_launch.runs() == []
     run, jobs = submit(slurm_launch, *args)
 
-    def of_this_run(text: str) -> str:
-        """With its id in the place of another's."""
+    def with_run_id(text: str) -> str:
+        """Replace every run id of the dry runs by the id of this run."""
         return re.sub(r"work-\d{8}-\d{6}-\w{4}", run.name, text)
 
-    assert of_this_run(without_slurm.stdout) == of_this_run(text)
-    script = of_this_run(plan["job"]["script"])
-    assert script in of_this_run(text) and shutil.which("sbatch")
+    assert with_run_id(without_slurm.stdout) == with_run_id(text)
+    script = with_run_id(plan["job"]["script"])
+    assert script in with_run_id(text) and shutil.which("sbatch")
     assert len(jobs) == plan["job"]["links"] == cluster.get("chain", 1)
     for job in jobs:
-        assert slurm.ask("scontrol", "write", "batch_script", job, "-").stdout == script
+        assert slurm.try_run("scontrol", "write", "batch_script", job, "-").stdout == script
     for name, text in {**plan["files"], "submissions/1/job.sh": script}.items():
-        assert (run / name).read_text() == of_this_run(text)
+        assert (run / name).read_text() == with_run_id(text)
 
 
-# --- what is written arrives
+# --- names and values arrive unchanged
 
 
 @pytest.mark.slow
 def test_hostile_words_arrive_and_execute_nothing(slurm, slurm_launch):
-    """Also in what the batch shell does after a node process was killed: the job is requeued without its node."""
+    """Also after a node process was killed: the batch shell then requeues the job without that node."""
     folder = slurm_launch.folder / HOSTILE
     folder.mkdir()
     write(folder, "import os\nif os.environ['LAUNCH_ATTEMPT'] == '1' and os.environ['RANK'] == '0':\n"
-                  "    os.kill(os.getppid(), 9)\n" + SHOW, f"{HOSTILE}.py")
+                  "    os.kill(os.getppid(), 9)\n" + PRINT_CONTEXT, f"{HOSTILE}.py")
     write_cluster(folder, env={"OF_CLUSTER": HOSTILE}, data=HOSTILE, sbatch={"comment": f"{HOSTILE}\\n\\"})
     words = [HOSTILE, "back\\slash\\", "", "two\nlines", "-x", "--", " blanks ", "\t"]
     run, (job,) = submit(LoginCommand(folder, slurm), f"{HOSTILE}.py", "--procs", 2, "--nodes", 2,
                          f"sbatch.job-name={HOSTILE}\\j", "--", *words, OF_USER=f"{HOSTILE}\\\n")
-    slurm.wait_requeued(job)
+    slurm.wait_until_requeued(job)
     assert slurm.run("squeue", "-h", "-o", "%k", "-j", job) == f"{HOSTILE}\\n\\\n"
     slurm.start_now(job)
-    finish(run)
+    wait_for_end(run)
     for rank in (0, 1):
-        found = seen(run, rank, number=2)
-        assert found["argv"] == words and found["cwd"] == str(folder)
-        assert found["env"]["OF_USER"] == f"{HOSTILE}\\\n"
-        assert found["env"]["OF_CLUSTER"] == found["env"]["LAUNCH_DATA"] == HOSTILE
-        assert found["env"]["SLURM_JOB_NAME"] == f"{HOSTILE}\\j"
+        context = printed(run, rank, number=2)
+        assert context["argv"] == words and context["cwd"] == str(folder)
+        assert context["env"]["OF_USER"] == f"{HOSTILE}\\\n"
+        assert context["env"]["OF_CLUSTER"] == context["env"]["LAUNCH_DATA"] == HOSTILE
+        assert context["env"]["SLURM_JOB_NAME"] == f"{HOSTILE}\\j"
     assert attempt(run, 1)["nodes"][0] not in attempt(run, 2)["nodes"]
     assert [path.name for path in sorted((run / "submissions/1").glob("*.out"))] == [f"{job}_{n}_log.out" for n in (0, 1)]
     assert not [*slurm_launch.folder.rglob("hacked"), *slurm.folder.rglob("hacked"), *Path.cwd().glob("hacked")]
@@ -87,112 +102,113 @@ def test_hostile_words_arrive_and_execute_nothing(slurm, slurm_launch):
 
 @pytest.mark.parametrize("name", ["100% of %%", "%N%j"])
 def test_percent_signs_in_the_folder_of_runs(slurm, slurm_launch, name):
-    """srun has its own way with them."""
-    write(slurm_launch.folder, SHOW)
+    """srun replaces some of them in the names of output files."""
+    write(slurm_launch.folder, PRINT_CONTEXT)
     run, (job,) = submit(slurm_launch, "work.py", "--procs", 2, "--nodes", 2, "--runs", name)
-    finish(run)
-    assert run.parent == slurm_launch.folder / name and seen(run, 1)["env"]["LAUNCH_RUN_DIR"] == str(run)
+    wait_for_end(run)
+    assert run.parent == slurm_launch.folder / name and printed(run, 1)["env"]["LAUNCH_RUN_DIR"] == str(run)
     assert {path.name for path in (run / "submissions/1").glob("*.out")} == {f"{job}_0_log.out", f"{job}_1_log.out"}
 
 
 @pytest.mark.parametrize("where", ["command line", "cluster"])
-def test_a_line_end_in_a_job_name_is_refused(slurm_launch, where):
-    write(slurm_launch.folder, SHOW)
+def test_a_line_break_in_a_job_name_is_refused(slurm_launch, where):
+    write(slurm_launch.folder, PRINT_CONTEXT)
     name = "two\ntouch hacked"
     write_cluster(slurm_launch.folder, sbatch={"job-name": name} if where == "cluster" else {})
     given = [f"sbatch.job-name={name}"] if where == "command line" else []
-    done = slurm_launch("work.py", "--procs", 1, *WHERE, *given)
-    assert done.returncode == 2 and "`job-name` is 'two\\ntouch hacked', which holds a line end" in done.stderr
-    nothing_was_done(slurm_launch)
+    done = slurm_launch("work.py", "--procs", 1, *ON_TEST_CLUSTER, *given)
+    assert done.returncode == 2 and "`job-name` is 'two\\ntouch hacked', which contains a line break" in done.stderr
+    assert_nothing_submitted(slurm_launch)
 
 
-def test_a_line_in_the_place_of_an_option_is_refused(slurm_launch):
-    write(slurm_launch.folder, SHOW)
-    done = slurm_launch("work.py", "--procs", 1, *WHERE, "sbatch.comment=x\ntouch hacked", "sbatch.x\ntouch hacked #=1")
-    assert done.returncode == 2 and "is no option of sbatch" in done.stderr
-    nothing_was_done(slurm_launch)
+def test_a_line_break_in_the_name_of_an_option_is_refused(slurm_launch):
+    write(slurm_launch.folder, PRINT_CONTEXT)
+    done = slurm_launch("work.py", "--procs", 1, *ON_TEST_CLUSTER, "sbatch.comment=x\ntouch hacked", "sbatch.x\ntouch hacked #=1")
+    assert done.returncode == 2 and "is not an option of sbatch" in done.stderr
+    assert_nothing_submitted(slurm_launch)
 
 
 @pytest.mark.parametrize("name", ["a\\b", "two\nlines", "my%20folder", "%j%t"])
-def test_a_folder_of_runs_that_srun_cannot_be_told_is_refused(slurm_launch, name):
-    write(slurm_launch.folder, SHOW)
-    done = slurm_launch("work.py", "--procs", 1, *WHERE, "--runs", name)
-    assert done.returncode == 2 and "cannot be told" in done.stderr and "--runs DIR" in done.stderr
+def test_a_folder_of_runs_that_srun_cannot_handle_is_refused(slurm_launch, name):
+    write(slurm_launch.folder, PRINT_CONTEXT)
+    done = slurm_launch("work.py", "--procs", 1, *ON_TEST_CLUSTER, "--runs", name)
+    assert done.returncode == 2 and "that srun cannot handle" in done.stderr and "--runs DIR" in done.stderr
     assert not (slurm_launch.folder / name).exists()
-    nothing_was_done(slurm_launch)
+    assert_nothing_submitted(slurm_launch)
 
 
-# --- what cannot run is refused
+# --- jobs that cannot run are refused
 
 
-# What is asked for, keys of the cluster's file, variables, and words of the error.
+# Each value: arguments, keys of the cluster file, environment variables, and a pattern of the error.
 REFUSED = {
     "partition": (["sbatch.partition=nope"], {}, {},
-                  "refuses this job: invalid partition .*nope.*\nhint: there is main, short, urgent"),
+                  "refuses this job: invalid partition .*nope.*\nhint: the partitions are main, short, urgent"),
     "partition misspelt": (["sbatch.partition=mian"], {}, {}, "did you mean sbatch.partition=main?"),
     "GPU type": (["--gpus", 2], {"gpu_type": "a100"}, {}, "not available\n.*gpus-per-node=a100:2, .*main.* 8 GPU"),
     "GPU type by gres": (["--gpus", 2], {"gpu_type": "a100", "gpu_request": "gres"}, {}, "not available\n.*gres=gpu:a100:2"),
-    "GPUs of a real node": (["--gpus", 16], {"gpus_per_node": 16}, {}, "not available\n.*gpus-per-node=16.*8 GPU"),
-    "nodes": (["--gpus", 32], {}, {}, "not available\n.*nodes=4, .*3 node"),
-    "cores": (["--procs", 17], {}, {}, "not .*available\n.*cpus-per-task=17; .*16 cores"),
-    "memory": (["--procs", 1, "sbatch.mem=900G"], {}, {}, "not .*available\n.*mem=900G; .*62 GiB"),
+    "more GPUs than a node has": (["--gpus", 16], {"gpus_per_node": 16}, {}, "not available\n.*gpus-per-node=16.*8 GPU"),
+    "more nodes than the cluster has": (["--gpus", 32], {}, {}, "not available\n.*nodes=4, .*3 node"),
+    "more cores than a node has": (["--procs", 17], {}, {}, "not .*available\n.*cpus-per-task=17; .*16 cores"),
+    "more memory than a node has": (["--procs", 1, "sbatch.mem=900G"], {}, {}, "not .*available\n.*mem=900G; .*62 GiB"),
     "constraint": (["sbatch.constraint=nope"], {}, {}, "Invalid feature specification\n.*constraint=nope"),
     "the partition's time": (["sbatch.partition=short", "--time", "10m"], {}, {},
                              "the time limit is 0-00:10:00; partition `short` allows 0-00:03:00\n"),
     "any partition's time": (["sbatch.partition=short,main", "--time", "2d"], {}, {}, "partition `main` allows 1-00:00:00\n"),
-    "time for the grace": (["--time", "1m"], {}, {}, "the time limit is 60 s, of which the last 105 s are for the checkpoint"),
-    "a time": (["--time", "soon"], {}, {}, "--time is `soon`, which must be a time such as"),
-    "nodes that divide": (["--gpus", 3, "--nodes", 2], {}, {}, "cannot be spread evenly over 2 nodes\n.*--gpus 2 or 4"),
-    "an option of ours": (["sbatch.output=x"], {}, {}, "`output` cannot be set\n.*launch logs"),
-    "an abbreviated option of ours": (["sbatch.arr=0-3"], {}, {}, "`array` cannot be set\n.*sweep"),
-    "a short option": (["sbatch.p=short"], {}, {}, "'p' is no option of sbatch\n.*long name"),
-    "an option": (["sbatch.nonsense=1"], {}, {}, "unrecognized option '--nonsense=1'"),
+    "a time limit below the grace": (["--time", "1m"], {}, {}, "the time limit is 60 s, but the last 105 s are reserved"),
+    "a malformed time": (["--time", "soon"], {}, {}, "--time is `soon`, which must be a time such as"),
+    "GPUs not divisible by nodes": (["--gpus", 3, "--nodes", 2], {}, {}, "cannot be spread evenly over 2 nodes\n.*--gpus 2 or 4"),
+    "an option that launch sets": (["sbatch.output=x"], {}, {}, "`output` cannot be set\n.*launch logs"),
+    "an abbreviated option that launch sets": (["sbatch.arr=0-3"], {}, {}, "`array` cannot be set\n.*sweep"),
+    "a short option": (["sbatch.p=short"], {}, {}, "'p' is not an option of sbatch\n.*long name"),
+    "an unknown option": (["sbatch.nonsense=1"], {}, {}, "unrecognized option '--nonsense=1'"),
     "no SLURM": ([], {}, {"PATH": "/nonexistent", "SLURM_CONF": ""}, "there is no SLURM here: `sbatch` is not installed"),
-    "no cluster": ([], {}, {"SLURM_CONF": ""}, "configuration source\n.*is SLURM_CONF right"),
-    "a SLURM_CONF": ([], {}, {"SLURM_CONF": "/nonexistent/slurm.conf"}, "SLURM_CONF says `/nonexistent/slurm.conf`"),
-    "an allocation": (["--here"], {}, {}, "--here runs in the allocation one stands in, and this is none"),
-    "a run to wait for": (["--after", "nope"], {}, {}, "there is no run `nope`"),
+    "no slurm.conf": ([], {}, {"SLURM_CONF": ""}, "configuration source\n.*is SLURM_CONF right"),
+    "a missing SLURM_CONF": ([], {}, {"SLURM_CONF": "/nonexistent/slurm.conf"}, "SLURM_CONF is `/nonexistent/slurm.conf`"),
+    "no allocation": (["--here"], {}, {}, "--here needs an allocation, and this shell is not in one"),
+    "no run to wait for": (["--after", "nope"], {}, {}, "there is no run `nope`"),
     "a debugger": (["--debug"], {}, {}, "--debug runs one rank in this process, not on SLURM"),
 }
 
 
-@pytest.mark.parametrize("args, cluster, env, said", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_run_is_refused(slurm_launch, args, cluster, env, said):
-    if "configuration source" in said and Path("/etc/slurm/slurm.conf").exists():
-        pytest.skip("this host is one of a cluster's")
-    write(slurm_launch.folder, SHOW)
+@pytest.mark.parametrize("args, cluster, env, error", REFUSED.values(), ids=REFUSED)
+def test_a_job_that_cannot_run_is_refused(slurm_launch, args, cluster, env, error):
+    if "configuration source" in error and Path("/etc/slurm/slurm.conf").exists():
+        pytest.skip("this host is part of a real cluster")
+    write(slurm_launch.folder, PRINT_CONTEXT)
     write_cluster(slurm_launch.folder, **cluster)
-    began = time.monotonic()
-    done = slurm_launch("work.py", *WHERE, *args, **env)
-    assert time.monotonic() - began < 30
-    assert done.returncode == 2 and re.search(said, done.stderr), done.stderr
+    started = time.monotonic()
+    done = slurm_launch("work.py", *ON_TEST_CLUSTER, *args, **env)
+    assert time.monotonic() - started < 30
+    assert done.returncode == 2 and re.search(error, done.stderr), done.stderr
     assert len(done.stderr.splitlines()) <= 2 and done.stdout == ""
-    nothing_was_done(slurm_launch)
+    assert_nothing_submitted(slurm_launch)
 
 
-@pytest.mark.parametrize("args, said", [
+@pytest.mark.parametrize("args, error", [
     (["--nodes", 2], "`--nodes` is for SLURM"), (["--time", "1h"], "`--time` is for SLURM"),
     (["--follow"], "`--follow` is for SLURM"), (["sbatch.mem=1G"], "`sbatch.mem` is for SLURM"),
-    (["--slurm", "--cluster", "local"], "`local` is no SLURM cluster"), (["--cluster", "nope"], "there is no cluster `nope`"),
+    (["--slurm", "--cluster", "local"], "`local` is not a SLURM cluster"), (["--cluster", "nope"], "there is no cluster `nope`"),
 ])
-def test_what_is_for_slurm_needs_it(slurm_launch, args, said):
-    write(slurm_launch.folder, SHOW)
+def test_options_for_slurm_are_refused_without_slurm(slurm_launch, args, error):
+    write(slurm_launch.folder, PRINT_CONTEXT)
     done = slurm_launch("work.py", *args)
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) <= 2
-    nothing_was_done(slurm_launch)
+    assert done.returncode == 2 and error in done.stderr and len(done.stderr.splitlines()) <= 2
+    assert_nothing_submitted(slurm_launch)
 
 
-def test_an_unknown_account_is_slurms_to_refuse(slurm, slurm_launch):
-    """Without accounting it takes any."""
-    write(slurm_launch.folder, SHOW)
-    _, (job,) = submit(slurm_launch, "work.py", "sbatch.account=nobody", LATER)
+def test_launch_leaves_it_to_slurm_to_refuse_an_account(slurm, slurm_launch):
+    """This cluster has no accounting, so SLURM accepts any account."""
+    write(slurm_launch.folder, PRINT_CONTEXT)
+    _, (job,) = submit(slurm_launch, "work.py", "sbatch.account=nobody", START_LATER)
     assert slurm.job(job)["Account"] == "nobody"
 
 
-# --- habits that break launchers
+# --- environments that break launchers
 
 
-HABITS = {
+# Variables that SLURM's commands, torchrun or launch read, with values that would change the job.
+INHERITED = {
     "SBATCH_EXPORT": "NONE", "SBATCH_PARTITION": "short", "SBATCH_TIMELIMIT": "1", "SBATCH_ARRAY_INX": "0-1",
     "SBATCH_NO_REQUEUE": "1", "SBATCH_JOB_NAME": "another", "SBATCH_SIGNAL": "USR1@10", "SBATCH_OPEN_MODE": "truncate",
     "SBATCH_GPUS": "3", "SBATCH_EXCLUSIVE": "1", "SLURM_EXPORT_ENV": "NONE", "SLURM_CPU_BIND": "map_cpu:99",
@@ -206,38 +222,41 @@ HABITS = {
 JOB = ("Partition", "TimeLimit", "Requeue", "NumNodes", "NumCPUs", "TresPerNode", "MinMemoryCPU", "OverSubscribe")
 
 
-def picture(slurm, run: Path, ranks: int) -> dict:
-    """Of a run of SHOW what must not depend on where and how it was submitted."""
-    finish(run)
+def comparable_values(slurm, run: Path, ranks: int) -> dict:
+    """Wait for a run of PRINT_CONTEXT and return its values that must not depend on where and how it was submitted."""
+    wait_for_end(run)
     assert record(run)["attempt"] == 1 and attempt(run, 1)["restart"] == 0
-    job = slurm.wait(attempt(run, 1)["job"])  # until then SLURM counts the nodes that have not let go of it
+    job = slurm.wait(attempt(run, 1)["job"])  # before its end SLURM counts only the nodes that still hold the job
     keys = (*TORCHRUN, "OMP_NUM_THREADS", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_CPU_BIND",
             "SLURM_GPUS_ON_NODE", "SLURM_ARRAY_TASK_ID", "SLURM_SUBMIT_DIR", "HOME")
-    found = {rank: seen(run, rank) for rank in range(ranks)}
-    assert all(rank["env"]["LAUNCH_RUN_DIR"] == str(run) and rank["env"]["SLURM_JOB_NAME"] == run.name
-               and 20_000 <= int(rank["env"]["MASTER_PORT"]) < 32_000 for rank in found.values())
+    contexts = {rank: printed(run, rank) for rank in range(ranks)}
+    assert all(context["env"]["LAUNCH_RUN_DIR"] == str(run) and context["env"]["SLURM_JOB_NAME"] == run.name
+               and 20_000 <= int(context["env"]["MASTER_PORT"]) < 32_000 for context in contexts.values())
     return {"job": {key: job[key] for key in JOB},
-            **{rank: [said["argv"], said["cwd"], len(said["env"]["CUDA_VISIBLE_DEVICES"].split(",")),
-                      {key: said["env"].get(key) for key in keys}] for rank, said in found.items()}}
+            **{rank: [context["argv"], context["cwd"], len(context["env"]["CUDA_VISIBLE_DEVICES"].split(",")),
+                      {key: context["env"].get(key) for key in keys}] for rank, context in contexts.items()}}
 
 
 @pytest.mark.slow
-def test_habits_change_nothing(slurm, slurm_launch):
-    """A run, one that was submitted with variables that SLURM's commands read, and two from inside another job, by its
-    batch script and by a step of it with CPU binding."""
+def test_the_environment_of_the_submission_changes_nothing(slurm, slurm_launch):
+    """Four submissions give the same job and ranks.
+
+    One comes from a clean environment, one from an environment with INHERITED, one from another job's batch script, and one
+    from a step of that job with CPU binding.
+    """
     folder = slurm_launch.folder
-    write(folder, SHOW)
+    write(folder, PRINT_CONTEXT)
     args = ("work.py", "--gpus", 4, "--nodes", 2)
-    expected = picture(slurm, submit(slurm_launch, *args)[0], ranks=4)
+    expected = comparable_values(slurm, submit(slurm_launch, *args)[0], ranks=4)
     assert expected["job"] == {"Partition": "main", "TimeLimit": "00:30:00", "Requeue": "1", "NumNodes": "2", "NumCPUs": "4",
                                "TresPerNode": "gres:gpu:2", "MinMemoryCPU": "500M", "OverSubscribe": "OK"}
     *_, gpus, variables = expected[3]
     assert [variables[key] for key in TORCHRUN] == ["3", "4", "1", "2", "1", "2", "127.0.0.1"]
     assert gpus == 2 and variables["SLURM_ARRAY_TASK_ID"] is None
 
-    assert picture(slurm, submit(slurm_launch, *args, **HABITS)[0], ranks=4) == expected
+    assert comparable_values(slurm, submit(slurm_launch, *args, **INHERITED)[0], ranks=4) == expected
 
-    line = " ".join([sys.executable, "-P", "-m", "launch", *map(str, args), *WHERE])
+    line = " ".join([sys.executable, "-P", "-m", "launch", *map(str, args), *ON_TEST_CLUSTER])
     outer = write(folder, f"#!/bin/bash\nexport RANK=3 SBATCH_PARTITION=short\n{line}\nsrun -n1 -c2 {line}\n", "outer.sh")
     before = set(slurm_launch.runs())
     job = slurm.run("sbatch", "--parsable", "--partition=urgent", "--gpus-per-node=2", "-N1", "-n3", "-c2", "--no-requeue",
@@ -247,46 +266,46 @@ def test_habits_change_nothing(slurm, slurm_launch):
     runs = set(slurm_launch.runs()) - before
     assert len(runs) == 2, (folder / "outer.out").read_text()
     for run in runs:
-        assert picture(slurm, run, ranks=4) == expected
+        assert comparable_values(slurm, run, ranks=4) == expected
 
 
 def test_in_an_allocation_with_cpu_binding(slurm, slurm_launch):
     folder = slurm_launch.folder
-    write(folder, SHOW)
+    write(folder, PRINT_CONTEXT)
     command = [sys.executable, "-P", "-m", "launch", "work.py", "--cluster", "here", "--here"]
     config = {"XDG_CONFIG_HOME": str(folder / "config"), "SLURM_CPU_BIND": "map_cpu:99", "SLURM_DISTRIBUTION": "plane=7"}
     allocate = ["salloc", "-Q", "-N2", "--gpus-per-node=2", "--gres-flags=disable-binding"]
-    # By hand, and in the step of an interactive shell, which holds all of the allocation.
-    for before in ([], ["srun", "-N1", "-n1", "--gpus-per-node=2"]):
-        done = slurm.ask(*allocate, *before, *command, "--gpus", 4, "--nodes", 2, cwd=folder, **config)
+    # From the shell of salloc, and from a job step, such as an interactive shell that holds the whole allocation.
+    for prefix in ([], ["srun", "-N1", "-n1", "--gpus-per-node=2"]):
+        done = slurm.try_run(*allocate, *prefix, *command, "--gpus", 4, "--nodes", 2, cwd=folder, **config)
         assert done.returncode == 0, done.stderr
         run = slurm_launch.runs()[-1]
         assert f"run {run.name} is finished" in done.stdout and record(run)["state"] == "finished"
         assert re.fullmatch(r"\d+\.\d+", record(run)["job"]["ids"][0]) and attempt(run, 1)["nodes"] == ["n1", "n2"]
         for rank in range(4):
-            env = seen(run, rank)["env"]
+            env = printed(run, rank)["env"]
             assert [env[key] for key in TORCHRUN] == [str(rank), "4", str(rank % 2), "2", str(rank // 2), "2", "127.0.0.1"]
             assert env["CUDA_VISIBLE_DEVICES"] == "0,1"
 
-    there = slurm_launch.runs()
-    done = slurm.ask("salloc", "-Q", "-N1", *command, "--procs", 2, "--nodes", 2, cwd=folder, **config)
+    earlier_runs = slurm_launch.runs()
+    done = slurm.try_run("salloc", "-Q", "-N1", *command, "--procs", 2, "--nodes", 2, cwd=folder, **config)
     assert done.returncode == 2 and "srun could not start the run in allocation" in done.stderr
-    assert slurm_launch.runs() == there
+    assert slurm_launch.runs() == earlier_runs
 
 
-def test_ctrl_c_in_an_allocation_stops_the_run_and_resume_submits_it(slurm, slurm_launch):
-    write(slurm_launch.folder, "import os, time\nif os.environ['LAUNCH_ATTEMPT'] == '1': time.sleep(600)\n" + SHOW)
+def test_ctrl_c_in_an_allocation_stops_the_run_and_resume_submits_a_job(slurm, slurm_launch):
+    write(slurm_launch.folder, "import os, time\nif os.environ['LAUNCH_ATTEMPT'] == '1': time.sleep(600)\n" + PRINT_CONTEXT)
     slurm.run("salloc", "-N2", "--no-shell")
     (allocation,) = slurm.run("squeue", "-h", "-o", "%A").split()
-    process = slurm_launch.start("work.py", "--procs", 2, "--nodes", 2, *WHERE, "--here", SLURM_JOB_ID=allocation)
+    process = slurm_launch.start("work.py", "--procs", 2, "--nodes", 2, *ON_TEST_CLUSTER, "--here", SLURM_JOB_ID=allocation)
     run = wait_until(slurm_launch.runs, process=process)[0]
     wait_until(lambda: (run / "attempts/1/logs/1.log").exists(), process=process)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 75 and f"run {run.name} is preempted; go on with `launch resume {run.name}`\n" in out
+    assert process.returncode == 75 and f"run {run.name} is preempted; continue with `launch resume {run.name}`\n" in out
     assert attempt(run, 1)["outcome"] == "preempted" and slurm.job(allocation)["JobState"] == "RUNNING"
     assert slurm_launch("resume", run.name).returncode == 0
-    finish(run)
+    wait_for_end(run)
     assert attempt(run, 2)["job"] == record(run)["job"]["ids"][0] != allocation and attempt(run, 2)["nodes"] == ["n1", "n2"]
 
 
@@ -294,8 +313,8 @@ def test_ctrl_c_in_an_allocation_stops_the_run_and_resume_submits_it(slurm, slur
 
 
 @pytest.mark.slow
-def test_runs_submitted_at_the_same_instant_never_share_a_port(slurm, slurm_launch):
-    """Two of two ranks to one node, in 20 tries; each stays until both listen on theirs."""
+def test_runs_submitted_at_the_same_time_never_share_a_port(slurm, slurm_launch):
+    """Two runs of two ranks each start on one node, 20 times. Each rank runs until both runs listen on their ports."""
     tries = 20
     write(slurm_launch.folder, """
 import os, socket, sys, time
@@ -307,49 +326,50 @@ if os.environ["RANK"] == "0":
 while len(list(place.iterdir())) < 2:
     time.sleep(0.02)
 """)
-    shared = tried_again = 0
+    shared = retried = 0
     for number in range(tries):
         place = slurm_launch.folder / f"try{number}"
         place.mkdir()
-        both = [slurm_launch.start("work.py", "--procs", 2, *WHERE, "--json", "sbatch.nodelist=n1", "--", place) for _ in "ab"]
-        told = [json.loads(each.communicate(timeout=120)[0]) for each in both]
-        for each in told:
-            finish(Path(each["path"]))
-        ports = [(place / each["id"]).read_text() for each in told]
+        args = ("work.py", "--procs", 2, *ON_TEST_CLUSTER, "--json", "sbatch.nodelist=n1", "--", place)
+        processes = [slurm_launch.start(*args) for _ in range(2)]
+        outputs = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+        for output in outputs:
+            wait_for_end(Path(output["path"]))
+        ports = [(place / output["id"]).read_text() for output in outputs]
         shared += ports[0] == ports[1]
-        tried_again += sum(record(Path(each["path"]))["attempt"] > 1 for each in told)
-    print(f"{tries} tries: {shared} shared a port, {tried_again} runs had to choose another")
-    assert shared == tried_again == 0
+        retried += sum(record(Path(output["path"]))["attempt"] > 1 for output in outputs)
+    print(f"{tries} tries: in {shared} both runs had the same port, {retried} runs needed a second attempt")
+    assert shared == retried == 0
 
 
 # --- how long it takes
 
 
-def test_from_the_command_to_the_job_id(slurm_launch):
-    write(slurm_launch.folder, SHOW)
+def test_a_submission_and_a_large_dry_run_are_fast(slurm_launch):
+    write(slurm_launch.folder, PRINT_CONTEXT)
     write_cluster(slurm_launch.folder, max_nodes=64)
 
-    def took(*args: object) -> tuple[float, float]:
-        """Seconds, and those of them that a core was at work for it: that others want the cores adds none."""
-        began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = slurm_launch("work.py", *args, *WHERE)
+    def measure(*args: object) -> tuple[float, float]:
+        """Run `launch` and return (wall time, CPU time) in seconds. Other processes on the cores do not add to the CPU time."""
+        started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = slurm_launch("work.py", *args, *ON_TEST_CLUSTER)
         assert done.returncode == 0, done.stderr
-        now = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return time.monotonic() - began, now.ru_utime + now.ru_stime - before.ru_utime - before.ru_stime
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.monotonic() - started, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    for what, args in {"from the command to the job id": ("--gpus", 8, LATER),
+    for name, args in {"from the command to the job id": ("--gpus", 8, START_LATER),
                        "--dry-run for 64 nodes": ("--gpus", 512, "--dry-run")}.items():
-        wall_s, work_s = map(min, zip(*(took(*args) for _ in range(3))))
-        print(f"{what}: {wall_s:.2f} s, at work for {work_s:.2f} s")
-        assert wall_s < 10 and work_s < 2
+        wall_s, cpu_s = map(min, zip(*(measure(*args) for _ in range(3))))
+        print(f"{name}: {wall_s:.2f} s, CPU time {cpu_s:.2f} s")
+        assert wall_s < 10 and cpu_s < 2
 
 
-# --- following, and one after another
+# --- follow, resume, and runs that wait for another run
 
 
 @pytest.mark.slow
 def test_follow_shows_the_log_to_the_end(slurm_launch):
-    """Over a failure that is tried again."""
+    """Also across a failed attempt and its retry."""
     write(slurm_launch.folder, "import os, time\nprint('one', flush=True)\ntime.sleep(1)\n"
                                "if os.environ['LAUNCH_ATTEMPT'] == '1': raise SystemExit('once')\nprint('two')\n")
     done = slurm_launch("work.py", "--procs", 1, "--slurm", "--follow", LAUNCH_CLUSTER="here")
@@ -361,13 +381,13 @@ def test_follow_shows_the_log_to_the_end(slurm_launch):
     assert re.search(rf"\none\nonce\n--- attempt 2 ---\none\ntwo\nrun {run} is finished\n$", done.stdout)
 
     write(slurm_launch.folder, "raise SystemExit('it must fail')\n")
-    done = slurm_launch("work.py", "--procs", 1, *WHERE, "--follow", "run.max_restarts=0")
+    done = slurm_launch("work.py", "--procs", 1, *ON_TEST_CLUSTER, "--follow", "run.max_restarts=0")
     assert done.returncode == 1 and done.stdout.endswith(f"it must fail\nrun {slurm_launch.runs()[-1].name} is failed\n")
 
 
-def test_who_follows_may_leave(slurm_launch):
+def test_ctrl_c_ends_follow_and_leaves_the_run_running(slurm_launch):
     write(slurm_launch.folder, "import os, time\nprint('one', flush=True)\nwhile not os.path.exists('go'): time.sleep(0.05)\n")
-    following = slurm_launch.start("work.py", "--procs", 1, *WHERE, "--follow")
+    following = slurm_launch.start("work.py", "--procs", 1, *ON_TEST_CLUSTER, "--follow")
     for line in following.stdout:
         if line == "one\n":
             following.send_signal(signal.SIGINT)
@@ -376,15 +396,15 @@ def test_who_follows_may_leave(slurm_launch):
     run = slurm_launch.run()
     assert following.returncode == 0 and out == f"run {run.name} is running\n" and err == ""
     (slurm_launch.folder / "go").touch()
-    finish(run)
+    wait_for_end(run)
     assert record(run)["attempt"] == 1
 
 
-def test_what_is_resumed_is_asked_for_as_before(slurm, slurm_launch):
-    """But for what is said anew."""
+def test_resume_submits_with_the_same_options_as_before(slurm, slurm_launch):
+    """Except for options that are given again."""
     write(slurm_launch.folder, "import time\ntime.sleep(600)\n")
     run, (job,) = submit(slurm_launch, "work.py", "--procs", 2, "--nodes", 2, "--time", "10m", "sbatch.comment=then",
-                         "sbatch.nice=5", LATER)
+                         "sbatch.nice=5", START_LATER)
     fields = ("TimeLimit", "Comment", "Nice", "NumTasks", "NumCPUs")
     assert [slurm.job(job)[key] for key in fields] == ["00:10:00", "then ", "5", "2", "2"]
     for given, expected in [
@@ -402,104 +422,104 @@ def test_what_is_resumed_is_asked_for_as_before(slurm, slurm_launch):
 
 
 @pytest.mark.slow
-def test_a_run_after_another(slurm, slurm_launch):
+def test_after_lets_a_run_wait_for_another_run(slurm, slurm_launch):
     folder = slurm_launch.folder
     write(folder, "import sys, time\nprint(time.time(), flush=True)\ntime.sleep(1)\nprint(time.time())\nsys.exit(sys.argv[1])\n"
                   .replace("sys.argv[1]", "int(sys.argv[1])"))
     first, (job,) = submit(slurm_launch, "work.py", "--procs", 1, "--", 0)
     second, (later,) = submit(slurm_launch, "work.py", "--procs", 1, "--after", first.name, "--", 0)
     assert slurm.job(later)["Dependency"].startswith(f"afterok:{job}")
-    finish(second)
-    assert float(log(first).split()[1]) < float(log(second).split()[0])
+    wait_for_end(second)
+    assert float(rank_log(first).split()[1]) < float(rank_log(second).split()[0])
     third, (job,) = submit(slurm_launch, "work.py", "--procs", 1, "--after", second.name, "run.max_restarts=0", "--", 1)
-    assert slurm.job(job)["Dependency"] == "(null)"  # it is finished
+    assert slurm.job(job)["Dependency"] == "(null)"  # the run to wait for has finished
     fourth, _ = submit(slurm_launch, "work.py", "--procs", 1, "--after", third.name, "--", 0)
-    finish(third, "failed")
+    wait_for_end(third, "failed")
     wait_until(lambda: "it will never start" in slurm_launch("status", fourth.name).stdout)
-    done = slurm_launch("work.py", "--procs", 1, *WHERE, "--after", third.name)
+    done = slurm_launch("work.py", "--procs", 1, *ON_TEST_CLUSTER, "--after", third.name)
     assert done.returncode == 2 and f"run {third.name} is failed: nothing to wait for" in done.stderr
 
 
-# --- the code as it was
+# --- the code as it was at submission
 
 
-def test_a_queued_script_runs_as_it_was_submitted(slurm, slurm_launch):
+def test_a_queued_script_runs_with_the_code_of_its_submission(slurm, slurm_launch):
     folder = slurm_launch.folder
     write(folder, "import mine\nprint('the script', 'then', mine.WORD)\n")
     write(folder, "WORD = 'then'\n", "mine.py")
-    run, (job,) = submit(slurm_launch, "work.py", "--procs", 1, LATER)
+    run, (job,) = submit(slurm_launch, "work.py", "--procs", 1, START_LATER)
     write(folder, "raise SystemExit('edited')\n")
     write(folder, "WORD = 'now'\n", "mine.py")
     slurm.start_now(job)
-    finish(run)
-    assert log(run) == "the script then then\n"
+    wait_for_end(run)
+    assert rank_log(run) == "the script then then\n"
     write(folder, "print('new')\n")
-    assert slurm_launch("work.py", "--procs", 1).stdout.count("new\n") == 1  # here it is as it is now
+    assert slurm_launch("work.py", "--procs", 1).stdout.count("new\n") == 1  # a run on this machine uses the code as it is now
 
 
 @pytest.mark.slow
-def test_a_queued_task_runs_as_it_was_submitted(slurm, slurm_launch):
-    """Its module, and the keys of its spec, whatever they hold."""
+def test_a_queued_task_runs_with_the_code_and_spec_of_its_submission(slurm, slurm_launch):
+    """A value of the spec may contain any characters."""
     folder = slurm_launch.folder
     blobs = Path(__file__).parents[1] / "blobs"
     text = (blobs / "blobs.py").read_text() + "\n\nclass Words(BlobsTask):\n    def data(self, world):\n" \
-        "        print(WORD, ascii(self.config.model['said']))\n        return super().data(world)\n"
+        "        print(WORD, ascii(self.config.model['words']))\n        return super().data(world)\n"
     write(folder, f"WORD = 'then'\n{text}", "mine.py")
     spec = write(folder, (blobs / "blobs.yaml").read_text().replace("blobs:BlobsTask", "mine:Words"), "mine.yaml")
-    said = f"{HOSTILE}\\"
-    run, (job,) = submit(slurm_launch, "mine.yaml", "--gpus", 1, "train.steps=2", f"model.said={json.dumps(said)}",
-                         LATER)
+    words = f"{HOSTILE}\\"
+    run, (job,) = submit(slurm_launch, "mine.yaml", "--gpus", 1, "train.steps=2", f"model.words={json.dumps(words)}",
+                         START_LATER)
     write(folder, f"WORD = 'now'\n{text}", "mine.py")
     write(folder, spec.read_text().replace("lr: 0.05", "lr: 0.5"), "mine.yaml")
     slurm.start_now(job)
-    finish(run)
-    assert f"then {ascii(said)}\n" in log(run) and "lr: 0.05" in (run / "run.yaml").read_text()
+    wait_for_end(run)
+    assert f"then {ascii(words)}\n" in rank_log(run) and "lr: 0.05" in (run / "run.yaml").read_text()
     assert not [*folder.rglob("hacked"), *slurm.folder.rglob("hacked")]
 
 
 # --- several nodes
 
 
-def test_ranks_of_several_nodes(slurm_launch):
-    write(slurm_launch.folder, SHOW)
+def test_ranks_on_several_nodes(slurm_launch):
+    write(slurm_launch.folder, PRINT_CONTEXT)
     run, (job,) = submit(slurm_launch, "work.py", "--gpus", 6, "--nodes", 3)
-    finish(run)
-    found = [seen(run, rank)["env"] for rank in range(6)]
-    for rank, env in enumerate(found):
+    wait_for_end(run)
+    environments = [printed(run, rank)["env"] for rank in range(6)]
+    for rank, env in enumerate(environments):
         assert [env[key] for key in TORCHRUN] == [str(rank), "6", str(rank % 2), "2", str(rank // 2), "3", "127.0.0.1"]
         assert env["SLURM_JOB_ID"] == job and env["SLURMD_NODENAME"] == f"n{rank // 2 + 1}"
         assert env["CUDA_VISIBLE_DEVICES"] == "0,1" and env["SLURM_CPUS_PER_TASK"] == "2"
-    assert len({env["MASTER_PORT"] for env in found}) == 1
+    assert len({env["MASTER_PORT"] for env in environments}) == 1
     assert attempt(run, 1)["nodes"] == ["n1", "n2", "n3"] and attempt(run, 1)["ranks"] == 6
 
 
-def test_a_failure_on_another_node_is_the_one_recorded(slurm_launch):
+def test_the_failure_of_a_rank_on_another_node_is_recorded(slurm_launch):
     write(slurm_launch.folder, "import os, signal, sys, time\nprint('rank', os.environ['RANK'], flush=True)\n"
                                "if os.environ['RANK'] == '2':\n    time.sleep(0.5)\n    raise ValueError('a bad 字')\n"
                                "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\ntime.sleep(600)\n")
-    began = time.monotonic()
+    started = time.monotonic()
     run, _ = submit(slurm_launch, "work.py", "--gpus", 4, "--nodes", 2, "run.max_restarts=0")
-    finish(run, "failed")
-    assert time.monotonic() - began < 60
+    wait_for_end(run, "failed")
+    assert time.monotonic() - started < 60
     failure = attempt(run, 1)["failure"]
     assert (failure["rank"], failure["node"], failure["exit_code"], failure["retry"]) == (2, "n2", 1, True)
     assert failure["message"].endswith("ValueError: a bad 字") and failure["traceback"].startswith("Traceback")
-    assert [log(run, rank).splitlines()[0] for rank in range(4)] == [f"rank {rank}" for rank in range(4)]
-    assert "ValueError: a bad 字" in log(run, 2)
+    assert [rank_log(run, rank).splitlines()[0] for rank in range(4)] == [f"rank {rank}" for rank in range(4)]
+    assert "ValueError: a bad 字" in rank_log(run, 2)
     shown = slurm_launch("status", run.name).stdout
     assert "ValueError: a bad 字" in shown and "n2" in shown
 
 
-def test_weights_of_another_run_wait_in_the_queue_and_an_evaluation_is_a_job(slurm, slurm_launch):
+def test_initial_weights_are_copied_at_submission_and_an_evaluation_is_a_job(slurm, slurm_launch):
     small = [BLOBS, "train.steps=4", "eval.every=2", "--procs", 1]
     assert slurm_launch(*small, "--runs", "others").returncode == 0
     (other,) = (slurm_launch.folder / "others").iterdir()
-    run, (job,) = submit(slurm_launch, *small, "--from", other, LATER)
+    run, (job,) = submit(slurm_launch, *small, "--from", other, START_LATER)
     evaluation, _ = submit(slurm_launch, "eval", other, "--procs", 1)
     assert evaluation.parent == other / "evals"
-    finish(evaluation)
+    wait_for_end(evaluation)
     assert record(evaluation)["metrics"] == record(other)["metrics"]
     shutil.rmtree(other)
     slurm.start_now(job)
-    finish(run)
-    assert record(run)["init"]["run"] == other.name and "tensors taken" in log(run)
+    wait_for_end(run)
+    assert record(run)["init"]["run"] == other.name and "tensors loaded" in rank_log(run)

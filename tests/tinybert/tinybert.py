@@ -1,4 +1,8 @@
-"""A task for the tests of exports: a tiny BERT, randomly initialized, that says which of two words a sentence holds more of."""
+"""Tasks for the tests of exports, with a tiny BERT that is randomly initialized.
+
+`Classify` predicts whether a sentence holds few or many words with an id below 15. `Fill` predicts all words of a sentence,
+some of which are masked.
+"""
 
 import torch
 from torch.nn import functional as F
@@ -38,7 +42,7 @@ class Classify(Task):
 
 
 class Fill(Classify):
-    """Its decoder's weights are those of its embedding."""
+    """The weights of the decoder are tied to those of the embedding."""
 
     def model(self):
         return BertForMaskedLM(BertConfig(**SIZE))

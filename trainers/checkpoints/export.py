@@ -1,7 +1,6 @@
-"""The models of a checkpoint, of whatever strategy and number of ranks, as files for others. Imports no torch.
+"""Export the models of a checkpoint as files for other tools, for any strategy and number of ranks. Imports no torch.
 
-A tensor goes from the ranks' files into the new one some megabytes at a time: a model of any size passes through little
-memory.
+A tensor is copied from the ranks' files into the new file some megabytes at a time: a model of any size needs little memory.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from trainers.contract.errors import UserError
 from trainers.contract.files import flush_folder, read_json, replace_json
 
 CONFIG = "config.json"
-SHARD_BYTES = 5 * 10**9  # of a file in Hugging Face's layout, as transformers cuts them
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9  # size limit of a file in Hugging Face's layout, the same as in transformers
 
 PREFIX = "models/"
 
@@ -29,17 +29,22 @@ class Model:
     """One model of a checkpoint."""
 
     parts: Parts
-    tensors: Mapping[str, str]  # by the model's own name for it, the checkpoint's; of each tensor once
-    tied: Mapping[str, str]     # further names of some: by that name, the checkpoint's
+    tensors: dict[str, str]  # the model's name of a tensor -> the checkpoint's name; each tensor has one entry
+    tied: dict[str, str]     # further names of tied tensors -> the checkpoint's name
 
     def layouts(self, tied: bool) -> dict[str, Layout]:
-        """By the model's own names; `tied`: by all of them."""
+        """Return the layouts by the model's names. `tied`: also by the further names of tied tensors."""
         return {name: self.parts.layout(key) for name, key in self._names(tied).items()}
 
     def write(self, file: Path, layouts: Mapping[str, Layout], metadata: Mapping[str, str]) -> int:
-        """Returns: bytes. Raises: OSError."""
+        """Write tensors into a safetensors file.
+
+        Returns: the size of the file in bytes.
+        Raises:
+            OSError: the file cannot be written.
+        """
         names = self._names(True)
-        # "format" is what transformers asks of a file before it loads it.
+        # transformers loads only files whose metadata has "format".
         return write(file, layouts, lambda name: self.parts.pieces(names[name]), {"format": "pt", **metadata})["size"]
 
     def _names(self, tied: bool) -> dict[str, str]:
@@ -47,71 +52,72 @@ class Model:
 
 
 def read_models(checkpoint: Path) -> dict[str, Model]:
-    """The models of a checkpoint that is whole, by name. Raises: Exception, if its files are not ours."""
+    """Return the models of a checkpoint by name. The checkpoint must be whole.
+
+    Raises:
+        Exception: of any kind, if a file is not as this software writes it.
+    """
     parts = Parts(checkpoint)
     tied = read_json(checkpoint / STATE).get("tied", {})
-    found: dict[str, Model] = {}
+    models: dict[str, Model] = {}
     for key in parts.shapes:
         if key.startswith(PREFIX):
             model, _, name = key.removeprefix(PREFIX).partition("/")
-            found.setdefault(model, Model(parts, {}, {})).tensors[name] = key
+            models.setdefault(model, Model(parts, {}, {})).tensors[name] = key
     for alias, key in tied.items():
         model, _, name = alias.removeprefix(PREFIX).partition("/")
-        found[model].tied[name] = key
-    return found
+        models[model].tied[name] = key
+    return models
 
 
 def to_safetensors(model: Model, file: Path, metadata: Mapping[str, str]) -> int:
-    """Write a model into one file, by all the names that its `load_state_dict` wants.
+    """Write a model into one file, with all the names that the model's `load_state_dict` needs.
 
-    Returns: bytes.
+    Returns: the size of the file in bytes.
     Raises:
-        UserError: it cannot be written; what was there before is left.
+        UserError: the file cannot be written. A file that was there before stays.
     """
-    with _written(file):
+    with _write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _beside(file) as beside:
-            size = model.write(beside, model.layouts(tied=True), metadata)
-            os.replace(beside, file)
+        with _temporary(file) as temporary:
+            size = model.write(temporary, model.layouts(tied=True), metadata)
+            os.replace(temporary, file)
         flush_folder(file.parent)
     return size
 
 
 def to_huggingface(model: Model, layout: Path, folder: Path, metadata: Mapping[str, str]) -> int:
-    """Make a folder that `from_pretrained` loads: the weights, each once, and what lies in `layout` (config.json, ...).
+    """Make a folder that `from_pretrained` loads: each weight once, and the files in the folder `layout` (config.json, ...).
 
-    Returns: bytes of the weights.
+    Returns: the size of the weights' files in bytes.
     Raises:
-        UserError: it cannot be written, or holds files of others.
+        UserError: the folder cannot be written, or holds other files.
     """
     shards = _shards(model.layouts(tied=False))
     names = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    with _written(folder):
+    with _write_errors(folder):
         given = sorted(path.name for path in layout.iterdir())
         if folder.exists() and (others := sorted(set(os.listdir(folder)) - {*names, *given, INDEX})):
-            raise UserError(f"`{folder}` holds other files: {', '.join(others[:3])}", "-o names a folder of its own")
+            raise UserError(f"`{folder}` holds other files: {', '.join(others[:3])}", "use -o to name another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _beside(folder) as beside:
-            beside.mkdir()
-            size = sum(model.write(beside / name, shard, metadata) for name, shard in zip(names, shards))
+        with _temporary(folder) as temporary:
+            temporary.mkdir()
+            size = sum(model.write(temporary / name, shard, metadata) for name, shard in zip(names, shards))
             if len(shards) > 1:
                 places = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
                 total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-                replace_json(beside / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+                replace_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
             for name in given:
-                shutil.copyfile(layout / name, beside / name)
+                shutil.copyfile(layout / name, temporary / name)
             shutil.rmtree(folder, ignore_errors=True)
-            os.rename(beside, folder)
+            os.rename(temporary, folder)
         flush_folder(folder.parent)
     return size
 
 
-INDEX = "model.safetensors.index.json"
-
-
 def _shards(layouts: Mapping[str, Layout]) -> list[dict[str, Layout]]:
-    """In order, as many in each as fit."""
+    """Divide tensors among files: in order, as many in each file as fit into SHARD_BYTES."""
     shards: list[dict[str, Layout]] = [{}]
     free = SHARD_BYTES
     for name, layout in layouts.items():
@@ -124,19 +130,20 @@ def _shards(layouts: Mapping[str, Layout]) -> list[dict[str, Layout]]:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A name for what takes the place of `path` once it is whole; if that fails, nothing is left over."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+def _temporary(path: Path) -> Iterator[Path]:
+    """Give the path of a temporary file or folder that will replace `path`. On an error, delete the file or folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield beside
+        yield temporary
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True) if beside.is_dir() else beside.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that says `path` cannot be written."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write `{path}`: {error.strerror or error}", "-o PATH writes it elsewhere") from None
+        raise UserError(f"cannot write `{path}`: {error.strerror or error}", "use -o PATH to write elsewhere") from None

@@ -1,4 +1,4 @@
-"""What proves a checkpoint whole: the size and hash of each of its files, under a seal. Imports no torch."""
+"""The manifest, which proves that a checkpoint is whole: size and hash of each file, and a seal. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ FORMAT = 2
 
 
 class Broken(Exception):
-    """What is wrong with which file of a checkpoint."""
+    """A checkpoint is broken. The message says which file is wrong, and how."""
 
 
 def entry(path: Path) -> dict[str, Any]:
-    """{"size": bytes, "sha256": hex} of a file, read as it lies on the disk."""
+    """Read a file from the disk, and return its manifest entry: {"size": bytes, "sha256": hex}."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"size": file.tell(), "sha256": digest}
 
 
 def check(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
-    """Raises: Broken: the file is not the one that was written."""
+    """Check a file of a checkpoint against its manifest entry.
+
+    Raises:
+        Broken: the file is missing, cannot be read, or is not the file that was written.
+    """
     check_size(folder, name, expected)
     with _readable(name):
         if entry(folder / name)["sha256"] != expected["sha256"]:
@@ -37,7 +41,11 @@ def check(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
 
 
 def check_size(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
-    """Raises: Broken: the file is missing, or has not the size that was written."""
+    """Check the size of a file of a checkpoint against its manifest entry.
+
+    Raises:
+        Broken: the file is missing, cannot be read, or does not have the size that was written.
+    """
     with _readable(name):
         size = (folder / name).stat().st_size
         if size != expected["size"]:
@@ -46,6 +54,7 @@ def check_size(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
+    """Turn an error while reading a file into Broken, which names the file."""
     try:
         yield
     except FileNotFoundError:
@@ -54,53 +63,53 @@ def _readable(name: str) -> Iterator[None]:
         raise Broken(f"{name} cannot be read: {error.strerror or error}") from None
 
 
-def sealed(folder: Path, step: int) -> dict[str, Any]:
-    """The manifest of checkpoint `step`, if all its files have the sizes that it says.
+def verify_sizes(folder: Path, step: int) -> dict[str, Any]:
+    """Return the manifest of checkpoint `step` after checking the sizes of all files.
 
     Raises:
-        Broken: they have not.
+        Broken: the manifest is broken, or a file is missing or has another size.
     """
-    return _each(folder, step, check_size)
+    return _check_all(folder, step, check_size)
 
 
 def verify(folder: Path, step: int) -> dict[str, Any]:
-    """The manifest of checkpoint `step`, if all its files are as it says. Reads them all.
+    """Return the manifest of checkpoint `step` after checking the sizes and hashes of all files. Reads all files.
 
     Raises:
-        Broken: they are not.
+        Broken: the manifest is broken, or a file is not the file that was written.
     """
-    return _each(folder, step, check)
+    return _check_all(folder, step, check)
 
 
-def _each(folder: Path, step: int, look: Callable[[Path, str, Mapping[str, Any]], None]) -> dict[str, Any]:
+def _check_all(folder: Path, step: int, check_file: Callable[[Path, str, Mapping[str, Any]], None]) -> dict[str, Any]:
     content = read(folder, step)
     for name, expected in content["files"].items():
-        look(folder, name, expected)
+        check_file(folder, name, expected)
     return content
 
 
 def write(folder: Path, *, step: int, entries: Mapping[str, Any], **about: Any) -> None:
-    """Seal a checkpoint whose other files are written and flushed.
+    """Write the manifest of a checkpoint. All other files must be written and flushed.
 
     Raises:
-        OSError: the manifest could not be written.
+        OSError: the manifest cannot be written.
     """
     content = {"format": FORMAT, "step": step, **about, "files": dict(sorted(entries.items()))}
     files.replace_text(folder / NAME, _text({**content, "digest": _digest(content)}))
 
 
 def read(folder: Path, step: int) -> dict[str, Any]:
-    """The manifest of checkpoint `step`. Whether the files are as it says, `check` tells.
+    """Return the manifest of checkpoint `step`, without looking at the files that it lists.
 
     Raises:
-        Broken: there is none, or it is not as it was written, or not for this step.
+        Broken: the manifest is missing, has changed since it was written, or is for another step.
     """
     try:
         with _readable(NAME):
             text = (folder / NAME).read_text(encoding="utf-8")
         content = json.loads(text)
         seal = content.pop("digest")
-        # The text is compared too: a byte may change and still be read as the same JSON.
+        # The text is compared too, because a changed byte may still give the same JSON value.
         if seal != _digest(content) or text != _text({**content, "digest": seal}):
             raise Broken(f"{NAME} has changed since it was written (digest)")
         if content["format"] != FORMAT:
@@ -109,7 +118,7 @@ def read(folder: Path, step: int) -> dict[str, Any]:
             raise Broken(f"{NAME} is for step {content['step']}")
         for name in content["files"]:
             if not names_file(name):
-                raise Broken(f"{NAME} lists {name!r}, which is no name of a file in this folder")
+                raise Broken(f"{NAME} lists {name!r}, which is not the name of a file in this folder")
         for name in (STATE, INDEX):
             if name not in content["files"]:
                 raise Broken(f"{name} is missing from {NAME}")
@@ -119,7 +128,7 @@ def read(folder: Path, step: int) -> dict[str, Any]:
 
 
 def names_file(name: str) -> bool:
-    """Whether it is a file's name, which leads out of no folder."""
+    """Return whether a name is the plain name of a file: the name cannot lead out of a folder."""
     return Path(name).name == name and name not in ("", "..")
 
 

@@ -1,5 +1,7 @@
-"""Files of safetensors, as bytes: an 8-byte length, a JSON header, the tensors' bytes one after another
-(https://github.com/huggingface/safetensors). Imports no torch, so that checkpoints are exported without it.
+"""Read and write safetensors files as bytes. Imports no torch: checkpoints can be exported without torch.
+
+A file is an 8-byte length, a JSON header, and the bytes of the tensors one after another
+(https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ SIZES = {  # bytes of an element
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
     "BOOL": 1, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }
-CHUNK_BYTES = 1 << 24  # read, written and hashed at a time
-OPEN_FILES = 256       # held open at once; a process may have some thousand, ranks may be more
+CHUNK_BYTES = 1 << 24  # bytes that are read, written or hashed at a time
+OPEN_FILES = 256       # most files open at once: a process may have a few thousand, and there may be more ranks than that
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor lies in a file: its type by safetensors' name, its shape."""
+    """The type (by safetensors' name) and the shape of a tensor in a file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -44,13 +46,17 @@ class Layout:
 
 def write(file: Path, layouts: Mapping[str, Layout], contents: Callable[[str], Iterable[memoryview]],
           metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Write and flush a file of tensors, of which `contents` gives the bytes by name, in pieces of any size.
+    """Write and flush a file of tensors. `contents` returns the bytes of a tensor by name, in pieces of any size.
 
-    Returns: the file's manifest entry, {"size": bytes, "sha256": hex}, of what was to be written.
+    Returns:
+        The file's manifest entry, {"size": bytes, "sha256": hex}. The hash is of the bytes given to write, not of bytes
+        read back.
     Raises:
-        OSError: it could not be written. ValueError: the bytes are not as many as the layout says.
+        OSError: the file cannot be written.
+        ValueError: a tensor does not have as many bytes as its layout says.
     """
-    # The widest elements first: each then begins at a multiple of its size, as readers that map the file like it.
+    # The widest elements come first. Each tensor then starts at a multiple of its element size, which suits readers that map
+    # the file into memory.
     names = sorted(layouts, key=lambda name: -SIZES[layouts[name].dtype])
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
@@ -77,14 +83,14 @@ def _append(opened: FileIO, contents: Iterable[memoryview], digest: Any) -> None
         for start in range(0, len(content), CHUNK_BYTES):
             chunk = content[start:start + CHUNK_BYTES]
             digest.update(chunk)
-            while chunk:  # a write may be cut short
+            while chunk:  # one call may write less than all of it
                 chunk = chunk[os.write(opened.fileno(), chunk):]
 
 
 class Parts:
-    """The tensors of one checkpoint, as bytes, in parts that lie in its files; reads no more of them than is asked for.
+    """The tensors of one checkpoint, as bytes. Each tensor is in parts in the ranks' files; only the parts asked for are read.
 
-    Raises, from every method: Exception, of any kind, where the files are not what was written.
+    Every method raises an Exception, of any kind, if the files are not what was written.
     """
 
     def __init__(self, folder: Path):
@@ -92,32 +98,32 @@ class Parts:
         self._tensors = read_json(folder / INDEX)["tensors"]
         for file in {file for entry in self._tensors.values() for file in entry["parts"]}:
             if not names_file(file):
-                raise ValueError(f"{INDEX} points out of the checkpoint, to {file!r}")
+                raise ValueError(f"{INDEX} names a file outside of the checkpoint: {file!r}")
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(entry["shape"]) for name, entry in self._tensors.items()}
         self._headers: dict[str, dict[str, tuple[Layout, int]]] = {}
-        # Open, a file can be read to its end though retention has deleted it.
+        # An open file can be read to its end even if retention deletes it.
         self._open = lru_cache(OPEN_FILES)(lambda file: open(folder / file, "rb", buffering=0))
 
     def layout(self, name: str) -> Layout:
-        """Of the whole tensor."""
+        """Return the layout of a whole tensor."""
         [dtype] = {self._header(file)[name][0].dtype for file in self._tensors[name]["parts"]}
         return Layout(dtype, self.shapes[name])
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill a buffer of bytes with the elements from `start` on."""
+        """Fill a buffer of bytes with a tensor's elements, starting with element `start`."""
         size = SIZES[self.layout(name).dtype]
         at, end = start, start + len(buffer) // size
-        for file, begins in sorted(self._tensors[name]["parts"].items(), key=lambda part: part[1]):
-            part, place = self._header(file)[name]
-            last = min(end, begins + part.count)
-            if begins <= at < last:
-                _read(self._open(file), place + (at - begins) * size, buffer[(at - start) * size:(last - start) * size])
-                at = last
+        for file, part_start in sorted(self._tensors[name]["parts"].items(), key=lambda part: part[1]):
+            part, first_byte = self._header(file)[name]
+            stop = min(end, part_start + part.count)
+            if part_start <= at < stop:
+                _read(self._open(file), first_byte + (at - part_start) * size, buffer[(at - start) * size:(stop - start) * size])
+                at = stop
         if at < end:
-            raise ValueError(f"{end - at} of the {end - start} elements of `{name}` from {start} on are in no file")
+            raise ValueError(f"element {at} of `{name}` is in no file")
 
     def pieces(self, name: str) -> Iterator[memoryview]:
-        """The bytes of a whole tensor, some at a time; each piece is good until the next."""
+        """Yield the bytes of a whole tensor in pieces. A piece is valid until the next piece is asked for."""
         layout = self.layout(name)
         size = SIZES[layout.dtype]
         buffer = memoryview(bytearray(min(layout.nbytes, CHUNK_BYTES)))
@@ -127,22 +133,27 @@ class Parts:
             yield piece
 
     def _header(self, file: str) -> dict[str, tuple[Layout, int]]:
-        """By name: the layout of the part that the file holds, and its first byte."""
+        """Return, by tensor name, (layout of the part in this file, position of its first byte)."""
         if file not in self._headers:
             opened = self._open(file)
             length = bytearray(8)
             _read(opened, 0, memoryview(length))
-            begins = 8 + int.from_bytes(length, "little")
-            text = bytearray(min(begins, os.fstat(opened.fileno()).st_size) - 8)
+            data_start = 8 + int.from_bytes(length, "little")
+            text = bytearray(min(data_start, os.fstat(opened.fileno()).st_size) - 8)
             _read(opened, 8, memoryview(text))
             self._headers[file] = {
-                name: (Layout(entry["dtype"], tuple(entry["shape"])), begins + entry["data_offsets"][0])
+                name: (Layout(entry["dtype"], tuple(entry["shape"])), data_start + entry["data_offsets"][0])
                 for name, entry in json.loads(text).items() if name != "__metadata__"}
         return self._headers[file]
 
 
 def _read(opened: FileIO, at: int, buffer: memoryview) -> None:
-    """Fill the buffer from byte `at` on. Raises: OSError; ValueError if the file ends before."""
+    """Fill a buffer with a file's bytes, starting at byte `at`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file ends too early.
+    """
     while buffer:
         count = os.preadv(opened.fileno(), [buffer], at)
         if count == 0:

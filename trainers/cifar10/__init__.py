@@ -1,1 +1,1 @@
-"""Image classification: CIFAR-10, any folder-per-class images, or drawn shapes."""
+"""The task `cifar10`: image classification on CIFAR-10, on any folder of images by class, or on drawn shapes."""

@@ -1,4 +1,4 @@
-"""What a run of `cifar10` is. Imports no torch."""
+"""The settings of a `cifar10` run. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from trainers.contract.errors import UserError
 from trainers.contract.text import either
 
 OWN_MODELS = ("vgg", "resnet18")
-# What torchvision's CIFAR10 reads of its root: importing it to ask takes seconds.
+# The files that torchvision's CIFAR10 reads in its root. Importing torchvision to ask for them takes seconds.
 CIFAR10_FILES = [f"cifar-10-batches-py/{name}"
                  for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")]
 
 
 class Model(Section):
     arch: str = Field("vgg", description="vgg or resnet18 for small images, or any torchvision classifier's name")
-    width: PositiveFloat = Field(1.0, description="of vgg: multiplies its channels and hidden units")
-    batch_norm: bool = Field(True, description="of vgg: BatchNorm after each convolution")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of vgg: share of hidden units dropped")
-    label_smoothing: Fraction = Field(0.0, description="share of the target spread over all classes in training")
+    width: PositiveFloat = Field(1.0, description="only for vgg: multiplies the number of channels and hidden units")
+    batch_norm: bool = Field(True, description="only for vgg: BatchNorm after each convolution")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="only for vgg: share of hidden units that are dropped")
+    label_smoothing: Fraction = Field(0.0, description="share of the target that is spread over all classes in training")
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> Model:
         if self.arch != "vgg":
             for key in ("width", "batch_norm", "dropout"):
                 if getattr(self, key) != type(self).model_fields[key].default:
-                    raise ValueError(f"model.{key} is of vgg alone; model.arch is {self.arch}")
+                    raise ValueError(f"model.{key} is only for vgg, but model.arch is {self.arch}")
         return self
 
 
@@ -43,17 +43,17 @@ class Data(Section):
         "cifar10", description="cifar10, sample (drawn shapes, nothing to download), or a folder of images by class")
     root: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="where downloads go; null: $LAUNCH_DATA, else ~/.cache/launch")
-    size: PositiveInt = Field(32, description="pixels a side; other images are scaled to it")
-    pad: Annotated[int, Field(ge=0)] = Field(4, description="reflected border for random crops, in pixels")
-    flip: bool = Field(True, description="left and right exchanged at random")
-    cutout: Annotated[int, Field(ge=0)] = Field(0, description="side of a square blanked at random, in pixels")
+    size: PositiveInt = Field(32, description="side of the images in pixels; other images are scaled to this size")
+    pad: Annotated[int, Field(ge=0)] = Field(4, description="width of the reflected border for random crops, in pixels")
+    flip: bool = Field(True, description="exchange left and right at random")
+    cutout: Annotated[int, Field(ge=0)] = Field(0, description="side of a square that is blanked at random, in pixels; 0: none")
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="share of each class held out where a folder has no val, valid or test")
+        0.1, description="share of each class that is held out if the folder has no val, valid or test")
 
     @field_validator("source", "root")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
-        # Made absolute where the user stands: a rank may stand elsewhere.
+        # Paths become absolute here, because a rank may have another working directory.
         return value if value in (None, "cifar10", "sample") else os.path.abspath(os.path.expanduser(value))
 
     @model_validator(mode="after")
@@ -63,12 +63,12 @@ class Data(Section):
         return self
 
     def download_root(self, environment: Mapping[str, str] = os.environ) -> Path:
-        """Where downloads go: by default, with the environment of this process."""
+        """Return the folder for downloads."""
         return Path(self.root or environment.get("LAUNCH_DATA") or "~/.cache/launch").expanduser()
 
 
 class Cifar10Config(RunConfig):
-    """An image classifier."""
+    """The spec of an image classifier."""
 
     model: Model = Model()
     data: Data = Data()
@@ -80,7 +80,7 @@ class Cifar10Config(RunConfig):
                     or get_close_matches(self.model.arch, dict.fromkeys([*OWN_MODELS, *known]), n=3, cutoff=0.5))
             raise UserError(f"unknown architecture `{self.model.arch}` (`model.arch`)",
                             (f"did you mean {either(near)}? " if near else "") +
-                            "vgg, resnet18, or a classifier of torchvision.models")
+                            "use vgg, resnet18, or a classifier of torchvision.models")
         if self.data.source not in ("cifar10", "sample"):
             from trainers.data.folders import list_images
             list_images(Path(self.data.source), self.data.eval_fraction)
@@ -92,10 +92,12 @@ class Cifar10Config(RunConfig):
         return [f"CIFAR-10 in {root}"]
 
 
-
 def torchvision_models() -> list[str]:
-    """The classifiers of the installed torchvision, read off its source: importing it takes seconds.
-    Empty where it is not installed (a login node): then the rank finds out."""
+    """Return the names of the classifiers of the installed torchvision.
+
+    They are read from torchvision's source, because importing it takes seconds. The list is empty if torchvision is not
+    installed (a login node). Then the rank checks the name.
+    """
     spec = find_spec("torchvision")
     folders = spec.submodule_search_locations if spec else None
     files = [file for folder in folders or () for file in sorted(Path(folder, "models").glob("*.py"))]

@@ -1,4 +1,4 @@
-"""The sample set: drawn shapes, not CIFAR-10. Made by code, for a first run without any download."""
+"""The sample set: drawn shapes, not CIFAR-10. The images are made by code, so a first run needs no download."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from trainers.data.images import Raw, RawSets
 SIDE = 32
 TRAIN, TEST = 1000, 500
 
-# Each takes x, y [n, S, S], the pixels' coordinates in the shape's own frame (its radius is 1), and gives
-# how far inside a pixel lies (negative: outside), in the same unit.
+# Each function takes x and y [n, S, S], the coordinates of the pixels relative to the shape, whose radius is 1. It returns
+# how far inside the shape each pixel lies (negative: outside), in the same unit.
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "checkers": lambda x, y: np.sin(4 * x) * np.sin(4 * y) / 4,
     "circle": lambda x, y: 1 - np.hypot(x, y),
@@ -28,7 +28,10 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def draw_shapes(seed: int = 0) -> RawSets:
-    """1,000 + 500 images of 32 x 32, ten classes in equal parts; place, size, tilt, colours and noise vary."""
+    """Return 1,000 training and 500 test images of 32 x 32 in ten classes of equal size.
+
+    Place, size, tilt, colours and noise vary.
+    """
     rng = np.random.Generator(np.random.Philox(seed))
     classes, n = list(SHAPES), TRAIN + TEST
     labels = np.arange(n) % len(classes)
@@ -44,7 +47,7 @@ def draw_shapes(seed: int = 0) -> RawSets:
     inside = np.empty((n, SIDE, SIDE), np.float32)
     for number, shape in enumerate(SHAPES.values()):
         inside[number::len(classes)] = shape(x[number::len(classes)], y[number::len(classes)])
-    cover = np.clip(inside * radius + 0.5, 0, 1)[:, None]  # edges smooth over one pixel
+    cover = np.clip(inside * radius + 0.5, 0, 1)[:, None]  # smooth edges, one pixel wide
 
     ground = uniform(30, 225, n, 3, 1, 1)
     shift = uniform(50, 110, n, 3, 1, 1)

@@ -1,4 +1,4 @@
-"""Image classification: top-1, the confusion matrix, the accuracy of each class."""
+"""The task `cifar10`: image classification, with top-1 accuracy, the confusion matrix and the accuracy of each class."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ Batch = tuple[Tensor, Tensor]  # images float32 [n, 3, S, S], labels int64 [n]
 
 
 class Cifar10(Task):
+    """Image classification, as a task."""
+
     unit = "images"
     config: Cifar10Config
 
@@ -49,7 +51,7 @@ class Cifar10(Task):
         return make_model(self.config.model, self.class_count(), self.config.data.size)
 
     def class_count(self) -> int:
-        """How many classes there are, known without reading an image, so that `launch plan` can count the model."""
+        """Return the number of classes, without reading an image: `launch plan` counts a model's parameters without its data."""
         source = self.config.data.source
         if source in ("cifar10", "sample"):
             return 10
@@ -61,8 +63,11 @@ class Cifar10(Task):
         return Loss(F.cross_entropy(model(images), labels, reduction="sum", label_smoothing=smoothing), len(labels))
 
     def measure(self, model: nn.Module, batch: Batch) -> Measures:
-        """`loss` (without smoothing) and `top1`; `class` [C], the accuracy of each class; `confusion` [C, C],
-        the share of all images that are of the row's class and were taken for the column's."""
+        """Return `loss` (without smoothing), `top1`, `class` [C] and `confusion` [C, C], as sums and counts.
+
+        `class` is the accuracy of each class. `confusion` is the share of all images that have the true class of the row and
+        the predicted class of the column.
+        """
         images, labels = batch
         logits, n, classes = model(images), len(labels), len(self.classes)
         predicted = logits.argmax(1)
@@ -77,7 +82,7 @@ class Cifar10(Task):
     def report(self, measured: Mapping[str, Tensor], figures: Path | None) -> dict[str, float]:
         metrics = super().report(measured, figures)
         for name, accuracy in zip(self.classes, measured["class"].tolist()):
-            if not math.isnan(accuracy):  # no image of that class was evaluated
+            if not math.isnan(accuracy):  # nan: no image of this class was evaluated
                 metrics[f"class/{name}"] = accuracy
         if figures is not None:
             from trainers.cifar10.figure import draw_confusion

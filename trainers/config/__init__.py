@@ -9,7 +9,7 @@ __all__ = ["RunConfig", "SearchConfig", "Section", "TaskConfig"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: pydantic takes longer to import than `launch --help` takes in all.
+    # Import the schema on first use: importing pydantic takes longer than all of `launch --help`.
     if name in __all__:
         from trainers.config import schema
 

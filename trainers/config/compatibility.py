@@ -1,4 +1,4 @@
-"""Which settings go together. Imports no torch: what does not is refused when a run is planned."""
+"""Which settings can be combined. Imports no torch: `launch` refuses impossible combinations when it plans a run."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ SHARDED = (*ZERO, "fsdp")
 OFFLOADS = {"ddp": ("none",), "zero1": ("none", "optimizer"), "zero2": ("none", "optimizer"),
             "zero3": ("none", "optimizer", "parameters"), "fsdp": ("none", "parameters")}
 
-# (whether it is so, why it cannot be, what to do), of a config and the device of its ranks
+# (function of a config and its ranks' device: whether to refuse the config, reason, hint)
 Refusal = tuple[Callable[["RunConfig", str], bool], str, str]
 REFUSALS: list[Refusal] = [
     (lambda c, device: c.train.precision == "tf32" and device == "cpu",
-     "`train.precision` is `tf32`, which only GPUs have; these ranks run on CPU", "use train.precision=fp32 or bf16"),
+     "`train.precision` is `tf32`, which needs a GPU; these ranks run on CPU", "use train.precision=fp32 or bf16"),
     (lambda c, device: c.train.compile and c.train.strategy in ZERO,
-     "`train.compile` does not go with `{strategy}`: DeepSpeed moves parameters in hooks that a compiled model does not run",
+     "`train.compile` cannot be used with `{strategy}`: DeepSpeed moves parameters in hooks that a compiled model does not run",
      "use train.strategy=fsdp or ddp, or train.compile=false"),
     (lambda c, device: c.train.offload not in OFFLOADS[c.train.strategy],
-     "`train.offload` is `{offload}`, which `{strategy}` cannot do", "use {offloads}"),
+     "`train.offload` is `{offload}`, which `{strategy}` does not support", "use {offloads}"),
     (lambda c, device: c.checkpoint.layout == "full" and c.train.strategy in SHARDED,
-     "`checkpoint.layout` is `full`, and under `{strategy}` no rank holds everything",
-     "use checkpoint.layout=sharded; `launch export` makes one file of it"),
+     "`checkpoint.layout` is `full`, but with `{strategy}` no rank holds the whole model",
+     "use checkpoint.layout=sharded; `launch export` writes a sharded checkpoint into one file"),
     (lambda c, device: bool(c.train.deepspeed) and c.train.strategy not in ZERO,
-     "`train.deepspeed` is for zero1 to zero3; `train.strategy` is `{strategy}`", "leave it out, or use train.strategy=zero2"),
+     "`train.deepspeed` is only for zero1, zero2 and zero3; `train.strategy` is `{strategy}`",
+     "leave out train.deepspeed, or use train.strategy=zero2"),
 ]
 
 
 def unsupported(config: RunConfig, device: str) -> Iterator[UserError]:
-    """What of a run's settings cannot be, on ranks of `device`: cpu or cuda."""
+    """Yield an error for each setting that cannot be used with the others, on ranks of `device` (cpu or cuda)."""
     train = config.train
-    words = {"strategy": train.strategy, "offload": train.offload,
-             "offloads": either(f"train.offload={word}" for word in OFFLOADS[train.strategy])}
-    for refused, reason, mend in REFUSALS:
-        if refused(config, device):
-            yield UserError(reason.format(**words), mend.format(**words))
+    values = {"strategy": train.strategy, "offload": train.offload,
+              "offloads": either(f"train.offload={word}" for word in OFFLOADS[train.strategy])}
+    for refuse, reason, hint in REFUSALS:
+        if refuse(config, device):
+            yield UserError(reason.format(**values), hint.format(**values))
     try:
         deepspeed_json.check(train.deepspeed)
     except UserError as error:
@@ -50,6 +51,10 @@ def unsupported(config: RunConfig, device: str) -> Iterator[UserError]:
 
 
 def check(config: RunConfig, device: str) -> None:
-    """Raises: UserError: the first thing that cannot be."""
+    """Refuse settings that cannot be used together.
+
+    Raises:
+        UserError: two settings cannot be combined; this is the first such error.
+    """
     for error in unsupported(config, device):
         raise error

@@ -1,4 +1,4 @@
-"""How large a task's models are."""
+"""The sizes of a task's models."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Counts:
-    """A task's models, in numbers that they hold."""
+    """The sizes of a task's models. All sizes are counts of numbers, not bytes."""
 
-    parameters: int      # of all models
-    tensor: int          # those of the largest parameter
-    block: int = 0       # those of the largest block (trainers/engine/parallel/blocks.py); 0: there are no blocks
-    blocks: int = 0      # those of all blocks together
-    buffers: int = 0     # BatchNorm statistics and the like
+    parameters: int      # all parameters of all models
+    tensor: int          # the largest parameter tensor
+    block: int = 0       # the parameters of the largest block (trainers/engine/parallel/blocks.py); 0: there are no blocks
+    blocks: int = 0      # the parameters of all blocks together
+    buffers: int = 0     # BatchNorm statistics and other buffers
 
     @property
     def rest(self) -> int:
-        """Parameters in no block: gathered with the model as a whole."""
+        """The parameters outside of blocks. They are gathered together with the whole model."""
         return self.parameters - self.blocks

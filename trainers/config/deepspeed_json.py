@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a run, as its spec says. Imports no torch."""
+"""The DeepSpeed configuration of a run, made from its spec. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainers.contract.errors import UserError
 if TYPE_CHECKING:
     from trainers.config.schema import RunConfig
 
-# What a spec says by keys of its own, and so a user's own JSON may not: by its place in the JSON.
+# Settings that the user's JSON may not have, because the spec has its own keys for them: place in the JSON -> key of the spec.
 SPEC_KEYS = {
     ("train_batch_size",): "train.batch_size", ("train_micro_batch_size_per_gpu",): "train.micro_batch_size",
     ("gradient_accumulation_steps",): "train.micro_batch_size", ("gradient_clipping",): "optim.clip_norm",
@@ -21,13 +21,13 @@ SPEC_KEYS = {
     ("torch_autocast",): "train.precision", ("activation_checkpointing",): "train.checkpoint_activations",
     ("wandb",): "wandb.mode", ("tensorboard",): "wandb.mode", ("checkpoint",): "checkpoint",
 }
-# What else a user's own JSON may hold: true or false, an object, or a whole number from this one on. DeepSpeed has more, which
-# would change numbers or states in ways that checkpoints, or the promise that a resumed run is the same, do not follow; and
-# it ignores what it does not know.
+# Settings that the user's JSON may have, and their kinds: bool, dict (an object), or the smallest allowed whole number.
+# DeepSpeed has more settings. They are refused, because they would change numbers or states: checkpoints would no longer
+# match, or a resumed run would no longer be the same run. DeepSpeed itself ignores unknown keys.
 Kind = int | type
-TAKEN: dict[str, Kind] = {"zero_optimization": dict, "wall_clock_breakdown": bool, "memory_breakdown": bool,
-                          "dump_state": bool, "steps_per_print": 1}
-TAKEN_OF_ZERO: dict[str, Kind] = {
+ALLOWED: dict[str, Kind] = {"zero_optimization": dict, "wall_clock_breakdown": bool, "memory_breakdown": bool,
+                            "dump_state": bool, "steps_per_print": 1}
+ALLOWED_IN_ZERO: dict[str, Kind] = {
     "contiguous_gradients": bool, "reduce_scatter": bool, "reduce_bucket_size": 1, "use_multi_rank_bucket_allreduce": bool,
     "allgather_partitions": bool, "allgather_bucket_size": 0, "overlap_comm": bool, "sub_group_size": 0,
     "stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0,
@@ -40,16 +40,19 @@ STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
 def deepspeed_config(config: RunConfig, ranks: int, clip_norm: float | None) -> dict[str, Any]:
-    """What DeepSpeed is given: fp32 states and sums, since precision and loss scaling are the loop's own; the user's own
-    keys (`train.deepspeed`) on top."""
+    """Return the configuration for DeepSpeed, with the user's own keys (`train.deepspeed`) merged over it.
+
+    States and sums are fp32: precision and loss scaling belong to the training loop, not to DeepSpeed.
+    """
     train = config.train
     micro, accumulation = train.split(ranks)
-    # Of 80 MB each: enough to keep a network busy, and little beside a model's states.
+    # Buckets of 80 MB: enough to keep a network busy, and little next to a model's states.
     zero: dict[str, Any] = {"stage": STAGES[train.strategy], "reduce_bucket_size": 20_000_000,
                             "allgather_bucket_size": 20_000_000, "overlap_comm": False}
     if train.strategy == "zero3":
-        # By DeepSpeed's own numbers, 10^9 both, a model of less than half as many parameters is whole on each rank from
-        # forward to backward, which is what zero3 is to spare one: kept for reuse, and gathered ahead at each module.
+        # DeepSpeed's defaults for the last two are both 10^9. With them, a model of fewer than half as many parameters stays
+        # whole on each rank from forward to backward: kept for reuse, and gathered ahead at each module. zero3 is there to
+        # avoid that.
         zero |= {"stage3_prefetch_bucket_size": 20_000_000, "stage3_param_persistence_threshold": 10_000,
                  "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 50_000_000}
     if train.offload != "none":
@@ -66,37 +69,37 @@ def deepspeed_config(config: RunConfig, ranks: int, clip_norm: float | None) -> 
 
 
 def check(theirs: Mapping[str, Any]) -> None:
-    """Whether a user's own JSON leaves alone what the spec says, and holds what is known to keep runs exact.
+    """Check the user's own JSON: it may have only settings that belong to no key of the spec and keep runs exact.
 
     Raises:
-        UserError: it does not.
+        UserError: the JSON has another setting, or a setting has a value of the wrong kind.
     """
     zero = theirs.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
-        raise UserError("`train.deepspeed` has a `zero_optimization` that is no object")
+        raise UserError("`zero_optimization` in `train.deepspeed` is not an object")
     for place, key in SPEC_KEYS.items():
         if place[-1] in (zero if len(place) == 2 else theirs):
-            raise UserError(f"`train.deepspeed` sets `{'.'.join(place)}`, which is the spec's to say",
+            raise UserError(f"`train.deepspeed` sets `{'.'.join(place)}`, which only the spec may set",
                             f"leave it out there, and set {key}")
-    _taken(theirs, TAKEN, "")
-    _taken(zero, TAKEN_OF_ZERO, "zero_optimization.")
+    _check_keys(theirs, ALLOWED, "")
+    _check_keys(zero, ALLOWED_IN_ZERO, "zero_optimization.")
 
 
-def _taken(theirs: Mapping[str, Any], known: Mapping[str, Kind], prefix: str) -> None:
+def _check_keys(theirs: Mapping[str, Any], allowed: Mapping[str, Kind], prefix: str) -> None:
     for name, value in theirs.items():
-        if name not in known:
-            near = nearest_keys(name, list(known))
+        if name not in allowed:
+            near = nearest_keys(name, list(allowed))
             raise UserError(f"`train.deepspeed` sets `{prefix}{name}`, which launch does not pass on to DeepSpeed",
                             f"did you mean `{prefix}{near[0]}`?" if near else
-                            f"leave it out: {f'of {prefix[:-1]} ' if prefix else ''}it takes {', '.join(known)}")
-        kind, number = known[name], isinstance(value, (int, float)) and not isinstance(value, bool)
+                            f"leave it out; {prefix[:-1] or 'train.deepspeed'} may have {', '.join(allowed)}")
+        kind, number = allowed[name], isinstance(value, (int, float)) and not isinstance(value, bool)
         if isinstance(kind, int):
-            right, wanted = number and value >= kind and float(value).is_integer(), f"a whole number from {kind} on"
+            right, wanted = number and value >= kind and float(value).is_integer(), f"a whole number of at least {kind}"
         else:
             right, wanted = isinstance(value, kind), "true or false"
         if not right:
             raise UserError(f"`train.deepspeed`: `{prefix}{name}` is {value!r}, not {wanted}",
-                            "transformers fills in `auto`: leave it out, or say what it is to be" if value == "auto" else None)
+                            "leave it out, or give a value: only transformers fills in `auto`" if value == "auto" else None)
 
 
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What a model takes of a rank's memory under each strategy, in closed form. Imports no torch.
+"""How much of a rank's memory a model needs under each strategy, in closed form. Imports no torch.
 
-Parameters, gradients and optimizer states are fp32 under all strategies. Activations are not in it: they are measured
+Parameters, gradients and optimizer states are fp32 under all strategies. Activations are not included: they are measured
 (trainers/probe.py).
 """
 
@@ -21,20 +21,20 @@ FULL, HALF = 4, 2  # bytes of a number
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank. While it gets ready it may need more than in its steps (`ready`)."""
+    """The memory that a model needs on one rank, in bytes."""
 
     parameters: int          # with the fp32 copies that ZeRO updates
     gradients: int
-    optimizer: int           # states
-    buffers: int             # the model's own, and what gradients are collected in to cross ranks
-    gathered: int = 0        # whole parameters and gradients, or half-precision copies, while they are computed with
-    host: int = 0            # in the host's memory instead (`train.offload`)
-    ready: int = 0
-    one: bool = False        # whether device and host have one memory (CPU ranks)
+    optimizer: int           # the optimizer's states
+    buffers: int             # the model's own buffers, and buffers that collect gradients for communication
+    gathered: int = 0        # whole parameters and gradients, or half-precision copies, during computation
+    host: int = 0            # moved to the host's memory (`train.offload`)
+    ready: int = 0           # the most before the first step, which may be more than in a step
+    one: bool = False        # whether device and host share one memory (CPU ranks)
 
     @property
     def total(self) -> int:
-        """The most that the rank's device holds at once."""
+        """The most bytes that the rank's device holds at once."""
         held = self.parameters + self.gradients + self.optimizer + self.buffers + self.gathered
         return max(held + self.host * self.one, self.ready)
 
@@ -43,29 +43,33 @@ class Memory:
 
 
 def expected(config: RunConfig, counts: Counts, ranks: int, device: str) -> Memory:
-    """The memory of one of `ranks` on `device` (cuda, cpu), from the code of torch 2.14 and DeepSpeed 0.19 and measured beside it
-    (tests/benchmarks/memory.py). Small tensors are split as evenly as large ones here."""
+    """Return the memory of each of `ranks` ranks on `device` (cuda or cpu).
+
+    The formulas follow the code of torch 2.14 and DeepSpeed 0.19, and were compared with measurements
+    (tests/benchmarks/memory.py). They split small tensors as evenly as large ones.
+    """
     strategy = config.train.strategy
     if strategy == "ddp":
-        found = _ddp(config, counts, ranks)
+        memory = _ddp(config, counts, ranks)
     elif strategy == "fsdp":
-        found = _fsdp(config, counts, ranks)
+        memory = _fsdp(config, counts, ranks)
     else:
-        found = _zero3(config, counts, ranks) if STAGES[strategy] == 3 else _zero12(config, counts, ranks)
+        memory = _zero3(config, counts, ranks) if STAGES[strategy] == 3 else _zero12(config, counts, ranks)
     if device == "cpu":
-        # There a model is made whole before it is sharded, and once more before ZeRO-1 and 2 have laid it out (which a
-        # GPU without the room leaves to the host); and gloo reduces and scatters a copy, and gathers into one.
+        # On a CPU the model is built whole before it is sharded. ZeRO-1 and 2 then need room for a second copy until the model
+        # is laid out (a GPU without that room leaves the copy to the host).
         block, part = counts.block or counts.rest, _part(counts.parameters, ranks)
-        more = {"ddp": 0, "fsdp": block, "zero3": part}.get(strategy, counts.parameters + part)
-        # The copy into which ZeRO-1 and 2 gather comes when the gradients have gone.
-        gone = max(0, counts.parameters - (found.gradients + found.buffers) // FULL)
-        copy = {"ddp": 0, "fsdp": block, "zero3": found.buffers // FULL}.get(strategy, gone)
-        found = replace(found, one=True, ready=FULL * (counts.parameters + more), buffers=found.buffers + FULL * copy)
-    return replace(found, buffers=found.buffers + FULL * counts.buffers)
+        second = {"ddp": 0, "fsdp": block, "zero3": part}.get(strategy, counts.parameters + part)
+        # gloo's reduce-scatter works on a copy, and its all-gather writes into a copy. ZeRO-1 and 2 gather after the gradients
+        # are freed: only the part of the copy that is larger than the freed room counts.
+        beyond_freed = max(0, counts.parameters - (memory.gradients + memory.buffers) // FULL)
+        copy = {"ddp": 0, "fsdp": block, "zero3": memory.buffers // FULL}.get(strategy, beyond_freed)
+        memory = replace(memory, one=True, ready=FULL * (counts.parameters + second), buffers=memory.buffers + FULL * copy)
+    return replace(memory, buffers=memory.buffers + FULL * counts.buffers)
 
 
 def states(optim: Optim) -> int:
-    """Numbers that the optimizer keeps of each parameter."""
+    """Return how many numbers the optimizer keeps for each parameter."""
     if optim.name == "sgd":
         return int(optim.momentum > 0)
     return 2
@@ -73,15 +77,16 @@ def states(optim: Optim) -> int:
 
 def _ddp(config: RunConfig, counts: Counts, ranks: int) -> Memory:
     whole = FULL * counts.parameters
-    # Gradients lie in the buckets. But those of micro-batches that are not to cross ranks yet do not.
-    unsent = whole if ranks > 1 and _accumulation(config, ranks) > 1 else 0
-    return Memory(parameters=whole, gradients=whole + unsent, optimizer=states(config.optim) * whole, buffers=0,
+    # Gradients lie in DDP's buckets. With accumulation, the gradients of earlier micro-batches lie outside the buckets.
+    outside = whole if ranks > 1 and _accumulation(config, ranks) > 1 else 0
+    return Memory(parameters=whole, gradients=whole + outside, optimizer=states(config.optim) * whole, buffers=0,
                   gathered=_casts(config, counts))
 
 
 def _fsdp(config: RunConfig, counts: Counts, ranks: int) -> Memory:
-    """In backward: a block's whole parameters, the next one's that are being gathered, its gradients, and those of the
-    last one, which cross ranks; outside of blocks, parameters all along, and their gradients twice at the end."""
+    """Backward holds a block's whole parameters, the next block's parameters while they are gathered, the block's gradients,
+    and the previous block's gradients while they cross ranks. Parameters outside of blocks are held all the time, and their
+    gradients twice at the end."""
     shard = FULL * _part(counts.parameters, ranks)
     held = states(config.optim) * shard
     half = HALF if config.train.precision in ("bf16", "fp16") else FULL
@@ -89,26 +94,26 @@ def _fsdp(config: RunConfig, counts: Counts, ranks: int) -> Memory:
     in_blocks = (3 * half + FULL) * counts.block
     outside = half * counts.rest + max(0 if counts.block else half * counts.rest, (half + FULL) * counts.rest)
     gathered = max(in_blocks + 2 * half * counts.rest if counts.block else 0, outside)
-    if config.train.offload == "parameters":  # a block's part is on the device while it is gathered
+    if config.train.offload == "parameters":  # a block's shard is on the device while the block is gathered
         return Memory(0, 0, 0, 0, gathered + FULL * _part(block, ranks), host=2 * shard + held)
     return Memory(parameters=shard, gradients=shard, optimizer=held, buffers=0, gathered=gathered,
                   ready=shard + FULL * block)
 
 
 def _zero12(config: RunConfig, counts: Counts, ranks: int) -> Memory:
-    """The whole model, an fp32 partition of it that is updated, and a bucket in which gradients are collected and one
-    in which they cross ranks."""
+    """A rank holds the whole model, the fp32 partition that it updates, a bucket that collects gradients, and a bucket whose
+    gradients cross ranks."""
     whole, part = FULL * counts.parameters, FULL * _part(counts.parameters, ranks)
     bucket = FULL * min(_bucket(config, ranks), counts.parameters)
     optimizer = states(config.optim) * part
     accumulating = _accumulation(config, ranks) > 1
-    if config.train.strategy == "zero1":  # all are there as the first bucket leaves; each that does makes room
+    if config.train.strategy == "zero1":  # all gradients exist when the first bucket is sent; each sent bucket frees room
         gradients, buffers = whole, max(bucket, part)
     else:
         gradients, buffers = part * (1 + accumulating), max(2 * bucket, part)
     casts = _casts(config, counts)
     if config.train.offload != "none":
-        # The partition, its gradient and a buffer to copy from, and what was accumulated.
+        # The partition, its gradient, a buffer to copy from, and accumulated gradients.
         host = 3 * part + optimizer + part * accumulating + FULL * counts.tensor
         if config.train.strategy == "zero2":
             gradients = 0
@@ -117,27 +122,31 @@ def _zero12(config: RunConfig, counts: Counts, ranks: int) -> Memory:
 
 
 def _zero3(config: RunConfig, counts: Counts, ranks: int) -> Memory:
-    """The partition, of which DeepSpeed keeps a copy to update even in fp32. In backward: what is gathered, once more while
-    it arrives, and a bucket of gradients, once more while it leaves; in the step a second copy of the gradients instead."""
+    """A rank holds its partition and a copy of it, which DeepSpeed updates, even in fp32.
+
+    Backward also holds gathered parameters, a second copy of those that arrive, a bucket of gradients, and a second copy of
+    the bucket while it is sent. The optimizer step holds a second copy of the gradients instead.
+    """
     part = FULL * _part(counts.parameters, ranks)
     optimizer = states(config.optim) * part
     bucket = FULL * min(_bucket(config, ranks), counts.parameters)
     ahead = min(_setting(config, ranks, "stage3_prefetch_bucket_size"), counts.parameters)
-    # Gathered ahead until so many are live; kept from forward to backward if used again before so many others were.
+    # DeepSpeed gathers ahead until max_live_parameters are live. It keeps a parameter from forward to backward if fewer than
+    # max_reuse_distance others are used in between.
     near = _setting(config, ranks, "stage3_max_live_parameters") + _setting(config, ranks, "stage3_max_reuse_distance") // 2
     live = FULL * (min(counts.parameters, near + counts.tensor) + ahead)
     casts, largest = _casts(config, counts), FULL * counts.tensor
     if config.train.offload == "none":
         return Memory(parameters=2 * part, gradients=part, optimizer=optimizer, buffers=bucket,
                       gathered=max(bucket + live, part) + casts, ready=2 * part + largest)
-    host = 3 * part + optimizer  # fp32 parameters, gradients as they accumulate, and those of the step
+    host = 3 * part + optimizer  # fp32 parameters, accumulated gradients, and the gradients of the step
     kept = 0 if config.train.offload == "parameters" else part
     return Memory(parameters=kept, gradients=0, optimizer=0, buffers=bucket, gathered=bucket + live + casts,
                   host=host + part - kept, ready=2 * kept + largest)
 
 
 def _casts(config: RunConfig, counts: Counts) -> int:
-    """Autocast keeps half-precision copies of the weights from forward to backward."""
+    """Return the bytes of the half-precision copies of the weights, which autocast keeps from forward to backward."""
     return HALF * counts.parameters if config.train.precision in ("bf16", "fp16") else 0
 
 
@@ -154,7 +163,7 @@ def _bucket(config: RunConfig, ranks: int) -> int:
 
 
 def _setting(config: RunConfig, ranks: int, name: str) -> int:
-    """A number of `zero_optimization`, with DeepSpeed's own default."""
+    """Return a number from `zero_optimization`; DeepSpeed's default if the number is not set."""
     defaults: Mapping[str, Any] = {"stage3_max_reuse_distance": 1e9, "stage3_max_live_parameters": 1e9, "reduce_bucket_size": 5e8,
                                    "stage3_prefetch_bucket_size": 5e7}
     return int(deepspeed_config(config, ranks, None)["zero_optimization"].get(name, defaults[name]))

@@ -1,8 +1,9 @@
-"""`train.micro_batch_size=auto`: the largest that fits, found by trying. Imports no torch.
+"""`train.micro_batch_size=auto`: find the largest micro-batch that fits, by trying. Imports no torch.
 
-A rank whose device is full cannot go on with a smaller micro-batch: the others wait for it in a collective. So it writes
-down what did not fit, and ends as any rank that fails; the next attempt goes on from the newest checkpoint with the next
-smaller size. Whoever starts attempts need not know of it: only that such an end is no failure to count (`gave_way`).
+A rank that runs out of memory cannot continue with a smaller micro-batch, because the other ranks wait for it in a collective.
+The rank records the size that did not fit, and fails. The next attempt continues from the newest checkpoint with the next
+smaller size. The code that starts attempts needs to know only one thing: such an end does not count as a failure
+(`retries_smaller`).
 """
 
 from __future__ import annotations
@@ -15,64 +16,73 @@ from trainers.contract.files import read_json, replace_json
 from trainers.contract.paths import RunPaths
 
 
-def tried(paths: RunPaths) -> list[dict[str, Any]]:
-    """What did not fit, oldest first: {"attempt": of which (None by hand), "size", "next"}."""
+def tried_sizes(paths: RunPaths) -> list[dict[str, Any]]:
+    """Return the sizes that did not fit, oldest first.
+
+    Each entry is {"attempt": number of the attempt (None if started without `launch`), "size": the size that did not fit,
+    "next": the size to try next}.
+    """
     try:
         return read_json(paths.micro_batch)
     except FileNotFoundError:
         return []
 
 
-def gave_way(paths: RunPaths, attempt: int) -> bool:
-    """Whether this attempt ended so that the next one takes a smaller micro-batch."""
+def retries_smaller(paths: RunPaths, attempt: int) -> bool:
+    """Return whether this attempt ended so that the next attempt can use a smaller micro-batch."""
     try:
-        return any(entry["attempt"] == attempt for entry in tried(paths))
+        return any(entry["attempt"] == attempt for entry in tried_sizes(paths))
     except (OSError, ValueError):
         return False
 
 
 def settled(config: RunConfig, paths: RunPaths, ranks: int) -> RunConfig:
-    """The config with a number in place of `auto`: the whole share of a rank, or the largest part of it that is not
-    larger than what was found to be worth a try. What another node has just written, a network file system may not show
-    yet: ranks take the least of what each has found."""
+    """Return the config with a number in place of `auto`.
+
+    The number is a rank's whole share of the batch. If that did not fit, it is the largest divisor of the share that is not
+    larger than the size to try next. Ranks may get different numbers, because a network file system may not show yet what
+    another node has just written: the caller takes the smallest number of all ranks.
+    """
     if config.train.micro_batch_size != "auto" or config.eval.only:
         return config
     share, _ = config.train.split(ranks)
-    found = tried(paths)
-    most = found[-1]["next"] if found else share
+    entries = tried_sizes(paths)
+    most = entries[-1]["next"] if entries else share
     return with_size(config, max(size for size in range(1, min(share, most) + 1) if share % size == 0))
 
 
 def note(settled: RunConfig, paths: RunPaths, ranks: int) -> str:
-    """What was chosen, in words."""
+    """Return a line that tells the user which size was chosen."""
     micro, accumulation = settled.train.split(ranks)
-    full = [str(entry["size"]) for entry in tried(paths)]
-    why = f" ({', '.join(full)} did not fit)" if full else ""
-    return f"train.micro_batch_size=auto: {micro}, {accumulation} to a step{why}"
+    too_large_sizes = [str(entry["size"]) for entry in tried_sizes(paths)]
+    why = f" ({', '.join(too_large_sizes)} did not fit)" if too_large_sizes else ""
+    return f"train.micro_batch_size=auto: {micro} micro-batch x {accumulation} accumulation{why}"
 
 
 def too_large(config: RunConfig, settled: RunConfig, paths: RunPaths, attempt: int | None, rank: int, ranks: int
               ) -> OutOfMemory:
-    """What a rank says whose device was full; of `auto`, the next attempt's size is written down.
+    """Return the error of a rank that ran out of memory. With `auto`, also record the size for the next attempt.
 
     Args:
-        config: as the spec has it. settled: as the rank had it.
+        config: the config in the spec.
+        settled: the config that the rank used.
     """
     micro, _ = settled.train.split(ranks)
-    said = f"rank {rank} ran out of memory with a micro-batch of {micro}"
-    less = "train.checkpoint_activations=true, --strategy fsdp or more ranks need less; `launch plan` reckons it up"
+    message = f"rank {rank} ran out of memory with a micro-batch of {micro}"
+    less = "use train.checkpoint_activations=true, --strategy fsdp or more ranks (`launch plan` shows what each needs)"
     share = config.train.batch_size // ranks
     smaller = max((size for size in range(1, micro) if share % size == 0), default=None)
     if smaller is None:
-        return OutOfMemory(f"{said}, the smallest there is", less, retry=False)
+        return OutOfMemory(f"{message}, the smallest possible", less, retry=False)
     if config.train.micro_batch_size != "auto":
-        return OutOfMemory(said, f"a new run with train.micro_batch_size={smaller} or auto; or {less}", retry=False)
+        return OutOfMemory(message, f"start a new run with train.micro_batch_size={smaller} or auto, or {less}", retry=False)
     entry = {"attempt": attempt, "size": micro, "next": smaller}
-    found = tried(paths)
-    if entry not in found:  # another rank may have said so
-        replace_json(paths.micro_batch, [*found, entry])
-    return OutOfMemory(said, f"the next attempt takes {smaller} at a time", retry=True)
+    entries = tried_sizes(paths)
+    if entry not in entries:  # another rank may have written the same entry
+        replace_json(paths.micro_batch, [*entries, entry])
+    return OutOfMemory(message, f"the next attempt uses a micro-batch of {smaller}", retry=True)
 
 
 def with_size(config: RunConfig, micro: int) -> RunConfig:
+    """Return the config with this micro-batch size."""
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": micro})})

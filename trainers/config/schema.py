@@ -1,6 +1,6 @@
-"""The typed schema of a run: what a spec may say. Imports no torch.
+"""The typed schema of a run: the keys and values that a spec may have. Imports no torch.
 
-A task adds its own keys by a subclass that gives `model` and `data` a type::
+A task adds its own keys with a subclass that gives `model` and `data` a type::
 
     class MyConfig(RunConfig):
         model: MyModel = MyModel()
@@ -28,9 +28,9 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 def _name(text: str) -> str:
-    # It begins a folder's name, a job's and an id in W&B.
+    # The name is the start of a folder's name, of a SLURM job's name and of an id in W&B.
     if not re.fullmatch(r"\w[\w.-]{0,79}", text):
-        raise ValueError("must be made of letters, digits, `_`, `-` and `.`, and begin with neither of the last two")
+        raise ValueError("must be 1 to 80 letters, digits, `_`, `-` and `.`, and start with a letter, a digit or `_`")
     return text
 
 
@@ -41,18 +41,18 @@ def _reference(text: str) -> str:
 
 
 def _json_file(value: Any) -> Any:
-    # Read where the user stands: the spec of a run holds what the file held then.
+    # Read the file now, while relative paths are still right. The run's spec then holds the file's content, not its path.
     if not isinstance(value, str):
         return value
     try:
-        found = json.loads(Path(value).expanduser().read_text(encoding="utf-8"))
+        content = json.loads(Path(value).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"must be JSON, or the path of its file: {error.strerror}") from None
+        raise ValueError(f"must be a JSON object or the path of a JSON file: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"must be a JSON file: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError("must be a file that holds a JSON object")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError("must be a JSON file that holds an object")
+    return content
 
 
 Name = Annotated[str, AfterValidator(_name)]
@@ -60,7 +60,7 @@ Reference = Annotated[str, AfterValidator(_reference)]
 
 
 class Section(BaseModel):
-    """A part of a spec: no unknown key, no silent conversion, no later change."""
+    """A part of a spec. It accepts no unknown key, converts no value silently, and cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False,
                               ser_json_inf_nan="constants")
@@ -68,40 +68,48 @@ class Section(BaseModel):
 
 class Train(Section):
     epochs: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
-        None, description="passes over the training set; or give `steps`"
+        None, description="number of passes over the training set; give `epochs` or `steps`"
     )
-    steps: Annotated[int, Field(gt=0, le=10**15)] | None = Field(None, description="optimizer steps; or give `epochs`")
-    batch_size: Annotated[int, Field(gt=0, le=10**9)] = Field(64, description="samples in one optimizer step, over all ranks")
+    steps: Annotated[int, Field(gt=0, le=10**15)] | None = Field(
+        None, description="number of optimizer steps; give `steps` or `epochs`"
+    )
+    batch_size: Annotated[int, Field(gt=0, le=10**9)] = Field(
+        64, description="number of samples in one optimizer step, over all ranks"
+    )
     micro_batch_size: Union[PositiveInt, Literal["auto"], None] = Field(
-        None, description="samples one rank takes at a time; null: batch_size / ranks, no accumulation; auto: as many as fit"
+        None, description="number of samples that one rank computes at a time; null: batch_size / ranks, without gradient "
+                          "accumulation; auto: as many as fit in memory"
     )
     precision: Precision = "fp32"
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] = Field(
-        "ddp", description="how a model is spread over ranks: ddp, copies; zero1 to zero3 (DeepSpeed) and fsdp, parts"
+        "ddp", description="how the model is distributed over ranks; ddp: each rank holds a copy; zero1, zero2, zero3 "
+                           "(DeepSpeed) and fsdp: each rank holds a part"
     )
     offload: Literal["none", "optimizer", "parameters"] = Field(
-        "none", description="kept in host memory: the optimizer's states (zero), or the parameters too (zero3, fsdp)"
+        "none", description="what to keep in host memory: optimizer states (zero1, zero2, zero3), or parameters too (zero3, fsdp)"
     )
-    checkpoint_activations: bool = Field(False, description="compute each block again in backward, to save memory")
+    checkpoint_activations: bool = Field(False, description="compute each block again in the backward pass, to save memory")
     deepspeed: Annotated[dict[str, Any], BeforeValidator(_json_file)] = Field(
-        default_factory=dict, description="of zero1 to zero3: DeepSpeed's own JSON, or the path of its file, merged into ours"
+        default_factory=dict, description="for zero1, zero2 and zero3: your own DeepSpeed settings, merged over launch's; an "
+                                          "object, or the path of a JSON file"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    compile: bool = Field(False, description="torch.compile the models")
-    deterministic: bool = Field(True, description="deterministic kernels: needed for bit-equal resumption on GPUs")
+    compile: bool = Field(False, description="compile the models with torch.compile")
+    deterministic: bool = Field(True, description="use deterministic kernels; on GPUs, only they make a resumed run bit-equal")
 
     @model_validator(mode="after")
-    def _one_length(self) -> "Train":
+    def _epochs_or_steps(self) -> "Train":
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give one of train.epochs and train.steps")
         return self
 
     def split(self, ranks: int) -> tuple[int, int]:
-        """(micro-batch size, accumulation) such that batch_size = ranks x micro-batch x accumulation; of `auto` the
-        first that is tried, the largest.
+        """Return (micro-batch size, accumulation), where batch_size = ranks x micro-batch size x accumulation.
+
+        For `auto`, the micro-batch size is the one that is tried first: the largest.
 
         Raises:
-            UserError: the batch does not divide; the hint lists what would.
+            UserError: the batch cannot be divided so; the hint lists numbers that work.
         """
         if self.batch_size % ranks:
             near = sorted({max(1, self.batch_size // ranks) * ranks, (self.batch_size // ranks + 1) * ranks})
@@ -111,7 +119,7 @@ class Train(Section):
                 f"use train.batch_size={either(near)}, or {_listed(fits)} ranks",
             )
         share = self.batch_size // ranks
-        micro = share if self.micro_batch_size in (None, "auto") else self.micro_batch_size
+        micro = self.micro_batch_size if isinstance(self.micro_batch_size, int) else share
         if share % micro:
             fits = [n for n in range(1, share + 1) if share % n == 0]
             raise UserError(
@@ -123,7 +131,7 @@ class Train(Section):
 
 
 def _listed(numbers: list[int], most: int = 12) -> str:
-    """'1, 2 or 4', the largest `most` of them."""
+    """Return '1, 2 or 4': the last `most` numbers as a choice."""
     shown = [str(n) for n in numbers[-most:]]
     return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " or " + shown[-1]
 
@@ -131,52 +139,65 @@ def _listed(numbers: list[int], most: int = 12) -> str:
 class Optim(Section):
     name: Literal["sgd", "adam", "adamw"] = "adamw"
     lr: PositiveFloat = Field(1e-3, description="the highest learning rate of the schedule")
-    momentum: Fraction = Field(0.9, description="of sgd")
-    nesterov: bool = Field(False, description="of sgd")
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field([0.9, 0.999], description="of adam")
-    eps: PositiveFloat = Field(1e-8, description="of adam")
+    momentum: Fraction = Field(0.9, description="momentum, for sgd")
+    nesterov: bool = Field(False, description="Nesterov momentum, for sgd")
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.999], description="the two betas, for adam and adamw"
+    )
+    eps: PositiveFloat = Field(1e-8, description="epsilon, for adam and adamw")
     weight_decay: NonNegativeFloat = 0.0
-    clip_norm: PositiveFloat | None = Field(None, description="largest gradient norm")
+    clip_norm: PositiveFloat | None = Field(None, description="clip gradients to this norm; null: no clipping")
     schedule: Literal["constant", "cosine", "linear", "onecycle"] = "constant"
     warmup: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="linear warm-up (onecycle: the rise): below 1 a share of all steps, else steps"
+        0.0, description="length of the linear warm-up (onecycle: of the rise): below 1, a fraction of all steps; otherwise a "
+                         "number of steps"
     )
-    final_lr: Fraction = Field(0.0, description="where cosine and linear end, as a share of lr")
+    final_lr: Fraction = Field(0.0, description="learning rate at the end of cosine and linear, as a fraction of lr")
 
 
 class Init(Section):
     source: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="weights to start from: a run (RUN, RUN@best or RUN@STEP), or safetensors (a file or a folder)"
+        None, description="weights to start from: of a run (RUN, RUN@best or RUN@STEP), or of safetensors (a file or a folder)"
     )
     skip: list[Annotated[str, Field(min_length=1)]] = Field(
-        default_factory=list, description="modules and tensors, [head, blocks.0], that start afresh, not from `source`"
+        default_factory=list, description="modules and tensors that are not loaded from `source`, for example [head, blocks.0]"
     )
 
     @model_validator(mode="after")
-    def _of_something(self) -> "Init":
+    def _skip_needs_source(self) -> "Init":
         if self.skip and self.source is None:
             raise ValueError("init.skip is given without init.source")
         return self
 
 
 class Log(Section):
-    every: PositiveInt = Field(10, description="steps between logged ones; 1 logs each")
+    every: PositiveInt = Field(10, description="log every so many steps; 1: every step")
 
 
 class Eval(Section):
-    every: Every = Field("epoch", description="steps, `epoch` or `never`; the end is evaluated too unless `never`")
-    batch_size: PositiveInt | None = Field(None, description="samples one rank evaluates at a time; null: 4 x micro-batch")
-    only: bool = Field(False, description="evaluate the weights of init.source once, and train nothing: as `launch eval` does")
+    every: Every = Field(
+        "epoch", description="when to evaluate: a number of steps, `epoch` or `never`; the end is also evaluated, unless `never`"
+    )
+    batch_size: PositiveInt | None = Field(
+        None, description="number of samples that one rank evaluates at a time; null: 4 x the micro-batch size"
+    )
+    only: bool = Field(False, description="evaluate the weights of init.source once and do not train, as `launch eval` does")
 
 
 class Checkpoint(Section):
-    every: Every = Field("epoch", description="steps, `epoch` or `never`; the end is saved in any case")
-    layout: Literal["full", "sharded"] = Field("sharded", description="full: rank 0 writes all; sharded: each rank a part")
-    keep_last: PositiveInt = Field(2, description="the newest ones that are kept")
-    keep_best: Annotated[int, Field(ge=0)] = Field(1, description="the best ones by `metric` that are kept besides")
-    keep_every: PositiveInt | None = Field(None, description="keep each whose step is a multiple of this, for good")
-    metric: str | None = Field(None, description="the evaluation's metric by which a checkpoint is good")
-    mode: Literal["max", "min"] = Field("max", description="whether more of `metric` is better")
+    every: Every = Field(
+        "epoch", description="when to save a checkpoint: a number of steps, `epoch` or `never`; the end is always saved"
+    )
+    layout: Literal["full", "sharded"] = Field(
+        "sharded", description="full: rank 0 writes everything; sharded: each rank writes a part"
+    )
+    keep_last: PositiveInt = Field(2, description="how many of the newest checkpoints to keep")
+    keep_best: Annotated[int, Field(ge=0)] = Field(1, description="how many of the best checkpoints by `metric` to keep as well")
+    keep_every: PositiveInt | None = Field(
+        None, description="never delete a checkpoint whose step is a multiple of this number"
+    )
+    metric: str | None = Field(None, description="the evaluation metric that decides which checkpoints are best")
+    mode: Literal["max", "min"] = Field("max", description="max: higher values of `metric` are better; min: lower values are")
 
 
 class Wandb(Section):
@@ -186,40 +207,44 @@ class Wandb(Section):
 
 
 class Run(Section):
-    max_restarts: Annotated[int, Field(ge=0)] = Field(0, description="new attempts after failures")
-    grace_s: PositiveFloat = Field(60.0, description="seconds between asking ranks to stop and killing them")
+    max_restarts: Annotated[int, Field(ge=0)] = Field(0, description="how many new attempts to start after failures")
+    grace_s: PositiveFloat = Field(60.0, description="seconds from asking ranks to stop until they are killed")
 
 
 class WatchedRun(Run):
-    # Less than NCCL's own 600 s: where that comes first, ranks that only waited end, and by a signal.
+    # Less than NCCL's own timeout of 600 s. If NCCL's timeout comes first, it ends, by a signal, ranks that only waited.
     hang_s: PositiveFloat | None = Field(
-        300.0, description="seconds without progress after which ranks hang: the attempt has failed; null: never"
+        300.0, description="seconds without progress after which a rank counts as hung and the attempt fails; null: never"
     )
     start_s: PositiveFloat | None = Field(
-        None, description="the same until a rank's first step, and in reports, which may take long; null: never"
+        None, description="like hang_s, but before a rank's first step and during reports, which may take long; null: never"
     )
 
 
 class TaskConfig(Section):
-    """What the runs of all tasks have."""
+    """The keys that a run of any task has."""
 
-    name: Name = Field(description="what the run's id begins with")
-    task: Reference = Field(description="the task's class, `module:Class`")
+    name: Name = Field(description="the first part of the run's id")
+    task: Reference = Field(description="the task's class, as `module:Class`")
     config: Reference | None = Field(
-        None, description="its config class, `module:Class`, a subclass of trainers.config.RunConfig"
+        None, description="the task's config class, as `module:Class`; a subclass of trainers.config.RunConfig"
     )
-    path: str | None = Field(None, description="the folder of a user's own modules: comes last on sys.path")
+    path: str | None = Field(None, description="folder of the user's own modules; it comes last on sys.path")
 
     def check(self) -> None:
-        """What can be refused before a rank starts; reads the file system; raises UserError."""
+        """Check what can be checked before a rank starts. May read the file system.
+
+        Raises:
+            UserError: a value cannot work.
+        """
 
     def missing(self, environment: Mapping[str, str] = os.environ) -> list[str]:
-        """What ranks with this environment would have to download, in words. Asks the file system, and nobody else."""
+        """Return in words what ranks with this environment would have to download. Looks only at the file system."""
         return []
 
 
 class RunConfig(TaskConfig):
-    """What a run of a training task is."""
+    """A run of a training task."""
 
     model: Any = Field(default_factory=dict)
     data: Any = Field(default_factory=dict)
@@ -233,16 +258,16 @@ class RunConfig(TaskConfig):
     run: WatchedRun = WatchedRun()
 
     @model_validator(mode="after")
-    def _something_to_evaluate(self) -> "RunConfig":
+    def _only_needs_source(self) -> "RunConfig":
         if self.eval.only and self.init.source is None:
-            raise ValueError("eval.only is given without init.source, whose weights are to be evaluated")
+            raise ValueError("eval.only is given without init.source, which names the weights to evaluate")
         return self
 
     def evaluation_batch(self, ranks: int) -> int:
-        """Samples that one rank evaluates at a time.
+        """Return the number of samples that one rank evaluates at a time.
 
         Raises:
-            UserError: the training batch does not divide over the ranks, as it must where there is training.
+            UserError: the run trains, and its batch cannot be divided over the ranks.
         """
         if self.eval.batch_size is not None:
             return self.eval.batch_size
@@ -256,7 +281,7 @@ class RunConfig(TaskConfig):
 
 
 class SearchConfig(TaskConfig):
-    """What a run of a task without steps is, which runs itself (trainers/runner.py), on CPUs."""
+    """A run of a task without steps (a search), which runs itself (trainers/runner.py) on CPUs."""
 
     model: Any = Field(default_factory=dict)
     data: Any = Field(default_factory=dict)
@@ -266,9 +291,9 @@ class SearchConfig(TaskConfig):
 
 
 class ScriptConfig(Section):
-    """What a run of a user's own script is."""
+    """A run of a user's own script."""
 
-    name: Name = Field(description="what the run's id begins with")
-    script: str = Field(description="absolute path")
+    name: Name = Field(description="the first part of the run's id")
+    script: str = Field(description="absolute path of the script")
     args: list[str] = []
     run: Run = Run()

@@ -1,4 +1,4 @@
-"""Reads the resolved spec of a run, and says what is wrong with one. Imports no torch."""
+"""Read the resolved spec of a run, and say what is wrong with a spec. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainers.config.nearest import nearest_keys
 from trainers.contract.errors import UserError
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
+    from pydantic import BaseModel, ValidationError
 
     from trainers.config.schema import RunConfig, ScriptConfig, SearchConfig, Section, TaskConfig
     from trainers.config.yaml12 import Key
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def read_spec(path: Path) -> RunConfig | SearchConfig | ScriptConfig:
-    """The config that a run.yaml holds.
+    """Return the config in a run.yaml.
 
     Raises:
-        UserError: it is missing, no YAML, or not what its config class allows.
+        UserError: the file is missing, is not YAML, or has values that its config class does not allow.
     """
     from trainers.config import yaml12
     from trainers.config.schema import ScriptConfig
@@ -38,7 +38,7 @@ def read_spec(path: Path) -> RunConfig | SearchConfig | ScriptConfig:
 
 
 def read_run(paths: RunPaths) -> RunConfig | SearchConfig | ScriptConfig:
-    """What a run directory says of its run: run.yaml, and how a resumption has spread its models anew.
+    """Return the config of a run directory: run.yaml, changed by how a resumption distributes the models (spread.json).
 
     Raises:
         UserError: a file is missing or wrong.
@@ -47,54 +47,62 @@ def read_run(paths: RunPaths) -> RunConfig | SearchConfig | ScriptConfig:
     if not paths.spread.exists():
         return config
     values = config.model_dump(mode="json")
-    anew = mapping(json.loads(read_text(paths.spread)), paths.spread.name)
-    return validate(type(config), {**values, "train": {**values["train"], **anew}}, lambda key: paths.spread.name)
+    changes = mapping(json.loads(read_text(paths.spread)), paths.spread.name)
+    return validate(type(config), {**values, "train": {**values["train"], **changes}}, lambda key: paths.spread.name)
 
 
 def read_text(path: Path) -> str:
-    """Raises: UserError."""
+    """Return the text of a file.
+
+    Raises:
+        UserError: the file does not exist, cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no file `{path}`") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"`{path}` is no text in UTF-8: byte {error.start}") from None
+        raise UserError(f"`{path}` is not valid UTF-8 text: byte {error.start}") from None
     except OSError as error:
         raise UserError(f"cannot read `{path}`: {error.strerror}") from None
 
 
 def mapping(value: Any, name: str) -> dict[str, Any]:
-    """A document's value as a mapping; nothing is an empty one. Raises: UserError."""
+    """Return a document's value as a mapping; of an empty document, an empty mapping.
+
+    Raises:
+        UserError: the value is not a mapping.
+    """
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UserError(f"{name}: it is no mapping of keys to values", "write lines such as `train: {epochs: 1}`")
+        raise UserError(f"{name}: this is not a mapping of keys to values", "write lines such as `train: {epochs: 1}`")
     return value
 
 
 def config_class(values: Mapping[str, Any]) -> type[TaskConfig]:
-    """The class that a task's values must satisfy: the one named by `config`, else RunConfig.
+    """Return the config class of a task's values: the class that `config` names, otherwise RunConfig.
 
     Raises:
-        UserError: the named class cannot be had, or is none.
+        UserError: the named class cannot be imported, or is not a config class.
     """
     from trainers.config.schema import RunConfig, TaskConfig
 
     reference, folder = values.get("config"), values.get("path")
     if not isinstance(reference, str) or ":" not in reference:
-        return RunConfig  # which says what is wrong, if something is
-    found = resolve(reference, folder)
-    if not (isinstance(found, type) and issubclass(found, TaskConfig)):
-        raise UserError(f"`config` is `{reference}`, which is no subclass of trainers.config.RunConfig",
+        return RunConfig  # if `config` is wrong, validation by RunConfig says so
+    cls = resolve(reference, folder)
+    if not (isinstance(cls, type) and issubclass(cls, TaskConfig)):
+        raise UserError(f"`config` is `{reference}`, which is not a subclass of trainers.config.RunConfig",
                         f"write `class {reference.partition(':')[2]}(RunConfig)`")
-    return found
+    return cls
 
 
 def resolve(reference: str, folder: str | Path | None = None) -> Any:
-    """What `module:Class` names. `folder`, if any, becomes the last on sys.path, and stays there.
+    """Import and return what `module:Class` names. `folder`, if given, is added at the end of sys.path and stays there.
 
     Raises:
-        UserError: no such module or class, or the import fails.
+        UserError: there is no such module or class, or the import fails.
     """
     module_name, _, name = reference.partition(":")
     if folder is not None and str(folder) not in sys.path:
@@ -105,16 +113,16 @@ def resolve(reference: str, folder: str | Path | None = None) -> Any:
     except UserError:
         raise
     except ModuleNotFoundError as error:
-        if error.name is None or f"{module_name}.".find(f"{error.name}.") != 0:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise UserError(f"`{module_name}` imports `{error.name}`, which is not installed",
                             "install it in the environment of `launch`") from error
         raise UserError(f"there is no module `{error.name}`, which `{reference}` needs",
                         _hidden(module_name, folder) or _where(folder)) from error
     except (Exception, SystemExit) as error:
-        said = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-        raise UserError(f"importing `{module_name}` fails: {said}", _place(error, folder)) from error
-    if hidden := _hidden(module_name, folder):
-        raise UserError(f"`{module_name}` is taken from `{module.__file__}`", hidden)
+        reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        raise UserError(f"importing `{module_name}` fails: {reason}", _place(error, folder)) from error
+    if hint := _hidden(module_name, folder):
+        raise UserError(f"`{module_name}` was imported from `{module.__file__}`, not from `{folder}`", hint)
     if not hasattr(module, name):
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
         near = difflib.get_close_matches(name, classes, n=1)
@@ -124,29 +132,30 @@ def resolve(reference: str, folder: str | Path | None = None) -> Any:
 
 
 def holds(folder: str | Path, module_name: str) -> bool:
-    """Whether the folder has the (top) module."""
+    """Return whether the folder contains the module, or the top package of a dotted name."""
     top = Path(folder, module_name.partition(".")[0])
     return top.is_dir() or top.with_name(f"{top.name}.py").is_file()
 
 
 def _hidden(module_name: str, folder: str | Path | None) -> str | None:
-    """Advice, if the folder's module is not the one that Python finds."""
+    """Return a hint if Python has imported another module in place of the folder's module; otherwise None."""
     top = module_name.partition(".")[0]
     module = sys.modules.get(top)
     if folder is None or module is None or not holds(folder, top):
         return None
-    places = [module.__file__] if getattr(module, "__file__", None) else list(getattr(module, "__path__", []))
+    file = getattr(module, "__file__", None)
+    places = [file] if file else list(getattr(module, "__path__", []))
     if any(Path(place).resolve().is_relative_to(Path(folder).resolve()) for place in places):
         return None
-    return f"rename `{top}` in `{folder}`: an installed one of this name comes before it"
+    return f"rename `{top}` in `{folder}`: Python finds an installed module of the same name first"
 
 
 def _where(folder: str | Path | None) -> str:
-    return f"looked in `{folder}` and in what is installed" if folder else "looked in what is installed"
+    return f"looked in `{folder}` and in the installed packages" if folder else "looked in the installed packages"
 
 
 def _place(error: BaseException, folder: str | Path | None) -> str | None:
-    """The line that failed: the last one in the user's folder, if any is."""
+    """Return a hint with the line that failed: the last line in the user's folder, or the last line of all."""
     if isinstance(error, SyntaxError):
         return f"see {error.filename}, line {error.lineno}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
@@ -155,18 +164,18 @@ def _place(error: BaseException, folder: str | Path | None) -> str | None:
 
 
 def validate(cls: type[Section], values: Mapping[str, Any], origin: Callable[[Key], str | None]) -> Any:
-    """The config that plain values make.
+    """Return the config of class `cls` with these plain values.
 
     Args:
-        origin: where a key that is in the values was given (`my.yaml:3`, `command line`), if one place was.
+        origin: returns where a key of the values was given (`my.yaml:3`, `command line`), or None if that is not one place.
 
     Raises:
-        UserError: the first thing that is wrong, and how many more there are.
+        UserError: a value is wrong; the message describes the first problem and counts the others.
     """
     from pydantic import ValidationError
 
     try:
-        # As JSON, because plain values are what YAML gives: also a strict Path or tuple takes text or a list.
+        # Validate as JSON: there a strict Path accepts text and a strict tuple accepts a list, which is what YAML gives.
         return cls.model_validate_json(json.dumps(values))
     except ValidationError as error:
         raise _explained(error, cls, values, origin) from error
@@ -174,38 +183,39 @@ def validate(cls: type[Section], values: Mapping[str, Any], origin: Callable[[Ke
 
 def _explained(error: ValidationError, cls: type[Section], values: Mapping[str, Any],
                origin: Callable[[Key], str | None]) -> UserError:
-    found: dict[Key, list[Any]] = {}  # a union gives an error for each of its members
-    for one in error.errors(include_url=False):
-        found.setdefault(_key(one, values), []).append(one)
-    unknown = [key for key, errors in found.items() if errors[0]["type"] == "extra_forbidden"]
-    first = unknown[0] if unknown else next(iter(found))
+    by_key: dict[Key, list[Any]] = {}  # several errors for a key: pydantic gives an error for each member of a union
+    for item in error.errors(include_url=False):
+        by_key.setdefault(_key(item, values), []).append(item)
+    unknown = [key for key, items in by_key.items() if items[0]["type"] == "extra_forbidden"]
+    first = unknown[0] if unknown else next(iter(by_key))
+    errors = by_key[first]
     known = known_keys(cls)
-    dotted, types = ".".join(map(str, first)), {one["type"] for one in found[first]}
+    dotted, types = ".".join(map(str, first)), {item["type"] for item in errors}
     value, given = _at(values, first)
     place = origin(first) if first and given else None
     where = f" ({place})" if place else ""
-    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    more = f", and {len(by_key) - 1} more" if len(by_key) > 1 else ""
     description = known.get(dotted)
     hint = f"`{dotted}`: {description}" if description else None
     if "extra_forbidden" in types:
-        message = f"`{dotted}` is no key of this spec"
+        message = f"`{dotted}` is not a key of this spec"
         hint = _did_you_mean(nearest_keys(dotted, list(known))) or _keys_of(dotted.rpartition(".")[0], known)
     elif "missing" in types:
         message, hint = f"`{dotted}` is missing", description
-    elif found[first][0]["type"] == "value_error" and isinstance(value, dict):
-        message, hint = str(found[first][0]["ctx"]["error"]), None  # of several keys, which it names itself
+    elif errors[0]["type"] == "value_error" and isinstance(value, dict):
+        message, hint = str(errors[0]["ctx"]["error"]), None  # an error about several keys, whose text names the keys
     else:
-        message = f"`{dotted}` is `{_shown(value)}`, which must be {_wanted(found[first])}"
+        message = f"`{dotted}` is `{_shown(value)}`, but must be {_wanted(errors)}"
         if "literal_error" in types and isinstance(value, str):
-            words = [word.strip("' ") for one in found[first] if one["type"] == "literal_error"
-                     for word in one["ctx"]["expected"].replace(" or ", ",").split(",")]
+            words = [word.strip("' ") for item in errors if item["type"] == "literal_error"
+                     for word in item["ctx"]["expected"].replace(" or ", ",").split(",")]
             hint = _did_you_mean(difflib.get_close_matches(value, words, n=1)) or hint
         elif types == {"string_type"} and isinstance(value, (int, float)):
             hint = f"quote it, as '\"{_shown(value)}\"' on the command line and \"{_shown(value)}\" in a file"
     return UserError(message + where + more, hint)
 
 
-# By pydantic's type of an error: what the value must be.
+# pydantic's type of an error -> what the value must be.
 WANTED = {
     "int_type": "a whole number", "int_from_float": "a whole number", "int_parsing": "a whole number",
     "float_type": "a number", "float_parsing": "a number", "finite_number": "a finite number",
@@ -222,24 +232,24 @@ WANTED = {
 
 
 def _wanted(errors: list[Any]) -> str:
-    """'a whole number, or one of `epoch`, `never`'"""
-    said = []
+    """Return what a value must be, in words: 'a whole number, or one of `epoch` or `never`'."""
+    wanted = []
     for error in errors:
         context = error.get("ctx", {})
         if error["type"] in WANTED:
-            said.append(WANTED[error["type"]].format(**context))
+            wanted.append(WANTED[error["type"]].format(**context))
         elif error["type"] in ("literal_error", "enum"):
             words = context["expected"].replace("'", "`")
-            said.append(f"one of {words}" if " or " in words else words)
+            wanted.append(f"one of {words}" if " or " in words else words)
         elif error["type"] == "value_error":
-            said.append(str(context["error"]).removeprefix("must be "))
+            wanted.append(str(context["error"]).removeprefix("must be "))
         else:
-            said.append(error["msg"].removeprefix("Input should be "))
-    return ", or ".join(dict.fromkeys(said))
+            wanted.append(error["msg"].removeprefix("Input should be "))
+    return ", or ".join(dict.fromkeys(wanted))
 
 
 def _key(error: Any, values: Mapping[str, Any]) -> Key:
-    """The key that an error is about: its place, without the names that pydantic gives a union's members."""
+    """Return the key that an error is about: pydantic's location without the names of the members of unions."""
     key: list[str | int] = []
     value: Any = values
     for part in error["loc"]:
@@ -252,7 +262,7 @@ def _key(error: Any, values: Mapping[str, Any]) -> Key:
 
 
 def _at(values: Any, key: Key) -> tuple[Any, bool]:
-    """(the value at a key, whether there is one)"""
+    """Return (the value at a key, whether the key exists)."""
     for part in key:
         if isinstance(values, dict) and part not in values:
             return None, False
@@ -267,17 +277,18 @@ def _shown(value: Any, most: int = 60) -> str:
     return text if len(text) <= most else text[:most - 1] + "…"
 
 
-def known_keys(cls: type[Section], prefix: str = "") -> dict[str, str | None]:
-    """Every dotted key that a config class knows, with its description."""
-    found: dict[str, str | None] = {}
+def known_keys(cls: type[BaseModel], prefix: str = "") -> dict[str, str | None]:
+    """Return every dotted key of a config class, with its description."""
+    descriptions: dict[str, str | None] = {}
     for name, field in cls.model_fields.items():
-        found[prefix + name] = field.description
+        descriptions[prefix + name] = field.description
         for section in _sections(field.annotation):
-            found.update(known_keys(section, f"{prefix}{name}."))
-    return found
+            descriptions.update(known_keys(section, f"{prefix}{name}."))
+    return descriptions
 
 
-def _sections(annotation: Any) -> list[type[Section]]:
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """Return the config classes in a type annotation."""
     from pydantic import BaseModel
 
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -288,7 +299,7 @@ def _sections(annotation: Any) -> list[type[Section]]:
 def _keys_of(section: str, known: Mapping[str, Any]) -> str | None:
     prefix = section + "." if section else ""
     keys = [key[len(prefix):] for key in known if key.startswith(prefix) and "." not in key[len(prefix):]]
-    return f"{f'`{section}`' if section else 'it'} has {', '.join(f'`{key}`' for key in keys)}" if keys else None
+    return f"{f'`{section}`' if section else 'the spec'} has {', '.join(f'`{key}`' for key in keys)}" if keys else None
 
 
 def _did_you_mean(words: list[str]) -> str | None:

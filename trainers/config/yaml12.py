@@ -1,8 +1,8 @@
-"""YAML 1.2 as specs use it: scalars, documents with line numbers, and writing. Imports no torch.
+"""YAML 1.2 as specs use it: read scalars and documents (with line numbers), and write YAML. Imports no torch.
 
-ruamel.yaml parses. Its events are made plain values here, and scalars read, for three reasons: an error
-in a spec names a line, a value on the command line means what it means in a file, and nothing but the
-core schema is read (ruamel.yaml takes `1_000` for a number and `2024-01-01` for a date besides).
+ruamel.yaml parses. This module turns ruamel.yaml's events into plain values, and reads scalars itself, for three reasons: an
+error in a spec names a line, a value means the same on the command line and in a file, and only the core schema is read
+(ruamel.yaml also reads `1_000` as a number and `2024-01-01` as a date).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ruamel.yaml.reader import ReaderError
 
 from trainers.contract.errors import UserError
 
-Key = tuple[str | int, ...]  # a place in nested values: keys, and positions in lists
+Key = tuple[str | int, ...]  # a place in nested values: keys of mappings and positions in lists
 
 WORDS = {text: value
          for value, texts in ((None, ("", "~", "null", "Null", "NULL")),
@@ -33,11 +33,11 @@ FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 _PART = r"[\w./+%=~@$()-]+(:[\w./+%=~@$()-]+)*"
-PLAIN = re.compile(rf"(?=[^\W\d]|[./]){_PART}( {_PART})*")  # text that surely needs no quotes
+PLAIN = re.compile(rf"(?=[^\W\d]|[./]){_PART}( {_PART})*")  # text that never needs quotes
 
 
 def scalar(text: str) -> None | bool | int | float | str:
-    """A plain scalar by YAML 1.2's core schema: `1e-3` is a number, `off` a word."""
+    """Return the value of a plain scalar by YAML 1.2's core schema: `1e-3` is a number, `off` is text."""
     if text in WORDS:
         return WORDS[text]
     if DECIMAL.fullmatch(text):
@@ -52,9 +52,9 @@ def scalar(text: str) -> None | bool | int | float | str:
 
 
 def argument(text: str) -> Any:
-    """A value on the command line: flow syntax (`[1, 2]`, `{a: 1}`, quotes) if all of it is, else a scalar.
+    """Return the value of a text on the command line: flow syntax (`[1, 2]`, `{a: 1}`, quotes), or a scalar.
 
-    What only begins like flow syntax is text, unchanged; so is `{x}`, a mapping to nothing.
+    A text that only starts like flow syntax is returned unchanged. So is `{x}`, which has a key without a value.
     """
     if text[:1] not in ("[", "{", '"', "'"):
         return scalar(text)
@@ -66,39 +66,41 @@ def argument(text: str) -> Any:
 
 @dataclass(frozen=True)
 class Document:
-    value: Any             # of dicts with text for keys, lists and scalars
-    lines: dict[Key, int]  # from 1, by place
+    """A YAML document as plain values."""
+
+    value: Any             # dicts whose keys are text, lists, and scalars
+    lines: dict[Key, int]  # place -> line number, from 1
 
 
 def read(text: str, name: str) -> Document:
-    """One YAML document; keys are text, whatever they look like.
+    """Read one YAML document. All keys are read as text, also keys that look like numbers.
 
     Raises:
-        UserError: a syntax error, a key that stands twice, a tag other than `!!str`. It gives `name` and the line.
+        UserError: a syntax error, a duplicate key, or a tag other than `!!str`. The message gives `name` and the line.
     """
     try:
         return _Reader(text, name).document()
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        said = ", ".join(part for part in (error.context, error.problem) if part)
-        raise UserError(f"{name}:{mark.line + 1}: this is no YAML: {said}",
-                        "a text that holds `: ` or ` #` needs quotes") from error
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise UserError(f"{name}:{mark.line + 1}: this is not YAML: {problem}",
+                        "put text that contains `: ` or ` #` in quotes") from error
     except ReaderError as error:
-        raise UserError(f"{name}:{text.count(chr(10), 0, error.position) + 1}: a character that YAML does not allow, "
-                        f"number {error.character:#x}", 'write it in quotes, as "\\x07"') from error
+        raise UserError(f"{name}:{text.count(chr(10), 0, error.position) + 1}: YAML does not allow the character "
+                        f"{error.character:#x}", 'write the character in quotes, as "\\x07"') from error
     except RecursionError as error:
-        raise UserError(f"{name}: it is nested too deeply") from error
+        raise UserError(f"{name}: the document is nested too deeply") from error
 
 
 class _Reader:
-    """Events to values. `flow`: the text must be one flow collection or one quoted scalar, and no more."""
+    """Turns ruamel.yaml's events into plain values. `flow`: the text must be exactly one flow collection or quoted scalar."""
 
     def __init__(self, text: str, name: str, flow: bool = False):
         self.text, self.name, self.flow = text, name, flow
         self.events = iter(YAML(typ="safe", pure=True).parse(text))
         self.lines: dict[Key, int] = {}
         self.anchors: dict[str, Any] = {}
-        self.end = 0  # of the last value, in characters
+        self.end = 0  # where the last value ends, in characters
 
     def document(self) -> Document:
         next(self.events)  # the stream's start
@@ -110,7 +112,7 @@ class _Reader:
         value = self.node(first, ())
         end = next(self.events)
         if not isinstance(next(self.events), events.StreamEndEvent):
-            raise self.error(end, "the document ends and another begins", "put that one into a file of its own")
+            raise self.error(end, "a second document starts here", "put each document into its own file")
         if self.flow and self.text[self.end:]:
             raise YAMLError("more after the value")
         return Document(value, self.lines)
@@ -119,11 +121,12 @@ class _Reader:
         self.lines.setdefault(place, event.start_mark.line + 1)
         if isinstance(event, events.AliasEvent):
             if event.anchor not in self.anchors:
-                raise self.error(event, f"`*{event.anchor}` names no anchor", "text that begins with `*` needs quotes")
+                raise self.error(event, f"`*{event.anchor}` refers to no anchor", "put text that starts with `*` in quotes")
             return self.anchors[event.anchor]
         tag = str(event.tag or "")
         if tag and not (tag in ("!", "tag:yaml.org,2002:str") and isinstance(event, events.ScalarEvent)):
-            raise self.error(event, f"the tag `{tag}` is not read", "text that begins with `!` needs quotes")
+            raise self.error(event, f"the tag `{tag}` is not supported", "put text that starts with `!` in quotes")
+        value: Any
         if isinstance(event, events.MappingStartEvent):
             value = self.mapping(place)
         elif isinstance(event, events.SequenceStartEvent):
@@ -136,35 +139,35 @@ class _Reader:
         return value
 
     def sequence(self, place: Key) -> list[Any]:
-        found: list[Any] = []
+        items: list[Any] = []
         while not isinstance(event := next(self.events), events.SequenceEndEvent):
-            found.append(self.node(event, (*place, len(found))))
+            items.append(self.node(event, (*place, len(items))))
         self.end = event.end_mark.index
-        return found
+        return items
 
     def mapping(self, place: Key) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         while not isinstance(key := next(self.events), events.MappingEndEvent):
             if not isinstance(key, events.ScalarEvent):
-                raise self.error(key, "a key is a list, a mapping or an alias", "a key must be a word")
+                raise self.error(key, "a key is a list, a mapping or an alias", "use text as the key")
             inside = (*place, key.value)
-            if key.value in found:
-                raise self.error(key, f"`{key.value}` stands here for the second time, "
-                                      f"first in line {self.lines[inside]}", "keep one of them")
+            if key.value in values:
+                raise self.error(key, f"duplicate key `{key.value}`, first given in line {self.lines[inside]}",
+                                 "keep one of the two")
             self.lines[inside] = key.start_mark.line + 1
             event = next(self.events)
             if self.flow and event.start_mark.index == event.end_mark.index:
                 raise YAMLError("a key without a value")
-            found[key.value] = self.node(event, inside)
+            values[key.value] = self.node(event, inside)
         self.end = key.end_mark.index
-        return found
+        return values
 
     def error(self, event: Any, message: str, hint: str) -> UserError:
         return UserError(f"{self.name}:{event.start_mark.line + 1}: {message}", hint)
 
 
 def lines(values: Mapping[str, Any], place: Key = ()) -> Iterator[tuple[Key, str]]:
-    """Block YAML, a line for each key, with the key's place; lists are written on their key's line."""
+    """Yield block YAML as (place of a key, its line), one line for each key. A list is on the line of its key."""
     indent = "  " * len(place)
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -175,12 +178,12 @@ def lines(values: Mapping[str, Any], place: Key = ()) -> Iterator[tuple[Key, str
 
 
 def dump(values: Mapping[str, Any]) -> str:
-    """Block YAML that `read` reads back as the same values, and any reader of YAML 1.2 too."""
+    """Return block YAML that `read`, like any other reader of YAML 1.2, reads back as the same values."""
     return "".join(line + "\n" for _, line in lines(values))
 
 
 def inline(value: Any) -> str:
-    """A value on one line."""
+    """Return a value as YAML on one line."""
     match value:
         case None:
             return "null"
@@ -199,7 +202,7 @@ def inline(value: Any) -> str:
 
 
 def _text(text: str) -> str:
-    """Plain where that is safe, else in double quotes, by JSON's rules: YAML 1.2 contains JSON."""
+    """Return a text as a plain scalar where that is safe, otherwise in double quotes by JSON's rules: YAML 1.2 contains JSON."""
     if PLAIN.fullmatch(text) and isinstance(scalar(text), str):
         return text
     quoted = json.dumps(text, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""The errors a user reads. Imports no torch."""
+"""The errors that a user reads. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from trainers.contract import exit_codes
 
 
 class UserError(Exception):
-    """Something the user can mend: what is wrong and where (`message`), how to mend it (`hint`).
+    """An error that the user can fix. `message` says what is wrong and where, `hint` says how to fix it.
 
     It ends a command, or a rank, with exit code 2 and without a traceback.
     """
 
     exit_code = exit_codes.USER_ERROR
-    retry = False  # whether another attempt may fare better
+    retry = False  # whether a new attempt may succeed
 
     def __init__(self, message: str, hint: str | None = None):
         super().__init__(message)
@@ -24,14 +24,16 @@ class UserError(Exception):
 
 
 class TrainingError(UserError):
-    """The run failed in a way that would repeat (a loss that is not a number, a disk that is full at
-    the last checkpoint): exit code 1, no traceback, no new attempt by itself."""
+    """A failure that a new attempt would repeat: a loss that is not a number, or a full disk at the last checkpoint.
+
+    It ends a rank with exit code 1 and without a traceback. No new attempt starts automatically.
+    """
 
     exit_code = exit_codes.FAILED
 
 
 class OutOfMemory(TrainingError):
-    """A rank's device was full."""
+    """A rank ran out of memory. `retry`: whether the next attempt uses less."""
 
     def __init__(self, message: str, hint: str | None, retry: bool):
         super().__init__(message, hint)

@@ -1,20 +1,20 @@
-"""What a rank says while it runs: one JSON object an event, and the plain line for it. Imports no torch.
+"""Events, by which a rank reports its progress: JSON objects, and the plain line for each. Imports no torch.
 
-Under `launch` (LAUNCH_EVENTS=1) a rank writes events to its standard output between the lines of
-anything else that prints there, each one line that begins with the record separator of RFC 7464; the
-node process draws them. Elsewhere (torchrun, accelerate) the plain line is printed.
+Under `launch` (LAUNCH_EVENTS=1), a rank writes each event to its standard output as one line that starts with the record
+separator of RFC 7464. Other output may stand between events. The node process reads and shows the events. Elsewhere
+(torchrun, accelerate), the rank prints the plain line.
 
-| event      | keys beside `event`                                                                  |
-|------------|--------------------------------------------------------------------------------------|
-| start      | step, total, world_size, device, precision, parameters, samples, resumed (bool)      |
-|            | of a search, whose steps are fits: step, total, about (words), resumed               |
-| step       | step, total, rate, unit, data_wait (share of time), eta_s, and the measured: loss, lr |
-| eval       | step, total (null in `launch eval`), metrics                                         |
-| checkpoint | step, path, bytes, seconds, stall_s                                                  |
-| note       | level (`info` or `warning`), message                                                 |
-| error      | message, hint, exit_code, retry (bool): a rank's last word, shown by the launcher    |
-| failure    | what attempt.json says of the first rank that failed: from the launcher, for `--json` |
-| end        | state (`finished` or `preempted`), step, total, metrics, checkpoint; of a search unit |
+| event      | keys besides `event`                                                                       |
+|------------|--------------------------------------------------------------------------------------------|
+| start      | step, total, world_size, device, precision, parameters, samples, resumed (bool)            |
+|            | of a search, whose steps are fits: step, total, about (a text), resumed                    |
+| step       | step, total, rate, unit, data_wait (share of time), eta_s, and what was measured: loss, lr |
+| eval       | step, total (null in `launch eval`), metrics                                               |
+| checkpoint | step, path, bytes, seconds, stall_s                                                        |
+| note       | level (`info` or `warning`), message                                                       |
+| error      | message, hint, exit_code, retry (bool): a rank's last event, shown by the launcher         |
+| failure    | what attempt.json records about the first failed rank: from the launcher, for `--json`     |
+| end        | state (`finished` or `preempted`), step, total, metrics, checkpoint; of a search also unit |
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ VARIABLE = "LAUNCH_EVENTS"
 
 
 def emit(event: Mapping[str, Any]) -> None:
-    """Say one event on standard output (without `launch`, an error on standard error)."""
+    """Write an event to standard output. Without `launch`, errors go to standard error."""
     stream = sys.stdout
     if os.environ.get(VARIABLE) == "1":
         text = SEPARATOR + json.dumps(event, ensure_ascii=False)
     else:
         text = line(event)
         stream = sys.stderr if event["event"] == "error" else stream
-    # One write for the whole line: other threads print too.
+    # One write for the whole line, because other threads print too.
     stream.write(text + "\n")
     stream.flush()
 
 
 def parse(text: str) -> dict[str, Any] | None:
-    """The event in a line of output, or None if the line is none."""
+    """Return the event in a line of output, or None if the line is not an event."""
     if not text.startswith(SEPARATOR):
         return None
     try:
@@ -55,7 +55,7 @@ def parse(text: str) -> dict[str, Any] | None:
 
 
 def line(event: Mapping[str, Any]) -> str:
-    """The plain line of an event, for logs and for terminals that cannot draw."""
+    """Return the plain line of an event, for logs and for terminals without live display."""
     match event["event"]:
         case "start":
             if "about" in event:
@@ -71,8 +71,8 @@ def line(event: Mapping[str, Any]) -> str:
             return (f"step {event['step']}/{event['total']}  {metrics_line(step_metrics(event))}  "
                     f"{speed(event)}  data {event['data_wait']:.0%}  eta {duration(event['eta_s'])}")
         case "eval":
-            of = f"/{event['total']}" if event["total"] is not None else ""
-            return f"eval {event['step']}{of}  {metrics_line(brief(event['metrics']))}"
+            total = f"/{event['total']}" if event["total"] is not None else ""
+            return f"eval {event['step']}{total}  {metrics_line(brief(event['metrics']))}"
         case "checkpoint":
             return (f"checkpoint {event['step']}  {event['bytes'] / 2**20:.1f} MiB in {event['seconds']:.2f} s, "
                     f"training stalled {event['stall_s']:.3f} s")
@@ -81,30 +81,31 @@ def line(event: Mapping[str, Any]) -> str:
         case "error":
             return f"error: {event['message']}" + (f"\nhint: {event['hint']}" if event.get("hint") else "")
         case "end":
-            what = "fit" if event.get("unit") == "fits" else "step"
-            return f"{event['state']} at {what} {event['step']}/{event['total']}  {metrics_line(brief(event['metrics']))}"
+            unit = "fit" if event.get("unit") == "fits" else "step"
+            return f"{event['state']} at {unit} {event['step']}/{event['total']}  {metrics_line(brief(event['metrics']))}"
         case _:
             return json.dumps(dict(event), ensure_ascii=False)
 
 
 def speed(event: Mapping[str, Any]) -> str:
-    """'1,234 images/s'; of slow things '0.42 fits/s'."""
+    """Return '1,234 images/s', or '0.42 fits/s' for rates below 10."""
     rate = event["rate"]
     return f"{rate:,.0f} {event['unit']}/s" if rate >= 10 else f"{rate:.2g} {event['unit']}/s"
 
 
 def step_metrics(event: Mapping[str, Any]) -> dict[str, float]:
-    """What a `step` event measured, in order: loss, lr, ... (a task with several updates: `critic/loss`, ...)."""
-    about = {"event", "step", "total", "rate", "unit", "data_wait", "eta_s"}
-    return {key: value for key, value in event.items() if key not in about}
+    """Return what a `step` event measured, in order: loss, lr, ... (with several updates: `critic/loss`, ...)."""
+    others = {"event", "step", "total", "rate", "unit", "data_wait", "eta_s"}
+    return {key: value for key, value in event.items() if key not in others}
 
 
 def brief(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Without the parts of a whole (`class/ship`)."""
+    """Return the metrics without those of single parts, such as `class/ship`."""
     return {name: value for name, value in metrics.items() if "/" not in name}
 
 
 def metrics_line(metrics: Mapping[str, float]) -> str:
+    """Return 'loss 0.1234  top1 0.9'."""
     return "  ".join(f"{name} {number(value)}" for name, value in metrics.items())
 
 

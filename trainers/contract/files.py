@@ -1,4 +1,4 @@
-"""Files that are replaced whole, so that a reader never sees half of one. Imports no torch."""
+"""Replace files as a whole, so that a reader never sees half a file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,35 +10,37 @@ from typing import Any
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Flush a folder to disk, so that the names of its files survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write beside, flush, rename. On an error (a full disk) the old file stays and nothing is left over.
+    """Replace a file: write a temporary file next to it, flush, rename.
+
+    On an error (a full disk), the old file stays and no temporary file is left.
 
     Raises:
-        OSError: the file could not be written.
+        OSError: the file cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(beside, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
 
 
 def jsonable(value: Any) -> Any:
-    """The same with null for what JSON has no number for."""
+    """Return the same value with None in place of numbers that JSON does not have (infinity, not a number)."""
     if isinstance(value, dict):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -49,17 +51,26 @@ def jsonable(value: Any) -> Any:
 
 
 def replace_json(path: Path, value: Any) -> None:
+    """Replace a file by a value as JSON. Raises: OSError: the file cannot be written."""
     replace_text(path, json.dumps(jsonable(value), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Raises: FileNotFoundError; ValueError if it is no JSON."""
+    """Return the value in a JSON file.
+
+    Raises:
+        OSError: the file cannot be read (FileNotFoundError: it does not exist).
+        ValueError: the file is not JSON.
+    """
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def update_json(path: Path, **changes: Any) -> dict[str, Any]:
-    """Change some keys of a JSON object; one writer at a time (run.json: the node process before the
-    ranks start and after they have gone, rank 0 in between)."""
+    """Change some keys of the JSON object in a file, and return the new object.
+
+    Only one process may write at a time. For run.json, that is the node process before the ranks start and after they
+    end, and rank 0 in between.
+    """
     value = {**read_json(path), **changes}
     replace_json(path, value)
     return value

@@ -1,4 +1,4 @@
-"""The names in a run directory, for writers and readers alike. Imports no torch."""
+"""The names of files and folders in a run directory, for all writers and readers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunPaths:
-    """One run's directory: every name in it is spelled here and nowhere else."""
+    """The paths in one run's directory. No other code spells these names."""
 
     root: Path
 
@@ -20,27 +20,27 @@ class RunPaths:
 
     @property
     def spec(self) -> Path:
-        """The resolved spec: what the run is. Never changes."""
+        """The resolved spec, which says what the run is. It never changes."""
         return self.root / "run.yaml"
 
     @property
     def spread(self) -> Path:
-        """Keys of `train` that a resumption has set anew: how the models are spread, which changes no number."""
+        """Keys of `train` that a resumption has changed: how the models are distributed, which changes no result."""
         return self.root / "spread.json"
 
     @property
     def record(self) -> Path:
-        """What became of it, small."""
+        """The run's small record: its state and results."""
         return self.root / "run.json"
 
     @property
     def micro_batch(self) -> Path:
-        """Of `train.micro_batch_size=auto`: which sizes did not fit, in which attempt."""
+        """For `train.micro_batch_size=auto`: which sizes did not fit, and in which attempt."""
         return self.root / "micro_batch.json"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a logged step or evaluation."""
+        """One JSON object for each logged step or evaluation."""
         return self.root / "metrics.jsonl"
 
     @property
@@ -49,27 +49,27 @@ class RunPaths:
 
     @property
     def init(self) -> Path:
-        """Holds the checkpoint that it starts from, until it has one of its own."""
+        """Folder with the checkpoint that the run starts from, until the run has its own checkpoint."""
         return self.root / "init"
 
     def first_weights(self, source: str) -> Path:
-        """Where the weights of `init.source` lie: in `init`, if they are kept there."""
+        """Return the path of the weights of `init.source`: the copy in `init`, if there is one."""
         kept = self.init / Path(source).name
         return kept if kept.exists() else Path(source)
 
     @property
     def evaluations(self) -> Path:
-        """Where the evaluations of its checkpoints outside training lie, as runs do in theirs."""
+        """Folder with the runs that evaluate this run's checkpoints outside training."""
         return self.root / "evals"
 
     @property
     def pieces(self) -> Path:
-        """A search's finished pieces of work, a file each."""
+        """A search's finished pieces of work, one file each."""
         return self.root / "pieces"
 
     @property
     def results(self) -> Path:
-        """A search's table: `cv_results_`, a line a grid point."""
+        """A search's table: `cv_results_`, one line for each grid point."""
         return self.root / "cv_results.csv"
 
     @property
@@ -82,15 +82,16 @@ class RunPaths:
         return self.root / "figures"
 
     def export(self, step: int) -> Path:
-        """The models of a checkpoint as files for others."""
+        """Folder with the models of a checkpoint, exported as files for other tools."""
         return self.root / "export" / f"step_{step}"
 
     @property
     def descriptions(self) -> Path:
+        """Folder with a folder for each model: see `huggingface`."""
         return self.root / "huggingface"
 
     def huggingface(self, model: str) -> Path:
-        """What Hugging Face's layout of a model has beside its weights."""
+        """Folder with the files of a model's Hugging Face layout, without the weights."""
         return self.descriptions / model
 
     @property
@@ -99,11 +100,11 @@ class RunPaths:
         return self.root / "code"
 
     def submission(self, number: int) -> Path:
-        """What was handed to SLURM, and what its node processes say."""
+        """Folder with what was given to SLURM, and with the output of the node processes."""
         return self.root / "submissions" / str(number)
 
     def submission_numbers(self) -> list[int]:
-        """The submissions so far, oldest first."""
+        """Return the numbers of the submissions so far, oldest first."""
         return _numbers(self.root / "submissions")
 
     @property
@@ -117,19 +118,19 @@ class RunPaths:
         return self.attempts / str(number)
 
     def attempt_record(self, number: int) -> Path:
-        """Who ran this attempt, on what, and how it ended."""
+        """The attempt's record: who ran the attempt, on what, and how it ended."""
         return self.attempt(number) / "attempt.json"
 
     def slow(self, number: int) -> Path:
-        """Which of this attempt's ranks are slower than the others; not there if none ever was."""
+        """Which of this attempt's ranks were slower than the others. The file does not exist if no rank was."""
         return self.attempt(number) / "slow.json"
 
     def claim(self, number: int, key: str) -> Path:
-        """A folder: which rank makes it has that piece of the search in this attempt."""
+        """A folder by which ranks claim a piece of the search: the rank that makes the folder does the piece in this attempt."""
         return self.attempt(number) / "claims" / key
 
     def cancellation(self, number: int) -> Path:
-        """Exists if somebody asked for this attempt to be cancelled."""
+        """A file that exists if somebody asked to cancel this attempt."""
         return self.attempt(number) / "cancelled"
 
     def plan(self, number: int) -> Path:
@@ -139,16 +140,16 @@ class RunPaths:
         return self.attempt(number) / "logs" / f"{rank}.log"
 
     def logs(self, number: int) -> dict[int, Path]:
-        """The logs there are, by rank, in order."""
-        found = self.attempt(number).glob("logs/*.log")
-        return dict(sorted((int(p.stem), p) for p in found if p.stem.isdigit()))
+        """Return the existing logs by rank, in the order of the ranks."""
+        logs = self.attempt(number).glob("logs/*.log")
+        return dict(sorted((int(p.stem), p) for p in logs if p.stem.isdigit()))
 
     def attempt_numbers(self) -> list[int]:
-        """The attempts taken so far, oldest first; an attempt is taken by making its folder."""
+        """Return the numbers of the attempts so far, oldest first. A process takes an attempt by making its folder."""
         return _numbers(self.attempts)
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps whose checkpoint was committed, oldest first. Whether one is whole, its manifest says."""
+        """Return the steps with a committed checkpoint, oldest first. Only a checkpoint's manifest can prove it whole."""
         try:
             names = os.listdir(self.checkpoints)
         except FileNotFoundError:
@@ -157,7 +158,7 @@ class RunPaths:
 
 
 def _numbers(folder: Path) -> list[int]:
-    """The folders in it that are named by a number."""
+    """Return the numbers that are names in a folder, sorted."""
     try:
         return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Signals that ask a rank to stop. Imports no torch: a rank listens before the seconds that its imports take."""
+"""Signals that ask a rank to stop. Imports no torch: a rank listens before its imports, which take seconds."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ _holding = False
 
 
 class Stopped(BaseException):
-    """A stop was asked for before the loop began: this attempt has nothing to save."""
+    """A stop was requested before the loop started. The attempt has nothing to save."""
 
 
 def listen() -> None:
-    """From now on these signals raise Stopped, and once `hold` was called are only noted."""
+    """Handle stop signals from now on: the first one raises Stopped. After `hold`, signals are only recorded."""
     for number in STOP:
         signal.signal(number, _on_signal)
 
 
 def hold() -> None:
-    """From now on a stop waits for the next boundary, where the ranks agree on it and save."""
+    """Let a stop wait, from now on, for the next step boundary, where the ranks agree to stop and save."""
     global _holding
     _holding = True
 
 
 def request_stop() -> None:
-    """As a signal does once `hold` was called."""
+    """Request a stop without a signal, with the effect that a signal has after `hold`."""
     _received.append(signal.SIGTERM)
 
 
 def stop_requested() -> bool:
+    """Return whether a stop was requested."""
     return bool(_received)
 
 

@@ -1,4 +1,4 @@
-"""Numbers, sizes, durations and lists as people read them; the last traceback of a log. Imports no torch."""
+"""Numbers, sizes, durations and lists as people read them, and the last traceback of a log. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterable
 
 
 def either(words: Iterable[object]) -> str:
-    """'a', 'a or b', 'a, b or c'."""
+    """Return the words as a choice: 'a', 'a or b', 'a, b or c'. There must be at least one word."""
     *first, last = map(str, words)
     return f"{', '.join(first)} or {last}" if first else last
 
 
 def last_traceback(text: str, more_lines: int = 0) -> str | None:
-    """The last Python traceback in a text, to the line of its exception; None if there is none.
+    """Return the last Python traceback in a text, up to the line of its exception. Return None if there is no traceback.
 
     Args:
-        more_lines: lines to include after the exception's first line, since a message may have several.
+        more_lines: how many lines to include after the exception's first line; a message may have several lines.
     """
     start = text.rfind("Traceback (most recent call last)")
     if start < 0:
@@ -26,10 +26,12 @@ def last_traceback(text: str, more_lines: int = 0) -> str | None:
 
 
 def number(value: float) -> str:
+    """Return a number with at most 4 significant digits; a whole number (int) in full."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def duration(seconds: float | None) -> str:
+    """Return a duration as '1:02:03' or '2:03'. Return '?' for None."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(int(seconds + 0.5), 60)
@@ -38,7 +40,7 @@ def duration(seconds: float | None) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes as people read them."""
+    """Return a number of bytes as '123 B', '1.2 KiB', '1.2 MiB' or '1.2 GiB'."""
     for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if count >= 2**power:
             return f"{count / 2**power:.3g} {unit}" if count < 1000 * 2**power else f"{count / 2**power:.0f} {unit}"

@@ -1,1 +1,1 @@
-"""Data that several tasks read."""
+"""Data sets that several tasks can read."""

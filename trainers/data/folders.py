@@ -1,4 +1,4 @@
-"""Folder-per-class images: which files there are, of which class, for training or evaluation. Imports no torch."""
+"""Lists the image files in folders by class, for training and for evaluation. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ from typing import NamedTuple
 from trainers.contract.errors import UserError
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
-EVALUATION = ("val", "valid", "test")  # the first that exists; val first: it is there to be looked at often
+EVALUATION = ("val", "valid", "test")  # the first that exists; val comes first, because it is made for frequent evaluation
 
-LAYOUT = "it must hold <class>/<image> folders, or train/<class>/<image> and val, valid or test/<class>/<image>"
+LAYOUT = "the folder must hold <class>/<image> folders, or train/<class>/<image> and val, valid or test/<class>/<image>"
 
 
 class Listing(NamedTuple):
-    classes: list[str]            # sorted by name
+    """The image files of a training set and an evaluation set, with the classes."""
+
+    classes: list[str]             # sorted by name
     train: list[tuple[Path, int]]  # (file, class number), in a fixed order
-    test: list[tuple[Path, int]]   # empty if there is nothing to evaluate on
-    held_out: bool                # `test` was taken from the training images
+    test: list[tuple[Path, int]]   # the same; empty if there is nothing to evaluate on
+    held_out: bool                 # `test` was taken from the training images
 
 
 def list_images(path: Path, eval_fraction: float) -> Listing:
-    """What `path` holds. Without an evaluation folder, `eval_fraction` of each class is held out: the same
-    files every time, on every machine, chosen by a hash of their names and not by the run's seed, so that
-    runs with other seeds are compared on the same images.
+    """List the image files under `path`.
+
+    Without an evaluation folder, `eval_fraction` of each class is held out: the same files every time, on every machine.
+    The files are chosen by a hash of their names, not by the run's seed, so that runs with different seeds are compared on
+    the same images.
 
     Raises:
-        UserError: the path is missing or no folder; there are no class folders; a class folder is empty; a
-            link leads nowhere; an evaluation class is none of the training classes.
+        UserError: the path does not exist or is not a folder; there are no class folders; a class folder is empty; a link
+            leads nowhere; an evaluation class is not a training class.
     """
     if not path.is_dir():
         raise UserError(f"`data.source`: {path} {'is not a folder' if path.exists() else 'does not exist'}", LAYOUT)
@@ -43,8 +47,8 @@ def list_images(path: Path, eval_fraction: float) -> Listing:
     classes = list(train)
     if folder is not None:
         test = _by_class(folder)
-        if strange := [name for name in test if name not in train]:
-            raise UserError(f"{folder / strange[0]}: `{strange[0]}` is no class of {path / 'train'}",
+        if unknown := [name for name in test if name not in train]:
+            raise UserError(f"{folder / unknown[0]}: `{unknown[0]}` is not a class of {path / 'train'}",
                             "every evaluation class needs a training folder of the same name")
         return Listing(classes, _numbered(train, classes), _numbered(test, classes), held_out=False)
     kept, held = {}, {}
@@ -57,21 +61,21 @@ def list_images(path: Path, eval_fraction: float) -> Listing:
 
 
 def _by_class(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each class folder, both sorted by name."""
-    found = {name: [folder / name / file for file in _names(folder / name, images=True)]
-             for name in _class_folders(folder)}
-    if not found:
+    """Return the image files of each class folder. Classes and files are sorted by name."""
+    by_class = {name: [folder / name / file for file in _names(folder / name, images=True)]
+                for name in _class_folders(folder)}
+    if not by_class:
         loose = "images but no class folders" if _names(folder, images=True) else "no class folders"
         raise UserError(f"{folder} holds {loose}", LAYOUT)
-    for name, files in found.items():
+    for name, files in by_class.items():
         if not files:
-            raise UserError(f"{folder / name} holds no images ({', '.join(sorted(e[1:] for e in ENDINGS))})",
-                            f"remove the folder or put the images of class `{name}` into it")
+            raise UserError(f"{folder / name} holds no images ({', '.join(sorted(ending[1:] for ending in ENDINGS))})",
+                            f"remove the folder, or put the images of class `{name}` into it")
         for file in files:
             if not file.is_file():
                 raise UserError(f"{file} is {'a link that leads nowhere' if file.is_symlink() else 'not a file'}",
-                                "restore or remove it")
-    return found
+                                "restore or remove the file")
+    return by_class
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -79,11 +83,11 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _names(folder: Path, images: bool = False) -> list[str]:
-    """What is in a folder and not hidden, sorted; `images`: only what ends like an image and is no folder."""
+    """Return the sorted names in a folder that are not hidden. With `images`, only files with the ending of an image."""
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
-        raise UserError(f"{folder} cannot be listed: {error.strerror}", "make it readable") from error
+        raise UserError(f"{folder} cannot be listed: {error.strerror}", "make the folder readable") from error
     if not images:
         return names
     return [name for name in names

@@ -1,4 +1,4 @@
-"""Image classification sets: loaded into memory, resident on a device as uint8, batched there."""
+"""Image sets for classification. They are loaded into memory, kept on a device as uint8, and made into batches there."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ from trainers.engine.world import World
 
 
 class Raw(NamedTuple):
+    """A set of images with their labels, in memory."""
+
     pixels: np.ndarray  # uint8 [N, 3, S, S]
     labels: np.ndarray  # int64 [N]
 
 
 class RawSets(NamedTuple):
-    """What a loader gives: a training set, an evaluation set if there is one, the names of the classes."""
+    """What a loader returns: a training set, an evaluation set if there is one, and the names of the classes."""
 
     train: Raw
     test: Raw | None
@@ -39,11 +41,11 @@ class RawSets(NamedTuple):
 
 
 class Images:
-    """Images on a device (`engine.task.Dataset`), normalised and augmented a batch at a time."""
+    """A set of images on a device (an `engine.task.Dataset`). Each batch is normalised and augmented when it is made."""
 
     def __init__(self, raw: Raw, classes: list[str], device: torch.device, *, mean: Sequence[float],
                  std: Sequence[float], augment: Augment = NOTHING):
-        """`mean` and `std` are those of each channel, with pixels in [0, 1]. `augment` is for training."""
+        """`mean` and `std` have a value for each channel, for pixels in [0, 1]. `augment` is for a training set."""
         self.classes = classes
         self.augment = augment
         self.pixels = torch.from_numpy(raw.pixels).to(device)  # uint8 [N, 3, S, S]
@@ -55,40 +57,45 @@ class Images:
         return len(self.labels)
 
     def batch(self, share: Share) -> tuple[Tensor, Tensor]:
-        """(images float32 [n, 3, S, S], labels int64 [n]) of `share.indices`; n may be 0."""
+        """Return (images float32 [n, 3, S, S], labels int64 [n]) of the samples `share.indices`. n may be 0."""
         side = self.pixels.shape[-1]
         if not self.augment.active:
             index = self._to_device(share.indices)
             return self._normalise(self.pixels[index]), self.labels[index]
-        # One transfer for all that the host has to say.
-        index, *drawn = self._to_device(np.vstack([share.indices, self.augment.draw(share, side)]))
-        drawn = torch.stack(drawn)
+        # One transfer to the device for all numbers.
+        index, *rows = self._to_device(np.vstack([share.indices, self.augment.draw(share, side)]))
+        drawn = torch.stack(rows)
         images = self._normalise(self.augment.crop(self.pixels[index], drawn))
         if self.augment.cutout:
-            images.masked_fill_(self.augment.hole(drawn, side), 0.0)  # 0 is the mean
+            images.masked_fill_(self.augment.hole(drawn, side), 0.0)  # 0 is the mean colour
         return images, self.labels[index]
 
     def _to_device(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self.pixels.device, non_blocking=True)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
-        # Subtracted, then multiplied: a fused form may round differently at the end of a vector, and a
-        # sample must not depend on its place in a batch.
+        # Two operations, not a fused one: a fused operation may round differently at the end of a vector, and a sample must
+        # not depend on its place in a batch.
         return pixels.float().sub_(self._mean).mul_(self._scale)
 
 
 def resident(sets: RawSets, device: torch.device, size: int, augment: Augment) -> tuple[Images, Images | None]:
-    """The training and evaluation sets on `device`, scaled to `size` pixels a side where they differ, both
-    normalised by the training set's mean and standard deviation."""
-    train, test = (raw and _resized(raw, size) for raw in (sets.train, sets.test))
+    """Return the training and evaluation sets on `device`, scaled to `size` pixels a side.
+
+    Both are normalised by the mean and standard deviation of the training set.
+    """
+    train = _resized(sets.train, size)
+    test = _resized(sets.test, size) if sets.test else None
     mean, std = mean_and_std(train.pixels)
     return (Images(train, sets.classes, device, mean=mean, std=std, augment=augment),
-            test and Images(test, sets.classes, device, mean=mean, std=std))
+            Images(test, sets.classes, device, mean=mean, std=std) if test else None)
 
 
 def mean_and_std(pixels: np.ndarray) -> tuple[list[float], list[float]]:
-    """Of each channel of uint8 [N, 3, S, S], as fractions of 255. Whole numbers are summed, so that every
-    rank gets the same whatever its number of threads."""
+    """Return the mean and the standard deviation of each channel of uint8 [N, 3, S, S], as fractions of 255.
+
+    The sums are sums of whole numbers, so every rank gets the same result, with any number of threads.
+    """
     total, squares = np.zeros(3), np.zeros(3)
     for chunk in np.array_split(pixels, 1 + len(pixels) // 1024):
         values = chunk.transpose(1, 0, 2, 3).reshape(3, -1).astype(np.float64)
@@ -96,7 +103,7 @@ def mean_and_std(pixels: np.ndarray) -> tuple[list[float], list[float]]:
         squares += (values * values).sum(1)
     mean = total / (pixels.size / 3)
     variance = squares / (pixels.size / 3) - mean**2
-    # A channel without any variation keeps its scale.
+    # A channel without variation gets a standard deviation of 1, which keeps its scale.
     return (mean / 255).tolist(), (np.where(variance > 0, variance, 255**2) ** 0.5 / 255).tolist()
 
 
@@ -111,12 +118,12 @@ def _resized(raw: Raw, size: int) -> Raw:
 
 
 def load_cifar10(root: Path, world: World) -> RawSets:
-    """Torchvision's CIFAR10 in `root`, downloaded if it is not there: 50,000 and 10,000 images of 32 x 32.
+    """Load torchvision's CIFAR10 from `root`, after downloading it if it is missing: 50,000 and 10,000 images of 32 x 32.
 
-    Every file is checked against torchvision's md5 sums. The node's first rank downloads, the others wait.
+    Every file is checked against torchvision's md5 sums. The first rank of a node downloads while the others wait.
 
     Raises:
-        UserError: it is neither in `root` nor downloadable.
+        UserError: CIFAR-10 is not in `root` and cannot be downloaded.
     """
     with world.local_main_first():
         sets = _read_cifar10(root) or _download_cifar10(root)
@@ -124,12 +131,12 @@ def load_cifar10(root: Path, world: World) -> RawSets:
 
 
 def fetch_cifar10(root: Path) -> bool:
-    """As `load_cifar10`, for ranks that cannot download. Whether it was not in `root`, or not whole, before."""
+    """Download CIFAR-10 in advance, for ranks that cannot. Return whether it was missing or broken before."""
     return _read_cifar10(root) is None and _download_cifar10(root) is not None
 
 
 def _read_cifar10(root: Path) -> RawSets | None:
-    """None if it is not there, or not whole."""
+    """Return CIFAR-10 from `root`, or None if it is missing or broken."""
     from torchvision.datasets import CIFAR10
 
     try:
@@ -142,8 +149,11 @@ def _read_cifar10(root: Path) -> RawSets | None:
 
 
 def _download_cifar10(root: Path) -> RawSets:
-    """Download beside and rename: a download that was cut off, or one by another node at the same time,
-    leaves nothing half done. An archive that lies in `root` already is used in place of a download."""
+    """Download CIFAR-10 into a temporary folder, and rename the result.
+
+    So a download that is cut off, or a download by another node at the same time, leaves nothing half done. An archive that
+    is already in `root` is used instead of a download.
+    """
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
@@ -151,24 +161,24 @@ def _download_cifar10(root: Path) -> RawSets:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as name:
-            beside = Path(name)
+            temporary = Path(name)
             if check_integrity(archive, CIFAR10.tgz_md5):
-                copyfile(archive, beside / archive.name)
+                copyfile(archive, temporary / archive.name)
             CIFAR10(name, download=True)
             if _read_cifar10(root) is None:
                 if final.exists():
-                    final.rename(beside / "broken")
-                (beside / final.name).rename(final)
+                    final.rename(temporary / "broken")
+                (temporary / final.name).rename(final)
             sets = _read_cifar10(root)
     except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError) as error:
         broken = [path.name for path in (archive, final) if path.exists()]
-        found = f"{' and '.join(broken)} in {root} {'is' if len(broken) == 1 else 'are'} broken" if broken else \
+        state = f"{' and '.join(broken)} in {root} {'is' if len(broken) == 1 else 'are'} broken" if broken else \
             f"CIFAR-10 is not in {root}"
-        raise UserError(f"{found}, and it could not be downloaded: {' '.join(str(error).split()) or repr(error)}",
-                        f"put {CIFAR10.url} there, set data.root to where {CIFAR10.base_folder}/ lies, use your own "
-                        "images by data=PATH, or drawn shapes by data=sample") from error
+        raise UserError(f"{state}, and it could not be downloaded: {' '.join(str(error).split()) or repr(error)}",
+                        f"put {CIFAR10.url} there, set data.root to the folder that holds {CIFAR10.base_folder}/, "
+                        "use your own images with data=PATH, or use drawn shapes with data=sample") from error
     if sets is None:
-        raise UserError(f"CIFAR-10 in {root} changed while it was read", "start again")
+        raise UserError(f"CIFAR-10 in {root} changed while it was read", "start the run again")
     return sets
 
 
@@ -176,22 +186,24 @@ def _download_cifar10(root: Path) -> RawSets:
 
 
 def load_folder(path: Path, size: int, eval_fraction: float, world: World) -> RawSets:
-    """Folder-per-class images, RGB, the centre square scaled to `size`. See `folders.list_images` for layouts.
+    """Load a folder of images by class, as RGB, each image's centre square scaled to `size`.
+
+    `folders.LAYOUT` states which layouts are possible.
 
     Raises:
-        UserError: what `list_images` refuses; an image that cannot be read, by name.
+        UserError: `list_images` refuses the folder, or an image cannot be read.
     """
     listing = list_images(path, eval_fraction)
     if listing.held_out and listing.test and world.main:
         emit({"event": "note", "level": "info", "message": f"{path} has no evaluation folder: {len(listing.test):,} of "
-              f"{len(listing.train) + len(listing.test):,} images held out (data.eval_fraction={eval_fraction:g}, the "
-              "same ones in every run)"})
+              f"{len(listing.train) + len(listing.test):,} images are held out (data.eval_fraction={eval_fraction:g}, "
+              "the same images in every run)"})
     return RawSets(_decode_all(listing.train, size), _decode_all(listing.test, size) if listing.test else None,
                    listing.classes)
 
 
 def _decode_all(files: list[tuple[Path, int]], size: int) -> Raw:
-    # Threads do: PIL lets go of the interpreter while it decodes and scales.
+    # Threads are enough: PIL releases the GIL while it decodes and scales.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         pixels = np.empty((len(files), 3, size, size), np.uint8)
         for row, image in zip(pixels, pool.map(lambda item: decode(item[0], size), files)):
@@ -200,7 +212,7 @@ def _decode_all(files: list[tuple[Path, int]], size: int) -> Raw:
 
 
 def decode(file: Path, size: int) -> np.ndarray:
-    """uint8 [3, size, size]: the shorter side scaled to `size`, the centre cropped, both in one resampling.
+    """Return an image file as uint8 [3, size, size]: the centre square, cropped and scaled to `size` in one resampling.
 
     Raises:
         UserError: the file cannot be read as an image.
@@ -208,8 +220,9 @@ def decode(file: Path, size: int) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+        with Image.open(file) as opened:
+            image: Image.Image = opened
+            if image.mode.startswith("I"):  # 16 bits: convert() would clip the values at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
             if image.size != (size, size):
@@ -219,4 +232,4 @@ def decode(file: Path, size: int) -> np.ndarray:
             return np.asarray(image).transpose(2, 0, 1)
     except Exception as error:  # PIL's decoders raise nearly anything on a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file} cannot be read as an image: {reason}", "mend or remove the file") from error
+        raise UserError(f"{file} cannot be read as an image: {reason}", "fix or remove the file") from error

@@ -1,1 +1,1 @@
-"""The loop and what it stands on, once, for every task."""
+"""The training loop and its parts, shared by all tasks."""

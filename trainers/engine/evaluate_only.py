@@ -1,4 +1,4 @@
-"""What a rank does that is to evaluate and not to train."""
+"""The work of a rank in an evaluation without training (`eval.only`)."""
 
 from __future__ import annotations
 
@@ -12,37 +12,42 @@ from trainers.contract.files import update_json
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
 from trainers.engine.evaluation import draw_figures, evaluate
-from trainers.engine.parallel.strategy import close
-from trainers.engine.saving.weights import open_source, take
+from trainers.engine.parallel.strategy import close_process_group
+from trainers.engine.saving.weights import load_weights, open_source
 from trainers.engine.setup import set_up
 from trainers.engine.task import Task
 from trainers.engine.world import World
 
-# Without an optimizer ZeRO 1 and 2 are what ddp is: all of the weights on each rank. Stage 3's parts are fully_shard's,
-# gathered in fp32 as ZeRO does.
-PLACED: dict[str, dict[str, Any]] = {
+# Without an optimizer ZeRO 1 and 2 hold all weights on every rank, the same as ddp. ZeRO 3 shards the weights, the same as
+# fsdp, and gathers them in fp32.
+REPLACEMENTS: dict[str, dict[str, Any]] = {
     "zero1": {"strategy": "ddp"}, "zero2": {"strategy": "ddp"}, "zero3": {"strategy": "fsdp", "precision": "fp32"},
 }
 
 
 def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, attempt: int | None) -> int:
-    """Evaluate the weights of `init.source` on all ranks, once. The metrics go into the folder's record, its pictures into
-    `figures`. Returns the rank's exit code.
+    """Evaluate the weights of `init.source` once. All ranks call this together.
+
+    The metrics are written to run.json in the run directory, the pictures to the folder `figures` there.
+
+    Returns:
+        The exit code of this rank: 0 if the evaluation finished, 75 if a signal stopped it.
 
     Raises:
-        UserError: there is nothing to evaluate, or on nothing.
+        UserError: the weights are missing or do not fit the model, the task has no evaluation set, or the input is bad.
     """
+    weights = config.init.source
+    assert weights is not None  # the schema allows eval.only only with init.source
     setup = set_up(task, config, world, placed(config))
     if setup.eval_set is None or not len(setup.eval_set):
         raise UserError(f"the task `{config.task}` has no evaluation set",
-                        "give data=PATH that has one, or let the task's `data` return one")
-    path = paths.first_weights(config.init.source)
-    source = open_source(path, world)
-    take(source, setup.layout, setup.strategy.fragments(setup.models), config.init.skip, f"`{config.init.source}`",
-         "the model is made as the data needs it: give data like that of training, with as many classes or words")
+                        "use data=PATH with an evaluation set, or return an evaluation set from the task's `data`")
+    source = open_source(paths.first_weights(weights), world)
+    load_weights(source, setup.layout, setup.strategy.fragments(setup.models), config.init.skip, f"`{weights}`",
+                 "the size of the model depends on the data: use data with the same number of classes or words as in training")
     hold()
     note = _note if world.main else _silent
-    note("info", f"evaluating {config.init.source}: {world.size} rank(s) on {world.device.type}, {config.train.precision}, "
+    note("info", f"evaluating {weights}: {world.size} rank(s) on {world.device.type}, {config.train.precision}, "
          f"{setup.parameters:,} parameters, {len(setup.eval_set):,} samples")
     measured = evaluate(task, setup.models, setup.eval_set, config, world, setup.stopping)
     heartbeat.rest()
@@ -51,17 +56,17 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
         if world.main:
             events.emit({"event": "eval", "step": source.step or 0, "total": None, "metrics": metrics})
             draw_figures(task, measured, paths.figures, note)
-            if paths.record.exists():  # ranks started by hand have none
+            if paths.record.exists():  # without `launch` the run directory may have no run.json
                 update_json(paths.record, metrics=metrics)
             shutil.rmtree(paths.init, ignore_errors=True)
     setup.stopping.close()
-    close()
+    close_process_group()
     return exit_codes.PREEMPTED if measured is None else exit_codes.FINISHED
 
 
 def placed(config: RunConfig) -> RunConfig:
-    """What the strategy is to follow, which need not make room for an optimizer."""
-    return config.model_copy(update={"train": config.train.model_copy(update=PLACED.get(config.train.strategy, {}))})
+    """Return the settings that place the models for an evaluation: the strategy needs no room for an optimizer."""
+    return config.model_copy(update={"train": config.train.model_copy(update=REPLACEMENTS.get(config.train.strategy, {}))})
 
 
 def _note(level: str, message: str) -> None:

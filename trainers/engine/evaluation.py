@@ -1,4 +1,4 @@
-"""Evaluation with exact counts: every sample once, whatever the number of ranks."""
+"""Evaluate the models on every sample exactly once, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ from trainers.engine.world import World
 
 def evaluate(task: Task, models: Mapping[str, nn.Module], dataset: Dataset, config: RunConfig, world: World,
              stopping: Stopping) -> dict[str, Tensor] | None:
-    """The task's measures over the whole set, divided, float64, the same on all ranks; None if the run
-    is to stop before the end."""
+    """Return the task's measures over the whole data set, or None if the run must stop before the end.
+
+    Each value is the sum divided by the count, as float64 on `world.device`, the same on all ranks. Collective.
+
+    Args:
+        models: by name; run in evaluation mode, and put back into their old mode afterwards.
+        dataset: the evaluation set.
+    """
     shares = evaluation_shares(len(dataset), config.evaluation_batch(world.size), world.rank, world.size)
     training = {name: model.training for name, model in models.items()}
     sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -34,26 +40,35 @@ def evaluate(task: Task, models: Mapping[str, nn.Module], dataset: Dataset, conf
                     return None
                 heartbeat.beat("evaluation")
                 seed_noise(world.device, config.train.seed, "evaluation", world.rank, number)
-                for name, pair in task.evaluate(models, dataset.batch(share)).items():
-                    new = [torch.as_tensor(part, device=world.device).double() for part in pair]
-                    sums[name] = tuple(old + more for old, more in zip(sums[name], new)) if name in sums else tuple(new)
+                for name, (total, count) in task.evaluate(models, dataset.batch(share)).items():
+                    total, count = _to_float64(total, world.device), _to_float64(count, world.device)
+                    if name in sums:
+                        total, count = sums[name][0] + total, sums[name][1] + count
+                    sums[name] = total, count
                 heartbeat.done("evaluation")
     finally:
         for name, model in models.items():
             model.train(training[name])
-    return {name: _over_ranks(total, world) / _over_ranks(count, world) for name, (total, count) in sums.items()}
+    return {name: _sum_over_ranks(total, world) / _sum_over_ranks(count, world) for name, (total, count) in sums.items()}
 
 
 def draw_figures(task: Task, measured: Mapping[str, Tensor], figures: Path, note: Callable[[str, str], None]) -> None:
-    """The pictures of an evaluation, if the task draws any; on one rank. `note(level, message)` is told what fails."""
+    """Let the task draw the pictures of an evaluation into the folder `figures`. Only one rank calls this.
+
+    A file system error does not end the run: `note(level, message)` then gets a warning.
+    """
     try:
         figures.mkdir(exist_ok=True)
         task.report(measured, figures)
     except OSError as error:
-        note("warning", f"no figures in {figures}: {error.strerror}")
+        note("warning", f"cannot write figures to {figures}: {error.strerror}")
 
 
-def _over_ranks(value: Tensor, world: World) -> Tensor:
+def _to_float64(value: Tensor | int, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, device=device).double()
+
+
+def _sum_over_ranks(value: Tensor, world: World) -> Tensor:
     if world.size > 1:
         dist.all_reduce(value)
     return value

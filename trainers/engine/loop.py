@@ -1,4 +1,7 @@
-"""The one training loop. It reads as the algorithm: resume, then evaluate, save, stop or take a step."""
+"""The training loop of all tasks: resume, then repeat: evaluate, save, stop if asked, take a step.
+
+A training step runs every update of the task, each for `Update.draws` optimizer steps.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,19 @@ from typing import Mapping
 
 from torch import Tensor, nn
 
-from trainers.config.schema import RunConfig
+from trainers.config.schema import Every, RunConfig, Train
 from trainers.contract import events, exit_codes, heartbeat
 from trainers.contract.errors import TrainingError, UserError
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
+from trainers.engine.batches.sampling import Shuffled
 from trainers.engine.evaluation import draw_figures, evaluate
-from trainers.engine.parallel.fragments import Fragment, fill, no_others, tied
-from trainers.engine.parallel.strategy import close, share_buffers
+from trainers.engine.parallel.fragments import Fragment, check_no_unknown, fill, tied_names
+from trainers.engine.parallel.strategy import close_process_group, share_buffers
 from trainers.engine.saving.checkpoint import Checkpoints
 from trainers.engine.saving.huggingface import describe
 from trainers.engine.saving.storage import Reader
-from trainers.engine.saving.weights import open_source, take
+from trainers.engine.saving.weights import load_weights, open_source
 from trainers.engine.setup import set_up
 from trainers.engine.task import Task
 from trainers.engine.tracking.tracker import NoTracker, Tracker
@@ -29,187 +33,229 @@ from trainers.engine.world import World
 
 
 def train(task: Task, config: RunConfig, world: World, paths: RunPaths, attempt: int | None) -> int:
-    """Train until the end or until asked to stop; on all ranks. Returns the rank's exit code.
+    """Train until the last step or until a signal asks to stop. All ranks call this together.
+
+    Args:
+        paths: the run directory.
+        attempt: number of this attempt; None if the rank was not started by `launch`.
+
+    Returns:
+        The exit code of this rank: 0 if training finished, 75 if it stopped with a checkpoint.
 
     Raises:
-        UserError: bad input. TrainingError: the run failed in a way that would repeat.
+        UserError: the input is bad.
+        TrainingError: the run failed, and would fail again in the same way.
     """
     loop = Loop(task, config, world, paths, attempt)
     try:
         return loop.run()
     except Exception as error:
-        if isinstance(error, UserError) or world.size == 1:  # all ranks come here, or none saves
-            loop.checkpoints.close()  # a save under way is worth its end
+        # Let a save that is under way finish, which takes all ranks. While a save is under way, all ranks raise a UserError
+        # together.
+        if isinstance(error, UserError) or world.size == 1:
+            loop.checkpoints.close()
         raise
 
 
+def total_steps(train: Train, samples: Shuffled) -> int:
+    """Return the number of training steps of the whole run."""
+    if train.steps is not None:
+        return train.steps
+    assert train.epochs is not None  # the schema demands `steps` or `epochs`
+    return samples.steps(train.epochs)
+
+
 class Loop:
+    """One rank's training, from the last checkpoint to the end or a stop. `run` does all of it."""
+
     def __init__(self, task: Task, config: RunConfig, world: World, paths: RunPaths, attempt: int | None):
         self.task, self.config, self.world, self.paths = task, config, world, paths
         train = config.train
-        setup = set_up(task, config, world, made=self._made)
+        setup = set_up(task, config, world, before_placement=self._before_placement)
         self.strategy, self.stopping, self.models = setup.strategy, setup.stopping, setup.models
         self.train_set, self.eval_set = setup.train_set, setup.eval_set
         self.layout, self.parameters = setup.layout, setup.parameters
         self.runners = [UpdateRunner(update, config, world, self.strategy, self.train_set, self.models)
                          for update in task.updates()]
-        self.samples = self.runners[0].samples
-        self.total = train.steps or self.samples.steps(train.epochs)
-        self.step = 0
-        self.evaluated = False   # whether the evaluation due at this step was done
-        self.metrics: dict[str, float] = {}
-        self.best: list[float] = []  # the keep_best best values of checkpoint.metric so far
+        self.samples = self.runners[0].samples  # of the first update: defines what an epoch is
+        self.total = total_steps(train, self.samples)
+        self.step = 0                # training steps done
+        self.evaluated = False       # whether the evaluation that is due at this step is done
+        self.metrics: dict[str, float] = {}  # of the last evaluation
+        self.best: list[float] = []  # the best values of `checkpoint.metric` so far, at most `checkpoint.keep_best` of them
         self.tracker: NoTracker = NoTracker()
         self.checkpoints = Checkpoints(paths, world, config.checkpoint, strategy=train.strategy, attempt=attempt,
-                                       say=events.emit,
-                                       committed=self._has_committed)
-        self._saved: tuple[int, bool] | None = None
-        self._is_best = self._warned = False
-        self.measured: Mapping[str, Tensor] | None = None  # by the last evaluation of this attempt
-        self._logged_at = (0, 0.0)  # (step, time) since which rates are measured
+                                       emit=events.emit, on_commit=self._on_commit)
+        self.measured: Mapping[str, Tensor] | None = None  # result of the last evaluation in this attempt
+        self._saved: tuple[int, bool] | None = None        # (step, evaluated) of the last checkpoint
+        self._is_best = False                              # whether the evaluation of this step is among the best
+        self._warned_of_metric = False
+        self._logged_at = (0, 0.0)  # (step, time in seconds) from which the rates of the next logged step are measured
 
-    def _made(self, models: Mapping[str, nn.Module]) -> None:
-        """Before they are placed, which changes their classes."""
-        self.tied = tied(models)
+    def _before_placement(self, models: Mapping[str, nn.Module]) -> None:
+        """Read what the models lose when the strategy places them: placing changes their classes."""
+        self.tied = tied_names(models)
         if self.world.main:
             describe(self.task, models, self.paths)
 
     def run(self) -> int:
+        """Train and return the exit code, as `train` does."""
         self._resume()
-        hold()
-        if self.strategy.settles and self.step < self.total:
+        hold()  # from now on a signal takes effect at the next boundary, where all ranks save and stop together
+        if self.strategy.needs_settling and self.step < self.total:
             for runner in self.runners:
                 runner.settle(self.step * runner.update.draws)
         self._logged_at = (self.step, time.perf_counter())
         while True:
-            if not self.evaluated and self._due(self.config.eval.every) and not self._evaluate():
-                return self._stop()
+            if self._due(self.config.eval.every) and not self.evaluated:
+                completed = self._evaluate()
+                if not completed:
+                    return self._stop()
             if self._due(self.config.checkpoint.every) or self._is_best:
                 self._save()
             if self.step == self.total:
                 return self._finish()
             if self.stopping.at_boundary():
                 return self._stop()
-            heartbeat.step_begins()
-            for runner in self.runners:
-                first = self.step * runner.update.draws
-                for draw in range(first, first + runner.update.draws):
-                    runner.take_step(draw, self.total * runner.update.draws)
-            self.step += 1
-            heartbeat.step_ends(self.step)
-            self.evaluated = self._is_best = False
+            self._take_step()
             if self.step % self.config.log.every == 0 or self.step in (1, self.total):
                 self._log()
 
-    def _due(self, every: int | str) -> bool:
+    def _take_step(self) -> None:
+        """Run one training step: every update, for its number of optimizer steps."""
+        heartbeat.step_begins()
+        for runner in self.runners:
+            draws = runner.update.draws
+            for draw in range(self.step * draws, (self.step + 1) * draws):
+                runner.take_step(draw, total=self.total * draws)
+        self.step += 1
+        heartbeat.step_ends(self.step)
+        self.evaluated = self._is_best = False
+
+    def _due(self, every: Every) -> bool:
+        """Return whether an evaluation or a save with the interval `every` is due at this step.
+
+        Nothing is due at step 0. The last step is due with every interval but "never".
+        """
         if self.step == 0 or every == "never":
             return False
         if self.step == self.total:
             return True
-        return self.samples.ends_epoch(self.step - 1) if every == "epoch" else self.step % every == 0
+        return self.step % every == 0 if isinstance(every, int) else self.samples.ends_epoch(self.step - 1)
 
     def _resume(self) -> None:
-        """Put the newest whole checkpoint's state in place, if there is one."""
-        found = self.checkpoints.newest()
-        said = self._start_from() if found is None and self.config.init.source else None
-        if found is not None:
-            reader, state = self.checkpoints.load(found)
-            self.step, self.evaluated = found, state["evaluated"]
-            self.metrics, self.best = state["metrics"], state["best"]
-            self._same_data(state["samples"])
-            self._fill(reader)
-            for runner in self.runners:
-                runner.load_state(state["updates"][runner.update.name])
-            if self.step == self.total:
-                self.evaluated = False  # once more: for the pictures that the end draws
-            self._saved = (self.step, self.evaluated)
+        """Restore the newest whole checkpoint. If the run has no checkpoint yet, load the weights of `init.source`, if set.
+
+        On rank 0 also start the tracker.
+        """
+        newest = self.checkpoints.newest()
+        init_note = None
+        if newest is not None:
+            self._restore(newest)
+        elif self.config.init.source is not None:
+            init_note = self._load_initial_weights(self.config.init.source)
         if self.world.main:
             self.tracker = Tracker(self.config, self.paths, self.step, self.total, self.metrics, self.evaluated,
                                    self.checkpoints.attempt)
-            self.tracker.checkpoint = found
-        self.tracker.say({
+            self.tracker.checkpoint = newest
+        self.tracker.emit({
             "event": "start", "step": self.step, "total": self.total, "world_size": self.world.size,
             "device": self.world.device.type, "precision": self.config.train.precision,
             "parameters": self.parameters,
-            "samples": len(self.train_set), "resumed": found is not None,
+            "samples": len(self.train_set), "resumed": newest is not None,
         })
-        if said:
-            self.tracker.note("info", said)
+        if init_note:
+            self.tracker.note("info", init_note)
 
-    def _start_from(self) -> str:
-        """Put the weights of `init.source` in place. Returns what was done, in words."""
-        init, path = self.config.init, self.paths.first_weights(self.config.init.source)
-        source = open_source(path, self.world)
-        said = take(source, self.layout, self.strategy.fragments(self.models), init.skip, f"`{init.source}`")
+    def _restore(self, step: int) -> None:
+        """Load the checkpoint of this step: position, metrics, models and optimizers."""
+        reader, state = self.checkpoints.load(step)
+        self.step, self.evaluated = step, state["evaluated"]
+        self.metrics, self.best = state["metrics"], state["best"]
+        self._check_data(state["samples"])
+        self._load_tensors(reader)
         for runner in self.runners:
-            runner.sharded.filled()
-        return said
+            runner.load_state(state["updates"][runner.update.name])
+        if self.step == self.total:
+            self.evaluated = False  # evaluate again: the pictures at the end need the measures
+        self._saved = (self.step, self.evaluated)
 
-    def _has_committed(self, step: int) -> None:
-        """On rank 0, in the writing thread."""
+    def _load_initial_weights(self, weights: str) -> str:
+        """Load the weights that `init.source` names. Return a note for the user: which tensors were loaded."""
+        source = open_source(self.paths.first_weights(weights), self.world)
+        note = load_weights(source, self.layout, self.strategy.fragments(self.models), self.config.init.skip, f"`{weights}`")
+        for runner in self.runners:
+            runner.sharded.after_fill()
+        return note
+
+    def _on_commit(self, step: int) -> None:
+        """Record a committed checkpoint. Runs on rank 0, in the writing thread."""
         self.tracker.committed(step)
-        shutil.rmtree(self.paths.init, ignore_errors=True)  # from now on the run has a checkpoint of its own
+        shutil.rmtree(self.paths.init, ignore_errors=True)  # the run now resumes from its own checkpoint
 
     def _fragments(self) -> dict[str, Fragment]:
-        """This rank's part of all that a checkpoint holds."""
-        found = self.strategy.fragments(self.models)
+        """Return this rank's parts of all tensors in a checkpoint, by name: models and optimizer states."""
+        fragments = self.strategy.fragments(self.models)
         for runner in self.runners:
-            found |= runner.sharded.fragments(runner.update.name)
-        return found
+            fragments |= runner.sharded.fragments(runner.update.name)
+        return fragments
 
-    def _fill(self, reader: Reader) -> None:
-        """Put a checkpoint's tensors in place."""
+    def _load_tensors(self, reader: Reader) -> None:
+        """Load the models and optimizer states of a checkpoint."""
         shapes = reader.shapes
-        no_others(shapes, {place.key for place in self.layout})
+        check_no_unknown(shapes, {place.key for place in self.layout})
         for runner in self.runners:
             runner.sharded.allocate(runner.update.name, shapes)
         fill(self._fragments(), shapes, reader.read)
         for runner in self.runners:
-            runner.sharded.filled()
+            runner.sharded.after_fill()
 
     def _evaluate(self) -> bool:
-        """False if the run is to stop first."""
-        self._finite()
+        """Evaluate at this step. Return False if the run must stop before the evaluation is complete."""
+        self._check_finite()
         began = time.perf_counter()
         if self.eval_set is not None:
             share_buffers(self.models, self.world)
-            running = {**self.models, **{each.update.trains: each.sharded.evaluated for each in self.runners}}
-            measured = evaluate(self.task, running, self.eval_set, self.config, self.world, self.stopping)
+            models = {**self.models, **{runner.update.trains: runner.sharded.eval_module for runner in self.runners}}
+            measured = evaluate(self.task, models, self.eval_set, self.config, self.world, self.stopping)
             if measured is None:
                 return False
             heartbeat.rest()
             self.metrics = self.task.report(measured, None)
             self.measured = measured
             self.tracker.evaluation(self.step, self.total, self.metrics)
-            self._rank_checkpoint()
+            self._compare_with_best()
         self.evaluated = True
-        self._discount(began)
+        self._leave_out_of_rates(began)
         return True
 
-    def _draw(self) -> None:
-        """The pictures of the last evaluation, once its checkpoint is safe."""
+    def _draw_figures(self) -> None:
+        """Draw the pictures of the last evaluation, on rank 0."""
         if self.world.main and self.measured is not None:
             draw_figures(self.task, self.measured, self.paths.figures, self.tracker.note)
 
-    def _samples(self) -> list[int]:
+    def _sample_counts(self) -> list[int]:
+        """Return the numbers of training and evaluation samples."""
         return [len(self.train_set), len(self.eval_set) if self.eval_set is not None else 0]
 
-    def _same_data(self, then: list[int]) -> None:
-        """Another number of samples means other batches: it would be another run."""
-        if then != self._samples():
-            now = self._samples()
-            raise UserError(f"the data has changed under this run: it had {then[0]} training and {then[1]} evaluation "
-                            f"samples, now {now[0]} and {now[1]}", "put the data back as it was, or start a new run")
+    def _check_data(self, before: list[int]) -> None:
+        """Raise a UserError if the numbers of samples have changed: the run would continue with different batches."""
+        now = self._sample_counts()
+        if before != now:
+            raise UserError(f"the data has changed since this run started: it had {before[0]} training and {before[1]} "
+                            f"evaluation samples, now it has {now[0]} and {now[1]}",
+                            "restore the old data, or start a new run")
 
     def _save(self) -> None:
+        """Start to save a checkpoint of this step, unless the same checkpoint was saved already."""
         if self._saved == (self.step, self.evaluated):
             return
         began = time.perf_counter()
-        self._finite()
+        self._check_finite()
         self.tracker.before_checkpoint()
         state = {
             "step": self.step, "evaluated": self.evaluated, "metrics": self.metrics, "best": self.best,
-            "samples": self._samples(), "tied": self.tied,
+            "samples": self._sample_counts(), "tied": self.tied,
             "updates": {runner.update.name: runner.state() for runner in self.runners},
         }
         share_buffers(self.models, self.world)
@@ -217,78 +263,82 @@ class Loop:
         if self.checkpoints.superseded:
             raise self._superseded()
         self._saved = (self.step, self.evaluated)
-        self._discount(began)
+        self._leave_out_of_rates(began)
 
     def _superseded(self) -> TrainingError:
         return TrainingError(f"step {self.step}: {self.checkpoints.wait()}",
-                             f"`launch status {self.paths.id}` shows the attempt that goes on")
+                             f"`launch status {self.paths.id}` shows the attempt that continues the run")
 
-    def _committed(self, otherwise: str, hint: str) -> None:
-        """Wait for the last checkpoint. Raises: TrainingError if it was not committed."""
+    def _wait_for_commit(self, failure: str, hint: str) -> None:
+        """Wait until the last checkpoint is committed. Raise a TrainingError with `failure` and `hint` if that failed."""
         if reason := self.checkpoints.wait():
-            raise self._superseded() if self.checkpoints.superseded else TrainingError(f"{otherwise}: {reason}", hint)
+            raise self._superseded() if self.checkpoints.superseded else TrainingError(f"{failure}: {reason}", hint)
 
-    def _rank_checkpoint(self) -> None:
-        """Note whether this step's evaluation is among the best so far; the same on all ranks."""
-        wanted = self.config.checkpoint
-        if wanted.metric is None or wanted.keep_best == 0:
+    def _compare_with_best(self) -> None:
+        """Set `_is_best` to whether the evaluation of this step is among the best so far. All ranks get the same answer."""
+        settings = self.config.checkpoint
+        if settings.metric is None or settings.keep_best == 0:
             return
-        value = self.metrics.get(wanted.metric)
-        if value is None and not self._warned:
-            self._warned = True
-            self.tracker.note("warning", f"`checkpoint.metric` is `{wanted.metric}`, which the evaluation does not give "
-                              f"({', '.join(self.metrics)}): no checkpoint is kept as a best one")
+        value = self.metrics.get(settings.metric)
+        if value is None and not self._warned_of_metric:
+            self._warned_of_metric = True
+            self.tracker.note("warning", f"`checkpoint.metric` is `{settings.metric}`, but the evaluation reports only "
+                              f"{', '.join(self.metrics) or 'nothing'}: no checkpoint is kept as a best one")
         if value is None or not math.isfinite(value):
             return
-        ranked = sorted([*self.best, value], reverse=wanted.mode == "max")[:wanted.keep_best]
-        self._is_best = ranked != self.best
-        self.best = ranked
+        best = sorted([*self.best, value], reverse=settings.mode == "max")[:settings.keep_best]
+        self._is_best = best != self.best
+        self.best = best
 
     def _log(self) -> None:
+        """Report the losses, learning rates and rates since the last logged step. Waits for the device."""
         steps = self.step - self._logged_at[0]
-        self._finite()
+        self._check_finite()
         event = {"event": "step", "step": self.step, "total": self.total}
-        alone = len(self.runners) == 1
+        single = len(self.runners) == 1
         for runner in self.runners:
-            prefix = "" if alone else f"{runner.update.name}/"
+            prefix = "" if single else f"{runner.update.name}/"
             event[f"{prefix}loss"] = runner.last_loss()
             event[f"{prefix}lr"] = runner.lr
             event[f"{prefix}grad_norm"] = runner.norm.item()
             if runner.skipped:
                 event[f"{prefix}skipped"] = runner.skipped
-        measured = [runner.measured() for runner in self.runners]
-        seconds = max(time.perf_counter() - self._logged_at[1], 1e-9)  # the reads above waited for the device
+        counters = [runner.read_counters() for runner in self.runners]
+        seconds = max(time.perf_counter() - self._logged_at[1], 1e-9)  # the device is done: the lines above waited for it
         event |= {
-            "rate": measured[0][0] / seconds, "unit": self.task.unit,
-            "data_wait": sum(wait for _, wait in measured) / seconds,
+            "rate": counters[0][0] / seconds, "unit": self.task.unit,
+            "data_wait": sum(wait_s for _, wait_s in counters) / seconds,
             "eta_s": (self.total - self.step) * seconds / max(steps, 1),
         }
         self.tracker.step(event)
         self._logged_at = (self.step, time.perf_counter())
 
-    def _discount(self, began: float) -> None:
-        """Leave the time since `began` out of the rates."""
+    def _leave_out_of_rates(self, began: float) -> None:
+        """Do not count the time since `began` in the rates of the next logged step."""
         step, since = self._logged_at
         self._logged_at = (step, since + time.perf_counter() - began)
 
-    def _finite(self) -> None:
-        """Neither log, evaluate nor save past a gradient or loss that is not a number."""
+    def _check_finite(self) -> None:
+        # Called before the run logs, evaluates or saves: none of these may happen after a gradient or loss that is not finite.
         for runner in self.runners:
-            runner.check()
+            runner.check_finite()
 
     def _finish(self) -> int:
+        """Save and close after the last step. Return the exit code."""
         self._save()
-        self._committed(f"training reached step {self.step}, but its last checkpoint could not be written",
-                        f"make room, then `launch resume {self.paths.id}`")
+        self._wait_for_commit(f"training reached step {self.step}, but its last checkpoint could not be written",
+                              f"make room on the disk, then use `launch resume {self.paths.id}`")
         heartbeat.rest()
-        self._draw()
+        self._draw_figures()  # after the commit: drawing cannot lose the checkpoint
         self._close("finished")
         return exit_codes.FINISHED
 
     def _stop(self) -> int:
+        """Save and close before the last step, because a signal asked to stop. Return the exit code."""
         self._save()
-        self._committed(f"stopped at step {self.step}, but its checkpoint could not be written",
-                        f"make room, then `launch resume {self.paths.id}` goes on from the checkpoint before")
+        self._wait_for_commit(f"stopped at step {self.step}, but the checkpoint of this step could not be written",
+                              f"make room on the disk, then use `launch resume {self.paths.id}`: it continues from the "
+                              "checkpoint before")
         self._close("preempted")
         return exit_codes.PREEMPTED
 
@@ -297,4 +347,4 @@ class Loop:
         self.checkpoints.close()
         self.stopping.close()
         self.tracker.end(state, self.step, self.total)
-        close()
+        close_process_group()

@@ -1,4 +1,7 @@
-"""What arithmetic a run uses. Parameters, gradients, optimizer states and BatchNorm statistics are fp32 in all."""
+"""The precision in which a run computes.
+
+Parameters, gradients, optimizer states and BatchNorm statistics are fp32 in every precision.
+"""
 
 from __future__ import annotations
 
@@ -14,51 +17,62 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_precision(precision: Precision, device: torch.device) -> None:
-    """Choose the arithmetic of fp32 products for this process.
+    """Let this process compute fp32 matrix products and convolutions in TF32 for `tf32`, and in fp32 otherwise.
 
     Raises:
-        UserError: the device cannot compute in this precision.
+        UserError: the device does not support `bf16`.
     """
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"`train.precision` is `bf16`, which {torch.cuda.get_device_name(device)} does not have",
+        raise UserError(f"`train.precision` is `bf16`, which {torch.cuda.get_device_name(device)} does not support",
                         "use train.precision=fp16")
-    # By these older names: the newer `fp32_precision` makes reading them an error (torch 2.15), and torch's own
-    # compiler reads them.
+    # torch's compiler reads these older settings. Reading them is an error once the newer `fp32_precision` was set
+    # (torch 2.15), so the newer name is not used here.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def set_deterministic(compiled: bool) -> None:
-    """Prefer kernels that give the same bits each time; one that has no such version warns and is used."""
-    torch.backends.cudnn.benchmark = False  # its choice of kernels depends on timings
+    """Use deterministic kernels. An operation that has no deterministic kernel prints a warning and runs as usual.
+
+    Args:
+        compiled: whether the run compiles its models (`train.compile`).
+    """
+    torch.backends.cudnn.benchmark = False  # the benchmark chooses kernels by their measured time
     torch.set_deterministic_debug_mode("warn")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a fill of each new tensor: for finding bugs
+    # Filling every new tensor helps to find bugs, but costs time. mypy does not see this attribute: torch defines it on the
+    # class of the module.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if compiled:
-        # The same for the compiler too, which this imports: seconds that other runs need not wait.
+        # This sets the same mode for torch's compiler too. It imports the compiler, which takes seconds.
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager:
-    """The context in which a loss is computed."""
+    """Return the context in which losses and measures are computed."""
     if precision in HALVES:
         return torch.autocast(device.type, HALVES[precision])
     return nullcontext()
 
 
 class LossScale:
-    """The factor on a loss in fp16, whose small gradients would vanish (Micikevicius et al. 2018, arXiv:1710.03740);
-    1 in any other precision. The constants are those of torch.amp.GradScaler: halved after a step whose gradients
-    overflowed, which is skipped, and doubled after 2,000 in a row that did not.
+    """The factor on the loss in fp16: without it small gradients become zero (Micikevicius et al. 2018, arXiv:1710.03740).
+
+    The factor is halved after a step whose gradients overflowed (that step is skipped), and doubled after 2,000 steps in a
+    row without overflow. These are the constants of torch.amp.GradScaler. In every other precision the factor is always 1.
+
+    Attributes:
+        enabled: whether the precision is fp16.
+        scale: the factor.
     """
 
-    INTERVAL = 2000
+    INTERVAL = 2000  # steps in a row without overflow, after which the factor is doubled
 
     def __init__(self, precision: Precision, scale: float = 2.0**16):
         self.enabled = precision == "fp16"
         self.scale = scale if self.enabled else 1.0
-        self._good = 0
+        self._good = 0  # steps in a row without overflow
 
-    def update(self, applied: bool) -> None:
-        """After a step: whether its gradients were finite."""
+    def adjust(self, applied: bool) -> None:
+        """Adjust the factor after a step. `applied`: whether the step's gradients were finite."""
         if not self.enabled:
             return
         self._good = self._good + 1 if applied else 0
@@ -69,8 +83,10 @@ class LossScale:
             self._good = 0
 
     def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: nothing unless the precision is fp16."""
         return {"scale": self.scale, "good": self._good} if self.enabled else {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over a checkpoint's `state`. Nothing changes if it is empty, or if this run's precision is not fp16."""
         if self.enabled and state:
             self.scale, self._good = state["scale"], state["good"]

@@ -1,4 +1,4 @@
-"""Learning rates as functions of the number of applied updates: nothing to save, nothing to rewind."""
+"""Learning rates as functions of the number of applied optimizer steps. A schedule has no state to save."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import math
 from trainers.config.schema import Optim
 
 
-def learning_rate(optim: Optim, updates: int, total: int) -> float:
-    """The rate of the update after `updates` applied ones, of `total`.
+def learning_rate(optim: Optim, applied: int, total: int) -> float:
+    """Return the learning rate of the next optimizer step, after `applied` of `total` steps were applied.
 
-    `warmup` below 1 is a share of `total`, else a number of updates. `onecycle` rises along a cosine
-    from lr/25 to lr over the warm-up (0.3 of all if none is given) and falls to lr/250,000, as in
-    Smith & Topin 2018 (arXiv:1708.07120) with PyTorch's OneCycleLR's constants; momentum stays.
+    `optim.warmup` below 1 is a share of `total`, otherwise a number of steps. The schedule `onecycle` rises along a cosine
+    from lr / 25 to lr during the warm-up (0.3 of `total` if `warmup` is 0), then falls to lr / 250,000. It follows Smith &
+    Topin 2018 (arXiv:1708.07120) with the constants of PyTorch's OneCycleLR, but leaves the momentum constant.
     """
     warmup = optim.warmup * total if optim.warmup < 1 else optim.warmup
     if optim.schedule == "onecycle":
         peak = warmup or 0.3 * total
-        if updates < peak:
-            return _cosine(optim.lr / 25, optim.lr, updates / peak)
-        return _cosine(optim.lr, optim.lr / 25 / 1e4, (updates - peak) / max(1.0, total - 1 - peak))
-    if updates < warmup:
-        return optim.lr * (updates + 1) / (warmup + 1)
-    done = (updates - warmup) / max(1.0, total - warmup)
+        if applied < peak:
+            return _cosine(optim.lr / 25, optim.lr, applied / peak)
+        return _cosine(optim.lr, optim.lr / 25 / 1e4, (applied - peak) / max(1.0, total - 1 - peak))
+    if applied < warmup:
+        return optim.lr * (applied + 1) / (warmup + 1)
+    done = (applied - warmup) / max(1.0, total - warmup)
     match optim.schedule:
         case "constant":
             return optim.lr
@@ -33,4 +33,5 @@ def learning_rate(optim: Optim, updates: int, total: int) -> float:
 
 
 def _cosine(start: float, end: float, done: float) -> float:
+    """Return the value at share `done` of a half cosine from `start` to `end`; `end` if `done` is above 1."""
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, done))) / 2

@@ -1,4 +1,4 @@
-"""What training and evaluating begin with: the arithmetic, the data, the models where they are to be."""
+"""The common start of training and evaluation: set the precision, load the data, make and place the models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from trainers.config import compatibility
 from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
-from trainers.engine.batches.sampling import mix
+from trainers.engine.batches.sampling import derive_seed
 from trainers.engine.parallel.blocks import blocks
 from trainers.engine.parallel.strategy import Strategy, make_strategy
 from trainers.engine.precision import set_deterministic, set_precision
@@ -23,41 +23,44 @@ from trainers.engine.world import World
 
 @dataclass(frozen=True)
 class Setup:
+    """What a rank needs before it trains or evaluates."""
+
     strategy: Strategy
     stopping: Stopping
     train_set: Dataset
     eval_set: Dataset | None
-    models: dict[str, nn.Module]  # placed by the strategy
-    layout: Layout                # of the models before that
-    parameters: int
+    models: dict[str, nn.Module]  # by name, placed by the strategy
+    layout: Layout                # names and shapes of the models' tensors, read before the models were placed
+    parameters: int               # number of parameters of all models, counted before the models were placed
 
 
 def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None = None,
-           made: Callable[[Mapping[str, nn.Module]], None] = lambda models: None) -> Setup:
-    """On all ranks.
+           before_placement: Callable[[Mapping[str, nn.Module]], None] = lambda models: None) -> Setup:
+    """Load the data, then make and place the models. All ranks call this together.
 
     Args:
-        placed: what the strategy is to follow, if not `config`.
-        made: told the models before they are placed.
+        placed: the settings that the strategy follows; None: `config`.
+        before_placement: called with the models by name, before the strategy places them.
 
     Raises:
-        UserError: bad input, settings that do not go together, a device that cannot compute so.
+        UserError: the input is bad, settings contradict each other, or the device does not support the precision.
     """
     train = config.train
-    compatibility.check(config, world.device.type)  # ranks may be started by hand
+    compatibility.check(config, world.device.type)  # torchrun may have started the ranks, without the checks of `launch`
     set_precision(train.precision, world.device)
     if train.deterministic:
         set_deterministic(train.compile)
     strategy = make_strategy(world, placed or config)
     stopping = Stopping(world)
     train_set, eval_set = task.data(world)
-    torch.manual_seed(mix(train.seed, "models"))
+    torch.manual_seed(derive_seed(train.seed, "models"))
     models = task.models()
-    made(models)
-    found = layout(models)
+    before_placement(models)
+    tensors = layout(models)
     parameters = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
     if train.checkpoint_activations and not any(map(blocks, models.values())):
-        raise UserError("`train.checkpoint_activations` is given, and the model has no blocks to compute again",
-                        "name their classes in its `_no_split_modules`, or put them in a ModuleList; or leave it out")
+        raise UserError("`train.checkpoint_activations` is true, but the model has no blocks to compute again",
+                        "put the model's blocks in a ModuleList, name their classes in `_no_split_modules`, or use "
+                        "train.checkpoint_activations=false")
     return Setup(strategy, stopping, train_set, eval_set, {name: strategy.place(model) for name, model in models.items()},
-                 found, parameters)
+                 tensors, parameters)

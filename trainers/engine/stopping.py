@@ -1,4 +1,4 @@
-"""Stopping together: a signal sets a flag, the ranks agree on it at a boundary."""
+"""Stop all ranks at the same step: a signal sets a flag, and the ranks agree on the flags at a boundary."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from trainers.engine.world import World
 
 
 class Stopping:
-    """Whether the run is to stop, the same answer on every rank at the same boundary.
+    """Answers whether the run must stop. Every rank gets the same answer at the same boundary.
 
-    One boundary's flags are reduced while the next step computes, so nobody waits for the answer: a
-    stop takes effect one boundary after the first rank has seen its signal. The group is gloo's and
-    its own, since flags live on the host and other collectives may be under way on the default group.
+    A boundary lies between two training steps, or between two batches of an evaluation. The flags of a boundary are reduced
+    while the next step computes, so that no rank waits for the answer. A stop therefore takes effect one boundary after the
+    first rank received its signal. The reduction uses a separate gloo group: the flags are in host memory, and other
+    collectives may be running on the default group.
     """
 
     def __init__(self, world: World):
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = world.new_gloo_group()
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
         self._agreed = False
 
     def at_boundary(self) -> bool:
-        """Called by all ranks, the same number of times."""
+        """Return whether to stop now. Collective: all ranks call this equally often."""
         if self._group is None:
             self._agreed = self._agreed or stop_requested()
             return self._agreed
@@ -40,5 +41,6 @@ class Stopping:
         return False
 
     def close(self) -> None:
+        """Wait for the last reduction."""
         if self._work is not None:
             self._work.wait()

@@ -1,4 +1,4 @@
-"""What a task gives to the loop."""
+"""The interface of a task: the data, models, losses and measures that a task gives to the engine."""
 
 from __future__ import annotations
 
@@ -16,99 +16,178 @@ from trainers.engine.world import World
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's part of a global batch, or a micro-batch of it."""
+    """The samples of one micro-batch on one rank.
 
-    indices: np.ndarray  # [n] rows of the data set
-    slots: np.ndarray    # [n] their places in the global batch
-    size: int            # samples in the global batch
-    seed: int            # the global batch's own, the same on every rank
+    In an evaluation the whole evaluation set counts as one global batch, and a share may be empty (n = 0).
+    """
+
+    indices: np.ndarray  # int64 [n]: rows of the data set
+    slots: np.ndarray    # int64 [n]: positions of these samples in the global batch, from 0 to size - 1
+    size: int            # number of samples in the global batch
+    seed: int            # seed of the global batch, the same on every rank
 
     def generator(self) -> np.random.Generator:
-        """Randomness of the global batch: draw `size` values and take `[slots]` of them, so that a
-        sample gets the same value however many ranks and micro-batches there are."""
+        """Return a new random generator, seeded for the global batch.
+
+        Draw `size` values and use `values[slots]`. A sample then gets the same value with any number of ranks and
+        micro-batches.
+        """
         return np.random.Generator(np.random.Philox(self.seed))
 
 
 class Dataset(Protocol):
-    def __len__(self) -> int: ...
+    """A training set or an evaluation set. Every rank has the same samples in the same order."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
 
     def batch(self, share: Share) -> Any:
-        """The samples `share.indices` on the rank's device, augmented by `share.generator()`."""
+        """Return the samples `share.indices`, on the rank's device. The task's own losses and measures receive the result.
+
+        Augmentation draws from `share.generator()`. torch's global generators are seeded for each rank, so values from
+        them change with the number of ranks.
+        """
         ...
 
 
 class Loss(NamedTuple):
-    """A loss before division: the engine divides by the count over all ranks and micro-batches."""
+    """A loss before its division. The engine divides the sum by the count, both over all ranks and micro-batches.
 
-    sum: Tensor  # scalar, summed over `count` items, with its graph
-    count: int   # items (images, tokens)
+    Attributes:
+        sum: scalar with its autograd graph: the loss summed over `count` items.
+        count: number of items (images, tokens).
+    """
+
+    sum: Tensor
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls on a Loss
 
 
-Measures = Mapping[str, tuple[Tensor, Tensor | int]]  # by name: (sum, count), of any shape that divides
+# By name: (sum, count). The engine adds up both over all batches and ranks, then divides the sum by the count.
+# The two may have any shapes that broadcast, for example [classes] and [classes], or [classes, classes] and a number.
+Measures = Mapping[str, tuple[Tensor, Tensor | int]]
 
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer and what it lowers. A classifier has one, a GAN two."""
+    """One optimizer, the model that it trains and the loss that it lowers. A classifier has one update, a GAN has two."""
 
-    name: str
-    trains: str                                               # the model whose parameters it changes
-    loss: Callable[[Mapping[str, nn.Module], Any], Loss]      # (models by name, batch) -> Loss
-    draws: int = 1                                            # batches, and optimizer steps, it takes a step
-    optim: Optim | None = None                                # its own settings; None: the run's
+    name: str                                             # different from the task's other updates
+    trains: str                                           # name of the model whose parameters the optimizer changes
+    loss: Callable[[Mapping[str, nn.Module], Any], Loss]  # (models by name, batch) -> Loss of one micro-batch
+    draws: int = 1                                        # optimizer steps in each training step, each on a new global batch
+    optim: Optim | None = None                            # settings of the optimizer; None: the run's `optim`
 
 
 class Task:
-    """Base class of tasks. One model and one loss need `data`, `model`, `loss` and perhaps `measure`;
-    several models and updates need `models` and `updates` instead of `model` and `loss`."""
+    """Base class of tasks. Every rank makes one object of the task's class.
 
-    unit = "samples"  # what a Loss counts, for the rate that is shown
+    A task with one model and one loss defines `data`, `model` and `loss`, and often `measure`.
+    A task with several models or updates defines `data`, `models`, `updates` and `evaluate`.
+
+    Attributes:
+        config: the settings of the run.
+        unit: what a Loss counts, in the plural. The displayed rate uses this word ("images" gives "1,234 images/s").
+    """
+
+    unit = "samples"
 
     def __init__(self, config: RunConfig):
         self.config = config
 
     def prefetch(self) -> list[str]:
-        """Download what `data` and `model` would, for ranks that cannot; what is where now, a line each. It runs
-        alone, before any rank starts; `config.missing` says whether it need. Raises UserError."""
+        """Download the files that `data` and `model` need, for ranks that have no internet access.
+
+        `launch prefetch` calls this in a separate process before any rank starts. So does the submission to a cluster
+        without internet, if `config.missing` names something to download.
+
+        Returns:
+            One line of text for each download, with the place where the files are now.
+
+        Raises:
+            UserError: a download failed.
+        """
         return []
 
     def data(self, world: World) -> tuple[Dataset, Dataset | None]:
-        """(training set, evaluation set or None), on `world.device`. Raises UserError for bad input."""
+        """Return (training set, evaluation set or None). Every rank calls this.
+
+        The batches of both sets must be on `world.device`.
+
+        Raises:
+            UserError: the data is missing or malformed.
+            TypeError: the task does not define this method.
+        """
         raise TypeError(f"{type(self).__name__} must define data(self, world)")
 
     def model(self) -> nn.Module:
-        """The model, on the CPU, initialized from torch's global generator, which the run has seeded."""
+        """Return a new model on the CPU. Every rank calls this, after `data`.
+
+        Initialize the model from torch's global generator: the engine has seeded that generator with the run's seed, the
+        same on every rank.
+
+        Raises:
+            UserError: the model cannot be made from the settings.
+            TypeError: the task does not define this method.
+        """
         raise TypeError(f"{type(self).__name__} must define model(self)")
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
+        """Return the summed loss of one micro-batch and the number of items in that sum.
+
+        Runs under autocast, in the run's precision. In training the batch has at least one sample. The default `measure` calls
+        this too, with the model in evaluation mode and perhaps with a batch that has no samples.
+
+        Args:
+            batch: what `Dataset.batch` returned.
+
+        Raises:
+            TypeError: the task does not define this method.
+        """
         raise TypeError(f"{type(self).__name__} must define loss(self, model, batch)")
 
     def measure(self, model: nn.Module, batch: Any) -> Measures:
-        """Evaluation of one batch, by name; summed over batches and ranks, then divided."""
+        """Return (sum, count) of each measure over one evaluation batch. The default measures the loss.
+
+        Runs without gradients, under autocast, with the model in evaluation mode. All batches on all ranks return the same
+        names, in the same order and with the same shapes. A batch may have no samples: then the sums and counts are 0.
+        """
         total, count = self.loss(model, batch)
         return {"loss": (total, count)}
 
     def report(self, measured: Mapping[str, Tensor], figures: Path | None) -> dict[str, float]:
-        """The metrics of an evaluation, from the divided measures, the same on every rank. May write
-        pictures (*.png) into `figures`, which exists; None: none are wanted (not the end, or not rank 0)."""
+        """Return the metrics of an evaluation by name. The default returns every measure that is a scalar.
+
+        Args:
+            measured: for each measure its sum divided by its count, over the whole evaluation set: float64 on the rank's
+                device, in the shape that the two broadcast to, the same on every rank.
+            figures: an existing folder for pictures (*.png). None: draw no pictures. Only rank 0 draws, at the end of a run.
+        """
         return {name: value.item() for name, value in measured.items() if value.ndim == 0}
 
     def models(self) -> dict[str, nn.Module]:
+        """Return all models by name. The default is the one model that `model` returns, with the name "model"."""
         return {"model": self.model()}
 
     def updates(self) -> list[Update]:
+        """Return the updates in the order in which each training step runs them. The default trains "model" by `loss`."""
         return [Update("model", trains="model", loss=lambda models, batch: self.loss(models["model"], batch))]
 
     def huggingface(self, model: nn.Module, folder: Path) -> None:
-        """Write into a folder what Hugging Face's layout of a model has beside its weights: config.json, and a tokenizer's
-        files where there is one. Of a transformers model the config, by default; of any other nothing."""
+        """Write the files that a Hugging Face export of `model` needs besides the weights into `folder`.
+
+        These files are config.json and, if the model has a tokenizer, the tokenizer's files. The default writes the config of
+        a transformers model, and nothing for any other model.
+        """
         config = getattr(model, "config", None)
         if hasattr(model, "save_pretrained") and config is not None:
             config = copy.deepcopy(config)
             config.architectures = [type(model).__name__]
             config.save_pretrained(folder)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)
+        generation_config = getattr(model, "generation_config", None)
+        if generation_config is not None:
+            generation_config.save_pretrained(folder)
 
     def evaluate(self, models: Mapping[str, nn.Module], batch: Any) -> Measures:
+        """Return the measures of one evaluation batch, as `measure` does. The default calls `measure` with "model"."""
         return self.measure(models["model"], batch)

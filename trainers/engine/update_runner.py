@@ -1,4 +1,4 @@
-"""One update at work: its schedule, its position, and one optimizer step at a time."""
+"""Run one Update of a task: one optimizer step at a time, with its learning rate, loss scale and checks."""
 
 from __future__ import annotations
 
@@ -19,88 +19,112 @@ from trainers.engine.schedule import learning_rate
 from trainers.engine.task import Dataset, Loss, Update
 from trainers.engine.world import World
 
-MENDS = "lower optim.lr, set optim.clip_norm, or use train.precision=fp32; the checkpoints before it are whole"
-UNCHECKED = 100    # steps of an update after which gradients are looked at, if logs and checkpoints are rarer
-SKIPS_IN_ROW = 25  # halving fp16's loss scale so often brings it from 2**16 to below 1
+HINT = "lower optim.lr, set optim.clip_norm, or use train.precision=fp32; the checkpoints of earlier steps are whole"
+CHECK_EVERY = 100  # optimizer steps after which gradients are checked, even if nothing was logged or saved meanwhile
+MOST_SKIPS = 25    # steps skipped in a row: 25 halvings bring the loss scale of fp16 from 2**16 to below 1
 
 
 class UpdateRunner:
-    """An Update with what it needs to run: `take_step` does one optimizer step on one global batch."""
+    """Runs one Update. `take_step` does one optimizer step on one global batch.
+
+    Every optimizer step is either applied, and then it changes the parameters, or skipped, because gradients overflowed in
+    fp16. The learning rate follows the number of applied steps.
+
+    Attributes:
+        sharded: the trained model and its optimizer.
+        samples: the global batches.
+        loss_scale: the factor on the loss in fp16.
+        applied: optimizer steps that changed the parameters.
+        skipped: optimizer steps that changed nothing because gradients overflowed.
+        skipped_in_row: the steps skipped since the last applied step.
+        lr: learning rate of the last optimizer step.
+    """
 
     def __init__(self, update: Update, config: RunConfig, world: World, strategy: Strategy, dataset: Dataset,
                  models: Mapping[str, nn.Module]):
-        """`models`: placed by the strategy."""
+        """Make the optimizer of `models[update.trains]`. The strategy must have placed the models already."""
         self.update, self.config, self.world, self.strategy, self.dataset = update, config, world, strategy, dataset
         self.optim = update.optim or config.optim
         self.sharded = strategy.shard(models[update.trains], self.optim)
-        # Only the trained model runs through its wrapper: backward through another's would start its reduction.
+        # Only the trained model runs through its wrapper (DDP). A backward through the wrapper of another model would start
+        # the reduction of that model's gradients.
         self.models = {**models, update.trains: self.sharded.module}
         self.all_models = list(models.values())
-        self.scale = LossScale(config.train.precision)
+        self.loss_scale = LossScale(config.train.precision)
         self.samples = Shuffled(len(dataset), config.train.batch_size, config.train.seed, update.name)
         _, self.accumulation = config.train.split(world.size)
-        self.applied = 0             # steps that changed the parameters: what schedules follow
-        self.skipped = 0             # fp16 steps whose gradients overflowed
-        self.skipped_in_row = 0
-        self.data_wait_s = 0.0       # time spent making batches since `measured` was last called
+        self.applied = self.skipped = self.skipped_in_row = 0
         self.lr = self.optim.lr
+        self._data_wait_s = 0.0  # seconds spent making batches since the last call of `read_counters`
+        self._items = torch.zeros((), dtype=torch.float64, device=world.device)  # items since then, over all ranks
         self._last = torch.zeros(2, dtype=torch.float64, device=world.device)  # [loss sum, count] of the last step
-        self._items = torch.zeros((), dtype=torch.float64, device=world.device)
-        # (draw, gradients' norms, whose they are) of the steps since the last check
+        # (draw, norms of the gradients, names of their parameters) of each step since the last check
         self._norms: list[tuple[int, Tensor, Sequence[str | None]]] = []
 
     @property
     def norm(self) -> Tensor:
-        """The norm of the last step's gradients, before clipping; on the device."""
+        """The norm of the last step's gradients before clipping, a scalar on the device."""
         return self.sharded.norm
 
     def take_step(self, draw: int, total: int) -> None:
-        """One optimizer step on global batch `draw`; the schedule ends at `total` applied steps. No host sync
-        (fp16 has one, to learn whether the step was skipped, and ZeRO's own).
+        """Do one optimizer step on one global batch.
+
+        The host does not wait for the device, with two exceptions: fp16 must know whether the step was skipped, and ZeRO
+        waits by itself.
+
+        Args:
+            draw: number of the global batch, counted from 0 for each update.
+            total: number of applied steps at which the schedule of the learning rate ends.
 
         Raises:
-            TrainingError: by `check`, which is asked where a strategy does not take the step, and every UNCHECKED steps.
+            TrainingError: a gradient or loss is not finite. Checked every CHECK_EVERY steps, and when the strategy did not
+                apply this step.
         """
         self.lr = learning_rate(self.optim, self.applied, total)
         for group in self.sharded.optimizer.param_groups:
             group["lr"] = self.lr
-        self._clear()
+        self._clear_gradients()
         sums = self._accumulate(draw)
         if self.world.size > 1:
             dist.all_reduce(sums)
         self._last = sums
         self._items += sums[1]
-        # Gradients were divided by the batch size beforehand, which keeps fp16 in range; the true divisor is the
-        # number of items over all ranks and micro-batches.
-        factor = (self.config.train.batch_size / self.scale.scale) / sums[1].clamp(min=1)
+        # The loss was divided by the batch size before the backward, to keep fp16 gradients in range. The right divisor is the
+        # number of items over all ranks and micro-batches: the factor corrects the division.
+        factor = (self.config.train.batch_size / self.loss_scale.scale) / sums[1].clamp(min=1)
 
-        def again() -> None:
-            self._clear()
+        def repeat_backward() -> None:
+            self._clear_gradients()
             self._accumulate(draw)
 
-        applied = self.sharded.step(factor, self.optim.clip_norm, finite_only=self.scale.enabled, again=again)
-        self.scale.update(applied)
+        applied = self.sharded.step(factor, self.optim.clip_norm, finite_only=self.loss_scale.enabled,
+                                    repeat_backward=repeat_backward)
+        self.loss_scale.adjust(applied)
         self.applied += applied
         self.skipped += not applied
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
-        if not self.scale.enabled:
-            self._norms.append((draw, self.sharded.norms, self.sharded.named))
-            if not applied or len(self._norms) == UNCHECKED:
-                self.check()
+        if not self.loss_scale.enabled:
+            self._norms.append((draw, self.sharded.norms, self.sharded.norm_names))
+            if not applied or len(self._norms) == CHECK_EVERY:
+                self.check_finite()
 
     def _accumulate(self, draw: int, factor: float = 1.0) -> Tensor:
-        """Backward over this rank's micro-batches. Returns its [loss sum, count], float64."""
+        """Run forward and backward over this rank's micro-batches of global batch `draw`.
+
+        Returns:
+            [loss sum, count] of this rank, float64 [2], on the device.
+        """
         loss_sum = torch.zeros((), device=self.world.device)
         count = 0
-        # Strategies average over ranks.
-        scale = factor * self.scale.scale * self.world.size / self.config.train.batch_size
+        # The strategies average gradients over ranks. Multiplying by the number of ranks makes the average a sum.
+        scale = factor * self.loss_scale.scale * self.world.size / self.config.train.batch_size
         shares = self.samples.shares(draw, self.world.rank, self.world.size, self.accumulation)
         for micro, share in enumerate(shares):
             seed_noise(self.world.device, self.config.train.seed, "noise", self.update.name, draw, self.world.rank, micro)
             heartbeat.batch_begins()
             began = time.perf_counter()
             batch = self.dataset.batch(share)
-            self.data_wait_s += time.perf_counter() - began
+            self._data_wait_s += time.perf_counter() - began
             heartbeat.batch_ends()
             with self.sharded.accumulating(last=micro == len(shares) - 1):
                 loss = self._loss(batch)
@@ -114,58 +138,64 @@ class UpdateRunner:
         with autocast(self.config.train.precision, self.world.device):
             return self.update.loss(self.models, batch)
 
-    def _clear(self) -> None:
-        # Of all models: this update's loss may have reached into those of another.
-        self.strategy.clear(self.all_models)
+    def _clear_gradients(self) -> None:
+        # Clear all models: the loss of this update may also depend on models that another update trains.
+        self.strategy.clear_gradients(self.all_models)
 
     def settle(self, draw: int) -> None:
-        """Two backwards that leave no trace: see Strategy.settles."""
+        """Run two backwards and discard everything that they changed. `Strategy.needs_settling` says why."""
         buffers = [(b, b.clone()) for model in self.all_models for b in model.buffers()]
         for _ in range(2):
             self._accumulate(draw, factor=0.0)
-        self._clear()
+        self._clear_gradients()
         for buffer, value in buffers:
             buffer.copy_(value)
-        self.data_wait_s = 0.0
+        self._data_wait_s = 0.0
 
-    def check(self) -> None:
-        """Whether all gradients and losses so far were finite. Waits for the device.
+    def check_finite(self) -> None:
+        """Check that all gradients since the last check, and the last loss, are finite. Waits for the device.
 
         Raises:
-            TrainingError: one was not.
+            TrainingError: a gradient or the loss is not finite, or fp16 skipped more than MOST_SKIPS steps in a row.
         """
-        norms, self._norms = self._norms, []
-        if norms and not torch.cat([each for _, each, _ in norms]).isfinite().all():
-            for draw, each, named in norms:
-                if not all(finite := each.isfinite().tolist()):
-                    raise self._not_finite(draw, named[finite.index(False)])
+        steps, self._norms = self._norms, []
+        if steps and not torch.cat([norms for _, norms, _ in steps]).isfinite().all():
+            for draw, norms, names in steps:
+                if not all(finite := norms.isfinite().tolist()):
+                    raise self._not_finite(draw, names[finite.index(False)])
         step = (self.applied + self.skipped - 1) // self.update.draws + 1
-        if self.skipped_in_row > SKIPS_IN_ROW:
+        if self.skipped_in_row > MOST_SKIPS:
             raise TrainingError(f"the gradients of update `{self.update.name}` overflowed in {self.skipped_in_row} steps in a "
                                 f"row, up to step {step}", "lower optim.lr, or use train.precision=bf16 or fp32")
         if not torch.isfinite(self._last).all() and not self.skipped_in_row:
-            raise TrainingError(f"the loss of update `{self.update.name}` is {self.last_loss()} at step {step}", MENDS)
+            raise TrainingError(f"the loss of update `{self.update.name}` is {self.last_loss()} at step {step}", HINT)
 
     def _not_finite(self, draw: int, name: str | None) -> TrainingError:
-        what = f"of `{name}`" if name else "of a parameter"
-        return TrainingError(f"update `{self.update.name}`, step {draw // self.update.draws + 1}: the gradient {what} is not "
-                             f"finite (the last loss is {self.last_loss():g})", MENDS)
+        parameter = f"`{name}`" if name else "a parameter"
+        return TrainingError(f"update `{self.update.name}`, step {draw // self.update.draws + 1}: the gradient of {parameter} "
+                             f"is not finite (the last loss is {self.last_loss():g})", HINT)
 
     def last_loss(self) -> float:
-        """The mean loss of the last step over its global batch. Waits for the device."""
+        """Return the mean loss of the last step over its global batch. Waits for the device."""
         loss, count = self._last.tolist()
         return loss / max(count, 1.0)
 
-    def measured(self) -> tuple[float, float]:
-        """(items, seconds spent making batches on this rank) since the last call. Waits for the device."""
-        values = self._items.item(), self.data_wait_s
+    def read_counters(self) -> tuple[float, float]:
+        """Return (items over all ranks, seconds spent making batches on this rank) since the last call, and reset both.
+
+        Waits for the device.
+        """
+        values = self._items.item(), self._data_wait_s
         self._items.zero_()
-        self.data_wait_s = 0.0
+        self._data_wait_s = 0.0
         return values
 
     def state(self) -> dict[str, Any]:
-        return {"applied": self.applied, "skipped": self.skipped, "in_row": self.skipped_in_row, "scale": self.scale.state()}
+        """Return the counters and the loss scale, for a checkpoint's state.json."""
+        return {"applied": self.applied, "skipped": self.skipped, "in_row": self.skipped_in_row,
+                "scale": self.loss_scale.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned."""
         self.applied, self.skipped, self.skipped_in_row = state["applied"], state["skipped"], state["in_row"]
-        self.scale.load_state(state["scale"])
+        self.loss_scale.load_state(state["scale"])

@@ -1,4 +1,4 @@
-"""Which rank this is, read once from the standard environment."""
+"""The rank of this process, its device and its process groups."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from trainers.contract.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place among `size` ranks, `local_size` of them on its node."""
+    """The rank of this process among all ranks of the run, and its device."""
 
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
+    rank: int        # from 0 to size - 1
+    size: int        # number of ranks on all nodes (the world size)
+    local_rank: int  # from 0 to local_size - 1
+    local_size: int  # number of ranks on this node
     device: torch.device
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "World":
-        """Read torchrun's variables; ACCELERATE_USE_CPU asks for CPU ranks.
+        """Read the environment variables that torchrun sets. The device is a GPU unless ACCELERATE_USE_CPU is 1, true or yes.
 
         Raises:
-            UserError: the variables contradict each other, or a GPU was asked for and is not there.
+            UserError: the variables contradict each other, or the rank needs a GPU that torch does not see.
         """
         rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         local_rank, local_size = int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", size))
         if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
-            raise UserError(f"RANK={rank} of WORLD_SIZE={size}, LOCAL_RANK={local_rank} of "
-                            f"LOCAL_WORLD_SIZE={local_size} cannot be", "start ranks with `launch` or torchrun")
+            raise UserError(f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local_rank} and LOCAL_WORLD_SIZE={local_size} "
+                            "contradict each other", "start ranks with `launch` or torchrun")
         if env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
             return cls(rank, size, local_rank, local_size, torch.device("cpu"))
         if torch.cuda.device_count() <= local_rank:
@@ -46,10 +46,11 @@ class World:
 
     @property
     def main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def start_process_group(self) -> None:
-        """The default group, if nobody has started it: for collectives of this device, and of the host's memory too."""
+        """Start the default process group, unless it is started already. It serves tensors on the device and on the CPU."""
         if dist.is_initialized():
             return
         backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -60,8 +61,20 @@ class World:
         else:
             dist.init_process_group(backend)
 
-    def least(self, number: int) -> int:
-        """The least of what ranks give."""
+    def new_gloo_group(self, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
+        """Return a new gloo group of all ranks, for tensors on the CPU; None if there is only one rank. Collective.
+
+        Args:
+            timeout: how long a collective of this group waits for the other ranks; None: torch's default.
+        """
+        if self.size == 1:
+            return None
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup)  # ranks outside the group would get a number, but every rank is inside
+        return group
+
+    def minimum(self, number: int) -> int:
+        """Return the smallest `number` of all ranks. Collective."""
         if self.size == 1:
             return number
         self.start_process_group()
@@ -71,9 +84,9 @@ class World:
 
     @contextmanager
     def local_main_first(self) -> Iterator[None]:
-        """The node's first rank goes through the block alone, the others after it (a download, a cache)."""
-        # By gloo and with patience: nccl's barrier would give up on a long download.
-        group = dist.new_group(backend="gloo", timeout=timedelta(hours=6)) if self.size > 1 else None
+        """Run a block on local rank 0 of every node first, then on all other ranks: for downloads and caches. Collective."""
+        # The timeout of NCCL's barrier is too short for a long download.
+        group = self.new_gloo_group(timeout=timedelta(hours=6))
         if group and self.local_rank != 0:
             dist.barrier(group)
         try:
@@ -83,15 +96,15 @@ class World:
                 dist.barrier(group)
 
 
-FULL = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+MEMORY_FULL = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, says that a device's memory is full."""
+    """Return whether `error`, or an error that caused it, says that a device's memory is full."""
     while error is not None:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             return True
-        if isinstance(error, RuntimeError) and any(words in str(error) for words in FULL):
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_FULL):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -1,6 +1,8 @@
-"""Grid search over forests, as exact as scikit-learn's and several times less work. Needs nothing of `launch`.
+"""Grid search over forests of trees: the results of scikit-learn's GridSearchCV for several times less work.
 
-    from trainers.forest import ForestSearchCV  # in the place of sklearn.model_selection.GridSearchCV
+    from trainers.forest import ForestSearchCV  # instead of sklearn.model_selection.GridSearchCV
+
+This package does not import `launch`.
 """
 
 from trainers.forest.saved import SavedForest, load_forest, save_forest

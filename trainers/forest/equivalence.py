@@ -1,7 +1,8 @@
-"""When two forests of a grid are one and the same, or one a part of the other.
+"""When two forests of a grid are the same forest, or when one forest is a part of another.
 
-Each shortcut is a small function that states its condition and the place in scikit-learn (1.9) that makes it true.
-What meets no condition is fitted plainly. tests/trainers/forest/test_forest.py compares with GridSearchCV, score by score.
+Each shortcut is a small function. Its docstring states the condition, and the place in scikit-learn (1.9) that makes
+the shortcut exact. A candidate that meets no condition is fitted plainly: one fit on each fold, as GridSearchCV makes it.
+tests/trainers/forest/test_forest.py compares with GridSearchCV, score by score.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from copy import copy
 from math import ceil
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import joblib
 import numpy as np
@@ -17,72 +18,80 @@ from sklearn.base import BaseEstimator
 from sklearn.ensemble import ExtraTreesClassifier, ExtraTreesRegressor, RandomForestClassifier, RandomForestRegressor
 from sklearn.metrics._scorer import _BaseScorer, _MultimetricScorer, _PassthroughScorer
 
-# These classes themselves: what a subclass does differently is not known.
+# Exactly these classes: a subclass may behave differently.
 FORESTS = (RandomForestRegressor, RandomForestClassifier, ExtraTreesRegressor, ExtraTreesClassifier)
 
 
 def why_plain(forest: BaseEstimator) -> str | None:
-    """Why nothing is known of this forest, all parameters set, beyond itself; None if the shortcuts below hold.
+    """Return why a forest must be fitted plainly, or None if the shortcuts below hold for it.
 
-    - `random_state`: with an integer each fit draws the same numbers. With None it does not; a RandomState is copied
-      by each fit's `clone` today, but that is no promise.
-    - `n_jobs`: a forest with several threads sums its trees' predictions in the order in which they end
-      (`_accumulate_prediction` under a lock), so that there is no last bit to agree on.
+    All parameters of the forest must be set. Each condition has a reason:
+
+    - `random_state`: with an integer, every fit draws the same numbers. With None, fits draw different numbers. A
+      RandomState is copied by the `clone` of each fit today, but scikit-learn does not promise that.
+    - `n_jobs`: a forest with several threads adds up the predictions of its trees in the order in which the trees finish
+      (`_accumulate_prediction` under a lock). The last bit of the sum may then differ from run to run.
     - `oob_score`, `warm_start`: they give a forest attributes, or warnings, that depend on its number of trees.
-    - a value that is not allowed: the error must be the plain fit's own.
+    - a value that is not allowed: the error must come from the plain fit.
     """
     if type(forest) not in FORESTS:
-        return f"{type(forest).__name__} is none of {', '.join(cls.__name__ for cls in FORESTS)}"
+        return not_a_forest(forest)
     if not isinstance(forest.random_state, Integral):
-        return "random_state is no integer"
+        return "random_state is not an integer"
     if forest.n_jobs not in (None, 1):
-        return f"n_jobs of the forest is {forest.n_jobs}, so it sums its trees in no fixed order"
+        return f"n_jobs of the forest is {forest.n_jobs}, so its trees are added up in no fixed order"
     for name in ("oob_score", "warm_start"):
         if getattr(forest, name):
             return f"{name} is set"
     try:
         forest._validate_params()
     except Exception:
-        return "a value is not allowed"
+        return "a parameter has a value that is not allowed"
     return None
 
 
-def reads_predictions_alone(scorer: Any) -> bool:
-    """Whether scores of forests that predict alike are alike: scikit-learn's own scorers ask for predictions only,
-    those made by `make_scorer` and `estimator.score` (r2, accuracy) too. A bare function gets the forest itself and may
-    read anything of it."""
+def reads_only_predictions(scorer: Any) -> bool:
+    """Return whether a scorer gives equal scores to forests with equal predictions.
+
+    scikit-learn's own scorers ask a forest only for predictions. So do scorers made by `make_scorer`, and
+    `estimator.score` (r2, accuracy). A bare function gets the forest itself, and may read anything of the forest.
+    """
     if isinstance(scorer, _MultimetricScorer):
-        return all(map(reads_predictions_alone, scorer._scorers.values()))
+        return all(map(reads_only_predictions, scorer._scorers.values()))
     return isinstance(scorer, (_BaseScorer, _PassthroughScorer))
 
 
 def family(forest: BaseEstimator, rows: int, columns: int) -> str:
-    """What two forests share that differ in no more than their number of trees and `max_depth`, fitted to the same
-    `rows` x `columns`."""
+    """Return a hash that is equal for forests that differ only in their number of trees and `max_depth`.
+
+    Parameters that mean the same for a training set of `rows` x `columns` count as equal. `n_jobs` does not count.
+    """
     same = forest.get_params(deep=False)
     leaf, split = least_rows(forest.min_samples_leaf, forest.min_samples_split, rows)
     same.update(min_samples_leaf=leaf, min_samples_split=split, max_features=features(forest.max_features, columns))
     for name in ("n_estimators", "max_depth", "n_jobs"):
         del same[name]
-    # 1, 1.0 and True are not the same to scikit-learn, and neither to this hash, which takes arrays too.
+    # joblib's hash tells 1, 1.0 and True apart, as scikit-learn does, and it takes arrays.
     return joblib.hash([type(forest).__name__, sorted(same.items())])
 
 
 def least_rows(leaf: int | float, split: int | float, rows: int) -> tuple[int, int]:
-    """(rows of the smallest leaf, rows of the smallest node that is split) in a tree fitted to `rows`.
+    """Return (fewest rows of a leaf, fewest rows of a node that is split) in a tree fitted to `rows` rows.
 
-    `BaseDecisionTree._fit`: a fraction is of the rows of the training fold (a bootstrap sample is weights on those, so
-    it has as many), and min_samples_split = max(min_samples_split, 2 * min_samples_leaf).
+    `BaseDecisionTree._fit`: a fraction is a fraction of the rows of the training fold. (A bootstrap sample is a set of
+    weights on these rows, so it has as many rows.) And min_samples_split = max(min_samples_split, 2 * min_samples_leaf).
     """
     least_leaf = leaf if isinstance(leaf, Integral) else ceil(leaf * rows)
     least_split = split if isinstance(split, Integral) else max(2, ceil(split * rows))
     return int(least_leaf), int(max(least_split, 2 * least_leaf))
 
 
-def features(asked: str | int | float | None, columns: int) -> int:
-    """How many features a split looks at. `BaseDecisionTree._fit` turns what was asked for into this number, and hands
-    on the number alone."""
-    match asked:
+def features(max_features: Literal["sqrt", "log2"] | int | float | None, columns: int) -> int:
+    """Return how many features a split looks at.
+
+    `BaseDecisionTree._fit` turns `max_features` into this number, and passes on nothing but the number.
+    """
+    match max_features:
         case None:
             return columns
         case "sqrt":
@@ -90,29 +99,36 @@ def features(asked: str | int | float | None, columns: int) -> int:
         case "log2":
             return max(1, int(np.log2(columns)))
         case Integral():
-            return int(asked)
-    return max(1, int(asked * columns)) if asked > 0.0 else 0
+            return int(max_features)
+    return max(1, int(max_features * columns)) if max_features > 0.0 else 0
 
 
 def prefix(forest: BaseEstimator, trees: int) -> BaseEstimator:
-    """The first trees of a fitted forest, as a forest: it shares them.
+    """Return a forest of the first `trees` trees of a fitted forest. Both forests share these trees.
 
-    `BaseForest.fit` draws one seed a tree, in order, from the forest's `random_state` before it fits any, and a tree
-    depends on its own seed alone (`_parallel_build_trees`; the number of trees is for its messages). Prediction adds
-    the trees' in order and divides by their number. So with an integer seed these trees are the smaller forest.
+    `BaseForest.fit` draws one seed for each tree, in order, from the forest's `random_state`, before it fits any tree. A
+    tree depends only on its own seed (`_parallel_build_trees` uses the number of trees only for its messages).
+    Prediction adds up the predictions of the trees in order, and divides by the number of trees. So with an integer seed
+    these trees are the smaller forest.
     """
     smaller = copy(forest)
     smaller.n_estimators, smaller.estimators_ = trees, forest.estimators_[:trees]
     return smaller
 
 
-def unlimited(forest: BaseEstimator, trees: int, max_depth: int) -> bool:
-    """Whether the first trees of a fitted forest, grown with a higher limit or none, are those that `max_depth` gives.
+def same_under_limit(forest: BaseEstimator, trees: int, max_depth: int) -> bool:
+    """Return whether `max_depth` gives the same trees as the first `trees` trees of a fitted forest.
 
-    Only if the limit is greater than the depth of each: both tree builders make a node at that depth a leaf without
-    looking for a split. At a limit equal to the depth no split is lost, but the search for one has drawn numbers, on
-    which later nodes depend. A tree pruned by `ccp_alpha` was deeper than it shows.
+    The fitted forest must have a higher limit, or none. The trees are the same only if `max_depth` is greater than the
+    depth of each tree: both tree builders make a node at depth `max_depth` a leaf without looking for a split. If
+    `max_depth` equals the depth of a tree, no split is lost. But in the fitted forest the search for a split at that
+    depth has drawn random numbers, and later nodes depend on these numbers. A tree pruned by `ccp_alpha` was deeper
+    than it is now.
     """
     if forest.ccp_alpha > 0:
         return False
     return max(tree.tree_.max_depth for tree in forest.estimators_[:trees]) < max_depth
+
+
+def not_a_forest(estimator: BaseEstimator) -> str:
+    return f"{type(estimator).__name__} is not one of {', '.join(cls.__name__ for cls in FORESTS)}"

@@ -1,1 +1,1 @@
-"""Grid search over forests."""
+"""The task `wine`: grid search over random forests and extra trees."""

@@ -1,4 +1,4 @@
-"""What a run of `wine` is. Imports neither torch nor scikit-learn."""
+"""The settings of a `wine` run. This module imports neither torch nor scikit-learn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainers.contract.errors import UserError
 WINE_URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/wine-quality/winequality-red.csv"
 WINE_SHA256 = "4a402cf041b025d4566d954c3b9ba8635a3a8a01e039005d97d6a710278cf05e"
 
-# scikit-learn's parameters by name: importing it to ask takes seconds. A test compares.
+# The names of scikit-learn's parameters. Importing scikit-learn to ask for them takes seconds. A test compares the names.
 PARAMETERS = frozenset((
     "bootstrap", "ccp_alpha", "criterion", "max_depth", "max_features", "max_leaf_nodes", "max_samples",
     "min_impurity_decrease", "min_samples_leaf", "min_samples_split", "min_weight_fraction_leaf", "monotonic_cst",
@@ -30,8 +30,8 @@ Text = Annotated[str, Field(min_length=1)]
 
 class Model(Section):
     name: Literal["random_forest_regressor", "random_forest_classifier", "extra_trees_regressor",
-                  "extra_trees_classifier"] = Field("random_forest_regressor", description="scikit-learn's, by name")
-    params: dict[str, Any] = Field(default_factory=dict, description="parameters that all of the grid share")
+                  "extra_trees_classifier"] = Field("random_forest_regressor", description="the estimator of scikit-learn")
+    params: dict[str, Any] = Field(default_factory=dict, description="parameters that are the same for the whole grid")
 
     @property
     def classifies(self) -> bool:
@@ -39,27 +39,27 @@ class Model(Section):
 
     @property
     def parameters(self) -> frozenset[str]:
-        """The names of those that it has."""
+        """The names of the parameters that this model has."""
         return PARAMETERS | OF_CLASSIFIERS if self.classifies else PARAMETERS
 
 
 class Data(Section):
     source: Text = Field("wine", description="wine (UCI's red Wine Quality), sample (scikit-learn's diabetes data), a CSV file, "
-                                             "or a URL of one")
+                                             "or the URL of a CSV file")
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
-        None, description="of the file; needed for a URL")
+        None, description="SHA-256 of the file; required for a URL")
     root: Text | None = Field(None, description="where downloads go; null: $LAUNCH_DATA, else ~/.cache/launch")
     target: Union[int, Text, None] = Field(
-        None, description="the column to predict, by name or by number from 1 (-1: the last); null: the last")
-    header: bool | None = Field(None, description="whether the first line names the columns; null: if one of its cells is "
-                                                  "no number")
+        None, description="the column to predict: its name, or its number from 1 (-1: the last); null: the last")
+    header: bool | None = Field(None, description="whether the first line holds the names of the columns; null: true if one "
+                                                  "of its cells is not a number")
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
-        None, description="between cells; null: `;`, a tab or `,`, whichever the first line has")
+        None, description="the character between cells; null: the first of `;`, tab and `,` that is in the first line")
 
     @field_validator("source", "root")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
-        # Made absolute where the user stands: a rank may stand elsewhere.
+        # Paths become absolute here, because a rank may have another working directory.
         if value in (None, "wine", "sample") or is_url(value):
             return value
         return os.path.abspath(os.path.expanduser(value))
@@ -68,11 +68,11 @@ class Data(Section):
     @classmethod
     def _from_one(cls, value: int | str | None) -> int | str | None:
         if value == 0:
-            raise ValueError("must be a name, or a number from 1 on (-1: the last)")
+            raise ValueError("must be the name of a column, or its number from 1 (-1: the last)")
         return value
 
     def download(self, environment: Mapping[str, str] = os.environ) -> tuple[str, str, Path] | None:
-        """(URL, SHA-256, where it goes) of what must be on disk first; None if nothing must."""
+        """Return (URL, SHA-256, path on disk) of the file to download, or None if nothing must be downloaded."""
         url, sha256 = (WINE_URL, WINE_SHA256) if self.source == "wine" else (self.source, self.sha256)
         if not is_url(url):
             return None
@@ -82,34 +82,36 @@ class Data(Section):
 
 class Search(Section):
     grid: Union[Values, list[Values]] = Field(
-        default_factory=dict, description="lists of values by parameter, or a list of such grids; null takes one out")
+        default_factory=dict, description="a list of values for each parameter, or a list of such grids; null removes one")
     scoring: Union[str, list[str], None] = Field(
-        None, description="scikit-learn's names of scores, one or several; null: r2, of classifiers accuracy")
-    refit: str | None = Field(None, description="of several scores the one that decides; null: the first")
-    cv: Annotated[int, Field(ge=2)] = Field(5, description="folds")
+        None, description="one or several of scikit-learn's score names; null: r2, or accuracy for a classifier")
+    refit: str | None = Field(None, description="the score that selects the best grid point; null: the first")
+    cv: Annotated[int, Field(ge=2)] = Field(5, description="number of folds")
     split: Literal["plain", "shuffled", "stratified", "grouped"] = Field(
-        "plain", description="how rows are shared out: as GridSearchCV does by default, at random, each fold with the same "
-                             "share of each class, or rows that are identical (or of one group) together")
-    group: Text | None = Field(None, description="of split=grouped: the column that says which rows belong together, "
-                                                 "which is no feature then; null: rows with identical features")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of shuffled folds, and of what is reported")
+        "plain", description="how rows are divided into folds. plain: as GridSearchCV does by default; shuffled: at random; "
+                             "stratified: at random, with the same share of each class in each fold; grouped: rows that are "
+                             "identical, or in one group, stay in one fold")
+    group: Text | None = Field(None, description="for split=grouped: the column that gives the group of each row, and is "
+                                                 "then not a feature; null: rows with identical features are one group")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="for random folds, and for the permutation importance")
     return_train_score: bool = False
-    importance_repeats: Annotated[int, Field(ge=0)] = Field(10, description="of permutation importance; 0: none")
-    compare_grouped: bool = Field(True, description="report the best parameters' score under grouped folds too")
+    importance_repeats: Annotated[int, Field(ge=0)] = Field(10, description="repeats of the permutation importance; 0: none")
+    compare_grouped: bool = Field(True, description="also report the score of the best parameters under grouped folds")
 
     @property
     def grids(self) -> list[dict[str, list[Any]]]:
-        """As scikit-learn takes them."""
-        found = self.grid if isinstance(self.grid, list) else [self.grid]
-        return [{name: values for name, values in one.items() if values is not None} for one in found]
+        """The grids as scikit-learn takes them, without the parameters that are null."""
+        grids = self.grid if isinstance(self.grid, list) else [self.grid]
+        return [{name: values for name, values in grid.items() if values is not None} for grid in grids]
 
     @property
     def scores(self) -> list[str]:
+        """The names of the scores; empty for the default score."""
         return [self.scoring] if isinstance(self.scoring, str) else self.scoring or []
 
 
 class WineConfig(SearchConfig):
-    """A grid search over forests."""
+    """The spec of a grid search over forests."""
 
     model: Model = Model()
     data: Data = Data()
@@ -122,24 +124,26 @@ class WineConfig(SearchConfig):
             raise UserError("the grid is empty (`search.grid`)", "give lists of values: search.grid.n_estimators=[10,100]")
         for name, values in ((name, values) for grid in search.grids for name, values in grid.items()):
             if not values:
-                raise UserError(f"`search.grid.{name}` is an empty list", "give values, or null to leave it out")
+                raise UserError(f"`search.grid.{name}` is an empty list", f"give values, or null to leave `{name}` out")
         if search.scoring == [] or len(set(search.scores)) < len(search.scores):
-            raise UserError("`search.scoring` is " + ("an empty list" if not search.scores else "a list with one score twice"),
-                            "give scikit-learn's names of scores: search.scoring=[r2,neg_mean_absolute_error]")
+            raise UserError("`search.scoring` is " + ("an empty list" if not search.scores else "a list with a score twice"),
+                            "give score names of scikit-learn: search.scoring=[r2,neg_mean_absolute_error]")
         if search.refit is not None and search.refit not in search.scores:
-            raise UserError(f"`search.refit` is `{search.refit}`, which is none of `search.scoring`",
-                            f"one of {', '.join(search.scores)}" if search.scores else "leave it out: there is one score")
+            raise UserError(f"`search.refit` is `{search.refit}`, which is not in `search.scoring`",
+                            f"use one of {', '.join(search.scores)}" if search.scores else
+                            "leave `search.refit` out: there is only one score")
         if search.group is not None and search.split != "grouped":
-            raise UserError("`search.group` is of search.split=grouped alone", f"search.split is {search.split}")
+            raise UserError(f"`search.group` is only for search.split=grouped, but search.split is {search.split}",
+                            "use search.split=grouped, or leave `search.group` out")
         if search.split == "stratified" and not self.model.classifies:
             raise UserError("`search.split` is `stratified`, which needs classes",
                             "use a classifier (model.name=random_forest_classifier), or search.split=shuffled")
         if is_url(data.source) and data.sha256 is None:
-            raise UserError(f"`data.source` is a URL, {data.source}, and `data.sha256` is not given",
-                            "download it once, look at it, and give what `sha256sum FILE` says: data.sha256=...")
+            raise UserError(f"`data.source` is a URL, {data.source}, but `data.sha256` is not given",
+                            "download the file once, check it, and give the sum that `sha256sum FILE` prints: data.sha256=...")
         if data.download() is None and data.source != "sample" and not os.path.isfile(data.source):
-            there = "is a folder" if os.path.isdir(data.source) else "is not there"
-            raise UserError(f"`{data.source}` {there} (`data.source`)",
+            problem = "is a folder" if os.path.isdir(data.source) else "does not exist"
+            raise UserError(f"`{data.source}` {problem} (`data.source`)",
                             "give a CSV file or its URL, wine (UCI's red Wine Quality), or sample (diabetes, no download)")
 
     def _check_names(self) -> None:
@@ -148,7 +152,7 @@ class WineConfig(SearchConfig):
         for place, name in ((place, name) for place, names in places for name in names):
             if name not in known:
                 near = get_close_matches(name, sorted(known), n=1)
-                raise UserError(f"`{name}` is no parameter of {self.model.name} (`{place}`)",
+                raise UserError(f"`{name}` is not a parameter of {self.model.name} (`{place}`)",
                                 f"did you mean `{near[0]}`?" if near else f"it has {', '.join(sorted(known))}")
 
     def missing(self, environment: Mapping[str, str] = os.environ) -> list[str]:

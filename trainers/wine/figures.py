@@ -1,4 +1,4 @@
-"""Pictures of a search."""
+"""Figures of a finished search, as PNG files."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ MOST_NUMBERED = 120  # cells
 
 
 def draw_heat_map(search: ForestSearchCV, metric: str, name: str, path: Path) -> None:
-    """The best score at each pair of values of the two parameters that matter most, `n_estimators` last."""
+    """Draw the best score at each pair of values of the two parameters that change the score most.
+
+    `n_estimators` is one of the two only if fewer than two other parameters vary.
+    """
     varied = _varied(search)
-    matter = sorted(varied, key=lambda parameter: (parameter == "n_estimators", -_spread(search, metric, varied, parameter)))
-    rows, columns = (matter + [None, None])[:2]
-    row_values, column_values = varied.get(rows, [None]), varied.get(columns, [None])
+    ranked = sorted(varied, key=lambda parameter: (parameter == "n_estimators", -_spread(search, metric, varied, parameter)))
+    rows, columns = (ranked + [None, None])[:2]
+    row_values, column_values = (varied[parameter] if parameter is not None else [None] for parameter in (rows, columns))
     best = np.full((len(row_values), len(column_values)), np.nan)
     for params, score in zip(search.cv_results_["params"], search.cv_results_[f"mean_test_{metric}"]):
         at = row_values.index(params.get(rows)), column_values.index(params.get(columns))
         best[at] = score if np.isnan(best[at]) else max(best[at], score)
     figure, axes = _figure(2.5 + 0.8 * len(column_values), 1.8 + 0.5 * len(row_values))
     image = axes.imshow(best, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(column_values)), [_word(value) for value in column_values])
-    axes.set_yticks(range(len(row_values)), [_word(value) for value in row_values])
+    axes.set_xticks(range(len(column_values)), [_label(value) for value in column_values])
+    axes.set_yticks(range(len(row_values)), [_label(value) for value in row_values])
     axes.set_xlabel(columns or "")
     axes.set_ylabel(rows or "")
     axes.set_title(f"best mean {name}", fontsize=10)
@@ -42,11 +45,11 @@ def draw_heat_map(search: ForestSearchCV, metric: str, name: str, path: Path) ->
 
 
 def draw_trees(search: ForestSearchCV, metric: str, name: str, path: Path) -> None:
-    """Score against the number of trees, a line for each of the best of the other parameters."""
+    """Draw the score against the number of trees, with a line for each of the best values of the other parameters."""
     lines: dict[str, list[tuple[int, float, float]]] = {}
     results, fixed = search.cv_results_, search.estimator.n_estimators
     for number, params in enumerate(results["params"]):
-        rest = ", ".join(f"{key}={_word(value)}" for key, value in params.items() if key != "n_estimators")
+        rest = ", ".join(f"{key}={_label(value)}" for key, value in params.items() if key != "n_estimators")
         lines.setdefault(rest, []).append((params.get("n_estimators", fixed), results[f"mean_test_{metric}"][number],
                                            results[f"std_test_{metric}"][number]))
     best_first = sorted(lines, key=lambda rest: -max((point[1] for point in lines[rest]), default=0))[:MOST_LINES]
@@ -57,45 +60,45 @@ def draw_trees(search: ForestSearchCV, metric: str, name: str, path: Path) -> No
     trees, mean, std = np.array(sorted(lines[best_first[0]])).T
     axes.fill_between(trees, mean - std, mean + std, alpha=0.12)
     axes.set_xlabel("n_estimators")
-    axes.set_ylabel(f"mean {name} (band: std over folds, of the best)", fontsize=8)
+    axes.set_ylabel(f"mean {name} (band: std over folds, of the best line)", fontsize=8)
     axes.legend(fontsize=6, loc="best", title=None if len(lines) <= MOST_LINES else f"the best {MOST_LINES} of {len(lines)}",
                 title_fontsize=6)
     _write(figure, path)
 
 
 def draw_importance(importance: list[dict[str, Any]], name: str, path: Path, most: int = 30) -> None:
-    """A bar for each feature."""
+    """Draw a bar for each of the `most` most important features."""
     shown = importance[:most][::-1]
     figure, axes = _figure(6.5, 1.2 + 0.28 * len(shown))
     axes.barh([row["feature"].replace("$", r"\$") for row in shown], [row["mean"] for row in shown],
               xerr=[row["std"] for row in shown], color="tab:blue", height=0.7)
     axes.tick_params(labelsize=8)
-    axes.set_xlabel(f"fall of {name} when the column is shuffled (model and data of the refit)", fontsize=8)
+    axes.set_xlabel(f"decrease of {name} when the column is shuffled (model and data of the refit)", fontsize=8)
     _write(figure, path)
 
 
 def _varied(search: ForestSearchCV) -> dict[str, list[Any]]:
-    """The values of each parameter that has several, in the grid's order."""
-    found: dict[str, list[Any]] = {}
+    """Return the values of each parameter that has several, in the order of the grid. If none has, of the first two."""
+    by_name: dict[str, list[Any]] = {}
     for params in search.cv_results_["params"]:
-        for name in {**params, **found}:
-            values = found.setdefault(name, [])
+        for name in {**params, **by_name}:
+            values = by_name.setdefault(name, [])
             if params.get(name) not in values:
                 values.append(params.get(name))
-    several = {name: values for name, values in found.items() if len(values) > 1}
-    return several or dict(list(found.items())[:2])
+    several = {name: values for name, values in by_name.items() if len(values) > 1}
+    return several or dict(list(by_name.items())[:2])
 
 
 def _spread(search: ForestSearchCV, metric: str, varied: dict[str, list[Any]], parameter: str) -> float:
-    """Between the parameter's best and worst value, by their mean scores."""
+    """Return the difference between the mean scores of the parameter's best and worst value."""
     scores = search.cv_results_[f"mean_test_{metric}"]
-    params = search.cv_results_["params"]
-    means = [np.mean([score for one, score in zip(params, scores) if one.get(parameter) == value])
+    candidates = search.cv_results_["params"]
+    means = [np.mean([score for params, score in zip(candidates, scores) if params.get(parameter) == value])
              for value in varied[parameter]]
     return float(np.nan_to_num(max(means) - min(means)))
 
 
-def _word(value: Any) -> str:
+def _label(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -106,6 +109,6 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def _write(figure: Figure, path: Path) -> None:
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, format="png", dpi=120)
-    beside.replace(path)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)

@@ -1,4 +1,4 @@
-"""What a finished search leaves: the table, the model, figures, and what the scores are worth."""
+"""Writes the results of a finished search: the table, the model and figures. Reports how far the scores can be trusted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 def failures(results: Iterable[Mapping[str, Any]]) -> str | None:
-    """Which of a search's fits failed, and why most of them did."""
+    """Return how many fits of a search failed, and the most frequent reason, or None if none failed."""
     results = list(results)
     reasons = Counter(last_line(result["fit_error"]) for result in results if result["fit_error"] is not None)
     if not reasons:
@@ -35,8 +35,14 @@ def failures(results: Iterable[Mapping[str, Any]]) -> str | None:
 
 
 def check_scores(config: WineConfig, table: Table, search: ForestSearchCV, failed: str | None) -> None:
-    """Say it where the score that decides is no number, or a fit has `failed`. Raises: UserError if that is so at every grid
-    point."""
+    """Warn about fits that failed, and about grid points whose deciding score is not a number.
+
+    Args:
+        failed: what `failures` returned.
+
+    Raises:
+        UserError: the deciding score is not a number at any grid point.
+    """
     metric = search.refit if isinstance(search.refit, str) else "score"
     numbers = np.isfinite(search.cv_results_[f"mean_test_{metric}"])
     name = metric_name(config, search)
@@ -44,80 +50,82 @@ def check_scores(config: WineConfig, table: Table, search: ForestSearchCV, faile
         if failed:
             _say(failed, "warning")
         if not np.all(numbers):
-            _say(f"{name} is no number at {np.sum(~numbers)} of {len(numbers)} grid points: a fold of each cannot be fitted or "
-                 "scored", "warning")
+            _say(f"{name} is not a number at {np.sum(~numbers)} of {len(numbers)} grid points: each has a fold that cannot be "
+                 "fitted or scored", "warning")
         return
     if failed:
         raise UserError(f"no grid point can be fitted and scored on all folds: {failed}",
-                        "mend `search.grid`, `model.params` or the table, or use other folds (`search.cv`, `search.split`)")
+                        "fix `search.grid`, `model.params` or the table, or use other folds (`search.cv`, `search.split`)")
     scorer = search.scorer_[metric] if search.multimetric_ else search.scorer_
     why = "each grid point has a fold where it is undefined"
-    try:  # scikit-learn has told why in a warning alone
+    try:  # scikit-learn gave the reason only in a warning: score again to get the error
         scorer(search.best_estimator_, table.X, table.y)
     except Exception as error:
         why = last_line(error)
-    raise UserError(f"the score `{name}` is no number at any grid point: {why}",
-                    f"use another `search.scoring`, one for a {config.model.name}, or other folds (`search.cv`, `search.split`)")
+    raise UserError(f"the score `{name}` is not a number at any grid point: {why}",
+                    f"use a `search.scoring` that suits a {config.model.name}, or other folds (`search.cv`, `search.split`)")
 
 
 def metric_name(config: WineConfig, search: ForestSearchCV) -> str:
-    """Of the score that decides."""
+    """Return the name of the score that selects the best grid point."""
     if isinstance(search.refit, str):
         return search.refit
     return config.search.scores[0] if config.search.scores else "accuracy" if config.model.classifies else "r2"
 
 
 def last_line(error: Exception | str) -> str:
+    """Return the last line of an error's text, which after a traceback is the error itself."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
 
 
 def report(config: WineConfig, table: Table, search: ForestSearchCV, paths: RunPaths, cores: int
            ) -> tuple[dict[str, float], list[Row]]:
-    """Write it, and say the most of it. Returns the metrics, and the table's rows.
+    """Write all results, and print the main ones. Return (metrics, rows of the table).
 
     Raises:
-        OSError: something cannot be written.
+        OSError: a file cannot be written.
     """
     metric = search.refit if isinstance(search.refit, str) else "score"
     name = metric_name(config, search)
     rows = table_rows(search)
     replace_text(paths.results, _csv(rows))
-    best = {"params": _plain(search.best_params_), "score": name, "mean": float(search.best_score_),
+    best: Row = {"params": _plain(search.best_params_), "score": name, "mean": float(search.best_score_),
             "std": float(search.cv_results_[f"std_test_{metric}"][search.best_index_])}
-    metrics = {name: best["mean"]}
+    metrics: dict[str, float] = {name: best["mean"]}
     scorer = search.scorer_[metric] if search.multimetric_ else search.scorer_
-    found: Row = {"data": table.what, "rows": len(table.X), "repeated_rows": table.repeats, "target": table.target,
+    results: Row = {"data": table.what, "rows": len(table.X), "repeated_rows": table.repeats, "target": table.target,
                   "features": table.names, "best": best}
     _say(f"best {name} {best['mean']:.4f} (std {best['std']:.4f} over {search.n_splits_} folds): "
          + ", ".join(f"{key}={value}" for key, value in best["params"].items()))
     if config.search.compare_grouped:
         try:
-            found["folds"] = _folds(config, table, search, scorer, name, cores)
-        except ValueError as error:  # of a fold without some class, say: the search itself is none the worse
-            found["folds"] = {"why": f"the best parameters cannot be scored under other folds: {last_line(error)}"}
-        if grouped := found["folds"].get("grouped"):
+            results["folds"] = _folds(config, table, search, scorer, name, cores)
+        except ValueError as error:  # for example a fold without one of the classes: the search itself is still valid
+            results["folds"] = {"why": f"the best parameters cannot be scored under other folds: {last_line(error)}"}
+        if grouped := results["folds"].get("grouped"):
             metrics[f"{name}_grouped"] = grouped["mean"]
-        _say(found["folds"]["why"])
+        _say(results["folds"]["why"])
     paths.figures.mkdir(exist_ok=True)
     draw_heat_map(search, metric, name, paths.figures / "heat_map.png")
     draw_trees(search, metric, name, paths.figures / "n_estimators.png")
     if config.search.importance_repeats:
         try:
-            found["importance"] = _importance(config, table, search, scorer, cores)
+            results["importance"] = _importance(config, table, search, scorer, cores)
         except ValueError as error:
-            _say(f"no importance of features: {last_line(error)}", "warning")
-    if found.get("importance"):
-        draw_importance(found["importance"], name, paths.figures / "importance.png")
-        most = found["importance"][0]
-        _say(f"most important: `{most['feature']}`, without which {name} of the training data falls by {most['mean']:.4f}")
+            _say(f"the importance of features cannot be computed: {last_line(error)}", "warning")
+    if results.get("importance"):
+        draw_importance(results["importance"], name, paths.figures / "importance.png")
+        most = results["importance"][0]
+        _say(f"most important feature: `{most['feature']}`; shuffling it lowers {name} on the training data by "
+             f"{most['mean']:.4f}")
     save_forest(search.best_estimator_, paths.model,
                 {"features": table.names, "target": table.target, **best})
-    replace_json(paths.root / "results.json", found)
+    replace_json(paths.root / "results.json", results)
     return metrics, rows
 
 
 def table_rows(search: ForestSearchCV) -> list[Row]:
-    """`cv_results_`, a row a candidate, in its columns and order."""
+    """Return `cv_results_` as rows, one for each candidate, with the same columns in the same order."""
     columns = {key: values for key, values in search.cv_results_.items()}
     return [{key: _cell(values[number]) for key, values in columns.items()}
             for number in range(len(columns["params"]))]
@@ -136,7 +144,7 @@ def _plain(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _csv(rows: list[Row]) -> str:
-    """Numbers as Python writes them: they are read back as the same ones."""
+    """Return a table as CSV. Numbers are written as Python prints them, so reading gives exactly the same numbers."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -145,41 +153,43 @@ def _csv(rows: list[Row]) -> str:
 
 
 def _folds(config: WineConfig, table: Table, search: ForestSearchCV, scorer: Any, name: str, cores: int) -> Row:
-    """The best parameters' score under other folds: rows at random, and rows with identical features kept together.
+    """Score the best parameters under other folds: random folds, and random folds that keep identical rows together.
 
-    Beside the search's own score, because what it shares out (UCI's rows, in their order) differs in more than the
-    repeats: only the other two, both at random, differ in those alone.
+    Two scores are needed, because the search's own folds (UCI's rows, in their order) differ from grouped folds in more
+    than the repeated rows. Only the two kinds of random folds differ in nothing but the repeated rows.
     """
-    groups, folds, seed = table.alike, config.search.cv, config.search.seed
+    groups, folds, seed = table.feature_groups, config.search.cv, config.search.seed
     distinct = len(np.unique(groups))
-    found: Row = {"plain": {"mean": float(search.best_score_)}}
+    scored: Row = {"plain": {"mean": float(search.best_score_)}}
     if distinct == len(groups):
-        return {**found, "why": "no two rows have the same features: grouped folds would be plain ones at random"}
+        return {**scored, "why": "no two rows have the same features: grouped folds would be no different from random folds"}
     if distinct < folds:
-        return {**found, "why": f"{distinct} rows are distinct, too few for {folds} grouped folds"}
+        return {**scored, "why": f"only {distinct} rows are distinct, too few for {folds} grouped folds"}
     X, y = table.X, table.y
     for key, split in (("random", KFold(folds, shuffle=True, random_state=seed)),
                        ("grouped", GroupKFold(folds, shuffle=True, random_state=seed))):
-        of = groups if key == "grouped" else None
-        scores = cross_val_score(clone(search.best_estimator_), X, y, groups=of, cv=split, scoring=scorer, n_jobs=cores)
-        found[key] = {"mean": float(scores.mean()), "std": float(scores.std()), "scores": scores.tolist()}
-    plain, random, grouped = (found[key]["mean"] for key in ("plain", "random", "grouped"))
-    found["why"] = (
-        f"{name} of the best parameters: {plain:.4f} under the search's folds, {random:.4f} under random ones, {grouped:.4f} "
-        f"with identical rows kept together: {len(groups) - distinct:,} of {len(groups):,} rows repeat the features of another "
-        f"({table.repeats:,} the target too), and where a copy is in training, the forest has seen the answer: "
-        f"random less grouped, {random - grouped:+.4f}, is what that is worth here")
-    return found
+        given = groups if key == "grouped" else None
+        scores = cross_val_score(clone(search.best_estimator_), X, y, groups=given, cv=split, scoring=scorer, n_jobs=cores)
+        scored[key] = {"mean": float(scores.mean()), "std": float(scores.std()), "scores": scores.tolist()}
+    plain, random, grouped = (scored[key]["mean"] for key in ("plain", "random", "grouped"))
+    scored["why"] = (
+        f"{name} of the best parameters: {plain:.4f} with the search's folds, {random:.4f} with random folds, {grouped:.4f} "
+        f"with random folds that keep identical rows together; {len(groups) - distinct:,} of {len(groups):,} rows repeat the "
+        f"features of another row ({table.repeats:,} repeat the target too); a forest that was trained on a copy of a row has "
+        f"seen the answer, which is worth {random - grouped:+.4f} here (random minus grouped)")
+    return scored
 
 
 def _importance(config: WineConfig, table: Table, search: ForestSearchCV, scorer: Any, cores: int) -> list[Row]:
-    """By how much the score falls when a column is shuffled, the most first: of the refitted model, on the data that it
-    was fitted to."""
-    found = permutation_importance(search.best_estimator_, table.X, table.y, scoring=scorer, n_jobs=cores,
+    """Return how much the score falls when a column is shuffled, for each feature, the largest fall first.
+
+    The model is the refitted one, and the data are those that it was fitted to.
+    """
+    falls = permutation_importance(search.best_estimator_, table.X, table.y, scoring=scorer, n_jobs=cores,
                                    n_repeats=config.search.importance_repeats, random_state=config.search.seed)
-    order = np.argsort(-found.importances_mean, kind="stable")
-    return [{"feature": table.names[place], "mean": float(found.importances_mean[place]),
-             "std": float(found.importances_std[place])} for place in order]
+    order = np.argsort(-falls.importances_mean, kind="stable")
+    return [{"feature": table.names[place], "mean": float(falls.importances_mean[place]),
+             "std": float(falls.importances_std[place])} for place in order]
 
 
 def _say(message: str, level: str = "info") -> None:

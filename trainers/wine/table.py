@@ -1,4 +1,4 @@
-"""Tables of numbers from CSV files: UCI's (`;`, quoted header), comma-separated copies, files without a header."""
+"""Reads tables of numbers from CSV files: UCI's file (`;`, quoted header), its copies with commas, files without a header."""
 
 from __future__ import annotations
 
@@ -28,55 +28,61 @@ TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Table:
-    what: str                  # in words
+    """A table of features, with the target of each row."""
+
+    what: str                  # the table's name in messages
     X: np.ndarray              # float64 [rows, features]
     y: np.ndarray              # float64, or text, [rows]
     names: list[str]           # of the features
     target: str
-    group: np.ndarray | None   # of each row: the values of the column that groups them
+    group: np.ndarray | None   # [rows], the values of the column that groups the rows, if there is one
 
     @property
-    def alike(self) -> np.ndarray:
-        """A number for each row, the same for rows whose features are identical."""
+    def feature_groups(self) -> np.ndarray:
+        """[rows], a number for each row: rows with identical features have the same number."""
         _, numbers = np.unique(self.X, axis=0, return_inverse=True, equal_nan=True)
         return numbers.ravel()
 
     @property
     def repeats(self) -> int:
-        """Rows that are, target and all, a copy of an earlier one."""
+        """How many rows have the features and the target of an earlier row."""
         _, targets = np.unique(self.y, return_inverse=True)
-        return len(self.X) - len(np.unique(np.column_stack([self.alike, targets]), axis=0))
+        return len(self.X) - len(np.unique(np.column_stack([self.feature_groups, targets]), axis=0))
 
     @property
     def missing(self) -> dict[str, int]:
-        """Cells without a value, by column that has some."""
+        """The number of cells without a value, for each column that has such cells."""
         counts = np.isnan(self.X).sum(axis=0)
         return {name: int(count) for name, count in zip(self.names, counts) if count}
 
 
 def load_table(data: Data, classes: bool, group: str | None = None) -> Table:
-    """The table that `data` says.
+    """Load the table that `data` describes.
 
     Args:
         classes: whether the target may be text.
-        group: the name of a column that is no feature but says which rows belong together.
+        group: the name of a column that gives the group of each row and is not a feature.
 
     Raises:
-        UserError: it is not there, cannot be had, or holds what is no number.
+        UserError: the table cannot be downloaded or read, or holds text where a number is needed.
     """
     if data.source == "sample":
-        return _chosen("scikit-learn's diabetes data (sample)", *_diabetes(), data.target, classes, group)
+        return _select("scikit-learn's diabetes data (sample)", *_diabetes(), data.target, classes, group)
     path = fetch(data)
     if data.sha256 and data.download() is None and _sha256(path) != data.sha256:
-        raise UserError(f"{path} is another file than `data.sha256` says: its SHA-256 is {_sha256(path)}",
-                        "mend the one or the other")
+        raise UserError(f"{path} does not match `data.sha256`: the file's SHA-256 is {_sha256(path)}",
+                        "correct `data.sha256`, or use the right file")
     names, columns = _read(path, data)
-    return _chosen(f"{'UCI Wine Quality, red' if data.source == 'wine' else path.name}", names, columns, data.target, classes,
+    return _select(f"{'UCI Wine Quality, red' if data.source == 'wine' else path.name}", names, columns, data.target, classes,
                    group)
 
 
 def fetch(data: Data) -> Path:
-    """The file, downloaded if it is a URL's that is not on disk yet. Raises: UserError."""
+    """Return the path of the file, after downloading it if it is not on disk.
+
+    Raises:
+        UserError: the file cannot be downloaded, or has another SHA-256.
+    """
     download = data.download()
     if download is None:
         return Path(data.source)
@@ -85,19 +91,19 @@ def fetch(data: Data) -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".table-") as beside:
-            with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
-                while block := answer.read(2**20):
-                    beside.write(block)
-            beside.flush()
-            if (found := _sha256(Path(beside.name))) != sha256:
-                raise UserError(f"{url} is another file than expected: its SHA-256 is {found}, not {sha256}",
-                                "look at it; if it is the right one, give its own: data.sha256=...")
-            os.replace(beside.name, path)
-            Path(beside.name).touch()  # for its own removal
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".table-") as temporary:
+            with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+                while block := response.read(2**20):
+                    temporary.write(block)
+            temporary.flush()
+            if (actual := _sha256(Path(temporary.name))) != sha256:
+                raise UserError(f"{url} is not the expected file: its SHA-256 is {actual}, not {sha256}",
+                                "check the file; if it is the right one, give its SHA-256: data.sha256=...")
+            os.replace(temporary.name, path)
+            Path(temporary.name).touch()  # leaving `with` deletes a file of this name
     except (OSError, HTTPException, urllib.error.URLError) as error:
         raise UserError(f"the table is not in {path}, and {url} could not be downloaded: {' '.join(str(error).split())}",
-                        "put the file there, give one you have by data=PATH, or use data=sample (diabetes, nothing to download)"
+                        "put the file there, use your own file with data=PATH, or use data=sample (diabetes, nothing to download)"
                         ) from error
     return path
 
@@ -110,29 +116,33 @@ def _sha256(path: Path) -> str:
 def _diabetes() -> tuple[list[str], list[np.ndarray]]:
     from sklearn.datasets import load_diabetes
 
-    found = load_diabetes()
-    return [*found.feature_names, "progression"], [*found.data.T, found.target]
+    diabetes = load_diabetes()
+    return [*diabetes.feature_names, "progression"], [*diabetes.data.T, diabetes.target]
 
 
 def _read(path: Path, data: Data) -> tuple[list[str], list[Any]]:
-    """(names, columns), a column float64 or, where a cell is no number, a list of its cells. Raises: UserError."""
+    """Return (names, columns). A column is a float64 array, or a list of its cells if one of them is not a number.
+
+    Raises:
+        UserError: the file cannot be read, or is not a CSV file with rows of equal length.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             first = file.readline()
     except UnicodeDecodeError as error:
-        raise UserError(f"`{path}` is no text in UTF-8: byte {error.start}") from None
+        raise UserError(f"`{path}` is not UTF-8 text: byte {error.start}") from None
     except OSError as error:
         raise UserError(f"cannot read `{path}`: {error.strerror}") from None
     if not first.strip():
-        raise UserError(f"`{path}` is empty, or its first line is", "a table has a line of cells for each row")
+        raise UserError(f"`{path}` is empty, or its first line is empty", "a table has a line of cells for each row")
     delimiter = data.delimiter or next((mark for mark in (";", "\t", ",") if mark in first), ",")
     cells = next(csv.reader([first], delimiter=delimiter))
     header = data.header if data.header is not None else any(_number(cell) is None for cell in cells)
     names = [cell.strip() for cell in cells] if header else [f"column {number}" for number in range(1, len(cells) + 1)]
     try:
-        # Fast, and strict: whatever it does not take is looked at cell by cell.
+        # np.loadtxt is fast and strict. Files that it does not take are read cell by cell instead.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of no rows
+            warnings.simplefilter("ignore")  # np.loadtxt warns of files without rows
             numbers = np.loadtxt(path, delimiter=delimiter, skiprows=int(header), quotechar='"', ndmin=2, comments=None,
                                  encoding="utf-8-sig", dtype=np.float64)
         if numbers.shape[1] == len(names) and len(numbers):
@@ -150,20 +160,20 @@ def _columns(path: Path, delimiter: str, header: bool, names: list[str]) -> list
             if header and line == 1 or not any(cell.strip() for cell in cells):
                 continue
             if len(cells) != len(names):
-                raise UserError(f"`{path}`, line {line}: {len(cells)} cells, where the first line has {len(names)}",
-                                f"cells are taken to lie between `{delimiter}`: data.delimiter says otherwise")
+                raise UserError(f"`{path}`, line {line}: {len(cells)} cells, but the first line has {len(names)}",
+                                f"cells are divided at `{delimiter}`; if that is wrong, set data.delimiter")
             rows.append(cells)
     except csv.Error as error:
-        raise UserError(f"`{path}` is no CSV file: {error}") from error
+        raise UserError(f"`{path}` is not a CSV file: {error}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"`{path}` is no text in UTF-8: byte {error.object[error.start]:#04x}, after line {line}",
-                        f"turn it into UTF-8, if it is Latin-1 by `iconv -f latin1 -t utf-8 {path}`") from error
+        raise UserError(f"`{path}` is not UTF-8 text: byte {error.object[error.start]:#04x}, after line {line}",
+                        f"convert the file to UTF-8; from Latin-1, use `iconv -f latin1 -t utf-8 {path}`") from error
     if not rows:
-        raise UserError(f"`{path}` has no rows", "data.header=false if its only line is one")
+        raise UserError(f"`{path}` has no rows", "use data.header=false if its only line is a row")
     columns: list[Any] = []
-    for cells in zip(*rows):
-        numbers = [_number(cell) for cell in cells]
-        columns.append(list(cells) if None in numbers else np.array(numbers))
+    for column in zip(*rows):
+        numbers = [_number(cell) for cell in column]
+        columns.append(list(column) if None in numbers else np.array(numbers))
     return columns
 
 
@@ -175,52 +185,58 @@ def _lines(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _number(cell: str) -> float | None:
-    """nan for a missing value, None for what is no number."""
+    """Return the number in a cell, nan if the value is missing, or None if the cell is not a number."""
     cell = cell.strip()
     if cell.lower() in MISSING:
         return float("nan")
     try:
-        return None if "_" in cell else float(cell)  # Python takes 1_000
+        return None if "_" in cell else float(cell)  # float() takes 1_000
     except ValueError:
         return None
 
 
-def _chosen(what: str, names: list[str], columns: list[Any], target: int | str | None, classes: bool, group: str | None
+def _select(what: str, names: list[str], columns: list[Any], target: int | str | None, classes: bool, group: str | None
             ) -> Table:
-    """Raises: UserError."""
+    """Return the table with its target, group and features chosen from the columns.
+
+    Raises:
+        UserError: a column does not exist, is used twice, or holds what its use does not allow.
+    """
     if repeated := next((name for place, name in enumerate(names) if name in names[:place]), None):
-        raise UserError(f"{what}: two columns are called `{repeated}`", "rename one in its first line")
-    place = _place(what, names, target)
-    grouping = None if group is None else _place(what, names, group)
+        raise UserError(f"{what}: two columns are called `{repeated}`", "rename one of them in the first line")
+    place = _column_index(what, names, target)
+    grouping = None if group is None else _column_index(what, names, group)
     if grouping == place:
-        raise UserError(f"`{group}` is both the target and the column that groups", "choose another `search.group`")
+        raise UserError(f"`{group}` is both the target and `search.group`", "choose another `search.group`")
     y: Any = columns[place]
     if isinstance(y, list):
         if not classes:
-            raise _text(what, names[place], y, "the target", "a classifier predicts text: model.name=random_forest_classifier")
+            raise _text_error(what, names[place], y, "the target",
+                              "to predict text, use a classifier: model.name=random_forest_classifier")
         y = np.array([cell.strip() for cell in y])
-        lost = np.flatnonzero(np.isin(np.char.lower(y), list(MISSING)))
+        empty_rows = np.flatnonzero(np.isin(np.char.lower(y), list(MISSING)))
     else:
-        lost = np.flatnonzero(~np.isfinite(y))
-    if lost.size:
-        raise UserError(f"{what}: the target `{names[place]}` has no value in {lost.size} row(s), the first is row {lost[0] + 1}",
+        empty_rows = np.flatnonzero(~np.isfinite(y))
+    if empty_rows.size:
+        raise UserError(f"{what}: the target `{names[place]}` has no value in {empty_rows.size} row(s), the first is row "
+                        f"{empty_rows[0] + 1}",
                         "remove those rows: nothing can be learned from them")
     features = [number for number in range(len(names)) if number not in (place, grouping)]
     for number in features:
         if isinstance(columns[number], list):
-            raise _text(what, names[number], columns[number], "a feature", "turn it into numbers, or remove the column")
+            raise _text_error(what, names[number], columns[number], "a feature", "turn it into numbers, or remove the column")
         if not np.all(np.abs(columns[number][~np.isnan(columns[number])]) < np.finfo(np.float32).max):
-            raise UserError(f"{what}: column `{names[number]}` has a number that float32, in which trees compare, does not hold")
+            raise UserError(f"{what}: column `{names[number]}` has a number that is too large for float32, which trees use")
     if not features:
-        raise UserError(f"{what}: `{names[place]}` is its only column", "a table needs features beside the target"
-                        + ("; data.delimiter says what lies between cells" if len(names) == 1 else ""))
+        raise UserError(f"{what}: `{names[place]}` is the only column", "a table needs features besides the target"
+                        + ("; data.delimiter sets the character between cells" if len(names) == 1 else ""))
     X = np.ascontiguousarray(np.column_stack([columns[number] for number in features]))
     return Table(what, X, np.ascontiguousarray(y), [names[number] for number in features], names[place],
                  None if grouping is None else np.asarray(columns[grouping]))
 
 
-def _place(what: str, names: list[str], wanted: int | str | None) -> int:
-    """Which column it is. Raises: UserError."""
+def _column_index(what: str, names: list[str], wanted: int | str | None) -> int:
+    """Return the index of the column that is `wanted` by its name or number. Raises: UserError if there is no such column."""
     if wanted is None:
         return len(names) - 1
     if isinstance(wanted, str) and wanted in names:
@@ -235,6 +251,7 @@ def _place(what: str, names: list[str], wanted: int | str | None) -> int:
                     f"it has {', '.join(f'`{name}`' for name in names[:20])}" + (" and more" if len(names) > 20 else ""))
 
 
-def _text(what: str, name: str, cells: list[str], kind: str, hint: str) -> UserError:
+def _text_error(what: str, name: str, cells: list[str], kind: str, hint: str) -> UserError:
+    """Return the error for a column that must hold numbers, but holds text."""
     row = next(row for row, cell in enumerate(cells, 1) if _number(cell) is None)
-    return UserError(f"{what}: `{cells[row - 1].strip()}` in row {row} of column `{name}`, {kind}, is no number", hint)
+    return UserError(f"{what}: `{cells[row - 1].strip()}` in row {row} of column `{name}`, {kind}, is not a number", hint)

@@ -1,4 +1,7 @@
-"""The search as a run: its pieces over ranks and cores, each kept, then one reduction, which anyone may repeat."""
+"""The task `wine`. Ranks and cores share the pieces of a search, and each finished piece is kept as a file.
+
+Then rank 0 computes the results from these files. This step can be repeated.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,13 @@ if TYPE_CHECKING:
     from trainers.forest.kept import Kept
     from trainers.forest.work import Work
 
-LOOK_EVERY_S = 0.5     # for what other ranks have finished
-SAY_EVERY_S = 1.0      # and record
+LOOK_EVERY_S = 0.5     # rank 0 looks for pieces that other ranks have finished
+REPORT_EVERY_S = 1.0   # rank 0 prints and records the progress
 
 
 class Wine(Runner):
+    """A grid search over forests, as a task."""
+
     config: WineConfig
     _progress: Progress | None = None
 
@@ -42,13 +47,14 @@ class Wine(Runner):
         except Stopped:
             hold()
             if self._progress and place.rank == 0:
-                self._progress.say()
+                self._progress.report()
                 events.emit({"event": "end", "state": "preempted", "step": self._progress.fits, "total": self._progress.total,
                              "unit": "fits", "metrics": {}, "checkpoint": None})
             return exit_codes.PREEMPTED
 
     def _run(self, place: Place, paths: RunPaths, attempt: int | None) -> int:
-        from trainers.forest.work import end_workers, quiet  # scikit-learn takes a second: a stop during it is heeded
+        # Imported here, where a signal to stop is handled: importing scikit-learn takes a second.
+        from trainers.forest.work import end_workers, quiet
         from trainers.wine.searching import make_search
 
         quiet()
@@ -65,49 +71,52 @@ class Wine(Runner):
                 work.folds.close()
 
     def _fit(self, work: Work, table: Table, place: Place, paths: RunPaths, attempt: int | None) -> Kept | None:
-        """Until all pieces are kept, of whichever rank; ranks other than 0 leave when none is left for them: None."""
+        """Fit pieces until the pieces of all ranks are kept. Return the kept pieces.
+
+        Ranks other than 0 return None as soon as no piece is left for them.
+        """
         from trainers.forest.kept import Kept
 
         try:
             kept = Kept(paths.pieces)
             self._progress = progress = Progress(work, kept, paths, attempt, place)
             if place.rank == 0:
-                self._say_what(table, work)
+                self._describe(table, work)
                 progress.start()
             mine = Claims(paths, attempt, place, work.keys()) if place.size > 1 else None
             for done in work.results(n_jobs=place.cores, kept=kept, mine=mine, guarded=True):
                 if place.rank == 0 and not done.kept:
-                    progress.look()
-            while place.rank == 0 and not progress.look():
+                    progress.update()
+            while place.rank == 0 and not progress.update():
                 time.sleep(LOOK_EVERY_S)
         except OSError as error:
-            raise TrainingError(f"a finished piece cannot be kept: {error.strerror or error}",
-                                f"mend that, then `launch resume {paths.id}`") from error
+            raise TrainingError(f"a piece of the search cannot be read or written: {error.strerror or error}",
+                                f"fix that, then run `launch resume {paths.id}`") from error
         if place.rank != 0:
             return None
-        progress.say()
+        progress.report()
         return kept
 
     def _reduce(self, work: Work, kept: Kept, table: Table, search: ForestSearchCV, place: Place, paths: RunPaths,
                 attempt: int | None) -> int:
-        """The same whoever does it, and however often."""
+        """Compute and write the results. Any process may do this, any number of times, with the same results."""
         from trainers.forest.work import guarded_workers
         from trainers.wine.report import check_scores, failures, last_line, report
 
-        found = {(number, piece.fold): result for key, piece in work.keys().items()
-                 for number, result in (kept.read(key) or {}).items()}
+        results = {(number, piece.fold): result for key, piece in work.keys().items()
+                   for number, result in (kept.read(key) or {}).items()}
         try:
-            search.reduce(work, found)
-        except ValueError as error:  # scikit-learn's, of fits that failed, with the tracebacks of all of them
+            search.reduce(work, results)
+        except ValueError as error:  # scikit-learn raises it if all fits failed, with all their tracebacks
             raise UserError(f"the forests cannot be fitted: {last_line(error)}",
-                            "mend `search.grid`, `model.params` or the table") from error
-        check_scores(self.config, table, search, failures(found.values()))
+                            "fix `search.grid`, `model.params` or the table") from error
+        check_scores(self.config, table, search, failures(results.values()))
         try:
             with guarded_workers():
                 metrics, rows = report(self.config, table, search, paths, place.cores)
         except OSError as error:
-            raise TrainingError(f"what was found cannot be written: {error.strerror or error}",
-                                f"mend that, then `launch resume {paths.id}`") from error
+            raise TrainingError(f"the results cannot be written: {error.strerror or error}",
+                                f"fix that, then run `launch resume {paths.id}`") from error
         hold()
         record(paths, attempt, step=work.fits, metrics=metrics)
         self._track(paths, metrics, rows)
@@ -115,18 +124,18 @@ class Wine(Runner):
                      "metrics": metrics, "checkpoint": None})
         return exit_codes.FINISHED
 
-    def _say_what(self, table: Table, work: Work) -> None:
+    def _describe(self, table: Table, work: Work) -> None:
         if missing := table.missing:
             columns = ", ".join(f"`{name}` {count:,}" for name, count in missing.items())
-            drawn = self.config.model.name.startswith("extra_trees")
-            side = "a side drawn at random" if drawn else "the side that is better for it"
-            _note("info", f"missing values ({columns}): at each split the trees send them to {side}, and where training had "
-                          "none, to the side with more rows")
+            random = self.config.model.name.startswith("extra_trees")
+            side = "a random side" if random else "the side that gives the better split"
+            _note("info", f"missing values ({columns}): each split sends rows without a value to {side}, or to the side with "
+                          "more rows if no value was missing in training")
         for reason, count in work.plain.items():
-            _note("warning", f"{count} of {len(work.candidates)} grid points are fitted plainly, as GridSearchCV does: {reason}")
+            _note("warning", f"{count} of {len(work.candidates)} grid points are fitted one by one, as in GridSearchCV: {reason}")
 
     def _track(self, paths: RunPaths, metrics: Mapping[str, float], rows: list[dict[str, Any]]) -> None:
-        """The table, the metrics and the figures in W&B."""
+        """Send the table, the metrics and the figures to W&B."""
         if self.config.wandb.mode == "off":
             return
         try:
@@ -135,14 +144,15 @@ class Wine(Runner):
             tracked.log({"step": 1, "split": "eval", **metrics})
             tracked.finish(1, paths.figures, finished=True)
         except Exception as error:
-            _note("warning", f"W&B cannot track this run ({' '.join(str(error).split())}); cv_results.csv has everything")
+            _note("warning", f"W&B cannot track this run ({' '.join(str(error).split())}); cv_results.csv holds all results")
 
 
 class Claims:
-    """Who begins a piece first has it. The claims of another attempt, whose ranks have gone, count for nothing.
+    """Decides whether this rank may start a piece: a piece belongs to the first rank that claims it.
 
-    Ranks started by hand have nothing to tell attempts apart by: they take the pieces in turn, by their places among all
-    of the search, as what was kept already when a rank looked may differ from rank to rank.
+    Claims of an earlier attempt, whose ranks are gone, do not count. Ranks started by hand have no attempt number, so they
+    cannot claim. They take the pieces in turn, by the places of the pieces among all pieces of the search. Places among the
+    missing pieces would not do, because two ranks may look at different times and find different pieces missing.
     """
 
     def __init__(self, paths: RunPaths, attempt: int | None, place: Place, keys: Iterable[str]):
@@ -160,13 +170,13 @@ class Claims:
 
 
 class Progress:
-    """What of all ranks' work is done: read off the kept pieces; rank 0 says and records it."""
+    """The progress of all ranks together, counted from the kept pieces. Rank 0 prints and records it."""
 
     def __init__(self, work: Work, kept: Kept, paths: RunPaths, attempt: int | None, place: Place):
         self._work, self._kept, self._paths, self._attempt, self._place = work, kept, paths, attempt, place
         self._pieces: Mapping[str, Any] = work.keys()
-        self._whole: set[str] = set()  # keys of files that have been read once: a file is replaced as a whole or not at all
-        self._began = self._said = time.monotonic()
+        self._whole: set[str] = set()  # keys of files found whole; a file is only ever replaced whole
+        self._started = self._reported = time.monotonic()
         self._at_start = self._done()
 
     @property
@@ -178,11 +188,11 @@ class Progress:
         return self._work.fits
 
     def _done(self) -> tuple[int, int, bool]:
-        """(fits, trees at most, whether that is all)"""
-        there = self._kept.keys() & self._pieces.keys()
-        # A broken file is none: some rank fits that piece again.
-        self._whole |= {key for key in there - self._whole if self._kept.read(key) is not None}
-        done = there & self._whole
+        """Return (finished fits, the most trees they can have, whether all fits are finished)."""
+        existing = self._kept.keys() & self._pieces.keys()
+        # A broken file does not count: a rank fits that piece again.
+        self._whole |= {key for key in existing - self._whole if self._kept.read(key) is not None}
+        done = existing & self._whole
         return (sum(len(self._pieces[key].candidates) for key in done), sum(self._pieces[key].trees for key in done),
                 len(done) == len(self._pieces))
 
@@ -192,29 +202,30 @@ class Progress:
         trees = sum(piece.trees for piece in work.pieces)
         events.emit({"event": "start", "step": fits, "total": work.fits, "resumed": fits > 0,
                      "about": f"{len(work.candidates)} grid points x {len(work.splits)} folds of {len(work.X):,} rows in "
-                              f"{len(work.pieces)} pieces, {trees:,} trees for {work.trees_asked:,}; "
+                              f"{len(work.pieces)} pieces, {trees:,} trees instead of {work.trees_asked:,}; "
                               f"{self._place.size} rank(s) x {self._place.cores} core(s)"})
         record(self._paths, self._attempt, step=fits, total=work.fits)
 
-    def look(self) -> bool:
-        """Say, now and then, how far all ranks are. Whether all is done."""
-        if time.monotonic() - self._said > SAY_EVERY_S:
-            self.say()
+    def update(self) -> bool:
+        """Report the progress if that is due. Return whether all fits are finished."""
+        if time.monotonic() - self._reported > REPORT_EVERY_S:
+            self.report()
         return self._done()[2]
 
-    def say(self) -> None:
-        self._said = time.monotonic()
-        took = self._said - self._began
+    def report(self) -> None:
+        """Print and record the progress."""
+        self._reported = time.monotonic()
+        elapsed = self._reported - self._started
         fits, trees, _ = self._done()
-        rate, grown = (fits - self._at_start[0]) / took, trees - self._at_start[1]
+        rate, grown = (fits - self._at_start[0]) / elapsed, trees - self._at_start[1]
         left = sum(piece.trees for piece in self._pieces.values()) - trees
         events.emit({"event": "step", "step": fits, "total": self._work.fits, "rate": rate, "unit": "fits",
-                     "eta_s": took * left / grown if grown else None})
+                     "eta_s": elapsed * left / grown if grown else None})
         record(self._paths, self._attempt, step=fits)
 
 
 def record(paths: RunPaths, attempt: int | None, **changes: Any) -> None:
-    """run.json, if this run has one. Raises: TrainingError if a newer attempt has the run."""
+    """Update run.json, if this run has one. Raises: TrainingError if a newer attempt has taken over the run."""
     if attempt is not None and max(paths.attempt_numbers(), default=0) > attempt:
         raise TrainingError(f"a newer attempt has taken the run over from attempt {attempt}")
     try:

@@ -1,4 +1,4 @@
-"""Nodes that a job goes on without."""
+"""Nodes that a job must avoid when it starts again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainers.contract.errors import UserError
 
 
 def down_nodes(nodes: list[str]) -> dict[str, str]:
-    """Which of these nodes SLURM holds to be down, and why; none where it cannot be asked."""
+    """The nodes among these that SLURM says are down, each with its state and the reason; empty where SLURM cannot be asked."""
     try:
         states = slurm.node_states(nodes)
     except UserError:  # in a container there may be no sinfo
@@ -21,12 +21,18 @@ def down_nodes(nodes: list[str]) -> dict[str, str]:
 
 
 def exclude(folder: Path, place: Place, nodes: list[str], requeued: bool = False) -> None:
-    """Let the job begin anew without these nodes, unless too few would be left. Before it is requeued (by the batch
-    shell, which reads the file) SLURM would not hear of it; after a requeue of SLURM's own it must be told at once."""
+    """Exclude these nodes when the job starts again, unless too few nodes would be left.
+
+    The nodes are written to a file in `folder`. The batch shell passes them to SLURM after it has requeued the job: SLURM
+    rejects the change before that.
+
+    Args:
+        requeued: whether SLURM itself has requeued the job. Then SLURM is told at once.
+    """
     file = folder / f"exclude-{place.job}"
     try:
         excluded = {*nodes, *(file.read_text().split(",") if file.exists() else [])}
-        # Refused if what is left could never run this job.
+        # SLURM refuses this test if the nodes that are left could never run the job.
         slurm.call("sbatch", "--test-only", f"--exclude={','.join(sorted(excluded))}", str(folder / "job.sh"))
         file.write_text(",".join(sorted(excluded)))
         if requeued:

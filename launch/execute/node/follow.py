@@ -1,4 +1,4 @@
-"""The node processes that follow the head's words."""
+"""A node process that is not the head: it runs its node's ranks when the head says so."""
 
 from __future__ import annotations
 
@@ -18,33 +18,35 @@ from trainers.contract.paths import RunPaths
 
 
 def follow(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup, stop: StopSignals, view: View) -> int:
+    """Run this node's ranks of each attempt that the head begins, and report how they ended. Returns the exit code."""
     while True:
-        word = _next_word(group, view)
-        if "end" in word:
+        order = _next_order(group, view)
+        if "end" in order:
             group.close()
-            group.links.clear()  # the head goes now, and is not missed
-            return word["end"]
-        if "begin" not in word:
+            group.links.clear()  # the head leaves now: its end must not look like a failure
+            return order["end"]
+        if "begin" not in order:
             return exit_codes.FAILED
-        plan = plan_of(submission, paths, word["begin"])
+        plan = plan_of(submission, paths, order["begin"])
         try:
-            outcome = supervise(plan, paths, view, node=place.node, address=group.address, port=word["port"], peers=group,
+            outcome = supervise(plan, paths, view, node=place.node, address=group.address, port=order["port"], peers=group,
                                 stop=stop, more=node_variables(group), kill_wait_s=kill_wait_s())
         except OSError as error:
-            outcome = Outcome("failed", Failure(None, None, None, f"ranks cannot be started: {error}", None, None, True))
-            group.tell({"failure": outcome.failure.as_dict()})
-        group.tell({"ended": asdict(outcome)})
+            failure = Failure(None, None, None, f"ranks cannot be started: {error}", None, None, True)
+            outcome = Outcome("failed", failure)
+            group.send({"failure": failure.as_dict()})
+        group.send({"ended": asdict(outcome)})
 
 
-def _next_word(group: NodeGroup, view: View) -> dict[str, Any]:
-    """The head's next word on what to do, or that it has gone."""
+def _next_order(group: NodeGroup, view: View) -> dict[str, Any]:
+    """Wait for the head's next order: to begin an attempt, or to end. Empty if the head's process is gone."""
     while True:
         select.select(group.sockets(), [], [], 1.0)
-        words = group.heard()
-        for place, word in enumerate(words):
-            if "begin" in word or "end" in word:
-                group.keep(words[place + 1:])
-                return word
-        if not group.whole:
+        messages = group.receive()
+        for index, message in enumerate(messages):
+            if "begin" in message or "end" in message:
+                group.put_back(messages[index + 1:])
+                return message
+        if not group.complete:
             view.notice("the head node's process is gone")
             return {}

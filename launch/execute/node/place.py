@@ -1,4 +1,4 @@
-"""Where in which job a node process is, and what its node is like."""
+"""The place of a node process in its SLURM job, and what its supervisor must know about the job's nodes."""
 
 from __future__ import annotations
 
@@ -14,38 +14,42 @@ from trainers.contract.errors import UserError
 
 @dataclass(frozen=True)
 class Place:
-    """Where in which job this process is, by SLURM's variables."""
+    """The job, and the node of the job, that a node process runs on."""
 
-    job: str             # "101", an array's element "101_3", a step of an allocation "101.0"
-    restart: int         # how often SLURM has begun this job anew
-    node: int
+    job: str             # "101"; an element of an array is "101_3", a step of the user's own allocation "101.0"
+    restart: int         # how often SLURM has restarted this job
+    node: int            # from 0, the head
     nodes: int
-    element: int | None
+    element: int | None  # of an array
 
     @classmethod
     def from_env(cls, env: Mapping[str, str], here: bool) -> Place:
+        """The place that SLURM's variables describe. `here`: in an allocation that the user made."""
         element = env.get("SLURM_ARRAY_TASK_ID")
         job = f"{env['SLURM_ARRAY_JOB_ID']}_{element}" if element is not None and not here else env["SLURM_JOB_ID"]
-        if here:  # in an allocation that is not ours
+        if here:
             job, element = f"{job}.{env['SLURM_STEP_ID']}", None
         return cls(job, int(env.get("SLURM_RESTART_COUNT", 0)), int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]),
                    int(element) if element is not None else None)
 
 
+def hosts_of(place: Place) -> list[str]:
+    """The names of the job's nodes, in the order of its tasks."""
+    node_list = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+    return slurm.expand(node_list) if node_list else [socket.gethostname()]
+
+
+def node_variables(group: NodeGroup) -> dict[str, str]:
+    """Environment variables for the ranks of this node.
+
+    By default gloo uses the address of the host's name, which other nodes may be unable to reach.
+    """
+    return {"GLOO_SOCKET_IFNAME": group.interface} if group.interface else {}
+
+
 def kill_wait_s() -> float | None:
-    """From SLURM's SIGTERM to its SIGKILL; None where it cannot be asked."""
+    """Seconds from SLURM's SIGTERM to its SIGKILL; None where SLURM cannot be asked."""
     try:
         return slurm.kill_wait_s()
     except UserError:
         return None
-
-
-def hosts_of(place: Place) -> list[str]:
-    """The names of the job's nodes, in the order of its tasks."""
-    listed = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
-    return slurm.expand(listed) if listed else [socket.gethostname()]
-
-
-def node_variables(group: NodeGroup) -> dict[str, str]:
-    """gloo looks for an address by the host's name, which may have none that others reach: it is told."""
-    return {"GLOO_SOCKET_IFNAME": group.interface} if group.interface else {}

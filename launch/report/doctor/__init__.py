@@ -1,1 +1,1 @@
-"""Look for what would go wrong, before anything is queued."""
+"""`launch doctor`: find problems of a machine or cluster before a run is queued."""

@@ -1,4 +1,4 @@
-"""What a check found."""
+"""The result of one check of `launch doctor`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from launch.cluster.config import ClusterConfig
 
 @dataclass(frozen=True)
 class Check:
+    """The result of one check. The names of its fields are keys of `launch doctor --json`."""
+
     name: str
     ok: Literal["ok", "warning", "error"]
-    what: str                # was found
-    mend: str | None = None
+    what: str                # the finding
+    mend: str | None = None  # how to fix it
 
 
 def line(check: Check) -> str:
-    """A check for a person."""
+    """A check as text for a person, with the fix on a second line."""
     mend = f"\n{'':<21}{check.mend}" if check.mend and check.ok != "ok" else ""
     return f"{check.ok:<9}{check.name:<12}{check.what}{mend}"
 
 
 def partitions_of(cluster: ClusterConfig) -> list[slurm.Partition]:
-    """Those that its jobs may go to. Raises: UserError."""
-    wanted = (cluster.partition or "").split(",")
-    return [part for part in slurm.partitions() if part.name in wanted or not cluster.partition and part.default]
+    """The partitions that the cluster's jobs may go to.
+
+    Raises:
+        UserError: SLURM does not answer.
+    """
+    names = (cluster.partition or "").split(",")
+    return [part for part in slurm.partitions() if part.name in names or not cluster.partition and part.default]

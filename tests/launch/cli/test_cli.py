@@ -1,4 +1,4 @@
-"""The command line: which word means what, what reaches the parts behind it, and what is said of a wrong one."""
+"""The command line: what each word means, what reaches the functions behind it, and the errors for wrong words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import pytest
@@ -15,26 +15,27 @@ import pytest
 from launch.cli.main import cli, main
 from launch.cli.options import ALIASES, WANTED
 from launch.cluster.resources import Wanted
+from launch.report.doctor.check import Check
 from trainers.contract.errors import UserError
 
 RUN_ID = "my-20250101-000000-abcd"
 
 
 class Called(dict):
-    """What `start` or `resume` was called with."""
+    """The arguments that `start` or `resume` was called with."""
 
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> Called:
-    seen = Called()
+    arguments = Called()
 
-    def note(*args: Any, **more: Any) -> int:
-        seen.update(more, args=args)
+    def record(*args: Any, **more: Any) -> int:
+        arguments.update(more, args=args)
         return 75
 
-    monkeypatch.setattr("launch.execute.local.start", note)
-    monkeypatch.setattr("launch.execute.local.resume", note)
-    return seen
+    monkeypatch.setattr("launch.execute.local.start", record)
+    monkeypatch.setattr("launch.execute.local.resume", record)
+    return arguments
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def said(capsys: pytest.CaptureFixture, *words: str, code: int = 2) -> str:
+def error_of(capsys: pytest.CaptureFixture, *words: str, code: int = 2) -> str:
+    """What a command that must fail prints on standard error: an error and at most one hint."""
     assert main(words) == code
     text = capsys.readouterr().err
     assert text.startswith("error: ") and len(text.splitlines()) <= 2
@@ -66,7 +68,7 @@ def said(capsys: pytest.CaptureFixture, *words: str, code: int = 2) -> str:
 # Words
 
 
-def test_a_task_a_spec_and_a_script(called: Called, folder: Path) -> None:
+def test_a_word_is_a_task_a_spec_or_a_script(called: Called, folder: Path) -> None:
     assert main(["cifar10", "train.steps=3", "--gpus", "2", "optim.lr=0.5", "--dry-run", "--json"]) == 75
     config = called["spec"].config
     assert (config.name, config.train.steps, config.optim.lr) == ("cifar10", 3, 0.5)
@@ -81,7 +83,7 @@ def test_a_task_a_spec_and_a_script(called: Called, folder: Path) -> None:
     assert (config.args, config.run.max_restarts) == (["--lr", "1e-3", "--gpus", "--", "a b"], 1)
 
 
-def test_aliases_and_a_file_over_the_tasks_own(called: Called, folder: Path) -> None:
+def test_aliases_and_a_config_file_override_the_task(called: Called, folder: Path) -> None:
     (folder / "over.yaml").write_text("optim: {lr: 0.25}\n")
     assert main(["cifar10", "--config", "over.yaml", "--data", "sample", "--wandb=offline", "--strategy", "ddp",
                  "data=sample"]) == 75
@@ -90,7 +92,7 @@ def test_aliases_and_a_file_over_the_tasks_own(called: Called, folder: Path) -> 
     assert (config.wandb.mode, config.train.strategy) == ("offline", "ddp")
 
 
-def test_runs_from_the_environment(called: Called, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_runs_may_come_from_the_environment(called: Called, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAUNCH_RUNS", "there")
     assert main(["my.yaml"]) == 75
     assert called["runs"] == Path("there")
@@ -102,7 +104,7 @@ def test_a_command_comes_before_a_file(folder: Path, capsys: pytest.CaptureFixtu
     assert RUN_ID in capsys.readouterr().out
 
 
-def test_help(capsys: pytest.CaptureFixture) -> None:
+def test_help_and_version(capsys: pytest.CaptureFixture) -> None:
     assert main([]) == 0
     out = capsys.readouterr().out
     for word in ("cifar10", "runs", "launch train.py --gpus 2 -- --lr 1e-3"):
@@ -114,7 +116,7 @@ def test_help(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().out[0].isdigit()
 
 
-# What is wrong
+# Errors
 
 
 @pytest.mark.parametrize("words, message, hint", [
@@ -134,11 +136,11 @@ def test_help(capsys: pytest.CaptureFixture) -> None:
     ("cifar10 --debug=1", "`--debug` takes no value", ""),
     ("cifar10 --gpus 1 --procs 1", "both `--gpus` and `--procs` are given", "keep one"),
     ("cifar10 --wandb off wandb.mode=online", "`wandb.mode` is both `online` and `off` (command line)", "keep one"),
-    ("cifar10 word", "`word` is no key=value", ""),
-    ("cifar10 optim.lrr=1", "`optim.lrr` is no key of this spec (command line)", "`optim.lr`"),
-    ("cifar10 -- x", "what follows `--` is for a script", ""),
-    ("runs -- x", "what follows `--` is for a script", ""),
-    ("show cifar10 -- x", "what follows `--` is for a script", ""),
+    ("cifar10 word", "`word` is not of the form key=value", ""),
+    ("cifar10 optim.lrr=1", "`optim.lrr` is not a key of this spec (command line)", "`optim.lr`"),
+    ("cifar10 -- x", "arguments after `--` are for a script", ""),
+    ("runs -- x", "arguments after `--` are for a script", ""),
+    ("show cifar10 -- x", "arguments after `--` are for a script", ""),
     ("train.py --config my.yaml", "`--config` is for tasks", ""),
     ("status", "`launch status` needs RUN", ""),
     ("status nothing", "there is no run `nothing`", ""),
@@ -148,49 +150,50 @@ def test_help(capsys: pytest.CaptureFixture) -> None:
     ("logs my --rank 7", "has no log of rank 7", ""),
     ("schema none.yaml", "there is no file `none.yaml`", ""),
 ])
-def test_errors(words: str, message: str, hint: str, capsys: pytest.CaptureFixture, called: Called) -> None:
-    error, *hints = said(capsys, *words.split()).splitlines()
+def test_a_wrong_word_is_an_error_with_a_hint(words: str, message: str, hint: str, capsys: pytest.CaptureFixture,
+                                              called: Called) -> None:
+    error, *hints = error_of(capsys, *words.split()).splitlines()
     assert message in error
     assert hint in "".join(hints)
     assert not called
 
 
-def test_a_line_break_in_a_word(capsys: pytest.CaptureFixture) -> None:
-    assert "`a b`" in said(capsys, "a\nb")
+def test_an_error_is_one_line_even_if_the_word_has_a_line_break(capsys: pytest.CaptureFixture) -> None:
+    assert "`a b`" in error_of(capsys, "a\nb")
 
 
-def test_the_unexpected(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_an_unexpected_exception_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def broken(**_: Any) -> int:
         raise RuntimeError("two\nlines")
 
     monkeypatch.setattr("launch.execute.local.start", broken)
-    text = said(capsys, "my.yaml", code=1)
-    assert text == "error: RuntimeError: two lines\nhint: --verbose shows the traceback\n"
+    text = error_of(capsys, "my.yaml", code=1)
+    assert text == "error: RuntimeError: two lines\nhint: add --verbose to see the traceback\n"
     for words in (["--verbose", "my.yaml"], ["my.yaml", "--verbose"]):
         assert main(words) == 1
         assert "Traceback" in (text := capsys.readouterr().err) and text.endswith("\nerror: RuntimeError: two lines\n")
 
 
-def test_verbose_shows_what_lies_under_a_users_error(capsys: pytest.CaptureFixture) -> None:
-    said(capsys, "my.yaml", "optim.lr=fast")
+def test_verbose_shows_the_cause_of_a_user_error(capsys: pytest.CaptureFixture) -> None:
+    error_of(capsys, "my.yaml", "optim.lr=fast")
     assert main(["my.yaml", "optim.lr=fast", "--verbose"]) == 2
     err = capsys.readouterr().err
     assert "ValidationError" in err and "error: `optim.lr` is `fast`" in err
 
 
-def test_exit_codes_of_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_an_error_sets_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     class Failed(UserError):
         exit_code = 1
 
-    def ends_with(error: BaseException) -> None:
-        def raises(**_: Any) -> int:
+    def start_raises(error: BaseException) -> None:
+        def start(**_: Any) -> int:
             raise error
 
-        monkeypatch.setattr("launch.execute.local.start", raises)
+        monkeypatch.setattr("launch.execute.local.start", start)
 
-    ends_with(Failed("it failed"))
-    assert said(capsys, "my.yaml", code=1) == "error: it failed\n"
-    ends_with(KeyboardInterrupt())
+    start_raises(Failed("it failed"))
+    assert error_of(capsys, "my.yaml", code=1) == "error: it failed\n"
+    start_raises(KeyboardInterrupt())
     assert main(["my.yaml"]) == 130
 
 
@@ -218,7 +221,7 @@ def test_show_and_schema(capsys: pytest.CaptureFixture) -> None:
     assert "optim" in json.loads(capsys.readouterr().out)["properties"]
 
 
-def test_readers_of_runs(capsys: pytest.CaptureFixture, folder: Path) -> None:
+def test_commands_that_read_runs(capsys: pytest.CaptureFixture, folder: Path) -> None:
     def printed(*words: str) -> str:
         assert main(words) == 0
         return capsys.readouterr().out
@@ -247,6 +250,17 @@ def test_resume_cancel_and_sync(called: Called, monkeypatch: pytest.MonkeyPatch,
     assert main(["sync", "my"]) == 1
 
 
+@pytest.mark.parametrize("found, code", [("ok", 0), ("warning", 0), ("error", 1)])
+def test_doctor_prints_its_checks_and_fails_on_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+                                                        found: Literal["ok", "warning", "error"], code: int) -> None:
+    monkeypatch.setattr("launch.report.doctor.checks.doctor", lambda *_: iter([Check("slurm", found, "a finding", "a fix")]))
+    assert main(["doctor"]) == code
+    out = capsys.readouterr().out
+    assert out.startswith(f"{found:<9}slurm       a finding\n") and ("a fix" in out) == (found != "ok")
+    assert main(["doctor", "--json"]) == code
+    assert json.loads(capsys.readouterr().out) == [{"name": "slurm", "ok": found, "what": "a finding", "mend": "a fix"}]
+
+
 def test_the_working_folder_shadows_nothing(launch, folder: Path) -> None:
     (folder / "trainers").mkdir()
     for file in ("trainers/__init__.py", "json.py", "click.py"):
@@ -256,25 +270,25 @@ def test_the_working_folder_shadows_nothing(launch, folder: Path) -> None:
     assert "steps: 3" in ran.stdout
 
 
-def test_a_reader_that_stops_early(folder: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(folder: Path) -> None:
     line = f"{sys.executable} -P -m launch show my.yaml | true; exit ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", line], check=False, capture_output=True, text=True, cwd=folder)
     assert (ran.returncode in (0, 1), ran.stderr) == (True, "")
 
 
-@pytest.mark.parametrize("words, said", [
-    (["checkpoint"], "error: `launch checkpoint` needs a command\nhint: one of list, prune, verify\n"),
+@pytest.mark.parametrize("words, message", [
+    (["checkpoint"], "error: `launch checkpoint` needs a command\nhint: use one of list, prune, verify\n"),
     (["checkpoint", "lsit"], "error: `launch checkpoint` has no command `lsit`\nhint: did you mean `list`?\n"),
-    (["checkpoint", "x"], "error: `launch checkpoint` has no command `x`\nhint: it has list, prune, verify\n"),
+    (["checkpoint", "x"], "error: `launch checkpoint` has no command `x`\nhint: use one of list, prune, verify\n"),
     (["plan", "my.yaml", "--from", "nothing"], "error: there is no run `nothing` in "),
 ])
-def test_commands_within_a_command_and_plans_of_what_is_not_there(folder: Path, capsys, words, said):
+def test_errors_of_subcommands_and_of_a_plan_without_its_run(folder: Path, capsys, words, message):
     assert main(words) == 2
-    assert capsys.readouterr().err.startswith(said)
+    assert capsys.readouterr().err.startswith(message)
 
 
-def test_each_command_takes_what_it_declares(tmp_path, monkeypatch):
-    """An option that reaches no parameter would end in a TypeError, or be ignored."""
+def test_the_options_of_each_command_match_its_parameters(tmp_path, monkeypatch):
+    """An option without a parameter would raise a TypeError, or be ignored."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "work.py").touch()
     context = click.Context(cli)
@@ -286,9 +300,9 @@ def test_each_command_takes_what_it_declares(tmp_path, monkeypatch):
         takes = inspect.signature(inspect.unwrap(made.callback)).parameters
         declared = {option.name for option in made.params if option.expose_value}
         named = {parameter for parameter, about in takes.items() if about.kind is not about.VAR_KEYWORD} - {"context"}
-        if "wanted" in named:  # one value for several options
+        if "wanted" in named:  # one parameter for several options
             assert declared & WANTED.keys(), name
             named = named - {"wanted"} | declared & WANTED.keys()
         rest = declared - named
         assert named <= declared, name
-        assert not rest or "given" in takes and rest <= {*ALIASES, "overrides", "config"}, (name, rest)
+        assert not rest or {"spec_args", "aliases"} & takes.keys() and rest <= {*ALIASES, "overrides", "config"}, (name, rest)

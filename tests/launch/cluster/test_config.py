@@ -1,3 +1,5 @@
+"""Cluster files: the built-in examples, and the list of clusters."""
+
 from __future__ import annotations
 
 import shlex
@@ -18,7 +20,7 @@ EXAMPLES = sorted(path.stem for path in BUILT_IN.glob("*.yaml") if path.stem != 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's folder of clusters."""
+    """The user's folder of cluster files."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     folder = tmp_path / "launch" / "clusters"
     folder.mkdir(parents=True)
@@ -28,10 +30,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # --- cluster_configs/
 
 
-def script(name: str, **given: int | None) -> tuple[set[str], str, str]:
-    """(sbatch's options, the lines before the command, the command) of a job on a built-in cluster."""
+def script(name: str, **wanted: int | None) -> tuple[set[str], str, str]:
+    """Return (options of sbatch, setup lines, the srun command) of a job on a built-in cluster."""
     cluster = read_cluster(BUILT_IN / f"{name}.yaml")
-    resources = slurm_resources(cluster, Wanted(given.get("gpus"), given.get("procs"), given.get("nodes")))
+    resources = slurm_resources(cluster, Wanted(wanted.get("gpus"), wanted.get("procs"), wanted.get("nodes")))
     text = make_job(Request(cluster), resources, name="job", folder="/runs/r", python=cluster.python or "/venv/python",
                     grace_s=60).script
     flags = {shlex.split(line)[1] for line in text.splitlines() if line.startswith("#SBATCH ")}
@@ -39,16 +41,16 @@ def script(name: str, **given: int | None) -> tuple[set[str], str, str]:
     return flags, setup, next(line for line in rest.splitlines() if line.startswith("srun "))
 
 
-def test_the_generic_one_asks_for_no_more_than_it_must():
+def test_the_generic_cluster_asks_only_for_what_a_job_needs():
     flags, _, command = script("slurm", gpus=4)
-    decided = {"--job-name=job", "--nodes=1", "--ntasks-per-node=1", "--open-mode=append", "--requeue", "--signal=USR2@105",
+    always = {"--job-name=job", "--nodes=1", "--ntasks-per-node=1", "--open-mode=append", "--requeue", "--signal=USR2@105",
                "--output=/runs/r/%j_0_log.out"}
-    assert flags - decided == {"--gpus-per-node=4", "--time=1-00:00:00"}
+    assert flags - always == {"--gpus-per-node=4", "--time=1-00:00:00"}
     assert " /venv/python -P " in command
 
 
-# gpus or procs, the options among others, and words of srun's line
-@pytest.mark.parametrize("name, given, flags, words", [
+# GPUs or CPU ranks; some of the options of sbatch; some words of the srun line
+@pytest.mark.parametrize("name, wanted, flags, words", [
     ("dgx-infiniband", {"gpus": 16},
      {"--nodes=2", "--gpus-per-node=8", "--cpus-per-task=112", "--mem=1920G", "--exclusive", "--switches=1@1:00:00",
       "--propagate=NONE", "--partition=dgx", "--account=my_group"}, []),
@@ -61,15 +63,15 @@ def test_the_generic_one_asks_for_no_more_than_it_must():
     ("container-apptainer", {"gpus": 4}, {"--nodes=1", "--gpus-per-node=4"},
      ["apptainer", "exec", "--nv", "--bind", "/scratch", "/shared/images/train.sif", "python3", "-P"]),
 ])
-def test_what_the_examples_ask_for(name, given, flags, words):
-    asked, setup, command = script(name, **given)
-    assert flags <= asked
+def test_what_the_examples_ask_for(name, wanted, flags, words):
+    options, setup, command = script(name, **wanted)
+    assert flags <= options
     assert [word for word in shlex.split(command) if word in words] == words
     assert ("module load apptainer" in setup) == (name == "container-apptainer")
     assert ("LAUNCH_DATA=/scratch/shared/data" in setup) == name.startswith("container")
 
 
-def test_every_example_is_among_these():
+def test_the_list_of_examples_is_complete():
     assert set(EXAMPLES) == {"slurm", "dgx-infiniband", "gpu-types-gres", "gpu-types-constraint", "cpu-partition",
                              "container-pyxis", "container-apptainer"}
     for name in EXAMPLES:
@@ -77,7 +79,7 @@ def test_every_example_is_among_these():
         assert cluster.name == name and cluster.kind == "slurm" and cluster.description
 
 
-def test_ranks_get_the_networks_variables():
+def test_ranks_get_the_variables_for_the_network():
     cluster = load_cluster("dgx-infiniband")
     spec = load_spec("cifar10", ["data=sample"], cluster=cluster, environment={})
     env = make_plan("r-1", spec, cluster, slurm_resources(cluster, Wanted(gpus=16)), runs=Path("/runs"), python="python",
@@ -88,7 +90,7 @@ def test_ranks_get_the_networks_variables():
 # --- launch clusters
 
 
-def test_listing(home):
+def test_the_list_of_clusters_holds_broken_files_too(home):
     (home / "local.yaml").write_text("description: mine\n")
     (home / "lab.yaml").write_text("description: 实验室\nkind: slurm\n")
     (home / "broken.yaml").write_text("kind: slurm\npartitoin: gpu\n")
@@ -99,12 +101,12 @@ def test_listing(home):
                            "problem": None}
     assert rows["local"]["own"] and rows["local"]["description"] == "mine"
     assert not rows["slurm"]["own"] and rows["slurm"]["file"] == str(BUILT_IN / "slurm.yaml")
-    assert rows["broken"]["kind"] is None and "`partitoin` is no key of this spec" in rows["broken"]["problem"]
+    assert rows["broken"]["kind"] is None and "`partitoin` is not a key of this spec" in rows["broken"]["problem"]
     assert f"{home / 'broken.yaml'}:2" in rows["broken"]["problem"]
     assert "no yaml.yaml" in rows["no yaml"]["problem"]
 
 
-def test_no_slurm_here(monkeypatch, tmp_path):
+def test_a_draft_needs_slurm(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no SLURM here: `scontrol` is not installed"):
         draft()

@@ -1,4 +1,4 @@
-"""How many nodes, ranks and cores a run gets on a cluster."""
+"""The nodes, ranks and cores that a run gets on a cluster."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def resources(cluster: dict, gpus: int | None = None, procs: int | None = None, 
     return slurm_resources(ClusterConfig(name="lab", kind="slurm", **cluster), Wanted(gpus, procs, nodes))
 
 
-@pytest.mark.parametrize("cluster, given, expected", [
+@pytest.mark.parametrize("cluster, wanted, expected", [
     (EIGHT, {"gpus": 1}, Resources("cuda", 1, 1, 6, 1)),
     (EIGHT, {"gpus": 8}, Resources("cuda", 8, 1, 6, 8)),
     (EIGHT, {"gpus": 16}, Resources("cuda", 16, 2, 6, 16)),
     (EIGHT, {"gpus": 512}, Resources("cuda", 512, 64, 6, 512)),
-    (EIGHT, {"gpus": 12}, Resources("cuda", 12, 2, 6, 12)),             # as few nodes as hold them evenly
+    (EIGHT, {"gpus": 12}, Resources("cuda", 12, 2, 6, 12)),             # the fewest nodes that hold the ranks evenly
     (EIGHT, {"gpus": 9}, Resources("cuda", 9, 3, 6, 9)),
     (EIGHT, {"gpus": 8, "nodes": 4}, Resources("cuda", 8, 4, 6, 8)),
-    (EIGHT, {"nodes": 2}, Resources("cuda", 16, 2, 6, 16)),             # whole ones
+    (EIGHT, {"nodes": 2}, Resources("cuda", 16, 2, 6, 16)),             # whole nodes
     (EIGHT, {}, Resources("cuda", 1, 1, 6, 1)),
-    (EIGHT, {"procs": 4}, Resources("cpu", 4, 1, 1)),                   # of a cluster with GPUs too
+    (EIGHT, {"procs": 4}, Resources("cpu", 4, 1, 1)),                   # CPU ranks also on a cluster with GPUs
     ({**EIGHT, "cpus_per_node": 32, "cpus_per_rank": 2}, {"procs": 24}, Resources("cpu", 24, 2, 2)),
-    ({}, {}, Resources("cuda", 1, 1, 1, 1)),                            # of which nothing is known
-    ({}, {"gpus": 100}, Resources("cuda", 100, 1, 1, 100)),             # SLURM has the last word
+    ({}, {}, Resources("cuda", 1, 1, 1, 1)),                            # nothing is known about the cluster
+    ({}, {"gpus": 100}, Resources("cuda", 100, 1, 1, 100)),             # SLURM decides
     ({}, {"gpus": 100, "nodes": 4}, Resources("cuda", 100, 4, 1, 100)),
     (STAND_IN, {"gpus": 16}, Resources("cpu", 16, 2, 6, 16)),
     (STAND_IN, {}, Resources("cpu", 1, 1, 6, 1)),
@@ -41,29 +41,29 @@ def resources(cluster: dict, gpus: int | None = None, procs: int | None = None, 
     (CORES, {"procs": 2, "nodes": 2}, Resources("cpu", 2, 2, 16)),
     ({**EIGHT, "max_nodes": 2}, {"gpus": 16}, Resources("cuda", 16, 2, 6, 16)),
 ])
-def test_what_a_run_gets(cluster, given, expected):
-    found = resources(cluster, **given)
-    assert found == expected and found.ranks_per_node * found.nodes == found.ranks
+def test_what_a_run_gets(cluster, wanted, expected):
+    result = resources(cluster, **wanted)
+    assert result == expected and result.ranks_per_node * result.nodes == result.ranks
 
 
-@pytest.mark.parametrize("cluster, given, said", [
+@pytest.mark.parametrize("cluster, wanted, message", [
     (EIGHT, {"gpus": 3, "nodes": 2}, "--gpus 3 cannot be spread evenly over 2 nodes\nhint: use --gpus 2 or 4"),
     (EIGHT, {"gpus": 1, "nodes": 2}, "--gpus 1 cannot be spread evenly over 2 nodes\nhint: use --gpus 2"),
     (EIGHT, {"gpus": 17}, "--gpus 17 cannot be spread evenly over 3 nodes\nhint: use --gpus 15 or 18"),
     (CORES, {"procs": 5}, "--procs 5 cannot be spread evenly over 2 nodes\nhint: use --procs 4 or 6"),
     (EIGHT, {"gpus": 16, "nodes": 1},
-     "--gpus 16 on --nodes 1 is 16 a node; a node of cluster `lab` has 8\nhint: use --nodes 2 or more"),
+     "--gpus 16 on --nodes 1 is 16 per node, but a node of cluster `lab` has 8\nhint: use --nodes 2 or more"),
     ({**EIGHT, "max_nodes": 2}, {"gpus": 24},
-     "--gpus 24 needs 3 nodes; cluster `lab` has 2 of 8 GPUs\nhint: use --gpus 16 or fewer"),
+     "--gpus 24 needs 3 nodes, but cluster `lab` has 2, each with 8 GPUs\nhint: use --gpus 16 or fewer"),
     ({**CORES, "max_nodes": 2}, {"procs": 12},
-     "--procs 12 needs 3 nodes; cluster `lab` has 2 of 4 ranks\nhint: use --procs 8 or fewer"),
-    ({"max_nodes": 2}, {"gpus": 3, "nodes": 3}, "--gpus 3 needs 3 nodes; cluster `lab` has 2"),
-    ({}, {"nodes": 2}, "--nodes 2 alone takes whole nodes, and cluster `lab` does not say how large they are\n"
-                       "hint: give --gpus too, or `gpus_per_node` in its file"),
-    ({"device": "cpu"}, {"nodes": 2}, "how large they are\nhint: give --procs too, or `cpus_per_node` in its file"),
-    ({"cpus_per_node": 8, "cpus_per_rank": 16}, {"procs": 2}, "gives a rank 16 cores (`cpus_per_rank`), and a node has 8"),
+     "--procs 12 needs 3 nodes, but cluster `lab` has 2, each with 4 ranks\nhint: use --procs 8 or fewer"),
+    ({"max_nodes": 2}, {"gpus": 3, "nodes": 3}, "--gpus 3 needs 3 nodes, but cluster `lab` has 2"),
+    ({}, {"nodes": 2}, "--nodes 2 without --gpus asks for whole nodes, but the file of cluster `lab` does not say how "
+                       "large a node is\nhint: add --gpus, or set `gpus_per_node` in that file"),
+    ({"device": "cpu"}, {"nodes": 2}, "how large a node is\nhint: add --procs, or set `cpus_per_node` in that file"),
+    ({"cpus_per_node": 8, "cpus_per_rank": 16}, {"procs": 2}, "gives a rank 16 cores (`cpus_per_rank`), but a node has 8"),
 ])
-def test_what_does_not_fit_is_refused(cluster, given, said):
+def test_a_run_that_does_not_fit_is_refused(cluster, wanted, message):
     with pytest.raises(UserError) as error:
-        resources(cluster, **given)
-    assert said in str(error.value)
+        resources(cluster, **wanted)
+    assert message in str(error.value)

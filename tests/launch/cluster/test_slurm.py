@@ -1,4 +1,4 @@
-"""Reading what SLURM's commands print. The texts are what SLURM 22.05 printed."""
+"""Parsing the output of SLURM's commands. The texts are output of SLURM 22.05."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SQUEUE = """\
 
 
 @pytest.fixture
-def said(monkeypatch):
-    """What each program says, by its name; without a word it fails."""
+def output(monkeypatch):
+    """The output of each command, by the command's name. A command without an entry fails."""
     texts = {}
 
     def call(*words, **_):
@@ -41,36 +41,36 @@ def said(monkeypatch):
     return texts
 
 
-def test_the_queue(said):
-    said["squeue"] = SQUEUE
-    found = slurm.queue(["114_1", "116", "112", "99999"])
-    assert list(found) == ["114_1", "116", "112"]
-    assert (found["112"].script, found["112"].node_list, found["112"].waiting) == ("/tmp/a b|c 中文/s.sh", "n[1-2]", False)
-    assert (found["114_1"].start, found["114_1"].reason, found["114_1"].waiting) == (None, "JobArrayTaskLimit", True)
-    assert (found["116"].script, found["116"].priority, found["116"].nodes) == (None, 4294901644, 3)
-    assert list(slurm.queue(["116"])) == ["116"], "what is not asked for is not told"
+def test_queue_returns_the_jobs_that_are_asked_for(output):
+    output["squeue"] = SQUEUE
+    jobs = slurm.queue(["114_1", "116", "112", "99999"])
+    assert list(jobs) == ["114_1", "116", "112"]
+    assert (jobs["112"].script, jobs["112"].node_list, jobs["112"].waiting) == ("/tmp/a b|c 中文/s.sh", "n[1-2]", False)
+    assert (jobs["114_1"].start, jobs["114_1"].reason, jobs["114_1"].waiting) == (None, "JobArrayTaskLimit", True)
+    assert (jobs["116"].script, jobs["116"].priority, jobs["116"].nodes) == (None, 4294901644, 3)
+    assert list(slurm.queue(["116"])) == ["116"], "other jobs must not be returned"
 
 
-def test_what_accounting_remembers(said):
-    said["squeue"] = ""
-    said["sacct"] = SACCT
-    found = slurm.history(["1", "2", "4", "5", "6_1", "8", "8.0", "8.1"])
-    assert {id: (end.state, end.exit_code, end.signal, end.nodes) for id, end in found.items()} == {
+def test_history_from_accounting(output):
+    output["squeue"] = ""
+    output["sacct"] = SACCT
+    ended = slurm.history(["1", "2", "4", "5", "6_1", "8", "8.0", "8.1"])
+    assert {id: (end.state, end.exit_code, end.signal, end.nodes) for id, end in ended.items()} == {
         "1": ("FAILED", 3, None, ["n1"]), "2": ("FAILED", None, 9, ["n1"]), "4": ("CANCELLED", 0, None, ["n1", "n2"]),
         "5": ("CANCELLED", 0, None, []), "8.0": ("COMPLETED", 0, None, ["n1"]), "6_1": ("FAILED", 1, None, ["n1"])}
-    del said["sacct"]
-    assert slurm.history(["1"]) == {}, "no accounting is no error"
+    del output["sacct"]
+    assert slurm.history(["1"]) == {}, "a cluster without accounting is not an error"
 
 
-def test_the_controller_remembers_first(said):
-    said["squeue"] = "121|FAILED|768|2026-11-24T02:11:54|n1|NonZeroExitCode\n122|FAILED|9|2026-11-24T02:11:54|n1|None\n"
-    said["sacct"] = "121|COMPLETED|0:0|2020-01-01T00:00:00|n9|None\n"
-    found = slurm.history(["121", "122"])
-    assert [(end.exit_code, end.signal, end.nodes) for end in found.values()] == [(3, None, ["n1"]), (None, 9, ["n1"])]
+def test_the_controller_overrides_accounting(output):
+    output["squeue"] = "121|FAILED|768|2026-11-24T02:11:54|n1|NonZeroExitCode\n122|FAILED|9|2026-11-24T02:11:54|n1|None\n"
+    output["sacct"] = "121|COMPLETED|0:0|2020-01-01T00:00:00|n9|None\n"
+    ended = slurm.history(["121", "122"])
+    assert [(end.exit_code, end.signal, end.nodes) for end in ended.values()] == [(3, None, ["n1"]), (None, 9, ["n1"])]
 
 
-def test_partitions_of_unequal_nodes(said):
-    said["sinfo"] = ("main*|up|1-00:00:00|3|16|64000|gpu:8\n"
+def test_partitions_with_different_nodes(output):
+    output["sinfo"] = ("main*|up|1-00:00:00|3|16|64000|gpu:8\n"
                      "main*|up|1-00:00:00|2|128|512000|gpu:a100:4(S:0-1),gpu:v100:2,mps:8\n"
                      "long|drain|infinite|1|8|16000|(null)\n")
     main, long = slurm.partitions()
@@ -78,8 +78,8 @@ def test_partitions_of_unequal_nodes(said):
     assert (long.default, long.time_s, long.gpus, long.up) == (False, None, {}, False)
 
 
-def test_states_of_nodes(said):
-    said["sinfo"] = "n1|idle|none\nn2|down*|Not responding\nn3|mixed*|none\nn4|idle~|none\nn5|drained|bad | disk\n"
+def test_states_of_nodes(output):
+    output["sinfo"] = "n1|idle|none\nn2|down*|Not responding\nn3|mixed*|none\nn4|idle~|none\nn5|drained|bad | disk\n"
     assert slurm.node_states(["n1"]) == {"n1": ("IDLE", ""), "n2": ("DOWN", "Not responding"), "n3": ("NOT_RESPONDING", ""),
                                          "n4": ("IDLE", ""), "n5": ("DRAINED", "bad | disk")}
 
@@ -88,30 +88,31 @@ def test_states_of_nodes(said):
     ("", []), ("n1", ["n1"]), ("n[1-3,7],m01", ["n1", "n2", "n3", "n7", "m01"]),
     ("n[08-11]", ["n08", "n09", "n10", "n11"]), ("r[1-2]n[3-4]x", ["r1n3x", "r1n4x", "r2n3x", "r2n4x"]),
 ])
-def test_lists_of_nodes(node_list, names):
+def test_lists_of_nodes_are_expanded(node_list, names):
     assert slurm.expand(node_list) == names
 
 
 @pytest.mark.parametrize("reason, plain", [
     ("Priority", "higher priority"), ("Resources", "become free"), ("DependencyNeverSatisfied", "never start"),
     ("BeginTime", "two minutes"), ("ReqNodeNotAvail, UnavailableNodes:n2", "down, draining or reserved"),
-    ("QOSMaxGRESPerUser", "allows a user"), ("QOSMaxGRESPerJob", "than a job"), ("QOSGrpGRES", "at once"),
-    ("AssocGrpCpuLimit", "at once"), ("AssocMaxJobsLimit", "allows a user"), ("QOSMinGRES", "less than its QOS"),
-    ("job requeued in held state", "scontrol release"), ("PartitionTimeLimit", "this length"), ("SomethingNew", "SomethingNew"),
+    ("QOSMaxGRESPerUser", "allows one user"), ("QOSMaxGRESPerJob", "allows one job"), ("QOSGrpGRES", "at once"),
+    ("AssocGrpCpuLimit", "at once"), ("AssocMaxJobsLimit", "allows one user"), ("QOSMinGRES", "less than its QOS"),
+    ("job requeued in held state", "scontrol release"), ("PartitionTimeLimit", "this time limit"),
+    ("SomethingNew", "SomethingNew"),
 ])
 def test_reasons_in_plain_words(reason, plain):
-    assert plain in reasons.words(reason)
+    assert plain in reasons.in_words(reason)
 
 
-@pytest.mark.parametrize("reason, said", [
+@pytest.mark.parametrize("reason, text", [
     ("Priority", "jobs of higher priority come first (Priority)"), ("None", "SLURM has not looked at it yet"),
     ("SomethingNew", "SomethingNew"),
 ])
-def test_slurms_own_word_stands_behind_if_it_has_one(reason, said):
-    assert reasons.told(reason) == said
+def test_slurms_own_word_follows_in_brackets_if_there_is_one(reason, text):
+    assert reasons.in_words_with_code(reason) == text
 
 
-def test_the_environment_of_jobs_is_the_users_own():
+def test_jobs_get_the_users_environment_without_foreign_variables():
     own = {"PATH": "/bin", "SLURM_CONF": "/etc/c", "HOME": "/h", "RANKING": "1", "LAUNCH_RUNS": "/r", "LAUNCH_DATA": "/d",
            "WORLD_SIZES": "1", "WANDB_API_KEY": "k"}
     foreign = ["SBATCH_EXPORT", "SBATCH_PARTITION", "SLURM_CPU_BIND", "SLURM_JOB_ID", "SRUN_CPUS_PER_TASK", "SQUEUE_FORMAT",
@@ -120,9 +121,9 @@ def test_the_environment_of_jobs_is_the_users_own():
     assert slurm.environment({**own, **dict.fromkeys(foreign, "x")}) == own
 
 
-def test_a_command_that_cannot_be_asked_says_why(monkeypatch, tmp_path):
+def test_a_command_that_fails_says_why(monkeypatch, tmp_path):
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none"))
-    with pytest.raises(UserError, match="SLURM_CONF says .*none`, and there is no such file"):
+    with pytest.raises(UserError, match="SLURM_CONF is .*none`, but this file does not exist"):
         slurm.call("squeue")
     monkeypatch.delenv("SLURM_CONF")
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -1,3 +1,5 @@
+"""Which data is missing on a cluster's nodes, and the download of that data."""
+
 from __future__ import annotations
 
 import hashlib
@@ -20,7 +22,7 @@ from trainers.contract.errors import UserError
 HERE = ClusterConfig(name="here")
 
 
-def of(task: str, *overrides: str, cluster: ClusterConfig = HERE) -> Spec:
+def load(task: str, *overrides: str, cluster: ClusterConfig = HERE) -> Spec:
     return load_spec(task, overrides, cluster=cluster, environment={})
 
 
@@ -35,30 +37,30 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # --- What is missing
 
 
-def test_missing_looks_where_the_ranks_will(folder, monkeypatch):
-    def places(*overrides: str, **cluster) -> list[str]:
-        there = ClusterConfig(name="there", **cluster)
-        return missing(of("cifar10", *overrides, cluster=there), there)
+def test_data_is_looked_for_where_the_ranks_look(folder, monkeypatch):
+    def missing_on(*overrides: str, **settings) -> list[str]:
+        cluster = ClusterConfig(name="there", **settings)
+        return missing(load("cifar10", *overrides, cluster=cluster), cluster)
 
-    assert places() == [f"CIFAR-10 in {folder}/home/.cache/launch"]
+    assert missing_on() == [f"CIFAR-10 in {folder}/home/.cache/launch"]
     monkeypatch.setenv("LAUNCH_DATA", "/here")
-    assert places() == ["CIFAR-10 in /here"]
-    assert places(data="/shared") == ["CIFAR-10 in /shared"]
-    assert places(data="/shared", env={"LAUNCH_DATA": "/set"}) == ["CIFAR-10 in /set"]
-    assert places("data.root=mine", data="/shared") == [f"CIFAR-10 in {folder}/mine"]
+    assert missing_on() == ["CIFAR-10 in /here"]
+    assert missing_on(data="/shared") == ["CIFAR-10 in /shared"]
+    assert missing_on(data="/shared", env={"LAUNCH_DATA": "/set"}) == ["CIFAR-10 in /set"]
+    assert missing_on("data.root=mine", data="/shared") == [f"CIFAR-10 in {folder}/mine"]
 
 
-def test_nothing_is_missing(folder):
+def test_nothing_is_missing_once_all_files_are_there(folder):
     for file in CIFAR10_FILES:
         (folder / "data" / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / "data" / file).touch()
-    assert missing(of("cifar10", "data.root=data"), HERE) == []
+    assert missing(load("cifar10", "data.root=data"), HERE) == []
     (folder / "data" / CIFAR10_FILES[3]).unlink()
-    assert missing(of("cifar10", "data.root=data"), HERE) == [f"CIFAR-10 in {folder}/data"]
-    assert missing(of("cifar10", "data=sample"), HERE) == missing(of("cifar10", "data=/my/images"), HERE) == []
+    assert missing(load("cifar10", "data.root=data"), HERE) == [f"CIFAR-10 in {folder}/data"]
+    assert missing(load("cifar10", "data=sample"), HERE) == missing(load("cifar10", "data=/my/images"), HERE) == []
 
 
-def test_a_script_fetches_its_own(folder):
+def test_a_script_downloads_its_own_data(folder):
     (folder / "train.py").touch()
     spec = script_spec("train.py", cluster=HERE)
     assert missing(spec, HERE) == []
@@ -66,51 +68,51 @@ def test_a_script_fetches_its_own(folder):
         prefetch(spec, HERE)
 
 
-# --- A task of one's own. It imports no torch: these processes are quick
+# --- A user's own task. It imports no torch, so these processes are quick
 
 
 @pytest.fixture
-def own(folder: Path):
-    """Gives a function: the spec of a task whose `prefetch` has this body."""
+def own_task(folder: Path):
+    """A function that makes a task whose `prefetch` has the given body, and returns its spec."""
     def make(body: str) -> Spec:
         (folder / "mine.py").write_text(
             "import os\nfrom trainers.errors import UserError\n\nclass Mine:\n"
             f"    def __init__(self, config):\n        self.config = config\n\n    def prefetch(self):\n        {body}\n")
         (folder / "my.yaml").write_text("task: mine:Mine\nmodel: {hub: some/模型}\ntrain: {steps: 1}\n")
-        return of("my.yaml")
+        return load("my.yaml")
     return make
 
 
-def test_it_runs_with_the_ranks_environment_and_online(own, monkeypatch, capfd):
+def test_the_download_has_the_ranks_environment_without_offline_settings(own_task, monkeypatch, capfd):
     monkeypatch.setenv("HF_HOME", "/mine")
-    spec = own("e = os.environ; return [f'{self.config.model[\"hub\"]}: {e[\"HF_HOME\"]}', "
-               "e['LAUNCH_DATA'], str([key for key in e if 'OFFLINE' in key])]")
-    there = ClusterConfig(name="there", data="/shared", env={"HF_HOME": "/hub", "HF_HUB_OFFLINE": "1"})
-    assert prefetch(spec, there) == 0
+    spec = own_task("e = os.environ; return [f'{self.config.model[\"hub\"]}: {e[\"HF_HOME\"]}', "
+                    "e['LAUNCH_DATA'], str([key for key in e if 'OFFLINE' in key])]")
+    cluster = ClusterConfig(name="there", data="/shared", env={"HF_HOME": "/hub", "HF_HUB_OFFLINE": "1"})
+    assert prefetch(spec, cluster) == 0
     assert capfd.readouterr() == ("some/模型: /hub\n/shared\n[]\n", "")
 
 
-def test_its_lines_go_where_they_are_wanted(own, folder, capfd):
+def test_its_lines_go_to_the_given_output(own_task, folder, capfd):
     with open(folder / "lines", "w") as file:
-        assert prefetch(own("return ['one', 'two']"), HERE, file) == 0
+        assert prefetch(own_task("return ['one', 'two']"), HERE, file) == 0
     assert (folder / "lines").read_text() == "one\ntwo\n" and capfd.readouterr() == ("", "")
-    assert prefetch(own("return []"), HERE) == 0
+    assert prefetch(own_task("return []"), HERE) == 0
     assert capfd.readouterr().out == "my downloads nothing\n"
 
 
-def test_what_goes_wrong(own, folder, capfd):
-    assert prefetch(own("raise UserError('the hub says no', 'log in')"), HERE) == 2
+def test_a_download_that_fails(own_task, folder, capfd):
+    assert prefetch(own_task("raise UserError('the hub says no', 'log in')"), HERE) == 2
     assert capfd.readouterr() == ("", "error: the hub says no\nhint: log in\n")
-    assert prefetch(own("raise KeyError('a bug')"), HERE) == 1
+    assert prefetch(own_task("raise KeyError('a bug')"), HERE) == 1
     assert "Traceback" in capfd.readouterr().err
     with pytest.raises(UserError, match="was ended by SIGKILL"):
-        prefetch(own("os.kill(os.getpid(), 9)"), HERE)
+        prefetch(own_task("os.kill(os.getpid(), 9)"), HERE)
     (folder / "mine.py").write_text("import torhc\n")
-    assert prefetch(of("my.yaml"), HERE) == 2
+    assert prefetch(load("my.yaml"), HERE) == 2
     assert "`mine` imports `torhc`, which is not installed" in capfd.readouterr().err
     (folder / "mine.py").write_text("Mine = 3\n")
-    assert prefetch(of("my.yaml"), HERE) == 2
-    assert "no subclass of trainers.engine.task.Task" in capfd.readouterr().err
+    assert prefetch(load("my.yaml"), HERE) == 2
+    assert "not a subclass of trainers.engine.task.Task" in capfd.readouterr().err
 
 
 # --- CIFAR-10, by torchvision's own download
@@ -131,7 +133,7 @@ class Small(Cifar10):
 
 
 def archive() -> tuple[bytes, dict]:
-    """Six files of one image each in place of CIFAR-10's, and what torchvision is to know of them."""
+    """An archive of six files with one image each, and the attributes by which torchvision accepts it as CIFAR-10."""
     files = {name: {"data": [[7] * 3072], "labels": [3]} for name in [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]}
     packed = {name: pickle.dumps(value) for name, value in {**files, "batches.meta": {"label_names": list("abcdefghij")}}.items()}
     stream = io.BytesIO()
@@ -150,8 +152,8 @@ def archive() -> tuple[bytes, dict]:
 
 @pytest.fixture
 def small_cifar10(folder: Path):
-    """`cifar10` as the spec small.yaml, whose download is a small archive from a server here; gives that server."""
-    content, known = archive()
+    """Write small.yaml, the spec of a `cifar10` that downloads a small archive from a local server. Yields the server."""
+    content, attributes = archive()
 
     class Files(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -167,7 +169,7 @@ def small_cifar10(folder: Path):
 
     with HTTPServer(("127.0.0.1", 0), Files) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        (folder / "small.json").write_text(json.dumps({**known, "url": f"http://127.0.0.1:{server.server_port}/c.tar.gz"}))
+        (folder / "small.json").write_text(json.dumps({**attributes, "url": f"http://127.0.0.1:{server.server_port}/c.tar.gz"}))
         (folder / "small.py").write_text(STAND_IN)
         (folder / "small.yaml").write_text(
             "task: small:Small\nconfig: trainers.cifar10.config:Cifar10Config\ntrain: {steps: 1}\n")
@@ -176,20 +178,20 @@ def small_cifar10(folder: Path):
 
 
 @pytest.mark.slow  # each process imports torch
-def test_cifar10_is_fetched_to_where_ranks_look(folder, small_cifar10, capfd):
-    there = ClusterConfig(name="there", data=str(folder / "shared data"))
-    spec = of("small.yaml", cluster=there)
-    assert missing(spec, there) == [f"CIFAR-10 in {folder}/shared data"]
-    assert prefetch(spec, there) == 0
+def test_cifar10_is_downloaded_to_where_ranks_look(folder, small_cifar10, capfd):
+    cluster = ClusterConfig(name="there", data=str(folder / "shared data"))
+    spec = load("small.yaml", cluster=cluster)
+    assert missing(spec, cluster) == [f"CIFAR-10 in {folder}/shared data"]
+    assert prefetch(spec, cluster) == 0
     assert capfd.readouterr().out == f"CIFAR-10: fetched into {folder}/shared data\n"
-    assert missing(spec, there) == []
+    assert missing(spec, cluster) == []
     assert sorted(path.name for path in (folder / "shared data").iterdir()) == ["cifar-10-batches-py"]
     small_cifar10.shutdown()
     small_cifar10.server_close()
-    assert prefetch(spec, there) == 0
+    assert prefetch(spec, cluster) == 0
     assert capfd.readouterr() == (f"CIFAR-10: already in {folder}/shared data\n", "")
 
-    assert prefetch(spec, HERE) == 2  # nobody answers now
+    assert prefetch(spec, HERE) == 2  # the server is gone now
     out, err = capfd.readouterr()
     assert out == "" and "Traceback" not in err
     assert f"error: CIFAR-10 is not in {folder}/home/.cache/launch, and it could not be downloaded" in err

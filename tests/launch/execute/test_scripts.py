@@ -1,4 +1,4 @@
-"""Ranks as processes: scripts that import nothing heavy, so that what is tested is the node process."""
+"""Runs of small scripts on this machine. The scripts import nothing heavy, so the tests are about the launcher."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_ranks_get_torchruns_variables_and_a_log_each(launch):
     assert record(run)["state"] == "finished" and attempt(run, 1)["outcome"] == "finished"
 
 
-def test_a_folder_with_names_of_ours_breaks_nothing(launch):
+def test_user_files_named_like_our_packages_break_nothing(launch):
     (launch.folder / "trainers").mkdir()
     script(launch.folder, "raise SystemExit('the user\\'s launch.py was imported')", "launch.py")
     script(launch.folder, "mine = 'the user\\'s own'", "trainers/__init__.py")
@@ -49,7 +49,7 @@ def test_a_folder_with_names_of_ours_breaks_nothing(launch):
 
 
 @pytest.mark.slow
-def test_the_first_failure_is_recorded_and_the_others_are_ended(launch):
+def test_the_first_failure_is_recorded_and_the_other_ranks_are_killed(launch):
     script(launch.folder, "import os, signal, time\n"
            "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
            "if os.environ['RANK'] == '1':\n    time.sleep(0.5)\n    raise ValueError('a bad \\u5b57')\n"
@@ -64,7 +64,7 @@ def test_the_first_failure_is_recorded_and_the_others_are_ended(launch):
     assert record(launch.run())["state"] == "failed"
 
 
-def test_a_rank_that_is_killed_is_named_with_its_signal(launch):
+def test_a_killed_rank_is_reported_with_its_signal(launch):
     script(launch.folder, "import time; print('up', flush=True); time.sleep(600)")
     process = launch.start("work.py", "--procs", 2)
     ranks = wait_until(lambda: len(ranks_of(process.pid)) == 2 and ranks_of(process.pid), process=process)
@@ -122,7 +122,7 @@ def test_ranks_that_do_not_stop_are_killed_after_the_grace(launch):
     assert "did not stop within 1 s of SIGTERM" in err
 
 
-def test_restarts_are_counted_and_resume_starts_anew(launch):
+def test_restarts_are_counted_and_resume_resets_the_count(launch):
     script(launch.folder, "import os, sys\nn = int(os.environ['LAUNCH_ATTEMPT'])\nprint('attempt', n)\nsys.exit(n < 4)\n")
     done = launch("work.py", "--procs", 1, "run.max_restarts=1")
     assert done.returncode == 1 and "attempt 2" in done.stdout and "attempt 3" not in done.stdout
@@ -132,7 +132,7 @@ def test_restarts_are_counted_and_resume_starts_anew(launch):
     assert record(run)["attempt"] == 4 and record(run)["state"] == "finished"
 
 
-def test_output_that_is_no_text_and_long_lines(launch):
+def test_binary_output_and_long_lines_reach_the_log_unchanged(launch):
     script(launch.folder, "import os\nos.write(1, b'\\xff\\xfe no utf-8\\n' + b'x' * 300_000 + b'\\nno newline at the end')")
     done = launch("work.py", "--procs", 1)
     assert done.returncode == 0, done.stderr
@@ -140,7 +140,7 @@ def test_output_that_is_no_text_and_long_lines(launch):
     assert path.read_bytes() == b"\xff\xfe no utf-8\n" + b"x" * 300_000 + b"\nno newline at the end"
 
 
-def test_what_looks_like_an_event_but_is_none(launch):
+def test_output_that_only_looks_like_an_event_stays_text(launch):
     script(launch.folder, r"print('\x1e{\"event\": \"step\"}'); print('\x1e[1]'); print('a\x1eb')")
     done = launch("work.py", "--procs", 1)
     assert done.returncode == 0, done.stderr
@@ -156,11 +156,11 @@ def test_json_is_one_object_a_line(launch):
     assert events[-1]["event"] == "failure" and events[-1]["exit_code"] == 3
 
 
-def test_gpus_that_are_not_there(launch):
+def test_missing_gpus_are_an_error(launch):
     script(launch.folder, "print(1)")
     done = launch("work.py", "--gpus", 2, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2 and not launch.runs()
-    assert done.stderr.startswith("error: --gpus 2 was asked for; this machine has 0") and done.stderr.count("\n") == 2
+    assert done.stderr.startswith("error: --gpus 2 was asked for, but this machine has 0") and done.stderr.count("\n") == 2
 
 
 def test_debug_runs_in_the_command_itself_with_its_standard_input(launch):
@@ -210,7 +210,7 @@ def test_a_rank_that_floods_its_output_still_stops(launch):
     drain.join()
 
 
-def test_a_line_that_waits_for_its_end_is_shown(launch):
+def test_an_unfinished_line_is_shown(launch):
     script(launch.folder, "import sys, time\nfor i in range(40): sys.stdout.write(f'\\r{i} of 40'); time.sleep(0.1)")
     process = launch.start("work.py", "--procs", 1)
     wait_until(lambda: any("3 of 40" in p.read_text() for p in launch.folder.glob("runs/*/attempts/1/logs/0.log")),
@@ -220,7 +220,7 @@ def test_a_line_that_waits_for_its_end_is_shown(launch):
     process.communicate(timeout=60)
 
 
-def test_of_two_who_resume_one_wins(launch):
+def test_one_of_two_concurrent_resumes_wins(launch):
     script(launch.folder, "import os, time\nif os.environ['LAUNCH_ATTEMPT'] == '1': raise SystemExit(1)\n"
            "while not os.path.exists('go'): time.sleep(0.02)")
     assert launch("work.py", "--procs", 1).returncode == 1
@@ -245,7 +245,7 @@ def test_a_run_of_a_lost_host_can_be_taken_over(launch):
 
 
 @pytest.mark.slow
-def test_a_scripts_rank_that_saves_has_all_of_the_grace(launch):
+def test_a_rank_that_saves_has_the_whole_grace_although_another_rank_is_gone(launch):
     script(launch.folder, "import os, signal, sys, time\n"
            "def save(*_):\n    time.sleep(7); print('saved', flush=True); sys.exit(75)\n"
            "if os.environ['RANK'] == '0': signal.signal(signal.SIGTERM, save)\n"

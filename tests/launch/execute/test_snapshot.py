@@ -1,4 +1,4 @@
-"""The code as submitted, from real git repositories and from plain folders."""
+"""Snapshots of the code, taken of real git repositories and of plain folders."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def repository(top: Path, files: dict[str, str]) -> Path:
 
 
 def names(folder: Path) -> set[str]:
-    """All that is in a folder, but for folders that are no links."""
+    """The files and links in a folder, by their relative paths."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
 
 
@@ -69,7 +69,7 @@ def test_the_working_copy_is_copied_and_recorded(tmp_path: Path, into: Path) -> 
     assert taken.left_out == ()
 
 
-def test_commit_diff_and_untracked_make_the_copy_again(tmp_path: Path, into: Path) -> None:
+def test_commit_diff_and_untracked_files_reproduce_the_copy(tmp_path: Path, into: Path) -> None:
     top = repository(tmp_path / "proj", {"a.py": "1\n2\n3\n", "b.py": "b\n", "c.py": "c\n", "blob.txt": "\0old",
                                             ".gitattributes": "*.py diff=count\n"})
     write(top, {"a.py": "1\nzwei\n3\n", "blob.txt": "\0new", "new.py": "n"})
@@ -92,8 +92,8 @@ def test_commit_diff_and_untracked_make_the_copy_again(tmp_path: Path, into: Pat
 def test_a_clean_tree(tmp_path: Path, into: Path) -> None:
     top = repository(tmp_path / "proj", {"a.py": "1"})
     git(top, "checkout", "-q", "--detach")
-    os.utime(top / "a.py", (10**9, 10**9))  # its time alone has changed
-    (top / ".git/index.lock").touch()  # another git is at work
+    os.utime(top / "a.py", (10**9, 10**9))  # only its time has changed
+    (top / ".git/index.lock").touch()  # another git process is running
     tree = take([top], into).trees[0]
     assert (tree["branch"], tree["dirty"], tree["diff"], tree["untracked"]) == (None, False, None, [])
     assert names(into) == {"snapshot.json", "proj/a.py"}
@@ -128,7 +128,7 @@ def test_modes_and_times_stay(tmp_path: Path, into: Path) -> None:
     assert names(into / "proj") == {"run.sh", "read_only.py", "plain.py"}
 
 
-def test_links_keep_their_meaning(tmp_path: Path, into: Path) -> None:
+def test_links_still_point_to_the_right_files(tmp_path: Path, into: Path) -> None:
     write(tmp_path, {"elsewhere/data.txt": "far"})
     top = repository(tmp_path / "proj", {"src/a.py": "a", ".gitignore": "big/\n", "big/x.txt": "big"})
     links = {"out": "../elsewhere", "in.py": "src/a.py", "src/up.py": "../in.py", "absolute": str(top / "src"),
@@ -146,7 +146,7 @@ def test_links_keep_their_meaning(tmp_path: Path, into: Path) -> None:
     assert not (copy / "broken").exists()
 
 
-def test_a_link_that_took_a_folders_place(tmp_path: Path, into: Path) -> None:
+def test_a_link_that_replaced_a_folder(tmp_path: Path, into: Path) -> None:
     top = repository(tmp_path / "proj", {"lib/a.py": "a", "main.py": "m"})
     shutil.move(top / "lib", tmp_path / "lib")
     (top / "lib").symlink_to("../lib")
@@ -165,7 +165,7 @@ def test_a_source_reached_through_a_link(tmp_path: Path, into: Path) -> None:
     assert load(into).moved(tmp_path / "now/sub/train.py").read_text() == "v1"
 
 
-def test_moved_leaves_alone_what_was_not_copied(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moved_returns_paths_that_were_not_copied_unchanged(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     top = repository(tmp_path / "proj", {"a.py": "a", ".gitignore": "data\n", "data/x.csv": "x"})
     taken = take([top], into)
     for path in (top / "data", top / "none.py", tmp_path / "proj2/a.py", Path("/"), Path("a.py"), Path("../x")):
@@ -187,7 +187,7 @@ def test_several_sources_and_their_names(tmp_path: Path, into: Path) -> None:
     assert not any(copy.startswith(".") for copy in copies)
 
 
-def test_a_submodule_and_a_repository_of_its_own(tmp_path: Path, into: Path) -> None:
+def test_a_submodule_and_a_nested_repository(tmp_path: Path, into: Path) -> None:
     lib = repository(tmp_path / "lib", {"lib.py": "l", ".gitignore": "*.log\n"})
     top = repository(tmp_path / "proj", {"main.py": "m"})
     for name in ("deps/lib", "deps/absent"):
@@ -206,7 +206,7 @@ def test_a_submodule_and_a_repository_of_its_own(tmp_path: Path, into: Path) -> 
     assert taken.left_out == ()
 
 
-def test_runs_within_the_tree_are_no_code(tmp_path: Path) -> None:
+def test_runs_inside_the_tree_are_not_copied(tmp_path: Path) -> None:
     top = repository(tmp_path / "proj", {"a.py": "a", "my [runs]*/committed.py": "no code of a run either"})
     for folder, take_into in (("my [runs]*", "my [runs]*/run-2/code"), ("", "run-2/code"), ("old", "runs/run-2/code")):
         write(top / folder / "run-1", {"run.json": "{}", "run.yaml": "x: 1", "code/proj/a.py": "older"})
@@ -227,17 +227,17 @@ def test_a_package_named_runs_belongs_to_a_repository(tmp_path: Path, into: Path
     assert names(into / "proj") == {"a.py", "src/runs/b.py", "conf/run.json", "wandb/c.py", "other/run.json"}
 
 
-def test_what_one_asked_for_is_copied_though_ignored(tmp_path: Path) -> None:
+def test_sources_are_copied_even_if_git_ignores_them(tmp_path: Path) -> None:
     top = repository(tmp_path / "proj", {"a.py": "a", ".gitignore": "scratch/\nexp_*\n"})
     write(top, {"scratch/exp.py": "e", "scratch/help.py": "h", "exp_1": "script", "exp_2": "other"})
-    one = take([top / "scratch/exp.py"], tmp_path / "runs/1/code")
-    assert names(one.folder / "proj") == {"a.py", ".gitignore", "scratch/exp.py", "scratch/help.py"}
-    two = take([top / "exp_1"], tmp_path / "runs/2/code")
-    assert names(two.folder / "proj") == {"a.py", ".gitignore", "exp_1"}
-    assert two.trees[0]["untracked"] == ["exp_1"] and two.trees[0]["dirty"]
+    first = take([top / "scratch/exp.py"], tmp_path / "runs/1/code")
+    assert names(first.folder / "proj") == {"a.py", ".gitignore", "scratch/exp.py", "scratch/help.py"}
+    second = take([top / "exp_1"], tmp_path / "runs/2/code")
+    assert names(second.folder / "proj") == {"a.py", ".gitignore", "exp_1"}
+    assert second.trees[0]["untracked"] == ["exp_1"] and second.trees[0]["dirty"]
 
 
-def test_no_secrets(tmp_path: Path, into: Path) -> None:
+def test_secrets_are_not_copied(tmp_path: Path, into: Path) -> None:
     secrets = {".env": "KEY=s3cret", "conf/server.PEM": "s3cret", "id_rsa": "s3cret", ".netrc": "s3cret",
                "aws-Credentials.json": "s3cret"}
     top = repository(tmp_path / "proj", {"a.py": "a", **secrets})
@@ -251,7 +251,7 @@ def test_no_secrets(tmp_path: Path, into: Path) -> None:
                                    {*secrets, "new/.env", "link.pem"} - {"id_rsa"}}
 
 
-def test_caps(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caps_leave_out_files_and_say_so(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "MAX_FILES", 4)
     monkeypatch.setattr(snapshot, "MAX_FILE_BYTES", 100)
     monkeypatch.setattr(snapshot, "MAX_BYTES", 250)
@@ -262,7 +262,7 @@ def test_caps(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for i in range(5):
         (other / f"link{i}").symlink_to("c.py")
     taken = take([top, other], into)
-    assert names(into / "proj") == {"z.py", "y.py", "a.txt"}  # the small file has room, the untracked one has none
+    assert names(into / "proj") == {"z.py", "y.py", "a.txt"}  # the small file still fits, the untracked file does not
     assert names(into / "other") == {"c.py", "link0", "link1", "link2", "link3"}
     assert set(taken.left_out) == {f"{top}/big.txt (0.0 MiB)", f"{top}/new.py (more than 0.0 MiB in all)",
                                    f"{other}/b.txt (more than 4 files)", f"{other}/link4 (more than 4 links)"}
@@ -270,7 +270,7 @@ def test_caps(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (into / "proj.diff").stat().st_size == 80 and "cut" in taken.trees[0]["note"]
 
 
-def test_the_diff_has_no_file_that_is_too_large(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_diff_leaves_out_large_files(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "MAX_FILE_BYTES", 100)
     top = repository(tmp_path / "proj", {"a.txt": "1\n", "big.txt": "x\n"})
     write(top, {"a.txt": "2\n", "big.txt": "y\n" * 200})
@@ -279,7 +279,7 @@ def test_the_diff_has_no_file_that_is_too_large(tmp_path: Path, into: Path, monk
         "--- a/a.txt", "+++ b/a.txt", "-1", "+2"}
 
 
-def test_the_record_lists_so_many(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_in_the_record_are_cut(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "MAX_LISTED", 2)
     top = repository(tmp_path / "proj", {"a.py": "a"})
     write(top, {f"{i}.pem": "" for i in range(5)})
@@ -307,23 +307,24 @@ def test_a_plain_folder(tmp_path: Path, into: Path) -> None:
                               "diff": None, "untracked": [], "left_out": [], "note": None}
 
 
-def test_a_plain_folder_is_looked_at_for_so_long(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_of_a_plain_folder_is_limited(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "MAX_SEEN", 20)
     write(tmp_path / "home", {f"a/b/c/{i}.py": "" for i in range(50)} | {"task.yaml": "x", "near/n.py": "n"})
     taken = take([tmp_path / "home/task.yaml"], into)
     assert names(into / "home") >= {"task.yaml", "near/n.py"} and len(names(into / "home")) < 30
-    assert taken.left_out == (f"{tmp_path}/home/a/b/c/ and on (more than 20 files)",)
+    assert taken.left_out == (f"{tmp_path}/home/a/b/c/ and further folders (more than 20 files)",)
 
 
-def test_runs_in_a_plain_folder(tmp_path: Path) -> None:
+def test_runs_in_a_plain_folder_are_not_copied(tmp_path: Path) -> None:
     write(tmp_path / "proj", {"a.py": "a", "out/run-0/code/b.py": "b"})
     taken = take([tmp_path / "proj"], tmp_path / "proj/out/run-1/code")
     assert names(taken.folder / "proj") == {"a.py"}
 
 
 @pytest.mark.parametrize("case", ["no commit", "no git", "refused", "slow", "broken"])
-def test_a_repository_that_git_says_nothing_of(case: str, tmp_path: Path, into: Path,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_that_git_cannot_describe_is_copied_as_a_plain_folder(
+    case: str, tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     top = tmp_path / "proj"
     if case == "no commit":
         top.mkdir()
@@ -337,7 +338,10 @@ def test_a_repository_that_git_says_nothing_of(case: str, tmp_path: Path, into: 
         monkeypatch.setenv("GIT_CONFIG_COUNT", "0")
         (top / ".git/config").write_text("[core]\nrepositoryformatversion = 99\n")
     elif case == "slow":
-        monkeypatch.setattr(snapshot, "GIT_TIMEOUT_S", 0.0001)
+        monkeypatch.setattr(snapshot, "GIT_TIMEOUT_S", 0.2)
+        write(tmp_path, {"bin/git": "#!/bin/sh\nexec sleep 60\n"})
+        (tmp_path / "bin/git").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     elif case == "broken":
         (top / ".git/index").write_text("no index")
     taken = take([top / "sub"], into)
@@ -348,8 +352,8 @@ def test_a_repository_that_git_says_nothing_of(case: str, tmp_path: Path, into: 
     assert tree["commit"] is None and tree["note"].startswith("not by git: ") and words in tree["note"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another's repository")
-def test_anothers_repository(tmp_path: Path, into: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's repository")
+def test_another_users_repository_is_copied_as_a_plain_folder(tmp_path: Path, into: Path) -> None:
     top = repository(tmp_path / "proj", {"a.py": "a"})
     for path in (top, top / ".git"):
         os.chown(path, 65534, 65534)
@@ -357,7 +361,7 @@ def test_anothers_repository(tmp_path: Path, into: Path) -> None:
     assert names(into / "proj") == {"a.py"} and "dubious ownership" in taken.trees[0]["note"]
 
 
-def test_a_hooks_environment_points_nowhere_else(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_of_a_git_hook_has_no_effect(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     top, other = repository(tmp_path / "proj", {"a.py": "a"}), repository(tmp_path / "other", {"b.py": "b"})
     write(top, {"a.py": "edited", ".env": "s"})
     for name, value in {"GIT_DIR": other / ".git", "GIT_WORK_TREE": other, "GIT_INDEX_FILE": other / ".git/index",
@@ -375,7 +379,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, into: Path) -> None:
     top = repository(tmp_path / "proj", {"a.py": "a", "b.py": "b"})
     (top / "b.py").chmod(0)
 
-    def as_anyone() -> None:  # root reads everything, but for these two capabilities
+    def as_anyone() -> None:  # without these two capabilities, root cannot read every file
         for capability in (1, 2):
             ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 
@@ -389,8 +393,8 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, into: Path) -> None:
     assert "UserError" in ran.stderr and "Permission denied" in ran.stderr and not into.exists()
 
 
-def test_what_one_asked_for_is_always_copied(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So where it will lie is known before."""
+def test_sources_are_always_copied(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Therefore their places in the copy are known in advance."""
     monkeypatch.setattr(snapshot, "MAX_FILES", 1)
     monkeypatch.setattr(snapshot, "MAX_FILE_BYTES", 100)
     top = repository(tmp_path / "proj", {"a.py": "a", "b.py": "b", "get_credentials.py": "x" * 200})
@@ -406,16 +410,16 @@ def test_what_one_asked_for_is_always_copied(tmp_path: Path, into: Path, monkeyp
     assert names(into) == {"snapshot.json", "proj/get_credentials.py", "proj/b.py"}
     assert taken.left_out == (f"{top}/a.py (more than 1 files)",)
     assert where.moved(tmp_path) == tmp_path
-    with pytest.raises(UserError, match="there is no file or folder"):
+    with pytest.raises(UserError, match="does not exist"):
         survey([tmp_path / "none.py"], into)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_a_full_disk(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     top = repository(tmp_path / "proj", {f"{i}.py": "x" * 5000 for i in range(3)})
     make = os.mkdir
 
-    def with_a_full_file(path, *args, **kwargs):  # writing to it meets a real ENOSPC
+    def with_a_full_file(path, *args, **kwargs):  # writing to this file raises a real ENOSPC
         make(path, *args, **kwargs)
         if os.path.basename(path) == "proj":
             os.symlink("/dev/full", os.path.join(path, "1.py"))
@@ -427,7 +431,7 @@ def test_a_full_disk(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_errors(tmp_path: Path, into: Path) -> None:
-    with pytest.raises(UserError, match="there is no file or folder"):
+    with pytest.raises(UserError, match="does not exist"):
         take([tmp_path / "none.py"], into)
     assert load(into) is None
     into.mkdir(parents=True)
@@ -441,7 +445,7 @@ def test_errors(tmp_path: Path, into: Path) -> None:
             load(into)
 
 
-def test_a_snapshot_may_move(tmp_path: Path, into: Path) -> None:
+def test_a_snapshot_can_be_moved_to_another_folder(tmp_path: Path, into: Path) -> None:
     top = repository(tmp_path / "proj", {"a.py": "a"})
     take([top], into)
     shutil.move(tmp_path / "runs", tmp_path / "archive")
@@ -466,4 +470,4 @@ def test_a_thousand_files_take_little_time(tmp_path: Path, monkeypatch: pytest.M
     assert len(names(taken.folder / "proj")) == 1000
     assert len(calls) == 3 * 3
     print(f"1,000 files: {min(times):.3f} s")
-    assert min(times) < 3  # 0.1 s on two idle cores; a slow disk alone was seen to take 0.8 s to make the files
+    assert min(times) < 3  # 0.1 s on two idle cores; on a slow disk, making the files alone took 0.8 s

@@ -1,4 +1,4 @@
-"""Sweeps: what one is refused for, what a dry run says, and the runs of one in turn."""
+"""Sweeps: their plans and refusals, and sweeps on this machine, one run after another."""
 
 from __future__ import annotations
 
@@ -33,55 +33,55 @@ def test_an_error_names_the_point():
         load_specs(grid(["optim.lr=0.1,zero"]), blobs)
 
 
-def test_two_points_that_are_the_same_run():
+def test_two_points_must_not_be_the_same_run():
     with pytest.raises(UserError, match="the same run: optim.lr=0.1 and optim.lr=1e-1"):
         load_specs(grid(["optim.lr=0.1,0.2,1e-1"]), blobs)
 
 
-def planned(points: list[Point], cluster: ClusterConfig, ranks: int = 1, parallel: int | None = None):
+def plan_sweep(points: list[Point], cluster: ClusterConfig, ranks: int = 1, parallel: int | None = None):
     specs = load_specs(points, blobs)
-    shown = [{"run": f"s-{place}", "overrides": list(point.overrides)} for place, point in enumerate(points)]
-    return make_sweep("s", shown, dict(enumerate(specs)), Request(cluster), Resources("cpu", ranks), root=Path("/runs"),
+    sweep_points = [{"run": f"s-{place}", "overrides": list(point.overrides)} for place, point in enumerate(points)]
+    return make_sweep("s", sweep_points, dict(enumerate(specs)), Request(cluster), Resources("cpu", ranks), root=Path("/runs"),
                       cwd=Path("/home"), copy=None, parallel=parallel)
 
 
 def test_the_batch_must_divide_at_each_point():
     with pytest.raises(UserError, match="^error: at train.batch_size=30: .*not a multiple of 4 ranks"):
-        planned(grid(["train.batch_size=32,30"]), HERE, ranks=4)
+        plan_sweep(grid(["train.batch_size=32,30"]), HERE, ranks=4)
 
 
-def test_what_an_array_cannot_have():
+def test_settings_that_an_array_cannot_have_are_refused():
     with pytest.raises(UserError, match="`run.\\*` differs"):
-        planned(grid(["run.grace_s=10,20"]), HERE)
-    assert len(planned(grid(["run.grace_s=10,20"]), LOCAL).plans) == 2
+        plan_sweep(grid(["run.grace_s=10,20"]), HERE)
+    assert len(plan_sweep(grid(["run.grace_s=10,20"]), LOCAL).plans) == 2
     with pytest.raises(UserError, match="--max-parallel is for arrays"):
-        planned(grid(["train.seed=1,2"]), LOCAL, parallel=2)
+        plan_sweep(grid(["train.seed=1,2"]), LOCAL, parallel=2)
 
 
-def test_where_jobs_cannot_be_requeued_each_run_has_a_chain_of_its_own():
+def test_where_jobs_cannot_be_requeued_each_run_has_its_own_chain():
     cluster = HERE.model_copy(update={"requeue": False, "chain": 3})
-    sweep = planned(grid(["train.seed=1,2"]), cluster)
+    sweep = plan_sweep(grid(["train.seed=1,2"]), cluster)
     assert sweep.array is None
     assert [(job.folder, job.links, job.elements) for job in sweep.jobs] == [
         ("/runs/s-0/submissions/1", 3, None), ("/runs/s-1/submissions/1", 3, None)]
     with pytest.raises(UserError, match="--max-parallel is for arrays") as raised:
-        planned(grid(["train.seed=1,2"]), cluster, parallel=2)
+        plan_sweep(grid(["train.seed=1,2"]), cluster, parallel=2)
     assert "forbids requeueing" in raised.value.hint
 
 
-def test_the_array_of_some_of_the_points():
+def test_an_array_of_some_of_the_points():
     points = grid(["train.seed=" + ",".join(map(str, range(8)))])
     specs = load_specs(points, blobs)
-    shown = [{"run": f"s-{place}", "overrides": list(point.overrides)} for place, point in enumerate(points)]
-    sweep = make_sweep("s", shown, {place: specs[place] for place in (0, 1, 2, 5, 7)}, Request(HERE), Resources("cpu", 1),
+    sweep_points = [{"run": f"s-{place}", "overrides": list(point.overrides)} for place, point in enumerate(points)]
+    sweep = make_sweep("s", sweep_points, {place: specs[place] for place in (0, 1, 2, 5, 7)}, Request(HERE), Resources("cpu", 1),
                        root=Path("/runs"), cwd=Path("/home"), copy=None, number=2, parallel=3)
     assert "\n#SBATCH --array=0-2,5,7%3\n" in sweep.array.script
     assert "/runs/s/submissions/2/%A_%a_%t_log.out" in sweep.array.script
     assert [plan.run_id for plan in sweep.plans] == ["s-0", "s-1", "s-2", "s-5", "s-7"]
-    assert sweep.submission.runs == [f"/runs/s-{place}" for place in range(8)]  # an element's number is its point's
+    assert sweep.submission.runs == [f"/runs/s-{place}" for place in range(8)]  # an element has the index of its point
 
 
-# In turn
+# One run after another
 
 
 WORK = """
@@ -112,7 +112,7 @@ def states(launch: Command) -> list[str]:
     return [record(launch.folder / "runs" / point["run"])["state"] for point in points]
 
 
-def said(text: str) -> list[str]:
+def words_printed(text: str) -> list[str]:
     return [line.removeprefix("this is ") for line in text.splitlines() if line.startswith("this is ")]
 
 
@@ -120,10 +120,10 @@ def waits(launch: Command) -> bool:
     return any("up" in log.read_text() for log in launch.folder.glob("runs/*/attempts/1/logs/0.log"))
 
 
-def test_runs_go_in_turn_and_one_that_fails_ends_only_itself(script):
+def test_the_sweep_continues_after_a_run_that_failed(script):
     done = script("sweep", "work.py", "args=[one],[fail],[three]", "--procs", 1)
     assert done.returncode == 1
-    assert said(done.stdout) == ["one", "fail", "three"]
+    assert words_printed(done.stdout) == ["one", "fail", "three"]
     assert "rank 0 ended with exit code 3" in done.stderr and "2 finished, 1 failed" in done.stdout
     sweep = json.loads((sweep_of(script) / "sweep.json").read_text())
     assert [point["overrides"] for point in sweep["points"]] == [["args=[one]"], ["args=[fail]"], ["args=[three]"]]
@@ -135,7 +135,7 @@ def test_runs_go_in_turn_and_one_that_fails_ends_only_itself(script):
 
     again = script("sweep", "--resume", sweep["id"])
     assert again.returncode == 0, again.stderr
-    assert said(again.stdout) == ["fail"]
+    assert words_printed(again.stdout) == ["fail"]
     assert states(script) == ["finished"] * 3 and record(script.folder / "runs" / f"{sweep['id']}-1")["attempt"] == 2
     assert "nothing to resume" in script("sweep", "--resume", sweep["id"]).stdout
 
@@ -144,20 +144,20 @@ def test_ctrl_c_stops_the_run_and_the_sweep(script):
     process = script.start("sweep", "work.py", "args=[one],[wait],[three]", "--procs", 1)
     wait_until(lambda: waits(script), process=process)
     assert states(script) == ["finished", "running", "submitted"]
-    beside = script("sweep", "--resume", sweep_of(script).name)
-    assert beside.returncode == 0 and "2 runs at work or waiting, left alone" in beside.stdout
+    second = script("sweep", "--resume", sweep_of(script).name)
+    assert second.returncode == 0 and "2 runs running or waiting, left alone" in second.stdout
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 75 and said(out) == ["one", "wait"] and "launch sweep --resume" in out
+    assert process.returncode == 75 and words_printed(out) == ["one", "wait"] and "launch sweep --resume" in out
     assert states(script) == ["finished", "preempted", "preempted"]
     assert attempt(script.folder / "runs" / f"{sweep_of(script).name}-1", 1)["outcome"] == "preempted"
 
     again = script("sweep", "--resume", sweep_of(script).name)
     assert again.returncode == 0, again.stderr
-    assert states(script) == ["finished"] * 3 and said(again.stdout) == ["wait", "three"]
+    assert states(script) == ["finished"] * 3 and words_printed(again.stdout) == ["wait", "three"]
 
 
-def test_a_sweep_that_was_killed_goes_on(script):
+def test_a_sweep_that_was_killed_can_be_resumed(script):
     process = script.start("sweep", "work.py", "args=[wait],[two]", "--procs", 1)
     wait_until(lambda: waits(script), process=process)
     process.kill()
@@ -168,23 +168,23 @@ def test_a_sweep_that_was_killed_goes_on(script):
     assert states(script) == ["finished", "finished"]
 
 
-def test_runs_that_were_removed_are_passed_over(script):
+def test_runs_whose_folders_were_deleted_are_skipped(script):
     assert script("sweep", "work.py", "args=[one],[fail],[three]", "--procs", 1).returncode == 1
     folder = sweep_of(script)
     shutil.rmtree(folder.parent / f"{folder.name}-0")
     again = script("sweep", "--resume", folder.name)
-    assert again.returncode == 0 and said(again.stdout) == ["fail"], again.stderr
+    assert again.returncode == 0 and words_printed(again.stdout) == ["fail"], again.stderr
     assert "1 unreadable, 2 finished" in again.stdout
 
 
-def test_a_run_that_is_cancelled_ends_only_itself(script):
+def test_the_sweep_continues_after_a_run_that_was_cancelled(script):
     process = script.start("sweep", "work.py", "args=[wait],[two],[three]", "--procs", 1)
     wait_until(lambda: waits(script), process=process)
     root, name = script.folder / "runs", sweep_of(script).name
-    assert cancel(runs.find_run(root, f"{name}-1")) == "cancelled"  # it waits for its turn
+    assert cancel(runs.find_run(root, f"{name}-1")) == "cancelled"  # it has not started yet
     assert cancel(runs.find_run(root, f"{name}-0")) == "cancelled"
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 75 and said(out) == ["wait", "three"]
+    assert process.returncode == 75 and words_printed(out) == ["wait", "three"]
     assert states(script) == ["cancelled", "cancelled", "finished"]
 
 
@@ -211,13 +211,13 @@ def test_the_dry_run_writes_nothing_and_is_what_runs(script):
     dry = script(*words, "--dry-run", "--json")
     assert dry.returncode == 0, dry.stderr
     assert list(script.folder.iterdir()) == [script.folder / "work.py"]
-    said = json.loads(dry.stdout)
+    dry_run = json.loads(dry.stdout)
     assert script(*words).returncode == 0
     folder = sweep_of(script)
-    for file, text in said["files"].items():
-        assert (folder / file).read_text() == text.replace(said["id"], folder.name)
-    for plan in said["plans"]:
-        run = folder.parent / plan["run_id"].replace(said["id"], folder.name)
+    for file, text in dry_run["files"].items():
+        assert (folder / file).read_text() == text.replace(dry_run["id"], folder.name)
+    for plan in dry_run["plans"]:
+        run = folder.parent / plan["run_id"].replace(dry_run["id"], folder.name)
         assert {file: (run / file).read_text() for file in plan["files"]} == plan["files"]
     shown = script(*words, "--dry-run").stdout
     assert "\n-args: [one]\n+args: [a b]\n" in shown and shown.count("# file run.yaml") == 1
@@ -235,7 +235,7 @@ def test_refusals_write_nothing(script, words, message):
     assert list(script.folder.iterdir()) == [script.folder / "work.py"]
 
 
-def test_a_sweep_that_is_none(script):
+def test_an_unknown_sweep_is_an_error(script):
     done = script("sweep", "--resume", "nope")
     assert done.returncode == 2 and "there is no sweep `nope`" in done.stderr
     assert script("sweep").returncode == 2

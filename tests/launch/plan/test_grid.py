@@ -1,4 +1,4 @@
-"""Grids: how lists are read, and the points that they make."""
+"""Grids: how lists of values are read, and which points they make."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from trainers.contract.errors import UserError
 def test_a_comma_outside_brackets_and_quotes_separates(text, expected):
     found = values(text, f"key={text}")
     assert found == expected
-    if len(found) > 1 and text[0] in "[{\"'":  # all of it is YAML too
+    if len(found) > 1 and text[0] in "[{\"'":  # the list is also YAML
         assert [yaml12.argument(part) for part in found] == yaml12.argument(f"[{text}]")
 
 
@@ -42,7 +42,7 @@ def test_a_comma_outside_brackets_and_quotes_separates(text, expected):
     (["optim.lr=0.1,0.2", "optim.lr=0.3"], "`optim.lr` is given twice"),
     (["train.seed=" + ",".join(map(str, range(34))), "data.x=" + ",".join(map(str, range(34)))], "make 1,156 points"),
 ])
-def test_words_that_make_no_grid(words, message):
+def test_words_that_make_no_grid_are_refused(words, message):
     with pytest.raises(UserError, match=message) as raised:
         grid(words)
     assert raised.value.hint

@@ -1,4 +1,4 @@
-"""Which weights a run starts from, and which checkpoint an evaluation is of: no rank is started here."""
+"""Which weights a run starts from, and which checkpoint an evaluation uses. No rank is started here."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from launch.cluster.config import load_cluster
 from launch.cluster.resources import Resources
 from launch.execute.evaluate import evaluation_spec
 from launch.execute.record import create_run
-from launch.plan import initial_weights as found
-from launch.plan.initial_weights import Weights, find_weights, resolved
+from launch.plan import initial_weights
+from launch.plan.initial_weights import find_weights, with_weights
 from launch.plan.plan import make_plan
 from launch.plan.show import show
-from launch.plan.spec import load_spec, spec_of
+from launch.plan.spec import Weights, load_spec, spec_of
 from launch.records.run import read_run
 from trainers.checkpoints import manifest
 from trainers.contract.errors import UserError
@@ -29,7 +29,7 @@ LOCAL = load_cluster("local")
 
 
 def a_plan(root: Path, run_id: str = "new", *overrides: str):
-    spec = resolved(load_spec(str(BLOBS), overrides, cluster=LOCAL, environment={}), root)
+    spec = with_weights(load_spec(str(BLOBS), overrides, cluster=LOCAL, environment={}), root)
     return make_plan(run_id, spec, LOCAL, Resources("cpu", 1), runs=root, python="python", cwd=Path("/"))
 
 
@@ -45,7 +45,7 @@ def save(paths: RunPaths, step: int, **metrics: float | None) -> Path:
 
 @pytest.fixture
 def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
-    """A run with four checkpoints, of which the newest is broken."""
+    """A run with four checkpoints; the newest one is broken."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LAUNCH_RUNS", raising=False)
     paths = create_run(a_plan(tmp_path / "runs", "blobs-1"))
@@ -61,6 +61,7 @@ def root(paths: RunPaths) -> Path:
 
 
 def refused(root: Path, word: str) -> str:
+    """Return the error for an `init.source` that cannot be used."""
     with pytest.raises(UserError) as caught:
         find_weights(word, root)
     assert len(str(caught.value).splitlines()) <= 2
@@ -74,8 +75,8 @@ def refused(root: Path, word: str) -> str:
 def test_a_run_or_its_checkpoint(paths, root, word, step):
     found = find_weights(word, root)
     assert (found.path, found.run, found.step) == (str(paths.checkpoint(step)), "blobs-1", step)
-    passed = ["the checkpoint of step 40 is broken (0.safetensors has 7 bytes, not 18): passed over"]
-    assert list(found.warnings) == (passed if "10" not in word and "step_20" not in word else [])
+    warnings = ["the checkpoint of step 40 is broken (0.safetensors has 7 bytes, not 18): passed over"]
+    assert list(found.warnings) == (warnings if "10" not in word and "step_20" not in word else [])
 
 
 def test_files_and_folders(paths, root, tmp_path):
@@ -89,17 +90,17 @@ def test_files_and_folders(paths, root, tmp_path):
     assert find_weights("kept@home", root) == Weights(str(tmp_path / "kept@home"), None, 10)
 
 
-def test_what_cannot_be_meant_is_said(paths, root, tmp_path):
+def test_a_source_that_cannot_be_used_is_refused_with_the_reason(paths, root, tmp_path):
     assert "there is no run `blops`" in refused(root, "blops") and "did you mean blobs-1?" in refused(root, "blops")
-    assert "there is no `some/where` whose weights" in refused(root, "some/where")
-    assert "has no checkpoint of step 15\nhint: there is step 10, step 20" in refused(root, "blobs-1@15")
-    assert "`bets` names no checkpoint" in refused(root, "blobs-1@bets")
+    assert "`some/where` does not exist" in refused(root, "some/where")
+    assert "has no checkpoint of step 15\nhint: give one of step 10, step 20" in refused(root, "blobs-1@15")
+    assert "`bets` is not a checkpoint of a run" in refused(root, "blobs-1@bets")
     assert "checkpoint of step 40 of `blobs-1` is broken: 0.safetensors has 7 bytes" in refused(root, "blobs-1@40")
     assert "is a part of a checkpoint" in refused(root, "runs/blobs-1/checkpoints/step_10/0.safetensors")
     (tmp_path / "model.bin").touch()
-    assert "no file of safetensors" in refused(root, "model.bin")
+    assert "is not a safetensors file" in refused(root, "model.bin")
     (tmp_path / "empty").mkdir()
-    assert "holds no checkpoint and no *.safetensors" in refused(root, "empty")
+    assert "contains no checkpoint and no *.safetensors file" in refused(root, "empty")
     create_run(a_plan(root, "other-1"))
     assert "`other-1` has no checkpoint" in refused(root, "other")
     (paths.checkpoint(30) / manifest.NAME).unlink()
@@ -113,13 +114,13 @@ def test_what_cannot_be_meant_is_said(paths, root, tmp_path):
 def test_the_best_needs_a_metric(paths, root):
     plain = create_run(a_plan(root, "plain", "checkpoint.metric=null"))
     save(plain, 5, top1=0.5)
-    assert "names no metric" in refused(root, "plain@best")
+    assert "it sets no `checkpoint.metric`" in refused(root, "plain@best")
     never = create_run(a_plan(root, "never"))
     save(never, 5)
-    assert "was evaluated by `top1`" in refused(root, "never@best")
+    assert "has a value of `top1`" in refused(root, "never@best")
 
 
-def test_the_spec_holds_a_path_and_the_record_says_whose(paths, root, capsys):
+def test_the_spec_holds_the_path_and_the_record_names_the_run(paths, root, capsys):
     plan = a_plan(root, "new", "init.source=blobs@best")
     assert "weights    run blobs-1, step 20, kept in init/" in show(plan)
     new = create_run(plan)
@@ -129,7 +130,7 @@ def test_the_spec_holds_a_path_and_the_record_says_whose(paths, root, capsys):
     assert "weights     from run blobs-1, step 20" in capsys.readouterr().out
 
 
-def test_the_weights_stay_though_the_other_run_deletes_them(paths, root, monkeypatch):
+def test_the_weights_stay_when_the_other_run_deletes_them(paths, root, monkeypatch):
     new = create_run(a_plan(root, "new", "init.source=blobs@best"))
     kept = new.first_weights(spec_of(new).config.init.source)
     assert os.path.samefile(kept / "0.safetensors", paths.checkpoint(20) / "0.safetensors")
@@ -139,13 +140,13 @@ def test_the_weights_stay_though_the_other_run_deletes_them(paths, root, monkeyp
     def no_links(*args):
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(found.os, "link", no_links)
+    monkeypatch.setattr(initial_weights.os, "link", no_links)
     other = create_run(a_plan(root, "other", "init.source=blobs@10"))
     assert (other.init / "step_10/0.safetensors").read_text() == "weights of step 10"
     assert (other.init / "step_10/0.safetensors").stat().st_nlink == 1
 
 
-def test_a_checkpoint_that_is_deleted_at_that_moment_leaves_no_run(paths, root):
+def test_a_checkpoint_that_is_deleted_before_it_is_kept_leaves_no_run(paths, root):
     plan = a_plan(root, "new", "init.source=blobs@best")
     shutil.rmtree(paths.checkpoint(20))
     with pytest.raises(UserError, match="step_20 has just been deleted"):
@@ -153,7 +154,7 @@ def test_a_checkpoint_that_is_deleted_at_that_moment_leaves_no_run(paths, root):
     assert not (root / "new").exists()
 
 
-def test_the_flag_is_an_alias(paths, capsys):
+def test_from_is_an_alias_of_init_source(paths, capsys):
     assert main(["show", str(BLOBS), "--from", "blobs@best"]) == 0
     assert "source: blobs@best" in capsys.readouterr().out
     assert main([str(BLOBS), "--from", "blobs@best", "--procs", "1", "--dry-run", "--json"]) == 0
@@ -170,7 +171,7 @@ def test_the_flag_is_an_alias(paths, capsys):
 # Evaluations
 
 
-def test_an_evaluation_is_a_run_of_its_own(paths):
+def test_an_evaluation_is_a_separate_run(paths):
     spec = evaluation_spec(read_run(paths.root), "best", ["data.source=x", "eval.batch_size=7", "train.precision=bf16"])
     config = spec.config
     assert (config.eval.only, config.eval.batch_size, config.train.precision) == (True, 7, "bf16")
@@ -178,39 +179,40 @@ def test_an_evaluation_is_a_run_of_its_own(paths):
     before = spec_of(paths).values
     assert {key for key in before if before[key] != spec.values[key]} == {"init", "eval", "train", "data"}
     plan = make_plan("evaluation", spec, LOCAL, Resources("cpu", 3), runs=paths.evaluations, python="python", cwd=Path("/"))
-    assert plan.batch == "7 samples a rank at a time, evaluated"  # 32 need not divide by 3
+    assert plan.batch == "evaluation of 7 samples per rank at a time"  # 32 need not divide by 3
 
 
-def test_what_is_of_training_alone_stands_in_no_evaluations_way(paths, root):
+def test_settings_for_training_do_not_stop_an_evaluation(paths, root):
     run = create_run(a_plan(root, "zero", "train.strategy=zero3", "train.offload=optimizer", "train.batch_size=10",
                             "train.deepspeed={zero_optimization: {}}", "train.micro_batch_size=5"))
     save(run, 5)
     for more, offload in (([], "none"), (["train.strategy=ddp"], "none"), (["train.offload=parameters"], "parameters")):
         spec = evaluation_spec(read_run(run.root), None, more)
         plan = make_plan("x", spec, LOCAL, Resources("cpu", 3), runs=run.evaluations, python="python", cwd=Path("/"))
-        assert spec.config.train.offload == offload and plan.batch == "20 samples a rank at a time, evaluated"
+        assert spec.config.train.offload == offload and plan.batch == "evaluation of 20 samples per rank at a time"
         assert not any("deepspeed" in name for name in plan.files)
 
 
 @pytest.mark.parametrize("words, error, hint", [
     (["nope"], "there is no run `nope`", "see `launch runs`"),
-    (["blobs-1", "--step", "15"], "`blobs-1` has no checkpoint of step 15", "there is step 10"),
-    (["blobs-1", "--step", "last"], "`last` names no checkpoint of a run", "give `newest`, `best` or a step"),
-    (["blobs-1", "model.width=3"], "`model.width` cannot be given to an evaluation: the weights are those of the model",
-     "it takes data.*, eval.*"),
-    (["blobs-1", "train.steps=3"], "`train.steps` cannot be given to an evaluation: nothing is trained", "it takes"),
-    (["blobs-1", "init.source=x"], "`init.source` cannot be given to an evaluation: the weights are the run's own", "it takes"),
-    (["blobs-1", "name=x"], "`name` cannot be given to an evaluation", "it takes"),
-    (["blobs-1", "eval.bach_size=3"], "`eval.bach_size` is no key of this spec", "did you mean `eval.batch_size`?"),
-    (["script-1"], "run script-1 has no checkpoints: what a script or a search saves", "a file of safetensors"),
-    (["blobs-1", "--here", "--slurm"], "an evaluation on SLURM is a job of its own", "leave out --here"),
+    (["blobs-1", "--step", "15"], "`blobs-1` has no checkpoint of step 15", "give one of step 10"),
+    (["blobs-1", "--step", "last"], "`last` is not a checkpoint of a run", "give `newest`, `best` or a step"),
+    (["blobs-1", "model.width=3"], "`model.width` cannot be overridden in an evaluation: the weights belong to the model",
+     "override data.*, eval.*"),
+    (["blobs-1", "train.steps=3"], "`train.steps` cannot be overridden in an evaluation: nothing is trained", "override data"),
+    (["blobs-1", "init.source=x"], "`init.source` cannot be overridden in an evaluation: the weights are the run's own",
+     "override data"),
+    (["blobs-1", "name=x"], "`name` cannot be overridden in an evaluation", "override data"),
+    (["blobs-1", "eval.bach_size=3"], "`eval.bach_size` is not a key of this spec", "did you mean `eval.batch_size`?"),
+    (["script-1"], "run script-1 has no checkpoints: scripts and searches save", "give the path of a safetensors file"),
+    (["blobs-1", "--here", "--slurm"], "`launch eval` submits a new job on SLURM", "leave out --here"),
     (["blobs-1", "--time", "4h"], "`--time` is for SLURM", "add --slurm"),
 ])
-def test_what_cannot_be_evaluated_is_said_and_nothing_written(paths, root, capsys, words, error, hint):
+def test_a_wrong_evaluation_is_refused_and_nothing_is_written(paths, root, capsys, words, error, hint):
     script = RunPaths(root / "script-1")
     shutil.copytree(paths.root, script.root)
     script.spec.write_text("name: x\nscript: /x.py\n")
     assert main(["eval", *words]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {error}") and f"hint: {hint}" in said and len(said.splitlines()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {error}") and f"hint: {hint}" in err and len(err.splitlines()) == 2
     assert not paths.evaluations.exists()

@@ -11,7 +11,7 @@ import pytest
 from launch.cluster.config import ClusterConfig
 from launch.cluster.resources import Wanted, slurm_resources
 from launch.cluster.times import seconds, slurm_time
-from launch.plan.job_script import DECIDED, Job, Request, make_job, srun_args
+from launch.plan.job_script import FORBIDDEN_OPTIONS, Job, Request, make_job, srun_args
 from trainers.contract.errors import UserError
 
 
@@ -24,12 +24,13 @@ def job(cluster: dict = {}, gpus: int | None = 1, nodes: int | None = None, proc
 
 
 def options(job: Job) -> dict[str, str | bool]:
-    """What sbatch reads in the script."""
+    """Return the options that sbatch reads in the script."""
     words = [shlex.split(line)[1].removeprefix("--") for line in job.script.splitlines() if line.startswith("#SBATCH ")]
     return {key: value if equals else True for key, equals, value in (word.partition("=") for word in words)}
 
 
 def command(job: Job) -> list[str]:
+    """Return the words of the script's srun line."""
     (line,) = [line for line in job.script.splitlines() if line.startswith("srun ")]
     return shlex.split(line)
 
@@ -39,17 +40,17 @@ def test_the_whole_script():
                "cpus_per_gpu": 6, "mem_per_gpu": "64G", "time": "12h", "setup": ["module load cuda"], "data": "/a b",
                "sbatch": {"switches": "1", "exclusive": True, "overcommit": False}}
     made = job(cluster, gpus=16, code="/runs/r/code/c d")
-    decided = {"partition": "gpu", "account": "lab", "qos": "high", "constraint": "a100|h100", "gpus-per-node": "8",
+    expected = {"partition": "gpu", "account": "lab", "qos": "high", "constraint": "a100|h100", "gpus-per-node": "8",
                "cpus-per-task": "48", "mem": "512G", "time": "0-12:00:00", "switches": "1", "exclusive": True, "job-name": "job",
                "nodes": "2", "ntasks-per-node": "1", "requeue": True, "open-mode": "append", "signal": "USR2@105",
                "output": "/runs/r/s/1/%j_0_log.out"}
-    assert options(made) == decided
+    assert options(made) == expected
     assert command(made) == ["srun", "--unbuffered", "--output", "/runs/r/s/1/%j_%t_log.out", "--nodes=2", "--ntasks-per-node=1",
                              "--cpus-per-task=48", "--cpu-bind=none", "--mpi=none", "--kill-on-bad-exit=0", "--export=ALL",
                              "/venv/python", "-P", "-u", "-m", "launch.execute.node_process", "/runs/r/s/1"]
     lines = made.script.splitlines()
-    begin = lines.index("export SLURM_EXPORT_ENV=ALL")
-    assert lines[begin + 1:begin + 4] == ["export LAUNCH_DATA='/a b'", "module load cuda",
+    start = lines.index("export SLURM_EXPORT_ENV=ALL")
+    assert lines[start + 1:start + 4] == ["export LAUNCH_DATA='/a b'", "module load cuda",
                                           "export LAUNCH_CODE='/runs/r/code/c d'"]
     assert made.command == ("sbatch", "--parsable", "--hold", "/runs/r/s/1/job.sh") and made.links == 1
     assert made == job(cluster, gpus=16, code="/runs/r/code/c d")
@@ -75,27 +76,27 @@ def test_the_whole_script():
     ({}, {"request": {"after": ["7"], "options": {"dependency": "singleton"}}}, {"dependency": "afterok:7,singleton"}),
     ({}, {"grace_s": 0.5}, {"signal": "USR2@46"}),
 ])
-def test_what_is_asked_of_sbatch(cluster, given, expected):
+def test_options_of_sbatch(cluster, given, expected):
     found = options(job(cluster, **given))
     assert {key: found.get(key) for key in expected} == expected
 
 
-@pytest.mark.parametrize("key", [*DECIDED, "ntasks_per_node", "out", "arr", "sig"])
+@pytest.mark.parametrize("key", [*FORBIDDEN_OPTIONS, "ntasks_per_node", "out", "arr", "sig"])
 @pytest.mark.parametrize("cluster", [True, False])
-def test_what_launch_decides_cannot_be_set(key, cluster):
+def test_options_that_launch_decides_cannot_be_set(key, cluster):
     with pytest.raises(UserError, match="cannot be set\nhint: .+"):
         job({"sbatch": {key: "1"}}) if cluster else job(request={"options": {key: "1"}})
 
 
 @pytest.mark.parametrize("key", ["p", "", "N", "two\nlines", "mem #", "-mem", "mem=1 --wrap"])
-def test_what_is_no_option_is_refused(key):
-    with pytest.raises(UserError, match="is no option of sbatch"):
+def test_a_word_that_is_not_an_option_is_refused(key):
+    with pytest.raises(UserError, match="is not an option of sbatch"):
         job(request={"options": {key: "1"}})
 
 
 @pytest.mark.parametrize("value", ["two\nlines", "a\rb", "\x00", "\x1b[31m", "\u2028", "\x85", "\udc80", "\ue000"])
-def test_what_a_line_of_sbatch_cannot_hold_is_refused(value):
-    with pytest.raises(UserError, match="`comment` is .* which holds a line end or control character"):
+def test_text_that_an_sbatch_line_cannot_contain_is_refused(value):
+    with pytest.raises(UserError, match="`comment` is .* which contains a line break or control character"):
         job(request={"options": {"comment": value}})
     with pytest.raises(UserError, match="the run directory's path"):
         job(folder=f"/runs/{value}/1")
@@ -103,8 +104,8 @@ def test_what_a_line_of_sbatch_cannot_hold_is_refused(value):
 
 @pytest.mark.parametrize("value", ["it's", '"', "$(id)", "`id`", "a;b & c", "%j", "中文　字 é", "👩‍🔬", "back\\slash\\", "a,b",
                                    "# no"])
-def test_what_a_value_holds_stays(value):
-    """sbatch takes a backslash for an escape, also inside single quotes."""
+def test_a_value_arrives_unchanged(value):
+    """sbatch reads a backslash as an escape, even inside single quotes."""
     made = job({"sbatch": {"comment": value}})
     assert options(made)["comment"] == value.replace("\\", "\\\\") and made.script.count("#SBATCH --comment=") == 1
 
@@ -123,26 +124,26 @@ def test_a_percent_sign_in_the_folder(folder, sbatch, srun):
 
 
 @pytest.mark.parametrize("folder", ["/a\\b", "/my%20folder", "/%j/%t", "/%%u"])
-def test_a_folder_that_srun_cannot_be_told_is_refused(folder):
-    with pytest.raises(UserError, match="such a % as srun cannot be told"):
+def test_a_folder_that_srun_cannot_handle_is_refused(folder):
+    with pytest.raises(UserError, match="contains a character that srun cannot handle"):
         job(folder=folder)
 
 
-@pytest.mark.parametrize("elements, parallel, said", [
+@pytest.mark.parametrize("elements, parallel, text", [
     ([0, 1, 2, 5], None, "0-2,5"), ([3], None, "3"), (range(1000), 20, "0-999%20"), ([1, 3, 4], 1, "1,3-4%1")])
-def test_arrays(elements, parallel, said):
+def test_arrays(elements, parallel, text):
     made = job(elements=elements, parallel=parallel)
-    assert options(made)["array"] == said and made.elements == tuple(elements) and made.links == 1
+    assert options(made)["array"] == text and made.elements == tuple(elements) and made.links == 1
 
 
-def test_a_chain_has_as_many_links_as_the_cluster_says():
+def test_a_chain_has_as_many_links_as_the_clusters_file_says():
     assert job({"requeue": False}).links == 4 and job({"requeue": False, "chain": 9}).links == 9
     assert job({"chain": 9}).links == 1 and job({"requeue": False}, elements=[0]).links == 1
 
 
 @pytest.mark.parametrize("time, grace_s", [("1m", 60), ("105s", 60), ("10m", 600)])
-def test_a_time_limit_that_leaves_no_time_is_refused(time, grace_s):
-    with pytest.raises(UserError, match=r"the time limit is \d+ s, of which the last \d+ s .* \(run.grace_s is"):
+def test_a_time_limit_that_leaves_no_time_for_training_is_refused(time, grace_s):
+    with pytest.raises(UserError, match=r"the time limit is \d+ s, but the last \d+ s are reserved .* \(run.grace_s is"):
         job(request={"time": time}, grace_s=grace_s)
     assert options(job(request={"time": "106s"}))["time"] == "0-00:01:46"
 
@@ -153,7 +154,7 @@ def test_times_are_written_as_they_are_read(total_s, text):
     assert slurm_time(total_s) == text and seconds(text) == total_s
 
 
-def test_in_an_allocation_all_that_it_has_is_taken():
+def test_in_a_users_allocation_all_cores_are_used():
     config = ClusterConfig(name="lab", kind="slurm", cpus_per_gpu=6, srun=["--label"])
     words = srun_args(config, slurm_resources(config, Wanted(gpus=4, nodes=2)), here=True)
     assert {"--nodes=2", "--overlap", "--cpu-bind=none", "--label"} <= set(words)
@@ -162,14 +163,15 @@ def test_in_an_allocation_all_that_it_has_is_taken():
 
 @pytest.mark.parametrize("code", [0, 1, 75])
 @pytest.mark.parametrize("marked, restarts, requeued", [(True, 2, True), (False, 2, False), (True, 3, False)])
-def test_the_batch_shell_requeues_what_is_to_begin_anew(tmp_path: Path, code, marked, restarts, requeued):
-    """With stand-ins for srun and scontrol, in a folder of a hostile name; not a job that SLURM has begun anew itself."""
+def test_the_batch_shell_requeues_a_marked_job(tmp_path: Path, code, marked, restarts, requeued):
+    """Scripts replace srun and scontrol, and the folder has a hostile name. A job that SLURM itself has restarted is left
+    alone."""
     folder, programs = tmp_path / "it's a $(touch hacked)", tmp_path / "bin"
     for path in (folder, programs):
         path.mkdir()
     (programs / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
     (programs / "scontrol").write_text(f'#!/bin/sh\n[ "$1" = show ] && echo "JobId=9 Restarts={restarts} BatchFlag=1" && exit\n'
-                                       f'echo "$@" >> {tmp_path}/said\n')
+                                       f'echo "$@" >> {tmp_path}/calls\n')
     for program in programs.iterdir():
         program.chmod(0o755)
     (folder / "exclude-9_3").write_text("n1,n4")
@@ -181,6 +183,6 @@ def test_the_batch_shell_requeues_what_is_to_begin_anew(tmp_path: Path, code, ma
            "SLURM_RESTART_COUNT": "2"}
     done = subprocess.run(["bash", script], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=20)
     assert done.returncode == code and done.stderr == ""
-    said = (tmp_path / "said").read_text().splitlines() if (tmp_path / "said").exists() else []
-    assert ("requeue 9_3" in said) == ("update JobId=9_3 ExcNodeList=n1,n4" in said) == requeued
+    calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+    assert ("requeue 9_3" in calls) == ("update JobId=9_3 ExcNodeList=n1,n4" in calls) == requeued
     assert (folder / "again-9_3-2").exists() == requeued and not (tmp_path / "hacked").exists()

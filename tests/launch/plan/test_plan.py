@@ -1,3 +1,5 @@
+"""Plans, the dry run, and the resources of this machine."""
+
 from __future__ import annotations
 
 import socket
@@ -27,7 +29,7 @@ def test_the_same_inputs_give_the_same_plan():
     assert plan(Resources("cpu", 2), attempt=2) != plan(Resources("cpu", 2))
 
 
-def test_it_shows_every_command_variable_and_file():
+def test_the_dry_run_shows_every_command_variable_and_file():
     made = plan(Resources("cuda", 4, threads=3), "train.micro_batch_size=2")
     text = show(made)
     assert "'/py thon' -P -m trainers.run /some/runs/the-run" in text
@@ -51,7 +53,7 @@ def test_it_shows_every_command_variable_and_file():
      "rank(s) (`train.batch_size` is 32)", "use train.micro_batch_size=1, 2, 4, 8 or 16"),
     (64, [], "`train.batch_size` is 32, not a multiple of 64 ranks", "use train.batch_size=64, or 1, 2, 4, 8, 16 or 32 ranks"),
 ])
-def test_a_batch_that_does_not_divide_is_refused_with_what_would(ranks, overrides, message, hint):
+def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do(ranks, overrides, message, hint):
     with pytest.raises(UserError) as error:
         plan(Resources("cpu", ranks), *overrides)
     assert (error.value.message, error.value.hint) == (message, hint)
@@ -67,12 +69,12 @@ def gpus(folder: Path, count: int) -> Path:
     (None, 4), ("", 0), ("-1", 0), ("0,1", 2), ("3", 1), ("0,-1,2", 1), ("GPU-aa,GPU-bb", 2), ("0,1,2,3,4,5", 4),
     ("MIG-aa,MIG-bb", 2),
 ])
-def test_the_mask_is_respected(tmp_path, mask, count):
+def test_cuda_visible_devices_is_respected(tmp_path, mask, count):
     env = {} if mask is None else {"CUDA_VISIBLE_DEVICES": mask}
     assert visible_gpus(env, gpus(tmp_path, 4)) == count
 
 
-def test_no_gpu_is_no_quiet_fall_to_the_cpu(monkeypatch):
+def test_too_few_gpus_is_an_error_and_never_falls_back_to_the_cpu(monkeypatch):
     monkeypatch.setattr("launch.cluster.resources.visible_gpus", lambda env: 1)
     assert local_resources(Wanted(), {}).device == "cuda"
     assert local_resources(Wanted(procs=2), {"OMP_NUM_THREADS": "5"}) == Resources("cpu", 2, threads=5)
@@ -80,13 +82,13 @@ def test_no_gpu_is_no_quiet_fall_to_the_cpu(monkeypatch):
         local_resources(Wanted(gpus=2), {"CUDA_VISIBLE_DEVICES": "3"})
 
 
-def test_a_reserved_port_is_nobody_elses():
-    with reserved_port() as one, reserved_port() as two:
-        assert one != two
-        for port in (one, two):
+def test_a_reserved_port_cannot_be_taken_by_others():
+    with reserved_port() as first, reserved_port() as second:
+        assert first != second
+        for port in (first, second):
             with socket.socket() as other, pytest.raises(OSError):
                 other.bind(("", port))
         with socket.socket() as store:  # as torch's store does
             store.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            store.bind(("", one))
+            store.bind(("", first))
             store.listen()

@@ -1,4 +1,4 @@
-"""Specs: their layers, where values come from, what is said of a wrong one, and a user's own modules."""
+"""Specs: their layers, the origins of values, the errors in wrong specs, and a user's own modules."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ train:
 optim:
   lr: 1e-2
 """
-names = (f"user_module_{number}" for number in count())  # a module is imported once in a process
+names = (f"user_module_{number}" for number in count())  # a process imports a module of one name only once
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with a task in it."""
+    """The working folder, which contains a task."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
     (tmp_path / "my.yaml").write_text(TASK)
@@ -42,8 +42,8 @@ def load(*overrides: str, file: str = "my.yaml", cluster: ClusterConfig = HERE, 
     return load_spec(file, overrides, cluster=cluster, environment=environment, config_file=config_file)
 
 
-def said(*overrides: str, **more) -> str:
-    """What is said of a wrong spec."""
+def error_of(*overrides: str, **more) -> str:
+    """Return the error that a wrong spec gives."""
     with pytest.raises(UserError) as caught:
         load(*overrides, **more)
     text = str(caught.value)
@@ -54,7 +54,7 @@ def said(*overrides: str, **more) -> str:
 # Layers
 
 
-def test_a_later_layer_wins_and_says_so(folder: Path) -> None:
+def test_a_later_layer_wins_and_is_the_origin(folder: Path) -> None:
     def project(**more) -> tuple[str, str]:
         spec = load(*more.pop("overrides", ()), **more)
         assert spec.config.wandb.project == spec.values["wandb"]["project"]
@@ -80,17 +80,17 @@ def test_layers_merge_key_by_key(folder: Path) -> None:
     assert (spec.config.optim.name, spec.config.optim.lr, spec.config.optim.momentum) == ("sgd", 0.01, 0.5)
     assert spec.origins["model.a.c"] == "over.yaml:2"
     assert load("model.a=1", config_file="over.yaml").config.model == {"a": 1}
-    assert "`optim={}` changes nothing" in said("optim={}")
+    assert "`optim={}` changes nothing" in error_of("optim={}")
 
 
-def test_a_later_layer_chooses_the_other_of_two_alternatives(folder: Path) -> None:
+def test_a_later_layer_may_set_the_alternative_key(folder: Path) -> None:
     spec = load("train.steps=5")
     assert (spec.config.train.steps, spec.config.train.epochs) == (5, None)
     (folder / "over.yaml").write_text("train.steps: 7\n")
     assert load("train.epochs=0.5", config_file="over.yaml").config.train.epochs == 0.5
-    assert "both `train.epochs` and `train.steps`" in said("train.steps=1", "train.epochs=1")
+    assert "both `train.epochs` and `train.steps`" in error_of("train.steps=1", "train.epochs=1")
     (folder / "over.yaml").write_text("train:\n  steps: 7\n  epochs: 1\n")
-    assert "(over.yaml:3, over.yaml:2)" in said(config_file="over.yaml")
+    assert "(over.yaml:3, over.yaml:2)" in error_of(config_file="over.yaml")
 
 
 @pytest.mark.parametrize("environment, mode", [
@@ -109,7 +109,7 @@ def test_a_word_for_data_is_its_source(folder: Path) -> None:
     spec = load("data.size=3")
     assert (spec.config.data, spec.origins["data.source"]) == ({"source": "./pictures", "size": 3}, "my.yaml:7")
     assert load("data={source: x}", "data=x").config.data == {"source": "x"}
-    assert "`data.source` is both `a` and `b` (command line)" in said("data=a", "data.source=b")
+    assert "`data.source` is both `a` and `b` (command line)" in error_of("data=a", "data.source=b")
 
 
 TEXTS = ["a b", "a # b", "a: b", "{seed", "$(touch x)", "%j", "中文", "a,b", "-x", "@x", "*", "&"]
@@ -123,68 +123,68 @@ def test_text_on_the_command_line_arrives_in_the_run(folder: Path, text: str) ->
     assert (config.data["note"], config.wandb.entity) == (text, text)
 
 
-def test_the_name_is_the_files(folder: Path) -> None:
+def test_the_default_name_is_the_files(folder: Path) -> None:
     assert (load().name, load().origins["name"]) == ("my", "default")
     (folder / "我的 task.yaml").write_text(TASK)
     assert load(file="我的 task.yaml").name == "我的-task"
     assert load("name=other").name == "other"
     for bad in ("../x", "a/b", ".x", "-x", '"a b"', '"a\\nb"', "a%j"):
-        assert "`name` is" in said(f"name={bad}")
+        assert "`name` is" in error_of(f"name={bad}")
 
 
-# What is wrong
+# Errors
 
 
 @pytest.mark.parametrize("override, message, hint", [
-    ("optim.lr=fast", "`optim.lr` is `fast`, which must be a number (command line)", "the highest learning rate"),
-    ("optim.lr=-1", "`optim.lr` is `-1`, which must be greater than 0 (command line)", ""),
-    ("optim.lr=.inf", "`optim.lr` is `.inf`, which must be a finite number (command line)", ""),
-    ("optim.lr=", "`optim.lr` is `null`, which must be a number (command line)", ""),
-    ("optim.lr='1'", "`optim.lr` is `1`, which must be a number (command line)", ""),
-    ("optim.name=adm", "which must be one of `sgd`, `adam` or `adamw` (command line)", "did you mean `adam`?"),
-    ("optim.betas=[1, x]", "`optim.betas.1` is `x`, which must be a number (command line)", ""),
-    ("optim.betas=1", "`optim.betas` is `1`, which must be a list (command line)", ""),
-    ("optim.betas=[1]", "`optim.betas` is `[1]`, which must be a list of at least 2 (command line)", ""),
-    ("optim=3", "`optim` is `3`, which must be a mapping of keys (command line)", ""),
-    ("train.seed=1.0", "`train.seed` is `1.0`, which must be a whole number (command line)", ""),
-    ("train.compile=yes", "`train.compile` is `yes`, which must be true or false (command line)", ""),
-    ("train.compile=1", "`train.compile` is `1`, which must be true or false (command line)", ""),
-    ("eval.every=fast", "which must be a whole number, or one of `epoch` or `never` (command line)", "steps, `epoch`"),
-    ("wandb.project=1", "`wandb.project` is `1`, which must be text (command line)", "quote it, as '\"1\"'"),
-    ("optim.lrr=1", "`optim.lrr` is no key of this spec (command line)", "did you mean `optim.lr`?"),
-    ("lr=1", "`lr` is no key of this spec (command line)", "did you mean `optim.lr`?"),
-    ("train.lr=1", "`train.lr` is no key of this spec (command line)", "did you mean `optim.lr`?"),
-    ("train.epoch=1", "`train.epoch` is no key of this spec (command line)", "did you mean `train.epochs`?"),
-    ("batchsize=1", "`batchsize` is no key of this spec (command line)", "did you mean `train.batch_size` or"),
-    ("optimizer={lr: 1}", "`optimizer` is no key of this spec (command line)", "did you mean `optim`?"),
-    ("wandb.zzz=1", "`wandb.zzz` is no key of this spec (command line)", "`wandb` has `mode`, `project`, `entity`"),
+    ("optim.lr=fast", "`optim.lr` is `fast`, but must be a number (command line)", "the highest learning rate"),
+    ("optim.lr=-1", "`optim.lr` is `-1`, but must be greater than 0 (command line)", ""),
+    ("optim.lr=.inf", "`optim.lr` is `.inf`, but must be a finite number (command line)", ""),
+    ("optim.lr=", "`optim.lr` is `null`, but must be a number (command line)", ""),
+    ("optim.lr='1'", "`optim.lr` is `1`, but must be a number (command line)", ""),
+    ("optim.name=adm", "but must be one of `sgd`, `adam` or `adamw` (command line)", "did you mean `adam`?"),
+    ("optim.betas=[1, x]", "`optim.betas.1` is `x`, but must be a number (command line)", ""),
+    ("optim.betas=1", "`optim.betas` is `1`, but must be a list (command line)", ""),
+    ("optim.betas=[1]", "`optim.betas` is `[1]`, but must be a list of at least 2 (command line)", ""),
+    ("optim=3", "`optim` is `3`, but must be a mapping of keys (command line)", ""),
+    ("train.seed=1.0", "`train.seed` is `1.0`, but must be a whole number (command line)", ""),
+    ("train.compile=yes", "`train.compile` is `yes`, but must be true or false (command line)", ""),
+    ("train.compile=1", "`train.compile` is `1`, but must be true or false (command line)", ""),
+    ("eval.every=fast", "but must be a whole number, or one of `epoch` or `never` (command line)", "steps, `epoch`"),
+    ("wandb.project=1", "`wandb.project` is `1`, but must be text (command line)", "quote it, as '\"1\"'"),
+    ("optim.lrr=1", "`optim.lrr` is not a key of this spec (command line)", "did you mean `optim.lr`?"),
+    ("lr=1", "`lr` is not a key of this spec (command line)", "did you mean `optim.lr`?"),
+    ("train.lr=1", "`train.lr` is not a key of this spec (command line)", "did you mean `optim.lr`?"),
+    ("train.epoch=1", "`train.epoch` is not a key of this spec (command line)", "did you mean `train.epochs`?"),
+    ("batchsize=1", "`batchsize` is not a key of this spec (command line)", "did you mean `train.batch_size` or"),
+    ("optimizer={lr: 1}", "`optimizer` is not a key of this spec (command line)", "did you mean `optim`?"),
+    ("wandb.zzz=1", "`wandb.zzz` is not a key of this spec (command line)", "`wandb` has `mode`, `project`, `entity`"),
     ("train.epochs=null", "give one of train.epochs and train.steps", ""),
-    ("task=x", "there is no module `x`, which `task` names (command line)", "looked in"),
-    ("task=trainers.task", "there is no module `trainers.task`, which `task` names (command line)", "looked in"),
-    ("task=trainers", "`task` is `trainers`, which must be of the form `module:Class` (command line)", ""),
-    ("word", "`word` is no key=value", "optim.lr=1e-3"),
-    ("=1", "`=1` is no key=value", ""),
-    ("a..b=1", "`a..b=1` is no key=value", ""),
-    ("wandb.entity=\udcff", "`wandb.entity` is no text in UTF-8 (command line)", ""),
+    ("task=x", "the module `x` that `task` names was not found (command line)", "looked in"),
+    ("task=trainers.task", "the module `trainers.task` that `task` names was not found (command line)", "looked in"),
+    ("task=trainers", "`task` is `trainers`, but must be of the form `module:Class` (command line)", ""),
+    ("word", "`word` is not of the form key=value", "optim.lr=1e-3"),
+    ("=1", "`=1` is not of the form key=value", ""),
+    ("a..b=1", "`a..b=1` is not of the form key=value", ""),
+    ("wandb.entity=\udcff", "`wandb.entity` is not valid UTF-8 text (command line)", ""),
 ])
 def test_errors_on_the_command_line(folder: Path, override: str, message: str, hint: str) -> None:
-    error, *hints = said(override).splitlines()
+    error, *hints = error_of(override).splitlines()
     assert message in error
     assert hint in "".join(hints)
 
 
-def test_several_errors_are_one(folder: Path) -> None:
-    assert ", and 2 more\n" in said("optim.lr=fast", "train.seed=-1", "optim.lrr=1")
-    assert said("optim.lr=fast", "optim.lrr=1").startswith("error: `optim.lrr` is no key")
+def test_several_errors_are_reported_as_one(folder: Path) -> None:
+    assert ", and 2 more\n" in error_of("optim.lr=fast", "train.seed=-1", "optim.lrr=1")
+    assert error_of("optim.lr=fast", "optim.lrr=1").startswith("error: `optim.lrr` is not a key")
 
 
 @pytest.mark.parametrize("text, message", {
-    TASK + "  lrr: 1\n": "`optim.lrr` is no key of this spec (my.yaml:7)",
-    TASK + "  name: x\n": "`optim.name` is `x`, which must be one of `sgd`, `adam` or `adamw` (my.yaml:7)",
-    TASK + "  lr: 2\n": "my.yaml:7: `lr` stands here for the second time, first in line 6",
+    TASK + "  lrr: 1\n": "`optim.lrr` is not a key of this spec (my.yaml:7)",
+    TASK + "  name: x\n": "`optim.name` is `x`, but must be one of `sgd`, `adam` or `adamw` (my.yaml:7)",
+    TASK + "  lr: 2\n": "my.yaml:7: duplicate key `lr`, first given in line 6",
     TASK + "optim.lr: 2\n": "`optim.lr` is both `0.01` and `2` (my.yaml:6, my.yaml:7)",
-    TASK + " x: 1\n": "my.yaml:7: this is no YAML",
-    "- 1\n": "my.yaml: it is no mapping of keys to values",
+    TASK + " x: 1\n": "my.yaml:7: this is not YAML",
+    "- 1\n": "my.yaml: this is not a mapping of keys to values",
     "train: {steps: 1}\n": "`task` is missing",
     "task: trainers.engine.task:Task\n": "`train` is missing",
     "": "`task` is missing, and 1 more",
@@ -193,28 +193,28 @@ def test_several_errors_are_one(folder: Path) -> None:
 def test_errors_in_a_file(folder: Path, text: str, message: str) -> None:
     (folder / "my.yaml").write_text(text)
     if message:
-        assert message in said().splitlines()[0]
+        assert message in error_of().splitlines()[0]
     else:
         assert load().config.model is None
 
 
 def test_files_that_cannot_be_read(folder: Path) -> None:
-    assert "there is no file `none.yaml`" in said(file="none.yaml")
-    assert "there is no file `none.yaml`" in said(config_file="none.yaml")
-    assert "cannot read `.`" in said(file=".")
+    assert "there is no file `none.yaml`" in error_of(file="none.yaml")
+    assert "there is no file `none.yaml`" in error_of(config_file="none.yaml")
+    assert "cannot read `.`" in error_of(file=".")
     (folder / "my.yaml").write_bytes(b"name: \xff")
-    assert "`my.yaml` is no text in UTF-8: byte 6" in said()
+    assert "`my.yaml` is not valid UTF-8 text: byte 6" in error_of()
 
 
-def test_environment_and_cluster_are_named(folder: Path) -> None:
-    assert "(environment WANDB_MODE)" in said(WANDB_MODE="sometimes")
-    assert "(cluster c)" in said(cluster=ClusterConfig(name="c", defaults={"optim.lr": "x"}))
+def test_errors_name_the_environment_variable_or_cluster(folder: Path) -> None:
+    assert "(environment WANDB_MODE)" in error_of(WANDB_MODE="sometimes")
+    assert "(cluster c)" in error_of(cluster=ClusterConfig(name="c", defaults={"optim.lr": "x"}))
 
 
 # The resolved spec
 
 
-def test_run_yaml_is_the_same_run(folder: Path) -> None:
+def test_run_yaml_gives_the_same_config(folder: Path) -> None:
     module = next(names)
     (folder / f"{module}.py").write_text(
         "from pathlib import Path\n"
@@ -231,13 +231,13 @@ def test_run_yaml_is_the_same_run(folder: Path) -> None:
     (folder / "run.yaml").write_text(spec.text)
     assert read_spec(folder / "run.yaml") == spec.config
     assert yaml12.read(spec.text, "run.yaml").value == spec.values
-    # And it may be started again, as any spec.
+    # run.yaml can be started again like any spec.
     assert load(file="run.yaml").config == spec.config
 
 
-def test_read_spec_says_what_is_wrong(folder: Path) -> None:
+def test_errors_of_read_spec(folder: Path) -> None:
     (folder / "run.yaml").write_text(load().text.replace("lr: 0.01", "lr: fast"))
-    with pytest.raises(UserError, match=r"`optim.lr` is `fast`, which must be a number \(run.yaml:\d+\)"):
+    with pytest.raises(UserError, match=r"`optim.lr` is `fast`, but must be a number \(run.yaml:\d+\)"):
         read_spec(folder / "run.yaml")
     with pytest.raises(UserError, match="there is no file"):
         read_spec(folder / "none.yaml")
@@ -254,7 +254,7 @@ def test_show_is_yaml_with_origins(folder: Path) -> None:
     assert all("#" in line for line in text.splitlines() if not line.endswith(":"))
 
 
-def test_built_in_specs_are_whole(folder: Path) -> None:
+def test_built_in_specs_are_complete(folder: Path) -> None:
     assert "cifar10" in specs.tasks()
     for name, path in specs.tasks().items():
         spec = load(file=name)
@@ -280,7 +280,7 @@ def user_module(folder: Path, text: str) -> str:
     return name
 
 
-def test_a_users_folder_comes_last(folder: Path) -> None:
+def test_a_users_folder_comes_last_on_the_path(folder: Path) -> None:
     (folder / "trainers").mkdir()
     for file in ("trainers/__init__.py", "trainers/config.py", "launch.py", "json.py"):
         (folder / file).write_text("raise SystemExit('shadowed')")
@@ -288,10 +288,10 @@ def test_a_users_folder_comes_last(folder: Path) -> None:
     spec = load(f"config={module}:Config")
     assert isinstance(spec.config, RunConfig) and type(spec.config).__module__ == module
     assert sys.path[-1] == str(folder)
-    assert "rename" in said("config=trainers.mine:X")
+    assert "rename" in error_of("config=trainers.mine:X")
 
 
-def test_the_module_is_beside_the_spec_or_in_the_working_folder(folder: Path) -> None:
+def test_the_module_is_next_to_the_spec_or_in_the_working_folder(folder: Path) -> None:
     (folder / "specs").mkdir()
     module = user_module(folder, "")
     (folder / "specs" / "my.yaml").write_text(TASK.replace("trainers.engine.task", module))
@@ -307,19 +307,19 @@ def test_the_module_is_beside_the_spec_or_in_the_working_folder(folder: Path) ->
     ("import sys\nsys.exit(3)\n", "fails: SystemExit: 3", "line 2"),
     ("import there_is_no_such_thing\n", "imports `there_is_no_such_thing`, which is not installed", "install it"),
     ("class Confi: pass\n", "has no `Config`", "did you mean"),
-    ("class Config: pass\n", "which is no subclass of trainers.config.RunConfig", "class Config(RunConfig)"),
-    ("def Config(): pass\n", "which is no subclass of trainers.config.RunConfig", ""),
+    ("class Config: pass\n", "which is not a subclass of trainers.config.RunConfig", "class Config(RunConfig)"),
+    ("def Config(): pass\n", "which is not a subclass of trainers.config.RunConfig", ""),
 ])
 def test_modules_that_fail(folder: Path, text: str, message: str, hint: str) -> None:
     module = user_module(folder, text)
-    error, *hints = said(f"config={module}:Config").splitlines()
+    error, *hints = error_of(f"config={module}:Config").splitlines()
     assert module in error and message in error
     assert hint in "".join(hints)
 
 
 def test_a_module_that_is_hidden_by_an_installed_one(folder: Path) -> None:
     (folder / "colorsys.py").write_text("class Config: pass\n")
-    assert "rename `colorsys`" in said("config=colorsys:Config")
+    assert "rename `colorsys`" in error_of("config=colorsys:Config")
 
 
 def test_resolve(folder: Path) -> None:
@@ -362,5 +362,5 @@ def test_clusters(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="there is no cluster `x`"):
         load_cluster("x")
     (own / "local.yaml").write_text("env: {A: 1}\n")
-    with pytest.raises(UserError, match=r"`env.A` is `1`, which must be text \(.*local.yaml:1\)"):
+    with pytest.raises(UserError, match=r"`env.A` is `1`, but must be text \(.*local.yaml:1\)"):
         load_cluster("local")

@@ -1,3 +1,5 @@
+"""`launch checkpoint`: list, verify and prune."""
+
 from __future__ import annotations
 
 import json
@@ -17,7 +19,7 @@ SPEC = "checkpoint: {keep_last: 1, keep_best: 1, keep_every: 40, metric: f1}\n"
 
 @pytest.fixture
 def paths(tmp_path, monkeypatch):
-    """A run with checkpoints of steps 10 to 50, the best of which is 20."""
+    """A run with checkpoints of steps 10 to 50; step 20 is the best."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     paths = make_run(tmp_path / "runs/r-1", SPEC)
@@ -29,7 +31,7 @@ def paths(tmp_path, monkeypatch):
 def test_list(paths, capsys):
     flip(paths.checkpoint(10) / "manifest.json")
     os.truncate(paths.checkpoint(30) / "index.json", 3)
-    flip(paths.checkpoint(40) / "index.json")  # of its right size: no more is looked at
+    flip(paths.checkpoint(40) / "index.json")  # the size stays the same, and `list` checks only sizes
     assert main(["checkpoint", "list", "r-1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["STEP", "WHEN", "SIZE", "STRATEGY", "RANKS", "KEPT", "AS", "METRICS"]
@@ -49,7 +51,7 @@ def test_list(paths, capsys):
 def test_verify(paths, capsys):
     assert main(["checkpoint", "verify", "r-1"]) == 0
     assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == [
-        f"step_{step}: whole" for step in (50, 40, 30, 20, 10)]
+        f"step_{step}: ok" for step in (50, 40, 30, 20, 10)]
     flip(paths.checkpoint(30) / "1.safetensors")
     (paths.checkpoint(10) / "state.json").unlink()
     assert main(["checkpoint", "verify", "r-1", "--json"]) == 1
@@ -61,17 +63,17 @@ def test_verify(paths, capsys):
     capsys.readouterr()
     assert main(["checkpoint", "verify", "r-1", "--step", "31"]) == 2
     assert capsys.readouterr().err == ("error: `r-1` has no checkpoint of step 31\n"
-                                       "hint: there is step 10, step 20, step 30, step 40, step 50\n")
+                                       "hint: give one of step 10, step 20, step 30, step 40, step 50\n")
 
 
-def test_prune_by_the_runs_own_retention(paths, capsys):
+def test_prune_follows_the_runs_own_retention(paths, capsys):
     for name in ("step_3.tmp", "step_20.old", "step_5.broken", "mine"):
         (paths.checkpoints / name).mkdir()
     before = sorted(os.listdir(paths.checkpoints))
     assert main(["checkpoint", "prune", "r-1", "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("would delete step_10, step_30, step_20.old, step_3.tmp, step_5.broken: ")
-    assert said.endswith("kept step_20 (best), step_40 (every), step_50 (last)\n")
+    out = capsys.readouterr().out
+    assert out.startswith("would delete step_10, step_30, step_20.old, step_3.tmp, step_5.broken: ")
+    assert out.endswith("kept step_20 (best), step_40 (every), step_50 (last)\n")
     assert sorted(os.listdir(paths.checkpoints)) == before
     assert main(["checkpoint", "prune", "r-1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -81,13 +83,13 @@ def test_prune_by_the_runs_own_retention(paths, capsys):
     assert capsys.readouterr().out.startswith("deleted nothing\n")
 
 
-def test_prune_to_another_number(paths, capsys):
+def test_prune_keeps_another_number_of_checkpoints(paths, capsys):
     assert main(["checkpoint", "prune", "r-1", "--keep-last", "3"]) == 0
     assert paths.checkpoint_steps() == [20, 30, 40, 50]
 
 
 def test_prune_never_deletes_the_last_whole_one(paths, capsys):
-    for step in (50, 40, 20):  # all that would be kept
+    for step in (50, 40, 20):  # all checkpoints that retention keeps
         flip(paths.checkpoint(step) / "0.safetensors")
     assert main(["checkpoint", "prune", "r-1"]) == 0
     assert "kept step_20 (best), step_30 (whole), step_40" in capsys.readouterr().out
@@ -100,7 +102,7 @@ def test_prune_never_deletes_the_last_whole_one(paths, capsys):
 
 
 @pytest.mark.parametrize("where", ["here", "elsewhere"])
-def test_prune_refuses_while_the_run_is_at_work(paths, capsys, where):
+def test_prune_refuses_while_the_run_is_running(paths, capsys, where):
     host = os.uname().nodename if where == "here" else "n1"
     job = {"kind": "local", "host": host, "pid": os.getpid(), "started": identity(os.getpid())}
     update_json(paths.record, state="running", job=job)

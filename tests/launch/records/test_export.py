@@ -1,3 +1,5 @@
+"""`launch export`."""
+
 from __future__ import annotations
 
 import json
@@ -27,7 +29,7 @@ def model(seed: int) -> dict[str, torch.Tensor]:
             "words.weight": torch.randn(400, 30, generator=generator), "ü/x": torch.rand(5, generator=generator) > 0.5}
 
 
-def named(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def command_name(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"models/{name}/{key}": value for key, value in tensors.items()}
 
 
@@ -37,12 +39,12 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture
 def paths(tmp_path, monkeypatch):
-    """Checkpoints of steps 10, 20 and 30, of which 20 is the best."""
+    """A run with checkpoints of steps 10, 20 and 30; step 20 is the best."""
     monkeypatch.chdir(tmp_path)
     paths = make_run(tmp_path / "runs/r-1", SPEC)
     for step, loss in [(10, 3.0), (20, 1.0), (30, 2.0)]:
         optim = {f"optim/model/{key}/exp_avg": value for key, value in model(99).items()}
-        make_checkpoint(paths, step, named("model", model(step)) | optim, ranks=4, metrics={"loss": loss},
+        make_checkpoint(paths, step, command_name("model", model(step)) | optim, ranks=4, metrics={"loss": loss},
                         tied={"models/model/out.weight": "models/model/words.weight"})
     return paths
 
@@ -54,9 +56,9 @@ def expected(step: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("words, step", [([], 30), (["--step", "10"], 10), (["--step", "best"], 20)])
 def test_a_model_becomes_one_file(paths, capsys, words, step):
     assert main(["export", "r-1", *words]) == 0
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     file = paths.root / f"export/step_{step}/model.safetensors"
-    assert said.out == f"{file}\n" and said.err.startswith(f"step {step}, ")
+    assert printed.out == f"{file}\n" and printed.err.startswith(f"step {step}, ")
     assert equal(load_file(file), expected(step))
     with safe_open(file, "pt") as opened:
         assert opened.metadata() == {"format": "pt", "run": "r-1", "step": str(step)}
@@ -64,7 +66,7 @@ def test_a_model_becomes_one_file(paths, capsys, words, step):
     assert os.listdir(file.parent) == ["model.safetensors"]
 
 
-def test_where_it_goes(paths, capsys):
+def test_output_paths(paths, capsys):
     for output, file in [("a.safetensors", "a.safetensors"), ("b/c", "b/c/model.safetensors")]:
         assert main(["export", "r-1", "-o", output, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
@@ -73,53 +75,53 @@ def test_where_it_goes(paths, capsys):
 
 
 def test_several_models_become_several_files(paths, capsys):
-    make_checkpoint(paths, 40, named("critic", model(1)) | named("generator", model(2)), ranks=2)
+    make_checkpoint(paths, 40, command_name("critic", model(1)) | command_name("generator", model(2)), ranks=2)
     assert main(["export", "r-1", "-o", "out"]) == 0
     assert equal(load_file("out/critic.safetensors"), model(1)) and equal(load_file("out/generator.safetensors"), model(2))
     assert main(["export", "r-1", "-o", "out.safetensors"]) == 2
-    assert "has 2 models (critic, generator), and `out.safetensors` is one file" in capsys.readouterr().err
+    assert "has 2 models (critic, generator), but `out.safetensors` is one file" in capsys.readouterr().err
 
 
-def test_a_broken_one_is_passed_over_and_said(paths, capsys):
+def test_a_broken_checkpoint_is_passed_over_with_a_warning(paths, capsys):
     flip(paths.checkpoint(30) / "2.safetensors")
     assert main(["export", "r-1"]) == 0
-    said = capsys.readouterr()
-    assert said.err.startswith("warning: the checkpoint of step 30 is broken (2.safetensors has changed")
-    assert equal(load_file(said.out.strip()), expected(20))
+    printed = capsys.readouterr()
+    assert printed.err.startswith("warning: the checkpoint of step 30 is broken (2.safetensors has changed")
+    assert equal(load_file(printed.out.strip()), expected(20))
     assert main(["export", "r-1", "--json"]) == 0
     assert [line[:35] for line in json.loads(capsys.readouterr().out)["warnings"]] == ["the checkpoint of step 30 is broken"]
 
 
-def test_of_the_best_those_that_cannot_say_are_said(paths, capsys):
+def test_best_warns_of_checkpoints_with_an_unreadable_manifest(paths, capsys):
     flip(paths.checkpoint(20) / "manifest.json", 3)
     assert main(["export", "r-1", "--step", "best"]) == 0
-    said = capsys.readouterr()
-    assert said.err.startswith("warning: the checkpoint of step 20 is broken (manifest.json is not a manifest)")
-    assert equal(load_file(said.out.strip()), expected(30))
+    printed = capsys.readouterr()
+    assert printed.err.startswith("warning: the checkpoint of step 20 is broken (manifest.json is not a manifest)")
+    assert equal(load_file(printed.out.strip()), expected(30))
 
 
-def test_a_broken_one_that_was_asked_for_is_refused(paths, capsys):
+def test_a_broken_checkpoint_that_was_asked_for_is_refused(paths, capsys):
     flip(paths.checkpoint(20) / "2.safetensors")
     assert main(["export", "r-1", "--step", "20"]) == 2
     assert "the checkpoint of step 20 of `r-1` is broken: 2.safetensors has changed" in capsys.readouterr().err
     assert not (paths.root / "export").exists()
 
 
-def test_where_the_best_is_broken_the_next_best_is_taken_and_that_is_said(paths, capsys):
+def test_if_the_best_is_broken_the_next_best_is_taken_with_a_warning(paths, capsys):
     flip(paths.checkpoint(20) / "2.safetensors")
     assert main(["export", "r-1", "--step", "best"]) == 0
-    said = capsys.readouterr()
-    assert said.err.startswith("warning: the checkpoint of step 20 is broken (2.safetensors has changed")
-    assert equal(load_file(said.out.strip()), expected(30))
+    printed = capsys.readouterr()
+    assert printed.err.startswith("warning: the checkpoint of step 20 is broken (2.safetensors has changed")
+    assert equal(load_file(printed.out.strip()), expected(30))
 
 
-def test_what_is_wrong_is_said(paths, capsys):
+def test_errors(paths, capsys):
     for words, problem in [
-        (["--step", "11"], "error: `r-1` has no checkpoint of step 11\nhint: there is step 10, step 20, step 30\n"),
-        (["--step", "worst"], "error: `worst` names no checkpoint of a run\nhint: give `newest`, `best` or a step: step 10, "),
+        (["--step", "11"], "error: `r-1` has no checkpoint of step 11\nhint: give one of step 10, step 20, step 30\n"),
+        (["--step", "worst"], "error: `worst` is not a checkpoint of a run\nhint: give `newest`, `best` or a step: step 10, "),
         (["--to", "onnx"], "error: `--to`: 'onnx' is not one of"),
-        (["-o", "runs/r-1/run.json/x"], r"error: cannot write `.*/run.json/x/model.safetensors`: Not a directory\nhint: -o"),
-        (["--to", "huggingface"], r"error: model `model` of `r-1` has no Hugging Face layout: it is no model of transformers"),
+        (["-o", "runs/r-1/run.json/x"], r"error: cannot write `.*/run.json/x/model.safetensors`: Not a directory\nhint: use -o"),
+        (["--to", "huggingface"], r"error: model `model` of `r-1` has no Hugging Face layout: it is not a model of transformers"),
     ]:
         assert main(["export", "r-1", *words]) == 2
         assert re.match(problem, capsys.readouterr().err)
@@ -129,10 +131,10 @@ def test_what_is_wrong_is_said(paths, capsys):
     assert main(["export", "r-1", "--step", "best"]) == 2
     assert "no checkpoint of `r-1` that was evaluated is whole (step 30: manifest.json" in capsys.readouterr().err
     paths.spec.write_text("task: nowhere:Task\n")
-    assert main(["export", "r-1", "--step", "best"]) == 2 and "names no metric" in capsys.readouterr().err
+    assert main(["export", "r-1", "--step", "best"]) == 2 and "it sets no `checkpoint.metric`" in capsys.readouterr().err
 
 
-def test_a_full_disk_leaves_what_was_there(paths, capsys):
+def test_a_full_disk_leaves_the_old_file(paths, capsys):
     assert main(["export", "r-1", "-o", "out.safetensors", "--step", "10"]) == 0
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
@@ -156,7 +158,7 @@ def test_hugging_faces_layout(paths, capsys, monkeypatch):
     folder = paths.root / "export/step_30/huggingface"
     assert capsys.readouterr().out == f"{folder}\n"
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "vocab.txt"]
-    assert equal(load_file(folder / "model.safetensors"), model(30))  # each once: transformers ties again
+    assert equal(load_file(folder / "model.safetensors"), model(30))  # tied weights are stored once: transformers ties them again
     monkeypatch.setattr(engine, "SHARD_BYTES", 1000)
     assert main(["export", "r-1", "--to", "huggingface", "-o", "out"]) == 0
     shards = sorted(name for name in os.listdir("out") if name.endswith(".safetensors"))
@@ -171,8 +173,8 @@ def test_hugging_faces_layout(paths, capsys, monkeypatch):
     assert "holds other files: out" in capsys.readouterr().err and paths.record.exists()
 
 
-def test_of_several_models_all_need_the_layout(paths, capsys):
-    make_checkpoint(paths, 40, named("critic", model(1)) | named("generator", model(2)))
+def test_all_models_need_the_layout(paths, capsys):
+    make_checkpoint(paths, 40, command_name("critic", model(1)) | command_name("generator", model(2)))
     describe(paths, "critic")
     assert main(["export", "r-1", "--to", "huggingface", "-o", "out"]) == 2
     assert "model `generator` of `r-1` has no Hugging Face layout" in capsys.readouterr().err and not os.path.exists("out")
@@ -181,7 +183,7 @@ def test_of_several_models_all_need_the_layout(paths, capsys):
     assert equal(load_file("out/generator/model.safetensors"), model(2))
 
 
-def test_a_large_model_passes_through_little_memory_and_without_torch(tmp_path):
+def test_a_large_model_is_exported_with_little_memory_and_without_torch(tmp_path):
     paths = make_run(tmp_path / "r-1")
     large = torch.arange(2**26, dtype=torch.float32)  # 256 MiB
     make_checkpoint(paths, 10, {"models/model/w": large, "optim/model/w/exp_avg": large[:2**24]}, ranks=3)

@@ -1,3 +1,5 @@
+"""Finding, listing and cancelling runs, and their true state."""
+
 from __future__ import annotations
 
 import json
@@ -51,18 +53,18 @@ def job_of(pid, **changes):
 
 @pytest.fixture
 def gone():
-    """The pid of a process that has ended and been waited for."""
+    """The pid of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
 
 
-def test_a_process_is_known_by_pid_and_time():
+def test_a_process_is_identified_by_pid_and_start():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     started = identity(process.pid)
     assert started == identity(process.pid)
     assert alive(process.pid, started)
-    assert not alive(process.pid, started + "0"), "another process under the same number"
+    assert not alive(process.pid, started + "0"), "another process with the same pid"
     process.stdin.close()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert not alive(process.pid, started), "a zombie is dead"
@@ -70,11 +72,11 @@ def test_a_process_is_known_by_pid_and_time():
     assert identity(process.pid) is None
 
 
-def test_find_by_id_beginning_and_path(tmp_path, monkeypatch):
+def test_find_by_id_by_the_beginning_of_an_id_and_by_path(tmp_path, monkeypatch):
     make_run(tmp_path, "cifar10-1")
     make_run(tmp_path, "cifar10-12")
     make_run(tmp_path, "gan-7")
-    assert runs.find_run(tmp_path, "cifar10-1").id == "cifar10-1", "an id is itself though it begins another"
+    assert runs.find_run(tmp_path, "cifar10-1").id == "cifar10-1", "an exact id is found although another id starts with it"
     assert runs.find_run(tmp_path, "g").id == "gan-7"
     assert runs.find_run(tmp_path / "elsewhere", str(tmp_path / "gan-7")).id == "gan-7"
     monkeypatch.chdir(tmp_path)
@@ -82,7 +84,7 @@ def test_find_by_id_beginning_and_path(tmp_path, monkeypatch):
     assert runs.find_run(tmp_path / "elsewhere", "./gan-7/").id == "gan-7"
 
 
-def test_find_says_what_is_wrong(tmp_path):
+def test_errors_of_find(tmp_path):
     make_run(tmp_path, "cifar10-1")
     make_run(tmp_path, "cifar10-2")
     (tmp_path / "notes").mkdir()
@@ -92,9 +94,9 @@ def test_find_says_what_is_wrong(tmp_path):
         ("cifar", "cifar10-1, cifar10-2", "more of the id"),
         ("cifar10_1", "no run `cifar10_1`", "cifar10-1"),
         ("zzzzzz", "no run `zzzzzz`", "launch runs"),
-        ("notes", "is no run", "launch runs"),
+        ("notes", "is not a run", "launch runs"),
         ("broken", str(tmp_path / "broken" / "run.json"), "restore"),
-        ("no/where", "no folder `no/where`", "launch runs"),
+        ("no/where", "the folder `no/where` does not exist", "launch runs"),
         ("", "empty", "launch runs"),
     ]:
         with pytest.raises(UserError) as caught:
@@ -121,7 +123,7 @@ def test_list_is_newest_first_and_survives_broken_records(tmp_path):
     assert "unreadable" in shown and max(map(len, shown.splitlines())) <= 80
 
 
-def test_lost_is_running_on_this_host_without_its_process(tmp_path, gone):
+def test_a_run_is_lost_if_its_process_on_this_host_is_gone(tmp_path, gone):
     def state(recorded, job):
         return truth.local_state({"state": recorded, "job": job})
 
@@ -134,7 +136,7 @@ def test_lost_is_running_on_this_host_without_its_process(tmp_path, gone):
     assert state("submitted", None) == "submitted"
 
 
-def test_status_gathers_what_is_known(tmp_path, gone):
+def test_status_gathers_everything_that_is_known(tmp_path, gone):
     paths = make_run(tmp_path, state="running", job=job_of(gone), attempt=2)
     make_attempt(paths, 1, outcome="preempted", exit_code=75)
     make_attempt(paths, 2, failure=LAST)
@@ -157,7 +159,7 @@ def test_status_gathers_what_is_known(tmp_path, gone):
         assert text in shown
 
 
-def test_status_of_a_run_that_has_written_nothing_else(tmp_path):
+def test_status_of_a_run_that_has_written_only_its_record(tmp_path):
     paths = make_run(tmp_path, state="submitted", attempt=0, step=0, checkpoint=None, total=None)
     paths.attempt(1).mkdir(parents=True)
     status = runs.status(runs.find_run(tmp_path, "cifar10-1"))
@@ -183,7 +185,7 @@ time.sleep(60)
 
 @pytest.fixture
 def node():
-    """Starts a process that behaves as a node process of attempt 2 does."""
+    """Start a process that behaves like a node process of attempt 2."""
     started = []
 
     def start(paths, manner):
@@ -199,7 +201,7 @@ def node():
         process.stdout.close()
 
 
-def test_cancel_leaves_the_reason_before_the_signal(tmp_path, node):
+def test_cancel_writes_the_reason_before_it_sends_the_signal(tmp_path, node):
     paths = make_run(tmp_path, state="running", attempt=2)
     make_attempt(paths, 1)
     make_attempt(paths, 2)
@@ -214,11 +216,11 @@ def test_cancel_does_not_wait_for_ever(tmp_path, node):
     make_attempt(paths, 2)
     process = node(paths, "deaf")
     replace_json(paths.record, {**read_run(paths.root).record, "job": job_of(process.pid)})
-    said = cancel(runs.find_run(tmp_path, "cifar10-1"), wait_s=0.2)
-    assert re.match(r"running \(.*still runs after 0 s\)", said)
+    state = cancel(runs.find_run(tmp_path, "cifar10-1"), wait_s=0.2)
+    assert re.match(r"running \(.*still runs after 0 s\)", state)
 
 
-def test_cancel_of_a_local_sweep_takes_those_that_wait_first(tmp_path, node):
+def test_cancel_of_a_local_sweep_cancels_the_waiting_runs_first(tmp_path, node):
     working = make_run(tmp_path, "s-0", state="running", attempt=2, sweep="s")
     make_attempt(working, 1)
     make_attempt(working, 2)
@@ -229,23 +231,23 @@ def test_cancel_of_a_local_sweep_takes_those_that_wait_first(tmp_path, node):
     (tmp_path / "s").mkdir()
     replace_json(tmp_path / "s" / "sweep.json", {"id": "s", "points": [{"run": f"s-{i}", "overrides": []} for i in (0, 1, 2)]})
     assert cancel(runs.find_run(tmp_path, "s-1")) == "cancelled"
-    assert process.poll() is None, "the one at work goes on"
+    assert process.poll() is None, "the running run continues"
     assert cancel_sweep(tmp_path, "s") == [{"id": f"s-{i}", "state": "cancelled"} for i in (0, 1, 2)]
     process.wait(10)
 
 
-def test_cancel_refuses_what_is_not_at_work_here(tmp_path, gone):
+def test_cancel_refuses_runs_that_are_not_running_on_this_host(tmp_path, gone):
     make_run(tmp_path, "done")
     make_run(tmp_path, "lost", state="running", job=job_of(gone))
     make_run(tmp_path, "far", state="running", job=job_of(gone, host="node17"))
     make_run(tmp_path, "new", state="submitted")
-    for id, said in [("done", "is finished"), ("lost", "is lost"), ("far", "node17"), ("new", "no process")]:
-        with pytest.raises(UserError, match=said):
+    for id, message in [("done", "is finished"), ("lost", "is lost"), ("far", "node17"), ("new", "no process")]:
+        with pytest.raises(UserError, match=message):
             cancel(runs.find_run(tmp_path, id))
         assert not (tmp_path / id / "attempts").exists()
 
 
-def test_the_table_fits_and_aligns(tmp_path):
+def test_the_table_fits_and_is_aligned(tmp_path):
     make_run(tmp_path, "a", task="语料", metrics={"top1": 0.25, "loss": 1.5, "another": 2.0, "and": 0.125})
     make_run(tmp_path, "cifar10-20260102-030405-ab12", total=None)
     shown = table(runs.list_runs(tmp_path), width=80).splitlines()
@@ -256,7 +258,7 @@ def test_the_table_fits_and_aligns(tmp_path):
     assert table([]) == "no runs"
 
 
-# On SLURM: what its commands say is made up here; tests/slurm/test_reading.py asks a real one
+# On SLURM. The output of its commands is made up here; tests/slurm/test_reading.py asks a real cluster.
 
 
 def job_at(*ids):
@@ -297,7 +299,7 @@ def ended(id, state, code=None, nodes="n1"):
     ("finished", 5, [queued("7", "COMPLETING")], "finished"),
     ("failed", 5, [ended("7", "CANCELLED")], "failed"),
 ])
-def test_truth_by_queue_then_history_then_record(tmp_path, monkeypatch, recorded, checkpoint, found, true):
+def test_the_true_state_from_the_queue_then_the_history_then_the_record(tmp_path, monkeypatch, recorded, checkpoint, found, true):
     paths = make_run(tmp_path, state=recorded, checkpoint=checkpoint, job=job_at("7", "8", "9"))
     asked = []
 
@@ -313,7 +315,7 @@ def test_truth_by_queue_then_history_then_record(tmp_path, monkeypatch, recorded
     assert runs.list_runs(tmp_path)[0]["state"] == true
 
 
-def test_a_record_that_changes_while_slurm_is_asked_wins(tmp_path, monkeypatch):
+def test_a_record_that_changes_while_slurm_is_asked_counts(tmp_path, monkeypatch):
     """The job is gone from the queue because the run has just ended."""
     paths = make_run(tmp_path, state="running", job=job_at("7"))
 
@@ -326,7 +328,7 @@ def test_a_record_that_changes_while_slurm_is_asked_wins(tmp_path, monkeypatch):
     assert state_of(read_run(paths.root)) == "finished"
 
 
-def test_a_sweep_is_found_and_compared(tmp_path):
+def test_a_sweep_is_found_and_its_runs_are_compared(tmp_path):
     sweep = tmp_path / "lr-1"
     sweep.mkdir()
     points = [{"run": f"cifar10-2026-{i}", "overrides": [f"optim.lr=1e-{i}", f"model.lr={i}", "train.seed=7"]} for i in (3, 1)]
@@ -341,19 +343,19 @@ def test_a_sweep_is_found_and_compared(tmp_path):
     lines = table(rows, width=80).splitlines()
     assert lines[0].split() == ["optim.lr", "model.lr", "STATE", "STEP", "top1", "loss", "top5", "RUN"]
     assert lines[1].split() == ["1e-3", "3", "finished", "120/1000", "0.1235", "1.25", "0.75", "cifar10-2026-3"]
-    with pytest.raises(UserError, match="is a sweep and no run"):
+    with pytest.raises(UserError, match="is a sweep, not a run"):
         runs.find_run(tmp_path, "lr-1")
     with pytest.raises(UserError, match="there is no sweep `nothing`"):
         runs.list_runs(tmp_path, sweep="nothing")
-    with pytest.raises(UserError, match="no run of sweep `lr-1` waits or is at work"):
+    with pytest.raises(UserError, match="no run of sweep `lr-1` is waiting or running"):
         cancel_sweep(tmp_path, "lr-1")
     (tmp_path / "lr-2").mkdir()
     replace_json(tmp_path / "lr-2" / "sweep.json", {"id": "lr-2", "points": []})
-    with pytest.raises(UserError, match="begins the ids of 2 sweeps"):
+    with pytest.raises(UserError, match="2 sweeps have an id that starts with `lr`"):
         runs.find_sweep(tmp_path, "lr")
 
 
-def test_what_never_said_how_it_ended_is_shown_as_lost(tmp_path, gone):
+def test_an_attempt_without_a_recorded_end_is_shown_as_lost(tmp_path, gone):
     paths = make_run(tmp_path, state="running", job=job_of(gone))
     make_attempt(paths, 1, outcome="running", ended=None, exit_code=None, nodes=["n1", "n2"], job="7")
     status = runs.status(runs.find_run(tmp_path, "cifar10-1"))

@@ -1,3 +1,5 @@
+"""`launch sync`, with a script in place of wandb."""
+
 from __future__ import annotations
 
 import json
@@ -22,7 +24,7 @@ sys.exit(3 if os.environ["DOES"] == "fail" else 0)
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run of two offline attempts, and a stand-in for wandb."""
+    """A run with two offline attempts; a script replaces wandb."""
     package = tmp_path / "stand_in" / "wandb"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -42,30 +44,30 @@ def run(tmp_path, monkeypatch):
 
 def test_uploads_each_attempt_once_in_order(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    said = []
+    lines = []
     folders = [str(run.paths.root / "wandb" / f"offline-run-2026010{day}_000000-r-1") for day in (1, 2)]
-    assert sync(run, said.append) == 0
+    assert sync(run, lines.append) == 0
     assert json.loads((tmp_path / "argv.json").read_text()) == ["sync", "--id", "r-1", *folders]
-    assert said == []
+    assert lines == []
 
     (tmp_path / "argv.json").unlink()
-    assert sync(run, said.append) == 0
+    assert sync(run, lines.append) == 0
     assert not (tmp_path / "argv.json").exists()
-    assert said == [f"already synced: offline-run-2026010{day}_000000-r-1" for day in (1, 2)]
+    assert lines == [f"already synced: offline-run-2026010{day}_000000-r-1" for day in (1, 2)]
 
     (run.paths.root / "wandb" / "offline-run-20260102_000000-r-1" / "run-r-1.wandb.synced").unlink()
-    assert sync(run, said.append) == 0
+    assert sync(run, lines.append) == 0
     assert json.loads((tmp_path / "argv.json").read_text()) == ["sync", "--id", "r-1", folders[1]]
 
 
 @pytest.mark.parametrize(("does", "code"), [("fail", 3), ("nothing", 1)])
-def test_a_failure_is_seen_though_wandb_may_end_with_0(run, monkeypatch, does, code):
+def test_a_failure_is_seen_even_if_wandb_ends_with_0(run, monkeypatch, does, code):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("DOES", does)
     assert sync(run) == code
 
 
-def test_refuses_before_trying(run, tmp_path):
+def test_refuses_before_it_starts_wandb(run, tmp_path):
     with pytest.raises(UserError, match="no W&B API key for https://api.wandb.ai") as caught:
         sync(run)
     assert "WANDB_API_KEY" in caught.value.hint
@@ -76,7 +78,7 @@ def test_refuses_before_trying(run, tmp_path):
     assert not (tmp_path / "argv.json").exists()
 
 
-def test_where_a_key_is_looked_for(tmp_path, monkeypatch):
+def test_places_where_a_key_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert not has_key({})
     assert has_key({"WANDB_API_KEY": "k"})

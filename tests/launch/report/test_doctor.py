@@ -12,15 +12,16 @@ from launch.cluster.config import ClusterConfig, load_cluster
 from launch.report.doctor import checks as module
 from launch.report.doctor.check import Check, line
 from launch.report.doctor.checks import doctor, file_system, fits, grace, requirements, slowest_checkpoint
-from launch.report.doctor.trial_job import MENDS
+from launch.report.doctor.trial_job import FIXES
 from trainers.contract.files import replace_json
 from trainers.contract.paths import RunPaths
 from trainers.trial import PROBES
 
 
-def found(cluster=None, runs=Path("runs"), **given) -> dict[str, list[Check]]:
+def examine(cluster=None, runs=Path("runs"), **options) -> dict[str, list[Check]]:
+    """The results of `launch doctor`, by the names of the checks."""
     checks: dict[str, list[Check]] = {}
-    for check in doctor(cluster or load_cluster("local"), runs.absolute(), **given):
+    for check in doctor(cluster or load_cluster("local"), runs.absolute(), **options):
         checks.setdefault(check.name, []).append(check)
     return checks
 
@@ -28,28 +29,28 @@ def found(cluster=None, runs=Path("runs"), **given) -> dict[str, list[Check]]:
 # --- software
 
 
-@pytest.mark.parametrize("version, versions, there", [
+@pytest.mark.parametrize("version, versions, fitting", [
     ("2.11.0", ">=2.11", True), ("2.11.0+cu128", ">=2.11", True), ("2.11.0a0+gitdeadbee", ">=2.11", True),
     ("2.9.1", ">=2.11", False), ("1.5.4", ">=1.5,<2", True), ("2.0", ">=1.5,<2", False), ("10", ">=8", True),
     ("3.11.7", ">=3.11", True), ("1.2", "", True), ("1.2", "!=1.2", False), ("1.2.0", "==1.2", True),
 ])
-def test_versions(version, versions, there):
-    assert fits(version, Requirement(f"torch{versions}")) is there
+def test_whether_a_version_meets_a_requirement(version, versions, fitting):
+    assert fits(version, Requirement(f"torch{versions}")) is fitting
 
 
-def test_requirements_are_the_projects(tmp_path):
-    python, wanted = requirements()
-    names = {canonicalize_name(need.name) for need in wanted}
+def test_the_requirements_are_those_of_the_project(tmp_path):
+    python, needs = requirements()
+    names = {canonicalize_name(need.name) for need in needs}
     assert "3.11" in python and "3.10" not in python
     assert {"torch", "accelerate", "submitit", "wandb"} <= names and "pytest" not in names
-    installed = requirements(tmp_path / "pyproject.toml")  # by what pip has recorded
+    installed = requirements(tmp_path / "pyproject.toml")  # no such file: from what pip has recorded
     assert installed[0] == python and {canonicalize_name(need.name) for need in installed[1]} == names
 
 
-def test_a_package_that_is_missing_or_old(monkeypatch, tmp_path):
+def test_a_missing_or_old_package_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "requirements", lambda: (
         SpecifierSet(">=3.11"), [Requirement("click>=99,<100"), Requirement("no-such-package>=1"), Requirement("rich")]))
-    old, missing = found(runs=tmp_path)["packages"]
+    old, missing = examine(runs=tmp_path)["packages"]
     assert old.ok == missing.ok == "error"
     assert old.what.startswith("click 8") and old.what.endswith("; <100,>=99 is needed")
     assert missing.what == "no-such-package is not installed; >=1 is needed" and "'no-such-package>=1'" in missing.mend
@@ -82,52 +83,52 @@ def test_the_file_system_of_this_test(tmp_path):
     assert file_system(tmp_path)[0] == file_system(Path(os.path.realpath(tmp_path)))[0] != "?"
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path):
     (tmp_path / "file").touch()
-    (check,) = found(runs=tmp_path / "file" / "runs")["runs"]
-    assert check.ok == "error" and f"nothing can be written into {tmp_path / 'file'}" in check.what
+    (check,) = examine(runs=tmp_path / "file" / "runs")["runs"]
+    assert check.ok == "error" and f"cannot write to {tmp_path / 'file'}" in check.what
 
 
-def test_nothing_is_left_where_runs_will_lie(tmp_path):
-    (check,) = found(runs=tmp_path / "not yet" / "runs")["runs"]
+def test_no_file_is_left_in_the_folder_of_runs(tmp_path):
+    (check,) = examine(runs=tmp_path / "not yet" / "runs")["runs"]
     assert check.ok == "ok" and not list(tmp_path.iterdir())
 
 
-def test_little_room(tmp_path, monkeypatch):
+def test_little_free_space_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ROOM_BYTES", 2**60)
-    (check,) = found(runs=tmp_path)["runs"]
-    assert check.ok == "warning" and check.mend.startswith("make room")
+    (check,) = examine(runs=tmp_path)["runs"]
+    assert check.ok == "warning" and check.mend.startswith("free some space")
 
 
 # --- a cluster
 
 
-def test_no_slurm_is_an_error_and_the_rest_is_told(tmp_path, monkeypatch):
+def test_without_slurm_the_other_checks_still_run(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(module, "LOCAL", {file_system(tmp_path)[0]})
-    checks = found(ClusterConfig(name="here", kind="slurm"), tmp_path, job=True)
+    checks = examine(ClusterConfig(name="here", kind="slurm"), tmp_path, job=True)
     assert checks["slurm"][0].ok == "error" and "there is no SLURM here" in checks["slurm"][0].what
     assert [check.ok for check in checks["shared"]] == ["warning"] * len(checks["shared"]) and "job" not in checks
     assert checks["packages"][0].ok == "ok" and "W&B" in checks
 
 
-def test_a_container_brings_its_own_python(tmp_path, monkeypatch):
+def test_the_python_of_a_container_is_not_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(module, "LOCAL", {file_system(tmp_path)[0]})
     cluster = ClusterConfig(name="here", kind="slurm", prefix=["apptainer", "exec", "x.sif"])
-    assert [check.what.partition(",")[0] for check in found(cluster, tmp_path)["shared"]] == ["the folder of runs"]
+    assert [check.what.partition(",")[0] for check in examine(cluster, tmp_path)["shared"]] == ["the folder of runs"]
 
 
 @pytest.mark.parametrize("slowest, ok, mend", [
     (None, "ok", None), (12.0, "ok", None), (25.0, "warning", "lower checkpoint.every"), (70.0, "warning", "grace_s: 210"),
 ])
-def test_the_grace_against_checkpoints(slowest, ok, mend):
+def test_the_grace_is_compared_with_the_slowest_checkpoint(slowest, ok, mend):
     check = grace(60.0, 20.0, slowest and (slowest, "bert-1"))
     assert check.ok == ok and (mend is None or mend in check.mend)
-    assert "run.grace_s is 60 s; preempted, a job is killed after 20 s" in check.what
+    assert "run.grace_s is 60 s; a preempted job is killed after 20 s" in check.what
 
 
-def test_the_slowest_checkpoint_is_that_of_recent_runs(tmp_path, monkeypatch):
+def test_the_slowest_checkpoint_is_taken_from_recent_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "RECENT_RUNS", 2)
     for age, (name, times) in enumerate({"new": [1.0, None], "broken": [], "old": [9.0]}.items()):
         paths = RunPaths(tmp_path / name)
@@ -142,33 +143,33 @@ def test_the_slowest_checkpoint_is_that_of_recent_runs(tmp_path, monkeypatch):
     assert slowest_checkpoint(tmp_path / "none") is None
 
 
-# --- the small job
+# --- the trial
 
 
-def test_there_is_advice_for_each_probe():
-    assert list(PROBES) == list(MENDS)
+def test_each_probe_has_a_fix():
+    assert list(PROBES) == list(FIXES)
 
 
 @pytest.mark.slow
-def test_the_small_job_here(tmp_path, monkeypatch):
+def test_the_trial_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    said: list[str] = []
-    (check,) = found(runs=tmp_path / "runs", job=True, say=said.append)["job"]
+    messages: list[str] = []
+    (check,) = examine(runs=tmp_path / "runs", job=True, say=messages.append)["job"]
     assert check.ok == "ok" and check.what.startswith("2 rank(s) on ") and "all-reduce: over gloo, 2 rank(s)" in check.what
-    assert said == ["2 rank(s) on cpu try this machine"] and not list((tmp_path / "runs").iterdir())
+    assert messages == ["trying 2 rank(s) on cpu of this machine"] and not list((tmp_path / "runs").iterdir())
 
 
 @pytest.mark.slow
-def test_the_small_job_here_without_torch(tmp_path, monkeypatch):
+def test_the_trial_names_the_probe_that_failed(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("raise ImportError('not for this CPU')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    check, all = found(runs=tmp_path / "runs", job=True)["job"]
+    check, summary = examine(runs=tmp_path / "runs", job=True)["job"]
     assert check.ok == "error" and ": torch: rank 0: ImportError: not for this CPU" in check.what
     (run,) = (tmp_path / "runs").iterdir()
-    assert all.mend == f"`launch explain {run}` tells more"
+    assert summary.mend == f"`launch explain {run}` shows more"
 
 
-def test_a_line():
+def test_a_check_as_text():
     assert line(Check("slurm", "ok", "all is well", "nothing")) == "ok       slurm       all is well"
     assert line(Check("slurm", "error", "it is down", "wait")) == "error    slurm       it is down\n" + " " * 21 + "wait"

@@ -32,11 +32,12 @@ Traceback (most recent call last):
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Makes a run: its state, the outcome and more of each attempt's record, and logs by (attempt, rank)."""
+    """A function that makes a run and explains it. It takes the run's state, the outcome and other values of each attempt's
+    record, and logs by (attempt, rank)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")  # no SLURM
 
-    def one(state, *attempts, logs=(), job=None, spec=SPEC, **record):
+    def make(state, *attempts, logs=(), job=None, spec=SPEC, **record):
         paths = RunPaths(tmp_path / "runs" / "bert-1")
         paths.attempts.mkdir(parents=True)
         paths.spec.write_text(spec)
@@ -56,7 +57,7 @@ def make(tmp_path, monkeypatch):
         assert json.loads(json.dumps(found)) == found
         return found
 
-    return one
+    return make
 
 
 def failure(rank=0, code=1, **more):
@@ -68,10 +69,10 @@ def commands(found) -> list[str]:
     return [step["command"] for step in found["next"]]
 
 
-# --- what is told
+# --- the text
 
 
-def test_a_failed_run_is_told_whole(make):
+def test_the_whole_text_of_a_failed_run(make):
     log = "training from step 0 of 100: 4 rank(s)\nstep 40/100  loss 1\ncheckpoint 40\nstep 57/100  loss 1\n"
     again = "resuming at step 40 of 100: 4 rank(s)\nstep 61/100  loss 1\n"
     trace = TRACE.format("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
@@ -89,16 +90,16 @@ log         {RunPaths(Path.cwd() / "runs/bert-1").log(2, 2)}
                   return model(images)
                          ^^^^^^^^^^^^^
               torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB
-attempt 1   failed after 0:50 at step 57: rank 3 was ended by SIGKILL; the next went on at step 40, 0:10 later, 17 step(s) \
-done again
+attempt 1   failed after 0:50 at step 57: rank 3 was ended by SIGKILL; the next attempt continued at step 40, 0:10 later, \
+17 step(s) repeated
 attempt 2   failed after 0:50 at step 61 (from 40): rank 2 ended with exit code 1: CUDA out of memory
 next        launch resume bert-1 --gpus 8
-              on twice as many ranks, each of which takes half as much of a batch
+              on twice as many ranks, each with half as large a share of the batch
             launch runs/bert-1/run.yaml train.micro_batch_size=4 --gpus 4
-              a new run of the same spec, with its batches in smaller parts"""
+              a new run of the same spec with a smaller micro-batch"""
 
 
-def test_runs_of_which_nothing_is_wrong(make):
+def test_a_running_run_without_a_problem(make):
     log = "training from step 0 of 100: 4\nstep 40/100  loss 1  lr 0.1  1,234 samples/s  data 3%  eta 1:02:03\neval 40/100\n"
     found = make("running", ("running", {"ended": None}), logs={(1, 0): log}, step=39)
     assert found["sentence"] == "attempt 1 is at step 40 of 100, 1,234 samples/s, with 1:02:03 to go; nothing is wrong"
@@ -111,7 +112,7 @@ def test_runs_of_which_nothing_is_wrong(make):
     ("finished", ("finished", {}), "finished at step 90 in attempt 1", []),
     ("cancelled", ("cancelled", {}), "cancelled at step 90 in attempt 1, with a checkpoint of step 90", ["launch resume bert-1"]),
     ("preempted", ("preempted", {"reason": "time limit"}),
-     "stopped at step 90 in attempt 1 (time limit); nothing goes on with it by itself", ["launch resume bert-1"]),
+     "stopped at step 90 in attempt 1 (time limit); it does not continue by itself", ["launch resume bert-1"]),
 ])
 def test_runs_that_did_not_fail(make, state, outcome, sentence, next):
     found = make(state, outcome, logs={(1, 0): "training from step 0 of 100:\nfinished at step 90/100\n"}, checkpoint=90)
@@ -121,8 +122,8 @@ def test_runs_that_did_not_fail(make, state, outcome, sentence, next):
 SEARCH = "name: wine\nsearch: {grid: {n_estimators: [5, 20]}, cv: 3}\n"
 
 
-def test_what_one_that_stopped_has_kept_is_told_of_it(make):
-    """A search has no checkpoint, and keeps its pieces; a script may keep nothing."""
+def test_a_stopped_search_says_that_its_pieces_are_kept(make):
+    """A search has no checkpoint and keeps its finished pieces. Without pieces, nothing is said."""
     logs = {(1, 0): "from fit 0 of 36\nfit 12/36  trees 9/40  eta 0:10\npreempted at fit 12/36\n"}
     stopped = ("preempted", {"reason": "time limit"})
     found = make("preempted", stopped, logs=logs, spec=SEARCH, total=36)
@@ -132,7 +133,7 @@ def test_what_one_that_stopped_has_kept_is_told_of_it(make):
     found = explain(read_run(paths.root))
     assert found["attempts"][0]["kept"] == "pieces" and "checkpoint" not in told(found)
     assert "\nattempt 1   stopped after 0:50 at step 12: time limit; its finished pieces are kept\n" in told(found)
-    assert found["next"] == [{"command": "launch resume bert-1", "why": "it does what is missing: finished pieces are kept"}]
+    assert found["next"] == [{"command": "launch resume bert-1", "why": "it does the missing pieces; finished pieces are kept"}]
 
     ended = read_json(paths.attempt_record(1))
     replace_json(paths.attempt_record(1), {**ended, "outcome": "cancelled", "reason": None})
@@ -142,10 +143,10 @@ def test_what_one_that_stopped_has_kept_is_told_of_it(make):
     replace_json(paths.attempt_record(1), ended)
     replace_json(paths.record, {**read_json(paths.record), "state": "running"})
     assert [step["why"] for step in explain(read_run(paths.root))["next"]] == [
-        "shows it as it goes on", "stops it: finished pieces are kept"]
+        "shows the log as it grows", "stops it; finished pieces are kept"]
 
 
-def test_one_that_stopped_with_a_checkpoint(make):
+def test_a_stopped_attempt_says_that_it_kept_a_checkpoint(make):
     found = make("preempted", ("preempted", {"reason": "time limit"}), checkpoint=90,
                  logs={(1, 0): "training from step 0 of 100:\npreempted at step 90/100\n"})
     assert found["attempts"][0]["kept"] == "checkpoint"
@@ -155,12 +156,12 @@ def test_one_that_stopped_with_a_checkpoint(make):
 def test_a_run_whose_process_is_gone(make):
     job = {"kind": "local", "host": socket.gethostname(), "pid": 1, "started": "another"}
     found = make("running", ("running", {"ended": None}), job=job, logs={(1, 0): "training from step 0 of 9:\nstep 7/9\n"})
-    assert found["sentence"] == "lost at step 7 in attempt 1: its processes are gone and nobody said why"
+    assert found["sentence"] == "lost at step 7 in attempt 1: its processes are gone, and the reason is not known"
     assert found["cause"]["log_end"][-1] == "step 7/9" and commands(found) == ["launch resume bert-1"]
-    assert found["next"][0]["why"].endswith("it has no checkpoint, and begins anew")
+    assert found["next"][0]["why"].endswith("it has no checkpoint, and starts from the beginning")
 
 
-def test_slurm_that_cannot_be_asked_is_said_and_the_rest_told(make):
+def test_without_slurm_the_rest_is_still_explained(make):
     job = {"kind": "slurm", "cluster": "here", "ids": ["101"], "submission": 1}
     lost = {"message": "the node process on n2 is gone", "rank": None, "retry": True, "node": "n2", "exit_code": None}
     found = make("failed", ("failed", {"failure": lost, "job": "101", "nodes": ["n1", "n2"], "submission": 1}), job=job)
@@ -178,13 +179,13 @@ def test_a_rank_that_lost_another_is_not_the_cause(make):
     found = make("failed", ("failed", {**failure(1, traceback=gloo), "nodes": ["n1", "n2"]}), logs=logs)
     assert found["cause"]["message"] == "rank 2 on node n2 ended with ValueError: odd number"
     assert found["cause"]["log"].endswith("attempts/1/logs/2.log") and found["cause"]["meaning"] is None
-    assert commands(found) == ["launch resume bert-1"] and found["next"][0]["why"].startswith("once that is mended")
+    assert commands(found) == ["launch resume bert-1"] and found["next"][0]["why"].startswith("after you have fixed this")
 
 
-def test_of_another_ranks_end_nothing_may_be_known(make):
+def test_why_another_rank_ended_may_not_be_known(make):
     gloo = TRACE.format("RuntimeError: Connection reset by peer")
     found = make("failed", ("failed", failure(1, traceback=gloo)), logs={(1, 0): gloo, (1, 1): gloo})
-    assert found["cause"]["rank"] == 1 and "of whose end nothing is known" in found["cause"]["meaning"]
+    assert found["cause"]["rank"] == 1 and "why that rank ended is not known" in found["cause"]["meaning"]
 
 
 # --- known failures
@@ -197,48 +198,50 @@ def test_of_another_ranks_end_nothing_may_be_known(make):
      "the host's memory, or the job's share of it, was full", "launch resume bert-1 --procs 8"),
     ("ModuleNotFoundError: No module named 'einops'", "the Python that ran it has no module `einops`", "launch resume bert-1"),
     ("torch.distributed.DistNetworkError: The server socket has failed to listen on any local network address. port: 29500, "
-     "useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use", "another process had taken the port",
+     "useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use", "another process was using the port",
      "launch resume bert-1"),
-    ("OSError: [Errno 28] No space left on device", "the disk, or your share of it, is full", "df -h runs/bert-1"),
-    ("OSError: [Errno 122] Disk quota exceeded: 'x'", "the disk, or your share of it, is full", "df -h runs/bert-1"),
-    ("PermissionError: [Errno 13] Permission denied: '/data/x'", "a file or folder may not be read or written",
+    ("OSError: [Errno 28] No space left on device", "the disk is full, or your quota is used up", "df -h runs/bert-1"),
+    ("OSError: [Errno 122] Disk quota exceeded: 'x'", "the disk is full, or your quota is used up", "df -h runs/bert-1"),
+    ("PermissionError: [Errno 13] Permission denied: '/data/x'", "you have no permission to read or write a file or folder",
      "ls -ld runs/bert-1"),
     ("torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:94, unhandled system error (run with "
      "NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nncclSystemError: System call (e.g. socket, malloc) failed",
      "NCCL could not use a GPU, or the network between ranks", "NCCL_DEBUG=INFO launch resume bert-1"),
     ("[rank0]:[E1 ProcessGroupNCCL.cpp:683] [Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=12, "
      "OpType=ALLREDUCE) ran for 600000 milliseconds before timing out.",
-     "a rank waited for others that did not come: one hung, or went another way", "launch logs bert-1 --rank K"),
+     "a rank waited for other ranks that did not arrive: one of them hung, or took another path through the code",
+     "launch logs bert-1 --rank K"),
     ("RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out "
-     "of shared memory.", "shared memory (/dev/shm) was full, or a file was cut while it was mapped", "df -h /dev/shm"),
-    ("torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered", "a GPU, or its driver, is not in order",
+     "of shared memory.", "shared memory (/dev/shm) was full, or a memory-mapped file was truncated", "df -h /dev/shm"),
+    ("torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered", "a GPU or its driver does not work properly",
      "launch resume bert-1"),
 ])
-def test_a_known_traceback(make, last, meaning, command):
+def test_a_known_traceback_is_explained(make, last, meaning, command):
     found = make("failed", ("failed", failure(0, traceback=TRACE.format(last))))
     assert found["cause"]["meaning"] == meaning and commands(found)[0] == command
 
 
 @pytest.mark.parametrize("message, meaning, command", [
-    ("the loss of update `main` is nan at step 3", "training diverged, and would again",
+    ("the loss of update `main` is nan at step 3", "training diverged, and would diverge again",
      "launch runs/bert-1/run.yaml optim.lr=0.01 --procs 4"),
-    ("update `main`, step 3: the gradient of `0.weight` is not finite", "training diverged, and would again",
+    ("update `main`, step 3: the gradient of `0.weight` is not finite", "training diverged, and would diverge again",
      "launch runs/bert-1/run.yaml optim.lr=0.01 --procs 4"),
-    ("rank 1 did not stop within 60 s of SIGTERM and was killed", "a step and a checkpoint took longer than run.grace_s, 60 s",
+    ("rank 1 did not stop within 60 s of SIGTERM and was killed", "a step and a checkpoint took longer than run.grace_s (60 s)",
      "launch resume bert-1"),
-    ("rank 1 needs GPU 1; torch 2.15.0 sees 1", "torch sees 1 GPU(s) there, fewer than the run was given", "nvidia-smi"),
+    ("rank 1 needs GPU 1; torch 2.15.0 sees 1", "torch sees 1 GPU(s) on that machine, fewer than the run was given",
+     "nvidia-smi"),
 ])
-def test_a_known_message(make, message, meaning, command):
+def test_a_known_message_is_explained(make, message, meaning, command):
     found = make("failed", ("failed", failure(1, message=message, hint="its own")), logs={(1, 1): "error: x\n"})
     assert found["cause"]["meaning"] == meaning and commands(found)[0] == command and found["cause"]["hint"] == "its own"
 
 
 @pytest.mark.parametrize("state, meaning, command", [
-    ("T", "something stopped its process (SIGSTOP, a debugger), and nothing let it go on", "launch resume bert-1"),
+    ("T", "its process was stopped (by SIGSTOP or a debugger) and not continued", "launch resume bert-1"),
     ("D", "a file system does not answer", "launch resume bert-1"),
-    ("S", "it came no further for longer than run.hang_s; where it was, the stack says", "launch logs bert-1 --rank K"),
+    ("S", "it made no progress for longer than run.hang_s; its stack shows where it was", "launch logs bert-1 --rank K"),
 ])
-def test_a_rank_that_hangs(make, state, meaning, command):
+def test_a_hang_is_explained(make, state, meaning, command):
     hang = blamed([Sign(0, 7, 100, 320.0, True, "S", None), Sign(1, 7, 99, 320.0, True, state, None)], 300.0)
     found = make("failed", ("failed", failure(hang.rank, None, message=hang.message, hint=hang.hint, traceback="Stack (")),
                  spec=SPEC.replace("grace_s: 60.0", "grace_s: 60.0, hang_s: 300.0"))
@@ -254,31 +257,32 @@ def test_a_slow_rank_is_named(make):
     run = RunPaths(Path("runs/bert-1").absolute())
     replace_json(run.attempt_record(1), {**read_json(run.attempt_record(1)), "nodes": ["n1", "n2"]})
     replace_json(run.slow(1), [{"rank": 3, "factor": 2.4, "work_s": 0.31, "others_s": 0.13, "step_s": 0.33}])
-    words = "rank 3 on n2: 2.4 times the others' own work in a step (310 ms, theirs 130 ms; a step takes 330 ms)"
-    assert explain(read_run(run.root))["sentence"].endswith(f"; slow: {words}")
-    assert f"slow        {words}" in details(status(read_run(run.root)))
+    slow = ("rank 3 on n2: its own work in a step takes 2.4 times as long as the others' (310 ms, theirs 130 ms; "
+            "a whole step takes 330 ms)")
+    assert explain(read_run(run.root))["sentence"].endswith(f"; slow: {slow}")
+    assert f"slow        {slow}" in details(status(read_run(run.root)))
 
 
 @pytest.mark.parametrize("name, meaning", [
-    ("SIGKILL", "it was killed from outside: by the kernel for want of memory, or by somebody"),
-    ("SIGBUS", "shared memory (/dev/shm) was full, or a file was cut while it was mapped"),
+    ("SIGKILL", "it was killed from outside: by the kernel when memory ran out, or by a person"),
+    ("SIGBUS", "shared memory (/dev/shm) was full, or a memory-mapped file was truncated"),
     ("SIGSEGV", "it crashed in native code"),
 ])
-def test_a_known_signal(make, name, meaning):
+def test_a_known_signal_is_explained(make, name, meaning):
     found = make("failed", ("failed", failure(1, None, signal=name, message=f"rank 1 was ended by {name}")),
                  logs={(1, 1): "step 1\n" * 50})
     assert found["cause"]["meaning"] == meaning and len(found["cause"]["log_end"]) == 8
 
 
-def test_what_does_not_apply_is_not_advised(make):
-    """A script has no batch, and here no cluster."""
+def test_advice_that_does_not_apply_is_left_out(make):
+    """A script has no batch, and this run has no cluster."""
     trace = TRACE.format("RuntimeError: CUDA out of memory")
     found = make("failed", ("failed", failure(0, traceback=trace)), spec="name: train\nscript: /x/train.py\n")
     assert found["cause"]["meaning"] == "the GPU's memory was full" and commands(found) == ["launch resume bert-1"]
 
 
-def test_slurms_words_are_those_of_the_last_attempt(make, tmp_path):
-    """An earlier one was preempted; the last one ran out of memory."""
+def test_slurms_lines_are_those_of_the_last_attempt(make, tmp_path):
+    """The first attempt was preempted; the last attempt ran out of memory."""
     job = {"kind": "slurm", "cluster": "here", "ids": ["101"], "submission": 1}
     folder = RunPaths(tmp_path / "runs/bert-1").submission(1)
     folder.mkdir(parents=True)

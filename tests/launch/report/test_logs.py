@@ -17,7 +17,7 @@ from trainers.contract.paths import RunPaths
 
 @pytest.fixture
 def run(tmp_path):
-    """A run at work in this very process."""
+    """A run whose process is this test's own process."""
     paths = RunPaths(tmp_path / "r-1")
     paths.root.mkdir()
     job = {"kind": "local", "host": socket.gethostname(), "pid": os.getpid(), "started": identity(os.getpid())}
@@ -26,7 +26,8 @@ def run(tmp_path):
     return read_run(paths.root)
 
 
-def say(run, attempt, rank, text):
+def append(run, attempt, rank, text):
+    """Append to the log of a rank."""
     file = run.paths.log(attempt, rank)
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "ab") as opened:
@@ -34,27 +35,28 @@ def say(run, attempt, rank, text):
 
 
 def printed(run, **choice):
-    said = []
-    logs.follow(run, write=said.append, **choice)
-    return "".join(said)
+    """What `logs.follow` writes."""
+    output = []
+    logs.follow(run, write=output.append, **choice)
+    return "".join(output)
 
 
-def test_all_attempts_in_order_or_one(run):
+def test_all_attempts_in_order_or_only_one(run):
     for number in (10, 9):
-        say(run, number, 0, f"of {number}\nmore\n")
-        say(run, number, 1, f"rank 1 of {number}")
+        append(run, number, 0, f"of {number}\nmore\n")
+        append(run, number, 1, f"rank 1 of {number}")
     assert printed(run) == "of 9\nmore\n--- attempt 10 ---\nof 10\nmore\n"
     assert printed(run, attempt=9) == "of 9\nmore\n"
     assert printed(run, rank=1, attempt=10) == "rank 1 of 10\n"
     assert list(logs.lines(run, rank=1, attempt=9)) == [{"attempt": 9, "rank": 1, "line": "rank 1 of 9"}]
 
 
-def test_what_is_missing_is_named(run):
+def test_a_missing_rank_or_attempt_is_an_error(run):
     with pytest.raises(UserError, match="no log of rank 0") as caught:
         printed(run)
     assert caught.value.hint == "it has no rank yet"
     for rank in range(3):
-        say(run, 1, rank, "x\n")
+        append(run, 1, rank, "x\n")
     with pytest.raises(UserError, match="no log of rank 7") as caught:
         printed(run, rank=7)
     assert caught.value.hint == "it has ranks 0 to 2"
@@ -63,79 +65,79 @@ def test_what_is_missing_is_named(run):
     assert caught.value.hint == "it has attempt 1"
 
 
-def test_follow_goes_on_into_new_attempts_until_the_end(run, monkeypatch):
+def test_follow_continues_with_new_attempts_until_the_end(run, monkeypatch):
     monkeypatch.setattr(logs, "POLL_S", 0.01)
-    said, failed = [], []
+    output, failed = [], []
 
     def wait_for(text):
         deadline = time.monotonic() + 20
-        while text not in "".join(said):
-            assert time.monotonic() < deadline, (text, said)
+        while text not in "".join(output):
+            assert time.monotonic() < deadline, (text, output)
             time.sleep(0.005)
 
     def node():
         try:
             chinese = "中文\n".encode()
-            say(run, 1, 0, "one\nhal")
+            append(run, 1, 0, "one\nhal")
             wait_for("one\n")
-            assert "hal" not in "".join(said), "half a line is held back"
-            say(run, 1, 0, "f\n")
+            assert "hal" not in "".join(output), "half a line is held back"
+            append(run, 1, 0, "f\n")
             wait_for("half\n")
             with open(run.paths.log(1, 0), "ab", buffering=0) as opened:
                 opened.write(chinese[:2])
                 time.sleep(0.05)
                 opened.write(chinese[2:])
             wait_for("中文\n")
-            say(run, 2, 0, "two\n")
+            append(run, 2, 0, "two\n")
             wait_for("two\n")
-            say(run, 2, 0, "last words")
+            append(run, 2, 0, "last words")
         except AssertionError as error:
             failed.append(error)
         update_json(run.paths.record, state="finished")
 
     thread = threading.Thread(target=node)
     thread.start()
-    logs.follow(run, follow=True, write=said.append)
+    logs.follow(run, follow=True, write=output.append)
     thread.join()
     assert not failed
-    assert "".join(said) == "one\nhalf\n中文\n--- attempt 2 ---\ntwo\nlast words\n"
+    assert "".join(output) == "one\nhalf\n中文\n--- attempt 2 ---\ntwo\nlast words\n"
 
 
-def test_follow_goes_on_when_a_failed_attempt_is_followed_by_another(run, monkeypatch):
+def test_follow_continues_when_another_attempt_comes_after_a_failed_one(run, monkeypatch):
     monkeypatch.setattr(logs, "POLL_S", 0.01)
-    said, looks = [], []
+    output, looks = [], []
     going = logs.Watch.going
 
     def look(watch):
         looks.append(going(watch))
-        if looks[-1] is False and len(said) == 1:  # seen between the two
+        if looks[-1] is False and len(output) == 1:  # between the two attempts
             update_json(run.paths.record, state="running", attempt=2)
-            say(run, 2, 0, "two\n")
+            append(run, 2, 0, "two\n")
         return looks[-1]
 
     def write(text):
-        said.append(text)
+        output.append(text)
         update_json(run.paths.record, state="failed" if text == "one\n" else "finished")
 
     monkeypatch.setattr(logs.Watch, "going", look)
-    say(run, 1, 0, "one\n")
+    append(run, 1, 0, "one\n")
     logs.follow(run, follow=True, write=write)
-    assert "".join(said) == "one\n--- attempt 2 ---\ntwo\n" and False in looks[:2]
+    assert "".join(output) == "one\n--- attempt 2 ---\ntwo\n" and False in looks[:2]
 
 
-def test_follow_of_an_ended_run_prints_and_ends(run):
-    say(run, 1, 0, "x\n")
+def test_follow_of_an_ended_run_prints_the_log_and_ends(run):
+    append(run, 1, 0, "x\n")
     update_json(run.paths.record, state="failed")
     assert printed(read_run(run.paths.root), follow=True) == "x\n"
 
 
 def test_control_c_ends_quietly(run):
-    say(run, 1, 0, "x\ny\n")
-    said = []
+    append(run, 1, 0, "x\ny\n")
+    output = []
 
     def write(text):
-        said.append(text)
+        output.append(text)
         raise KeyboardInterrupt
 
     logs.follow(run, follow=True, write=write)
-    assert said == ["x\n"]
+    assert output == ["x\n"]

@@ -34,7 +34,7 @@ def terminal(monkeypatch):
     return Terminal()
 
 
-def test_the_view_fits_the_stream(terminal, monkeypatch):
+def test_the_view_suits_the_stream(terminal, monkeypatch):
     assert isinstance(make_view(False, terminal), RichView)
     assert isinstance(make_view(True, terminal), JsonView)
     assert isinstance(make_view(False, io.StringIO()), PlainView)
@@ -42,7 +42,7 @@ def test_the_view_fits_the_stream(terminal, monkeypatch):
     assert isinstance(make_view(False, terminal), PlainView)
 
 
-def test_plain():
+def test_the_plain_view():
     stream = io.StringIO()
     view = make_view(False, stream)
     view.notice("run x in runs/x")
@@ -75,7 +75,7 @@ def test_json_is_strict():
     ]
 
 
-def test_a_script_without_events_sees_its_own_output_only(terminal):
+def test_the_output_of_a_script_without_events_is_shown_unchanged(terminal):
     view = make_view(False, terminal)
     lines = ["[bold]x[/bold]", "\x1b[31mred\x1b[0m", "1%\r2%"]
     for line in lines:
@@ -84,13 +84,13 @@ def test_a_script_without_events_sees_its_own_output_only(terminal):
     assert terminal.getvalue() == "".join(line + "\n" for line in lines)
 
 
-def test_steps_move_the_bar_and_all_else_scrolls(terminal):
+def test_steps_move_the_bar_and_everything_else_is_printed_above_it(terminal):
     view = make_view(False, terminal)
     view.event(START)
     before = terminal.getvalue().count("\n")
     for step in range(10, 260, 10):
         view.event({**STEP, "step": step})
-    assert terminal.getvalue().count("\n") == before, "step events print no lines"
+    assert terminal.getvalue().count("\n") == before, "step events must not print lines"
     view.text("[bold]no markup[/bold] :smile:")
     assert "250/1000" in terminal.getvalue() and "2:12" in terminal.getvalue()
     view.text("1%\r2%\r3%\r")
@@ -101,16 +101,16 @@ def test_steps_move_the_bar_and_all_else_scrolls(terminal):
     view.notice("from [the] launcher")
     view.event(END)
     view.close()
-    said = terminal.getvalue()
+    shown = terminal.getvalue()
     for text in ("[bold]no markup[/bold] :smile:\n", "3%\n", "aredb\n", "长" * 100 + "\n", "eval 250/1000  top1 0.5\n",
                  "from [the] launcher\n", "finished at step 1000/1000  top1 0.9\n"):
-        assert text in said
+        assert text in shown
     for text in ("1%\r", "\x1b[2J", "\x1b[1;1H", "SECRET"):
-        assert text not in said
-    assert said.rindex("\x1b[?25h") > said.rindex("\x1b[?25l"), "the cursor is shown again"
+        assert text not in shown
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor must be visible again"
 
 
-def test_the_last_step_stays_in_sight_when_no_end_was_said(terminal):
+def test_the_last_step_stays_visible_without_an_end_event(terminal):
     view = make_view(False, terminal)
     view.event(START)
     view.event(STEP)
@@ -135,7 +135,7 @@ def test_the_progress_line_fits_any_width(width):
     {"event": "step"}, {"event": "step", "step": "x", "total": 3}, {**STEP, "rate": None}, {"event": "start"},
     {"event": "start", "total": "many"}, {"event": "eval"}, {"event": "mine", "a": 1},
 ])
-def test_odd_events_end_no_run(terminal, event):
+def test_unusual_events_do_not_stop_a_run(terminal, event):
     for view in (make_view(False, terminal), make_view(False, io.StringIO()), make_view(True, io.StringIO())):
         view.event(event)
         view.event(START)
@@ -143,7 +143,7 @@ def test_odd_events_end_no_run(terminal, event):
         view.close()
 
 
-def say_everything(view):
+def show_everything(view):
     for _ in range(3):
         view.event(START)
         view.event(STEP)
@@ -154,14 +154,14 @@ def say_everything(view):
 
 
 @pytest.mark.parametrize("json", [False, True])
-def test_a_reader_that_has_gone_ends_no_run(json):
+def test_a_closed_pipe_does_not_stop_a_run(json):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as stream:
-        say_everything(make_view(json, stream))
+        show_everything(make_view(json, stream))
 
 
-def test_a_terminal_that_has_gone_ends_no_run(monkeypatch):
+def test_a_closed_terminal_does_not_stop_a_run(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     master, slave = os.openpty()
     with open(slave, "w") as stream:
@@ -169,11 +169,11 @@ def test_a_terminal_that_has_gone_ends_no_run(monkeypatch):
         assert isinstance(view, RichView)
         os.close(master)
         with pytest.raises(OSError):
-            os.write(slave, b"the terminal is indeed gone")
-        say_everything(view)
+            os.write(slave, b"the terminal is closed")
+        show_everything(view)
 
 
-def test_head_leaves_the_exit_code_alone():
+def test_a_closed_pipe_does_not_change_the_exit_code():
     code = ("from launch.supervise.terminal import make_view\nview = make_view(False)\n"
             "for i in range(50000): view.text(f'line {i}')\n")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -184,7 +184,7 @@ def test_head_leaves_the_exit_code_alone():
     assert process.wait() == 0
 
 
-def test_a_character_that_the_stream_cannot_encode():
+def test_a_character_that_the_stream_cannot_encode_becomes_a_question_mark():
     raw = io.BytesIO()
     view = make_view(False, io.TextIOWrapper(raw, encoding="ascii"))
     view.text("长 x")

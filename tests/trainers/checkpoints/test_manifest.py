@@ -19,7 +19,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_what_was_written_is_read(folder):
+def test_a_written_manifest_is_read_back(folder):
     content = manifest.read(folder, 7)
     assert content["metrics"] == {"loss": 0.1, "bad": None} and list(content["files"]) == ["a", "index.json", "state.json"]
     assert content["files"]["a"] == {
@@ -36,7 +36,7 @@ def test_a_changed_file_is_found(folder, content, problem):
 
 
 @pytest.mark.parametrize("name", ["state.json", "index.json"])
-def test_one_that_lists_too_little_is_refused(folder, name):
+def test_a_manifest_without_the_state_or_the_index_is_refused(folder, name):
     entries = manifest.read(folder, 7)["files"]
     del entries[name]
     manifest.write(folder, step=7, entries=entries)
@@ -57,7 +57,7 @@ def test_any_flipped_byte_of_the_manifest_is_found(folder):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"digest": 1}', "\ud800"])
-def test_what_is_no_manifest_is_refused(folder, text):
+def test_a_file_that_is_not_a_manifest_is_refused(folder, text):
     (folder / manifest.NAME).write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(manifest.Broken, match="manifest.json"):
         manifest.read(folder, 7)
@@ -78,15 +78,15 @@ def test_a_manifest_of_another_step_is_refused(folder):
 
 def test_a_name_that_leads_out_of_the_folder_is_refused(folder):
     manifest.write(folder, step=7, entries={"../a": {"size": 1, "sha256": ""}})
-    with pytest.raises(manifest.Broken, match="no name of a file"):
+    with pytest.raises(manifest.Broken, match="not the name of a file"):
         manifest.read(folder, 7)
 
 
-def test_the_manifest_is_json_for_others_to_read(folder):
+def test_the_manifest_is_plain_json(folder):
     assert json.loads((folder / manifest.NAME).read_text())["format"] == 2
 
 
-def test_what_reads_checkpoints_for_others_needs_no_torch():
+def test_reading_and_exporting_checkpoints_imports_neither_torch_nor_numpy():
     modules = ", ".join(f"trainers.checkpoints.{name}" for name in ("export", "folders", "manifest", "retention", "tensor_files"))
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

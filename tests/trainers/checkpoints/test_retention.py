@@ -32,27 +32,27 @@ def test_the_best_is_kept_by_its_mode(mode, expected):
     assert kept(metrics, keep_last=1, keep_best=1, metric="top1", mode=mode) == expected
 
 
-def test_of_equally_good_ones_the_newer_is_kept():
+def test_of_two_equally_good_steps_the_newer_is_kept():
     assert kept({1: {"f1": 0.5}, 2: {"f1": 0.5}, 3: {"f1": 0.1}}, keep_last=1, keep_best=1, metric="f1") == [2, 3]
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
-def test_what_is_no_number_is_never_best(value):
+def test_a_metric_that_is_not_a_finite_number_is_never_best(value):
     metrics = {1: {"loss": value}, 2: {}, 3: {"loss": 0.5}, 4: {}}
     assert kept(metrics, keep_last=1, keep_best=3, metric="loss", mode="min") == [3, 4]
 
 
-def test_no_best_without_a_metric_or_with_none_wanted():
+def test_no_step_is_best_without_a_metric_or_with_keep_best_0():
     metrics = {1: {"f1": 0.9}, 2: {"f1": 0.1}, 3: {"f1": 0.2}}
     assert kept(metrics, keep_last=1, keep_best=2) == [3]
     assert kept(metrics, keep_last=1, keep_best=0, metric="f1") == [3]
 
 
-def test_what_is_newer_is_neither_deleted_nor_counted():
+def test_newer_steps_are_neither_deleted_nor_counted():
     assert retention.stale(plain(10, 20, 30, 40), Checkpoint(keep_last=1), newest=20) == [10]
 
 
-def test_why_each_is_kept():
+def test_the_reasons_why_steps_are_kept():
     metrics = {step: {"f1": value} for step, value in [(10, 0.9), (20, 0.1), (30, 0.2), (40, 0.8)]}
     config = Checkpoint(keep_last=2, keep_best=2, keep_every=20, metric="f1")
     assert list(retention.kept(metrics, config).items()) == [

@@ -1,3 +1,5 @@
+"""The task `cifar10`: its settings, its models, its measures and its report."""
+
 from __future__ import annotations
 
 import subprocess
@@ -67,7 +69,7 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
     assert Data(**again.model_dump()) == again
 
 
-def test_where_downloads_go(tmp_path, monkeypatch):
+def test_the_folder_for_downloads(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("LAUNCH_DATA", raising=False)
     assert Data().download_root() == tmp_path / ".cache" / "launch"
@@ -76,31 +78,31 @@ def test_where_downloads_go(tmp_path, monkeypatch):
     assert Data(root="/elsewhere").download_root() == Path("/elsewhere")
 
 
-@pytest.mark.parametrize("model, data, says", [
-    ({"arch": "resnet18", "width": 0.5}, {}, "model.width is of vgg alone"),
+@pytest.mark.parametrize("model, data, message", [
+    ({"arch": "resnet18", "width": 0.5}, {}, "model.width is only for vgg"),
     ({}, {"pad": 32}, "narrower than data.size, 32"), ({"width": 0.0}, {}, "greater than 0"),
     ({"dropout": 1.0}, {}, "less than 1"), ({}, {"eval_fraction": 1.0}, "less than 1"), ({}, {"source": ""}, "source"),
 ])
-def test_bad_values(model, data, says):
-    with pytest.raises(ValidationError, match=says):
+def test_bad_values_are_refused(model, data, message):
+    with pytest.raises(ValidationError, match=message):
         config(model, **data)
 
 
 @pytest.mark.parametrize("arch, hint", [("resnet81", "did you mean resnet18, "), ("vg", "did you mean vgg11"),
                                         ("bgg", "did you mean vgg"),
                                         ("efficientnet", "efficientnet_b0"), ("???", "vgg, resnet18, or a classifier")])
-def test_unknown_architecture_is_answered_with_near_names(arch, hint):
+def test_an_unknown_architecture_gets_a_hint_with_near_names(arch, hint):
     with pytest.raises(UserError) as error:
         config({"arch": arch}).check()
     assert f"`{arch}`" in error.value.message and hint in error.value.hint and len(str(error.value).splitlines()) == 2
 
 
 @pytest.mark.parametrize("arch", ["vgg", "resnet18", "mobilenet_v3_small"])
-def test_known_architecture(arch):
+def test_a_known_architecture_is_accepted(arch):
     config({"arch": arch}).check()
 
 
-def test_names_read_off_the_source_are_torchvisions():
+def test_the_names_read_from_the_source_are_those_of_torchvision():
     from torchvision import models
     assert sorted(torchvision_models()) == models.list_models(module=models)
 
@@ -110,7 +112,7 @@ def test_check_without_torchvision_leaves_the_name_to_the_rank(monkeypatch):
     config({"arch": "anything"}).check()
 
 
-def test_check_looks_at_the_folder(tmp_path):
+def test_check_refuses_a_bad_folder(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         config(source=str(tmp_path / "none")).check()
     with pytest.raises(UserError, match="no class folders"):
@@ -120,7 +122,7 @@ def test_check_looks_at_the_folder(tmp_path):
 # --- Models
 
 
-def test_vgg():
+def test_the_layers_of_vgg():
     model = make_model(Model(width=1.0), 10, 32)
     assert model.features == 2048 == model.classifier[0].in_features
     shapes = [m.weight.shape[:2] for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
@@ -131,7 +133,7 @@ def test_vgg():
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in make_model(Model(batch_norm=False), 10, 32).modules())
 
 
-def test_resnet18():
+def test_the_parameters_of_resnet18():
     assert parameters(make_model(Model(arch="resnet18"), 10, 32)) == 11_173_962
     assert parameters(make_model(Model(arch="resnet18"), 100, 32)) == 11_220_132
 
@@ -139,20 +141,20 @@ def test_resnet18():
 @pytest.mark.parametrize("arch, size", [*(("vgg", size) for size in (8, 28, 32, 40, 64, 96, 224)), ("resnet18", 16),
                                         ("shufflenet_v2_x0_5", 32), ("squeezenet1_1", 32)])
 @pytest.mark.parametrize("n", [0, 2])
-def test_logits(arch, size, n):
+def test_the_shape_of_the_logits(arch, size, n):
     model = make_model(Model(arch=arch, width=0.05 if arch == "vgg" else 1.0), 7, size).eval()
     with torch.no_grad():
         assert model(torch.randn(n, 3, size, size)).shape == (n, 7)
 
 
-def test_torchvision_has_the_last_word():
+def test_a_name_that_torchvision_does_not_have_is_refused():
     with pytest.raises(UserError, match="`nonesuch`"):
         make_model(Model(arch="nonesuch"), 10, 32)
 
 
 @pytest.mark.parametrize("arch", ["vgg", "resnet18"])
-def test_gradients_lie_like_their_parameters(arch):
-    """Activations are channels-last; what is saved and reduced is not."""
+def test_gradients_have_the_memory_order_of_their_parameters(arch):
+    """Only activations are channels-last. Parameters and gradients, which are saved and reduced, are not."""
     model = make_model(Model(arch=arch), 10, 32)
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     assert all(p.is_contiguous() and p.grad.stride() == p.stride() for p in model.parameters())
@@ -180,8 +182,8 @@ def summed(task, model, parts):
     return {name: total / count for name, (total, count) in sums.items()}
 
 
-def test_measures():
-    """Sums over uneven and empty parts equal the whole, and what numpy counts."""
+def test_measures_of_parts_equal_measures_of_the_whole():
+    """Sums over uneven and empty parts equal the measures of the whole set, as counted with numpy."""
     task = sample_task()
     torch.manual_seed(0)
     model = task.model().eval()
@@ -210,7 +212,7 @@ def test_report_leaves_out_classes_without_images():
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
-def test_picture(tmp_path, classes):
+def test_the_figure_of_the_confusion_matrix(tmp_path, classes):
     task = sample_task()
     task.classes, task.evaluated = [f"class $ 数 {n}" for n in range(classes)], 20 * classes
     confusion = (torch.eye(classes) * 15 + 5 / classes) / (20 * classes)
@@ -220,11 +222,11 @@ def test_picture(tmp_path, classes):
     with Image.open(tmp_path / "confusion.png") as picture:
         assert 400 <= min(picture.size) and max(picture.size) <= 2000
         pixels = np.asarray(picture.convert("RGB")).astype(int)
-    dark = (pixels[..., 2] - pixels[..., 0] > 60).mean()  # blue cells of the diagonal, and the colour bar
+    dark = (pixels[..., 2] - pixels[..., 0] > 60).mean()  # the blue cells of the diagonal, and the colour bar
     assert 0.005 < dark < 0.5
 
 
-def test_folder_decides_the_number_of_classes(tmp_path):
+def test_the_folder_decides_the_number_of_classes(tmp_path):
     rng = np.random.default_rng(0)
     for name in ("ä", "b", "c"):
         for number in range(4):

@@ -1,4 +1,4 @@
-"""Which settings go together: every strategy with every precision, offload and layout is allowed, or refused with a reason."""
+"""Which settings can be combined: each strategy with each precision, offload and layout is allowed, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ def config(strategy: str, precision: str = "fp32", **train) -> RunConfig:
 
 @pytest.mark.parametrize("strategy, precision, device", [*itertools.product(STRATEGIES, PRECISIONS, ("cpu", "cuda"))])
 def test_each_strategy_with_each_precision(strategy, precision, device):
-    """tests/trainers/engine/parallel/test_strategies.py trains with those that are allowed on CPU ranks."""
-    found = [error.message for error in unsupported(config(strategy, precision), device)]
-    assert found == (["`train.precision` is `tf32`, which only GPUs have; these ranks run on CPU"]
-                     if (precision, device) == ("tf32", "cpu") else [])
+    """tests/trainers/engine/parallel/test_strategies.py trains with the combinations that are allowed on CPU ranks."""
+    messages = [error.message for error in unsupported(config(strategy, precision), device)]
+    assert messages == (["`train.precision` is `tf32`, which needs a GPU; these ranks run on CPU"]
+                        if (precision, device) == ("tf32", "cpu") else [])
 
 
 @pytest.mark.parametrize("strategy, offload", [*itertools.product(STRATEGIES, ("none", "optimizer", "parameters"))])
 def test_each_strategy_with_each_offload(strategy, offload):
-    found = [str(error) for error in unsupported(config(strategy, offload=offload), "cpu")]
+    errors = [str(error) for error in unsupported(config(strategy, offload=offload), "cpu")]
     possible = {"ddp": 1, "zero1": 2, "zero2": 2, "zero3": 3, "fsdp": 2}[strategy]
-    assert len(OFFLOADS[strategy]) == possible and bool(found) == (offload not in OFFLOADS[strategy])
-    said = f"`train.offload` is `{offload}`, which `{strategy}` cannot do\nhint: use train.offload=none"
-    assert all(said in one for one in found)
+    assert len(OFFLOADS[strategy]) == possible and bool(errors) == (offload not in OFFLOADS[strategy])
+    message = f"`train.offload` is `{offload}`, which `{strategy}` does not support\nhint: use train.offload=none"
+    assert all(message in error for error in errors)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_compilation_the_full_layout_and_deepspeeds_keys(strategy):
     zero = strategy.startswith("zero")
-    for allowed, given, said in (
-        (not zero, {"compile": True}, f"`train.compile` does not go with `{strategy}`: DeepSpeed"),
-        (strategy == "ddp", {"layout": "full"}, f"`checkpoint.layout` is `full`, and under `{strategy}` no rank holds"),
+    for allowed, given, message in (
+        (not zero, {"compile": True}, f"`train.compile` cannot be used with `{strategy}`: DeepSpeed"),
+        (strategy == "ddp", {"layout": "full"}, f"`checkpoint.layout` is `full`, but with `{strategy}` no rank holds"),
         (zero, {"deepspeed": {"wall_clock_breakdown": True}}, f"`train.strategy` is `{strategy}`"),
     ):
         if allowed:
@@ -49,4 +49,4 @@ def test_compilation_the_full_layout_and_deepspeeds_keys(strategy):
         else:
             with pytest.raises(UserError) as error:
                 check(config(strategy, **given), "cpu")
-            assert said in error.value.message and error.value.hint
+            assert message in error.value.message and error.value.hint

@@ -1,4 +1,4 @@
-"""A user's own DeepSpeed JSON: what of it is passed on, and what is refused before anything starts."""
+"""A user's own DeepSpeed JSON: which settings are passed on, and which are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def config(strategy: str = "zero3", **train) -> RunConfig:
         "steps": 1, "batch_size": 8, "strategy": strategy, **train}})
 
 
-def test_it_is_merged_over_what_the_spec_says():
+def test_it_is_merged_over_the_settings_from_the_spec():
     theirs = {"zero_optimization": {"stage3_max_reuse_distance": 7, "overlap_comm": True, "reduce_bucket_size": 5e8},
               "wall_clock_breakdown": True}
     check(theirs)
@@ -26,33 +26,34 @@ def test_it_is_merged_over_what_the_spec_says():
     assert merged["zero_optimization"]["stage"] == 3 and merged["train_micro_batch_size_per_gpu"] == 4
 
 
-@pytest.mark.parametrize("theirs, said, hint", [
-    ({"fp16": {"enabled": True}}, "sets `fp16`, which is the spec's to say", "set train.precision"),
-    ({"train_batch_size": "auto"}, "sets `train_batch_size`, which is the spec's", "set train.batch_size"),
-    ({"zero_optimization": {"stage": 2}}, "sets `zero_optimization.stage`, which is the spec's", "set train.strategy"),
+@pytest.mark.parametrize("theirs, message, hint", [
+    ({"fp16": {"enabled": True}}, "sets `fp16`, which only the spec may set", "set train.precision"),
+    ({"train_batch_size": "auto"}, "sets `train_batch_size`, which only the spec", "set train.batch_size"),
+    ({"zero_optimization": {"stage": 2}}, "sets `zero_optimization.stage`, which only the spec", "set train.strategy"),
     ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "sets `zero_optimization.offload_param`", "set train.offload"),
     ({"zero_optimisation": {}}, "sets `zero_optimisation`, which launch does not pass on", "did you mean `zero_optimization`?"),
     ({"zero_optimization": {"reduce_buckt_size": 1}}, "sets `zero_optimization.reduce_buckt_size`",
      "did you mean `zero_optimization.reduce_bucket_size`?"),
     ({"zero_optimization": {"zenflow": {}}}, "sets `zero_optimization.zenflow`, which launch does not pass on", "leave it out"),
     ({"prescale_gradients": True}, "sets `prescale_gradients`, which launch does not pass on", "leave it out"),
-    ({"zero_optimization": {"nothing_like_it": 1}}, "which launch does not pass on", "of zero_optimization it takes contiguous_"),
-    *[({"zero_optimization": value}, "`zero_optimization` that is no object", "") for value in (3, [], None, False, "")],
-    ({"train_batch_size": None}, "sets `train_batch_size`, which is the spec's", "set train.batch_size"),
+    ({"zero_optimization": {"nothing_like_it": 1}}, "which launch does not pass on", "zero_optimization may have contiguous_"),
+    *[({"zero_optimization": value}, "`zero_optimization` in `train.deepspeed` is not an object", "")
+      for value in (3, [], None, False, "")],
+    ({"train_batch_size": None}, "sets `train_batch_size`, which only the spec", "set train.batch_size"),
     ({"zero_allow_untested_optimizer": False}, "which launch does not pass on", "leave it out"),
     ({"csv_monitor": {"enabled": True}}, "which launch does not pass on", "leave it out"),
-    ({"steps_per_print": "auto"}, "`steps_per_print` is 'auto', not a whole number from 1", "leave it out"),
+    ({"steps_per_print": "auto"}, "`steps_per_print` is 'auto', not a whole number of at least 1", "leave it out"),
     ({"wall_clock_breakdown": "auto"}, "`wall_clock_breakdown` is 'auto', not true or false", "leave it out"),
     ({"zero_optimization": {"overlap_comm": "auto"}}, "is 'auto', not true or false", "leave it out"),
     ({"zero_optimization": {"sub_group_size": "auto"}}, "`zero_optimization.sub_group_size` is 'auto'", "leave it out"),
-    ({"zero_optimization": {"reduce_bucket_size": 0}}, "is 0, not a whole number from 1", ""),
+    ({"zero_optimization": {"reduce_bucket_size": 0}}, "is 0, not a whole number of at least 1", ""),
     ({"zero_optimization": {"sub_group_size": "1e9"}}, "`zero_optimization.sub_group_size` is '1e9', not a whole number", ""),
-    ({"zero_optimization": {"sub_group_size": -1}}, "is -1, not a whole number from 0", ""),
-    ({"zero_optimization": {"sub_group_size": inf}}, "is inf, not a whole number from 0", ""),
-    ({"zero_optimization": {"sub_group_size": True}}, "is True, not a whole number from 0", ""),
+    ({"zero_optimization": {"sub_group_size": -1}}, "is -1, not a whole number of at least 0", ""),
+    ({"zero_optimization": {"sub_group_size": inf}}, "is inf, not a whole number of at least 0", ""),
+    ({"zero_optimization": {"sub_group_size": True}}, "is True, not a whole number of at least 0", ""),
     ({"zero_optimization": {"overlap_comm": 1}}, "`zero_optimization.overlap_comm` is 1, not true or false", ""),
 ])
-def test_what_is_refused(theirs, said, hint):
+def test_settings_that_are_refused(theirs, message, hint):
     with pytest.raises(UserError) as error:
         check(theirs)
-    assert said in error.value.message and hint in (error.value.hint or "") and "\n" not in str(error.value.message)
+    assert message in error.value.message and hint in (error.value.hint or "") and "\n" not in str(error.value.message)

@@ -26,34 +26,34 @@ def test_ddp_holds_16_bytes_of_each_parameter_and_sgd_12():
     assert memory("ddp").total == 16 * P
     assert memory("ddp", optim="sgd").total == 12 * P
     assert memory("ddp", ranks=1, micro_batch_size=1).total == 16 * P
-    # Until they cross ranks, gradients of earlier micro-batches lie beside the buckets.
+    # Gradients of earlier micro-batches lie outside DDP's buckets until they cross ranks.
     assert memory("ddp", micro_batch_size=1).total == 20 * P
 
 
 @pytest.mark.parametrize("strategy, parameters, gradients, optimizer", [
     ("zero1", 4 + 4 / 8, 4, 1), ("zero2", 4 + 4 / 8, 4 / 8, 1), ("zero3", 8 / 8, 4 / 8, 1), ("fsdp", 4 / 8, 4 / 8, 1)])
-def test_what_is_sharded_is_an_eighth(strategy, parameters, gradients, optimizer):
-    found = memory(strategy)
-    assert (found.parameters, found.gradients, found.optimizer) == (parameters * P, gradients * P, optimizer * P)
+def test_sharded_memory_is_an_eighth_on_8_ranks(strategy, parameters, gradients, optimizer):
+    sharded = memory(strategy)
+    assert (sharded.parameters, sharded.gradients, sharded.optimizer) == (parameters * P, gradients * P, optimizer * P)
 
 
-def test_more_ranks_take_less_each():
+def test_with_more_ranks_each_rank_needs_less():
     for strategy in ("zero1", "zero2", "zero3", "fsdp"):
         totals = [memory(strategy, ranks=ranks).total for ranks in (2, 8, 32)]
         assert totals == sorted(totals, reverse=True) and totals[1] < memory("ddp").total
 
 
 def test_a_model_without_blocks_is_gathered_whole():
-    alone = expected(config("fsdp"), Counts(parameters=P, tensor=10**6), 8, "cuda")
-    assert alone.gathered >= 8 * P >= memory("fsdp").gathered * 50
+    without_blocks = expected(config("fsdp"), Counts(parameters=P, tensor=10**6), 8, "cuda")
+    assert without_blocks.gathered >= 8 * P >= memory("fsdp").gathered * 50
 
 
 def test_offload_moves_memory_to_the_host():
     for strategy, offload in (("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "parameters"), ("fsdp", "parameters")):
-        there, not_there = memory(strategy, offload=offload), memory(strategy)
-        assert there.optimizer == 0 and there.host >= not_there.optimizer
-        assert there.parameters + there.gathered + there.buffers < not_there.total
-        assert memory(strategy, offload=offload, device="cpu").total > there.total  # where both are one memory
+        offloaded, plain = memory(strategy, offload=offload), memory(strategy)
+        assert offloaded.optimizer == 0 and offloaded.host >= plain.optimizer
+        assert offloaded.parameters + offloaded.gathered + offloaded.buffers < plain.total
+        assert memory(strategy, offload=offload, device="cpu").total > offloaded.total  # there, device and host share one memory
 
 
 def test_half_precision_keeps_copies_but_fsdp_gathers_in_it():
@@ -63,8 +63,8 @@ def test_half_precision_keeps_copies_but_fsdp_gathers_in_it():
 
 @pytest.mark.parametrize("model", [{}, {"width": 0.3}, {"batch_norm": False}, {"arch": "resnet18"}, {"arch": "resnet50"}],
                          ids=str)
-def test_models_are_counted_on_the_meta_device_as_they_are_made(model, tmp_path):
-    """Without data: there is no CIFAR-10 in that folder."""
+def test_counts_on_the_meta_device_equal_those_of_real_models(model, tmp_path):
+    """Counting needs no data: the folder does not contain CIFAR-10."""
     import torch
 
     from trainers.cifar10.model import make_model
@@ -106,11 +106,11 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing():
     from trainers.probe import measure
 
     world = World(0, 1, 0, 1, torch.device("cpu"))
-    found = {}
-    for again in (False, True):
+    activations = {}
+    for checkpointing in (False, True):
         spec = RunConfig(name="run", task="sentences:Counting", path=SENTENCES, model={"depth": 6},
-                         train={"steps": 1, "batch_size": 24, "checkpoint_activations": again})
-        counts, found[again] = measure(resolve(spec.task, spec.path)(spec), spec, world, ranks=2)
+                         train={"steps": 1, "batch_size": 24, "checkpoint_activations": checkpointing})
+        counts, activations[checkpointing] = measure(resolve(spec.task, spec.path)(spec), spec, world, ranks=2)
         assert counts.blocks == 6 * counts.block < counts.parameters
-    assert list(found[False]) == [2, 4] and found[False][4] > 1.8 * found[False][2]
-    assert found[True][4] < found[False][4] / 2
+    assert list(activations[False]) == [2, 4] and activations[False][4] > 1.8 * activations[False][2]
+    assert activations[True][4] < activations[False][4] / 2

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers.config.micro_batch import gave_way, note, settled, too_large
+from trainers.config.micro_batch import note, retries_smaller, settled, too_large
 from trainers.config.schema import RunConfig
 from trainers.contract.errors import OutOfMemory
 from trainers.contract.paths import RunPaths
@@ -19,18 +19,19 @@ def runs_out(asked: RunConfig, paths: RunPaths, attempt: int, ranks: int = 2) ->
     return too_large(asked, settled(asked, paths, ranks), paths, attempt, rank=1, ranks=ranks)
 
 
-def test_each_attempt_that_runs_out_makes_way_for_the_next_smaller_size(tmp_path: Path):
-    paths, asked, had = RunPaths(tmp_path), config("auto"), []
+def test_after_each_attempt_without_memory_the_next_smaller_size_is_used(tmp_path: Path):
+    paths, asked, splits = RunPaths(tmp_path), config("auto"), []
     for attempt in range(1, 7):
-        had.append(settled(asked, paths, 2).train.split(2))
+        splits.append(settled(asked, paths, 2).train.split(2))
         error = runs_out(asked, paths, attempt)
-        assert gave_way(paths, attempt) == error.retry == (attempt < 6)
-    assert had == [(12, 1), (6, 2), (4, 3), (3, 4), (2, 6), (1, 12)]
-    assert error.message == "rank 1 ran out of memory with a micro-batch of 1, the smallest there is"
-    assert note(settled(asked, paths, 2), paths, 2) == "train.micro_batch_size=auto: 1, 12 to a step (12, 6, 4, 3, 2 did not fit)"
+        assert retries_smaller(paths, attempt) == error.retry == (attempt < 6)
+    assert splits == [(12, 1), (6, 2), (4, 3), (3, 4), (2, 6), (1, 12)]
+    assert error.message == "rank 1 ran out of memory with a micro-batch of 1, the smallest possible"
+    assert note(settled(asked, paths, 2), paths, 2) == (
+        "train.micro_batch_size=auto: 1 micro-batch x 12 accumulation (12, 6, 4, 3, 2 did not fit)")
 
 
-def test_what_was_found_holds_on_other_ranks_too(tmp_path: Path):
+def test_recorded_sizes_also_count_for_other_numbers_of_ranks(tmp_path: Path):
     paths, asked = RunPaths(tmp_path), config("auto")
     for attempt in (1, 2):
         runs_out(asked, paths, attempt)
@@ -39,21 +40,21 @@ def test_what_was_found_holds_on_other_ranks_too(tmp_path: Path):
     assert settled(asked, paths, 8).train.split(8) == (3, 1)
 
 
-def test_two_ranks_of_one_attempt_say_the_same(tmp_path: Path):
+def test_two_ranks_of_one_attempt_make_one_entry(tmp_path: Path):
     paths, asked = RunPaths(tmp_path), config("auto")
-    had = settled(asked, paths, 2)
+    used = settled(asked, paths, 2)
     for rank in (0, 1):
-        too_large(asked, had, paths, 1, rank, 2)
+        too_large(asked, used, paths, 1, rank, 2)
     assert json.loads(paths.micro_batch.read_text()) == [{"attempt": 1, "size": 12, "next": 6}]
 
 
-def test_a_size_that_was_given_stays(tmp_path: Path):
+def test_a_given_size_is_not_changed(tmp_path: Path):
     paths = RunPaths(tmp_path)
     for asked in (config(4), config(None)):
         assert settled(asked, paths, 2) is asked
         error = runs_out(asked, paths, 1)
         assert not error.retry and "train.micro_batch_size=" in error.hint
-    assert not paths.micro_batch.exists() and not gave_way(paths, 1)
+    assert not paths.micro_batch.exists() and not retries_smaller(paths, 1)
 
 
 def test_the_smallest_is_not_tried_again(tmp_path: Path):
@@ -65,13 +66,13 @@ def test_the_smallest_is_not_tried_again(tmp_path: Path):
     ("RuntimeError(\"[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory\")", True),
     ("ValueError('out of memory')", False),
 ])
-def test_which_errors_mean_that_memory_is_full(error: str, full: bool):
+def test_errors_that_mean_full_memory(error: str, full: bool):
     import torch
 
     from trainers.engine.world import out_of_memory
 
-    found = eval(error, {"torch": torch})
-    assert out_of_memory(found) == full
+    exception = eval(error, {"torch": torch})
+    assert out_of_memory(exception) == full
     wrapped = RuntimeError("a compiler's")
-    wrapped.__cause__ = found
+    wrapped.__cause__ = exception
     assert out_of_memory(wrapped) == full

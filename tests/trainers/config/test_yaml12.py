@@ -1,4 +1,4 @@
-"""YAML 1.2: what is read, what is written, and what is said where neither can be done."""
+"""YAML 1.2: reading, writing, and the errors of texts that cannot be read."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", SCALARS)
-def test_command_line_and_file_read_alike(text: str) -> None:
+def test_the_command_line_and_a_file_give_the_same_value(text: str) -> None:
     expected = SCALARS[text]
     for value in (argument(text), read(f"x: {text}\n", "f.yaml").value["x"]):
         assert value == expected and type(value) is type(expected)
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_plain_text_arrives_unchanged(text: str) -> None:
+def test_plain_text_on_the_command_line_is_unchanged(text: str) -> None:
     assert argument(text) == text
 
 
@@ -41,7 +41,7 @@ def test_not_a_number() -> None:
     assert math.isnan(argument(".nan"))
 
 
-def test_whatever_is_written_is_read_back() -> None:
+def test_everything_written_is_read_back() -> None:
     pieces = [*"aZ_09 .:/#-+[]{},'\"\\\n\t%=~@$()*&!|>?中é\x00\x7f\x85\u2028\ufeff\u3000\U0001f600\udc80",
               "null", "true", "1e3", ": ", " #", "off", ".inf", "0x1f"]
     rng = random.Random(0)
@@ -66,7 +66,7 @@ def test_whatever_is_written_is_read_back() -> None:
         assert argument(inline(list(values.values()))) == list(values.values())
 
 
-def test_lines_and_anchors() -> None:
+def test_lines_are_recorded_and_anchors_resolved() -> None:
     document = read("# first\na: &x {b: 1,\n  c: !!str 5}\nd:\n  - *x\n", "f.yaml")
     assert document.value == {"a": {"b": 1, "c": "5"}, "d": [{"b": 1, "c": "5"}]}
     assert document.lines["a", "b"] == 2
@@ -75,19 +75,19 @@ def test_lines_and_anchors() -> None:
 
 
 @pytest.mark.parametrize("text, message", {
-    "a: 1\n b: 2": "f.yaml:2: this is no YAML: mapping values are not allowed here",
-    "a: 1\nb: [1, 2": "f.yaml:2: this is no YAML: while parsing a flow sequence",
-    "a: 1\nb: 2\na: 3": "f.yaml:3: `a` stands here for the second time, first in line 1",
-    "a: 1\nb: {c: 1, c: 2}": "f.yaml:2: `c` stands here",
-    "a: 1\nb: *c": "f.yaml:2: `*c` names no anchor",
-    "a: &x [*x]": "f.yaml:1: `*x` names no anchor",
-    "a: !!python/object:os.system x": "f.yaml:1: the tag `tag:yaml.org,2002:python/object:os.system` is not read",
-    "a: 1\nb: \x07": "f.yaml:2: a character that YAML does not allow, number 0x7",
-    "a: 1\n---\nb: 1": "f.yaml:2: the document ends and another begins",
+    "a: 1\n b: 2": "f.yaml:2: this is not YAML: mapping values are not allowed here",
+    "a: 1\nb: [1, 2": "f.yaml:2: this is not YAML: while parsing a flow sequence",
+    "a: 1\nb: 2\na: 3": "f.yaml:3: duplicate key `a`, first given in line 1",
+    "a: 1\nb: {c: 1, c: 2}": "f.yaml:2: duplicate key `c`",
+    "a: 1\nb: *c": "f.yaml:2: `*c` refers to no anchor",
+    "a: &x [*x]": "f.yaml:1: `*x` refers to no anchor",
+    "a: !!python/object:os.system x": "f.yaml:1: the tag `tag:yaml.org,2002:python/object:os.system` is not supported",
+    "a: 1\nb: \x07": "f.yaml:2: YAML does not allow the character 0x7",
+    "a: 1\n---\nb: 1": "f.yaml:2: a second document starts here",
     "? [a]\n: 1": "f.yaml:1: a key is a list",
-    "[" * 5000: "f.yaml: it is nested too deeply",
+    "[" * 5000: "f.yaml: the document is nested too deeply",
 }.items())
-def test_what_is_wrong_and_where(text: str, message: str) -> None:
+def test_errors_name_the_line_and_the_problem(text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         read(text, "f.yaml")
     assert caught.value.message.startswith(message)

@@ -33,14 +33,14 @@ def page(monkeypatch):
     return page
 
 
-def test_a_rank_rests_until_it_has_done_a_step_and_a_part_of_an_evaluation(page):
-    said = []
-    for what in (heartbeat.step_begins, heartbeat.batch_begins, heartbeat.batch_ends, lambda: heartbeat.step_ends(7),
+def test_a_rank_rests_until_its_first_step_and_first_batch_of_an_evaluation_are_done(page):
+    resting = []
+    for call in (heartbeat.step_begins, heartbeat.batch_begins, heartbeat.batch_ends, lambda: heartbeat.step_ends(7),
                  lambda: heartbeat.beat("evaluation"), lambda: heartbeat.done("evaluation"), heartbeat.beat,
                  heartbeat.rest, heartbeat.beat):
-        what()
-        said.append(bool(page[RESTING]))
-    assert said == [True, True, True, False, True, False, False, True, False]
+        call()
+        resting.append(bool(page[RESTING]))
+    assert resting == [True, True, True, False, True, False, False, True, False]
     assert (page[STEP], page[STEPS], page[BEATS]) == (7, 1, 8)
 
 
@@ -49,7 +49,7 @@ def test_making_batches_is_work_and_waiting_for_others_is_not(page):
     heartbeat.batch_begins()
     time.sleep(0.1)
     heartbeat.batch_ends()
-    time.sleep(0.1)  # as in a collective
+    time.sleep(0.1)  # like waiting in a collective
     end = time.thread_time() + 0.05
     while time.thread_time() < end:
         pass
@@ -58,7 +58,7 @@ def test_making_batches_is_work_and_waiting_for_others_is_not(page):
     assert 0.1 <= data_s < work_s and 0.15 <= work_s <= wall_s - 0.09 and wall_s >= 0.25
 
 
-def test_saving_is_noted_while_it_lasts(page):
+def test_saving_is_noted_while_it_runs(page):
     @heartbeat.saving()
     def write():
         assert page[SAVING] == 1
@@ -70,7 +70,7 @@ def test_saving_is_noted_while_it_lasts(page):
         assert page[SAVING] == 0
 
 
-def test_another_process_sees_it_and_its_stacks_can_be_asked_for():
+def test_another_process_sees_the_steps_and_can_ask_for_stacks():
     number, page = new_page()
     code = ("import os, time\nfrom trainers.contract import heartbeat as h\nh.start()\nassert h.VARIABLE not in os.environ\n"
             "def sleeps():\n h.step_ends(3)\n time.sleep(60)\nsleeps()")
@@ -90,7 +90,7 @@ def test_another_process_sees_it_and_its_stacks_can_be_asked_for():
         process.communicate()
 
 
-def test_a_process_without_a_node_process_writes_for_nobody(monkeypatch):
+def test_beats_work_without_a_node_process(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     heartbeat.start()
     heartbeat.beat()

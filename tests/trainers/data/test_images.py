@@ -1,3 +1,5 @@
+"""Images for classification: augmentation, folders of images, CIFAR-10 and the sample set."""
+
 from __future__ import annotations
 
 import os
@@ -51,7 +53,7 @@ def flat(folder: Path, count: int = 10, classes: tuple[str, ...] = ("ant", "bee"
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_a_sample_is_augmented_alike_however_the_batch_is_shared_out(parts):
+def test_the_augmentation_of_a_sample_does_not_depend_on_the_division_of_the_batch(parts):
     data = images(random_raw(), FULL)
     whole, labels = data.batch(share(np.arange(16)))
     pieces = [data.batch(share(slots)) for slots in np.split(np.arange(16), parts)]
@@ -60,8 +62,8 @@ def test_a_sample_is_augmented_alike_however_the_batch_is_shared_out(parts):
 
 
 @pytest.mark.parametrize("augment", [FULL, Augment(pad=4), Augment(flip=True), Augment(cutout=4), Augment(pad=11)])
-def test_augmentation_is_what_it_says(augment):
-    """Against one sample at a time: a padded image is made, cut, turned and blanked."""
+def test_augmentation_equals_a_plain_version_of_it(augment):
+    """The plain version takes one sample at a time: it pads, crops, mirrors and blanks the image."""
     raw, side = random_raw(), 12
     part = share(np.arange(3, 16))
     got, _ = images(raw, augment).batch(part)
@@ -85,7 +87,7 @@ def test_augmentation_varies_over_its_whole_range():
     assert (again == drawn).all() and (other != drawn).any()
 
 
-def test_without_augmentation_pixels_come_back():
+def test_without_augmentation_the_pixels_can_be_computed_back():
     raw = random_raw()
     got, labels = images(raw).batch(share(np.arange(16)))
     back = got * torch.tensor((0.2, 0.25, 0.3)).view(3, 1, 1) + torch.tensor((0.4, 0.5, 0.6)).view(3, 1, 1)
@@ -95,7 +97,7 @@ def test_without_augmentation_pixels_come_back():
 
 
 @pytest.mark.parametrize("augment", [Augment(), FULL])
-def test_empty_share(augment):
+def test_an_empty_share_gives_an_empty_batch(augment):
     got, labels = images(random_raw(), augment).batch(share(np.arange(0)))
     assert got.shape == (0, 3, 12, 12) and got.dtype == torch.float32 and labels.shape == (0,)
 
@@ -125,7 +127,7 @@ def test_resident_scales_and_uses_the_training_statistics_for_both():
 
 
 @pytest.mark.parametrize("name", ["test", "val", "valid"])
-def test_folder_with_splits(tmp_path, name):
+def test_a_folder_with_training_and_evaluation_images(tmp_path, name):
     root = tmp_path / "my 图片"
     flat(root / "train", 3, ("猫", "a dog", "bee"))
     flat(root / name, 2, ("bee", "猫"))
@@ -135,14 +137,14 @@ def test_folder_with_splits(tmp_path, name):
     assert (sets.train.pixels[0, :, 0, 0] == (200, 30, 90)).all() and sets.train.pixels.flags.c_contiguous
 
 
-def test_validation_folder_goes_before_test(tmp_path):
+def test_a_validation_folder_is_used_before_a_test_folder(tmp_path):
     flat(tmp_path / "train", 3)
     flat(tmp_path / "val", 2)
     write(tmp_path / "test" / "unlabelled.png")
     assert len(list_images(tmp_path, 0.1).test) == 4
 
 
-def test_folder_without_splits_holds_out_a_share_of_each_class(tmp_path, capsys):
+def test_without_an_evaluation_folder_a_share_of_each_class_is_held_out(tmp_path, capsys):
     flat(tmp_path, 20)
     listing = list_images(tmp_path, 0.25)
     assert listing.held_out and [label for _, label in listing.test] == [0] * 5 + [1] * 5
@@ -151,17 +153,17 @@ def test_folder_without_splits_holds_out_a_share_of_each_class(tmp_path, capsys)
                                                         f"{n}.png" for n in range(20))]
     assert list_images(tmp_path, 0.25) == listing
     load_folder(tmp_path, 8, 0.25, ONE)
-    assert "10 of 40 images held out (data.eval_fraction=0.25" in capsys.readouterr().out
+    assert "10 of 40 images are held out (data.eval_fraction=0.25" in capsys.readouterr().out
     assert load_folder(tmp_path, 8, 0.0, ONE).test is None
 
 
-def test_a_class_of_one_image_is_trained_on(tmp_path):
+def test_the_only_image_of_a_class_is_a_training_image(tmp_path):
     flat(tmp_path, 1)
     listing = list_images(tmp_path, 0.9)
     assert len(listing.train) == 2 and not listing.test
 
 
-def test_what_is_no_image_is_ignored(tmp_path):
+def test_files_that_are_not_images_are_ignored(tmp_path):
     flat(tmp_path / "train", 2)
     flat(tmp_path / "test", 1)
     for stray in ("train/.cache/x.png", "train/ant/.hidden.png", "train/ant/notes.txt", "train/list.csv", "readme.md"):
@@ -173,7 +175,7 @@ def test_what_is_no_image_is_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("ending", sorted(ENDINGS))
-def test_every_kind_of_image(tmp_path, ending):
+def test_every_image_format_is_read(tmp_path, ending):
     write(tmp_path / "a" / f"X{ending.upper()}", (10, 8))
     pixels = load_folder(tmp_path, 8, 0.0, ONE).train.pixels
     np.testing.assert_allclose(pixels[0, :, 4, 4].astype(int), (200, 30, 90), atol=20)
@@ -264,22 +266,22 @@ def no_training(root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("make, says", [
+@pytest.mark.parametrize("make, message", [
     (broken_image, "cannot be read as an image"), (text_as_image, "cannot be read as an image"),
     (dangling_link, "leads nowhere"), (circular_link, "leads nowhere"), (empty_class, "holds no images"),
     (no_classes, "images but no class folders"), (nothing, "no class folders"), (a_file, "is not a folder"),
-    (strange_class, "`cow` is no class of"), (no_training, "no train/"), (lambda root: root, "does not exist"),
+    (strange_class, "`cow` is not a class of"), (no_training, "no train/"), (lambda root: root, "does not exist"),
 ])
-def test_bad_folders_are_refused_by_name(tmp_path, make, says):
-    guilty = make(tmp_path / "set")
+def test_bad_folders_are_refused_by_name(tmp_path, make, message):
+    bad = make(tmp_path / "set")
     with pytest.raises(UserError) as error:
         load_folder(tmp_path / "set", 8, 0.1, ONE)
-    assert str(guilty) in error.value.message and says in error.value.message
+    assert str(bad) in error.value.message and message in error.value.message
     assert error.value.hint and len(str(error.value).splitlines()) == 2
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_folder(tmp_path):
+def test_an_unreadable_folder_is_refused(tmp_path):
     (flat(tmp_path) / "ant").chmod(0)
     try:
         with pytest.raises(UserError, match="ant cannot be listed: Permission denied"):
@@ -293,7 +295,7 @@ def test_unreadable_folder(tmp_path):
 
 @pytest.fixture
 def small_cifar10(monkeypatch):
-    """torchvision's CIFAR10, from an archive of 30 images in place of the real one. Gives a function that makes it."""
+    """Make torchvision's CIFAR10 accept a small archive of 30 images. Return the bytes of the archive."""
     import hashlib
     import io
     import pickle
@@ -320,11 +322,11 @@ def small_cifar10(monkeypatch):
     monkeypatch.setattr(CIFAR10, "train_list", [[n, md5(c)] for n, c in packed.items() if n.startswith("data")])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5(packed["test_batch"])]])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5(packed["batches.meta"])})
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # nobody answers there
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # no server listens there
     return stream.getvalue()
 
 
-def test_cifar10_from_an_archive_put_there_by_hand(tmp_path, small_cifar10):
+def test_cifar10_is_read_from_an_archive_that_is_already_there(tmp_path, small_cifar10):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(small_cifar10)
     sets = load_cifar10(tmp_path, ONE)
     assert sets.train.pixels.shape == (25, 3, 32, 32) and sets.train.labels.tolist() == [0, 1, 2, 3, 9] * 5
@@ -334,7 +336,7 @@ def test_cifar10_from_an_archive_put_there_by_hand(tmp_path, small_cifar10):
     assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-batches-py"]
 
 
-def test_broken_cifar10_is_replaced(tmp_path, small_cifar10):
+def test_a_broken_cifar10_is_replaced(tmp_path, small_cifar10):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(small_cifar10)
     batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     batch.parent.mkdir()
@@ -343,7 +345,7 @@ def test_broken_cifar10_is_replaced(tmp_path, small_cifar10):
 
 
 @pytest.mark.parametrize("archive", [None, b"broken"])
-def test_cifar10_out_of_reach(tmp_path, small_cifar10, archive):
+def test_cifar10_that_cannot_be_downloaded_is_an_error(tmp_path, small_cifar10, archive):
     root = tmp_path / "new" / "data"
     if archive:
         root.mkdir(parents=True)
@@ -356,13 +358,13 @@ def test_cifar10_out_of_reach(tmp_path, small_cifar10, archive):
     assert not list(root.glob(".cifar10-*"))
 
 
-def test_cifar10_where_nothing_may_be_written(tmp_path, small_cifar10):
+def test_a_root_that_cannot_be_written_is_an_error(tmp_path, small_cifar10):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         load_cifar10(tmp_path / "file" / "data", ONE)
 
 
-def test_sample_set():
+def test_the_sample_set_is_balanced_and_repeatable():
     sets = draw_shapes()
     assert sets.train.pixels.shape == (1000, 3, 32, 32) and sets.train.pixels.dtype == np.uint8
     assert (np.bincount(sets.train.labels) == 100).all() and (np.bincount(sets.test.labels) == 50).all()

@@ -8,27 +8,28 @@ from trainers.engine.schedule import learning_rate
 
 
 def rates(total: int, **optim) -> list[float]:
-    return [learning_rate(Optim(lr=0.4, **optim), step, total) for step in range(total)]
+    return [learning_rate(Optim(lr=0.4, **optim), applied, total) for applied in range(total)]
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.2])
-def test_one_cycle_is_pytorchs(warmup):
+def test_onecycle_gives_the_rates_of_pytorchs_onecyclelr(warmup):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    pytorchs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=101, pct_start=warmup or 0.3,
-                                                   cycle_momentum=False)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=101, pct_start=warmup or 0.3,
+                                                    cycle_momentum=False)
     expected = []
     for _ in range(101):
-        expected.append(pytorchs.get_last_lr()[0])
+        expected.append(scheduler.get_last_lr()[0])
         optimizer.step()
-        pytorchs.step() if len(expected) < 101 else None
+        if len(expected) < 101:
+            scheduler.step()
     got = rates(101, schedule="onecycle", warmup=warmup)
-    # PyTorch's peak lies one step earlier: at pct_start * total - 1.
+    # PyTorch's peak is one step earlier, at pct_start * total - 1.
     assert max(abs(a - b) for a, b in zip(expected, got)) < 0.4 * 0.06
     assert got[0] == pytest.approx(0.4 / 25) and max(got) == pytest.approx(0.4, rel=1e-3)
     assert got[-1] == pytest.approx(0.4 / 25e4, rel=1e-6)
 
 
-def test_cosine_and_linear_fall_to_their_end_after_the_warm_up():
+def test_cosine_and_linear_rise_in_the_warm_up_and_then_fall_to_final_lr():
     cosine = rates(100, schedule="cosine", warmup=10.0, final_lr=0.1)
     linear = rates(100, schedule="linear", warmup=0.1, final_lr=0.1)
     for curve in (cosine, linear):

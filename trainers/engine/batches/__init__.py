@@ -1,1 +1,1 @@
-"""The samples of each global batch, and each rank's share of them."""
+"""Which samples a global batch holds, and which of them each rank takes."""

@@ -1,7 +1,7 @@
-"""Which samples, and which randomness, a step has: pure functions of (seed, purpose, position).
+"""The samples and the random seeds of each step: pure functions of (seed, purpose, position).
 
-There is no iterator and so no iterator state: a run resumes by its step number alone, on any number
-of ranks. Seeds are mixed by a hash and never added, so that neighbouring seeds and steps share nothing.
+There is no iterator, so no iterator state has to be saved. The step number is enough to resume a run, on any number of
+ranks. Seeds are derived by a hash and never by addition, so that neighbouring seeds and steps share no random numbers.
 """
 
 from __future__ import annotations
@@ -14,30 +14,33 @@ import torch
 from trainers.engine.task import Share
 
 
-def mix(*parts: int | str) -> int:
-    """A 63-bit seed from numbers and words."""
+def derive_seed(*parts: int | str) -> int:
+    """Return a seed from 0 to 2**63 - 1, the hash of numbers and words."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def seed_noise(device: torch.device, *parts: int | str) -> None:
-    """Seed what models draw from, on the CPU and on this rank's device, by `mix(*parts)`.
+    """Seed torch's global generators, on the CPU and on this rank's device, with `derive_seed(*parts)`.
 
-    The numbers are those after torch.manual_seed, which costs 0.3 ms where CUDA was never used: it notes a stack for
-    each kind of device there could be.
+    The generators give the same numbers as after torch.manual_seed. That call costs 0.3 ms where CUDA was never used,
+    because it records a stack trace for every device type that could exist.
     """
-    seed = mix(*parts)
+    seed = derive_seed(*parts)
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 class Shuffled:
-    """Global batches of `batch_size` samples from `length`, freshly shuffled each epoch.
+    """The global batches of one update: `batch_size` samples each, from a data set of `length` samples.
 
-    Batch `draw` (from 0) covers the positions [draw x batch_size, (draw + 1) x batch_size) of the
-    endless sequence of shuffled epochs: a batch may reach into the next epoch, and none is dropped.
-    `stream` keeps the draws of several updates apart.
+    Every epoch has a new order. The epochs follow one another in an endless sequence. Batch `draw` (from 0) covers the
+    positions [draw x batch_size, (draw + 1) x batch_size) of this sequence: a batch may reach into the next epoch, and no
+    sample is dropped.
+
+    Args:
+        stream: name of the update. Updates with different names get different orders.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, stream: str):
@@ -45,24 +48,28 @@ class Shuffled:
         self._orders: dict[int, np.ndarray] = {}
 
     def steps(self, epochs: float) -> int:
-        """Batches that hold at least so many epochs."""
+        """Return the number of batches in `epochs` epochs, rounded up and at least 1."""
         return max(1, -int(-epochs * self.length // self.batch_size))
 
     def ends_epoch(self, draw: int) -> bool:
-        """Whether batch `draw` takes the last sample of an epoch."""
+        """Whether batch `draw` holds the last sample of an epoch."""
         return (draw + 1) * self.batch_size // self.length > draw * self.batch_size // self.length
 
     def shares(self, draw: int, rank: int, ranks: int, accumulation: int) -> list[Share]:
-        """Rank `rank`'s micro-batches of global batch `draw`, equal in size: slots are dealt out in order."""
+        """Return the `accumulation` micro-batches that rank `rank` takes of global batch `draw`.
+
+        All micro-batches have the same size. The ranks split the slots in order: rank 0 takes the first ones.
+        """
         positions = np.arange(draw * self.batch_size, (draw + 1) * self.batch_size)
-        each = self.batch_size // ranks
-        slots = np.arange(rank * each, (rank + 1) * each)
-        indices = self._at(positions[slots])
-        seed = mix(self.seed, "batch", self.stream, draw)
+        per_rank = self.batch_size // ranks
+        slots = np.arange(rank * per_rank, (rank + 1) * per_rank)
+        indices = self._indices(positions[slots])
+        seed = derive_seed(self.seed, "batch", self.stream, draw)
         return [Share(i, s, self.batch_size, seed)
                 for i, s in zip(np.split(indices, accumulation), np.split(slots, accumulation))]
 
-    def _at(self, positions: np.ndarray) -> np.ndarray:
+    def _indices(self, positions: np.ndarray) -> np.ndarray:
+        """Return the rows of the data set at these positions of the endless sequence."""
         epochs, within = np.divmod(positions, self.length)
         needed = range(epochs[0], epochs[-1] + 1)
         self._orders = {e: self._orders[e] if e in self._orders else self._order(e) for e in needed}
@@ -71,13 +78,16 @@ class Shuffled:
         return np.array([self._orders[e][w] for e, w in zip(epochs.tolist(), within.tolist())])
 
     def _order(self, epoch: int) -> np.ndarray:
-        bits = np.random.Philox(mix(self.seed, "order", self.stream, epoch))
+        bits = np.random.Philox(derive_seed(self.seed, "order", self.stream, epoch))
         return np.random.Generator(bits).permutation(self.length)
 
 
 def evaluation_shares(length: int, batch_size: int, rank: int, ranks: int) -> list[Share]:
-    """Rank `rank`'s part of an evaluation: every sample once over all ranks. All ranks get the same
-    number of shares, so that they meet in collectives; the last ones may be empty."""
+    """Return the batches, of up to `batch_size` samples, that rank `rank` evaluates.
+
+    All ranks together evaluate every sample exactly once. All ranks get the same number of batches, because each rank must
+    take part in every collective. The last batches may be empty.
+    """
     rows = np.arange(rank, length, ranks)
     batches = -(-(-(-length // ranks)) // batch_size)
     parts = [rows[i * batch_size:(i + 1) * batch_size] for i in range(batches)]

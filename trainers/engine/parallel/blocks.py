@@ -1,4 +1,4 @@
-"""The blocks that a deep model repeats: the units in which it is sharded, and its activations are computed again."""
+"""The blocks that a deep model repeats. FSDP shards a model block by block, and activations are recomputed block by block."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from torch.utils.checkpoint import checkpoint
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules of the classes that the model names in `_no_split_modules` (as transformers' models do),
-    else the outermost children of its ModuleLists that are no lists themselves; none if it has no such."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    found: list[nn.Module] = []
+    """Return the outermost repeated blocks of a model; an empty list if the model has none.
 
-    def look(module: nn.Module) -> None:
+    Blocks are the modules of the classes that the model names in `_no_split_modules` (as transformers' models do).
+    If the model names no classes, blocks are the children of its ModuleLists, without children that are lists themselves.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    result: list[nn.Module] = []
+
+    def search(module: nn.Module) -> None:
         for child in module.children():
             listed = isinstance(module, nn.ModuleList) and not names and not isinstance(child, (nn.ModuleList, nn.ModuleDict))
             if listed or type(child).__name__ in names:
-                found.append(child)
+                result.append(child)
             else:
-                look(child)
+                search(child)
 
-    look(model)
-    return found
+    search(model)
+    return result
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Keep only each block's input for backward, and compute the rest again (Chen et al. 2016, arXiv:1604.06174): in
-    place, so that no parameter's name changes."""
+    """Keep only each block's input for backward, and recompute the block's other activations (Chen et al. 2016,
+    arXiv:1604.06174). Changes the blocks in place, so that parameters keep their names."""
     for block in blocks(model):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""A model under training by one optimizer: what a strategy gives to a runner."""
+"""A model and its optimizer, as a strategy spreads them over ranks for one update."""
 
 from __future__ import annotations
 
@@ -8,61 +8,66 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from trainers.engine.parallel.fragments import Fragment, slots
+from trainers.engine.parallel.fragments import Fragment, optimizer_slots
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, tuple[int, ...]]  # the shapes of a checkpoint's tensors, by name
 
 
 class ShardedModel:
-    """Gradients in the parameters' own `grad`, as under DDP and `fully_shard`; ZeRO's keeps them elsewhere.
+    """The trained model of one update, as a strategy spreads it over ranks, together with its optimizer.
+
+    This base class expects the gradients in the parameters' `grad`, as under DDP and `fully_shard`. ZeRO keeps them elsewhere.
 
     Attributes:
-        module: what to run forward in training.
-        evaluated: what to run forward in evaluation.
-        model: the module whose parameters are trained.
-        optimizer: the learning rates of its groups are the runner's to set.
-        norm: of the last step's gradients, as they were before clipping; on the device.
-        norms: those of its single gradients; on the device, and of each step a tensor of its own.
-        named: whose they are: the parameters' names, None where a norm is of several.
+        module: the module to call in training.
+        eval_module: the module to call in evaluation.
+        model: the module that has the trained parameters.
+        optimizer: the optimizer of these parameters. The caller sets the learning rates of its groups.
+        norm: the norm of the last step's gradients before clipping; a scalar on the device.
+        norms: the norms of the single gradients of the last step, [gradients], on the device. Every step makes a new tensor.
+        norm_names: for each of `norms` the name of the parameter; None for a norm over several parameters.
     """
 
     def __init__(self, module: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.module, self.evaluated, self.model, self.optimizer = module, model, model, optimizer
+        self.module, self.eval_module, self.model, self.optimizer = module, model, model, optimizer
         self._names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         device = self._parameters[0].device
         self.norm = torch.zeros((), dtype=torch.float64, device=device)
         self.norms = self.norm.view(1)
-        self.named: Sequence[str | None] = [None]
+        self.norm_names: Sequence[str | None] = [None]
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        """The context of a micro-batch's forward and backward; `last`: of the step."""
+        """Return the context for the forward and backward of a micro-batch; `last`: it is the last one of the step."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self, factor: Tensor, clip_norm: float | None, finite_only: bool,
-             again: Callable[[], object]) -> bool:
-        """Multiply the gradients by `factor`, scale them to at most `clip_norm`, and let the optimizer step.
+             repeat_backward: Callable[[], object]) -> bool:
+        """Multiply the gradients by `factor`, clip their norm to `clip_norm`, and take an optimizer step.
 
-        No host sync, except with `finite_only`: then nothing is changed if a gradient is not finite, and the
-        answer is False.
+        Does not wait for the device, except with `finite_only`.
 
         Args:
-            again: does the step's backwards once more, from no gradients on: for a strategy that has let go of those
-                that it must name.
+            finite_only: change nothing if a gradient is not finite.
+            repeat_backward: clears the gradients and repeats the backward passes of this step. Strategies that free the gradients
+                before they can name the bad one use this.
+
+        Returns:
+            Whether the optimizer took the step.
         """
         gradients = [self._local(p.grad) for p in self._parameters if p.grad is not None]
-        self.named = self._names if len(gradients) == len(self._names) else [
+        self.norm_names = self._names if len(gradients) == len(self._names) else [
             name for name, p in zip(self._names, self._parameters) if p.grad is not None]
         self.norms = self._norms(gradients)
-        factor = factor.to(self.norms.device)  # gradients may lie in host memory
+        factor = factor.to(self.norms.device)  # gradients may be in host memory
         self.norm = torch.linalg.vector_norm(self.norms) * factor
         if finite_only and not self.norms.isfinite().all().item():
             return False
         if clip_norm is not None:
-            # As torch.nn.utils.clip_grad_norm_ does, in one pass with the factor.
+            # The same as torch.nn.utils.clip_grad_norm_, but in one pass with `factor`.
             factor = factor * (clip_norm / (self.norm + 1e-6)).clamp(max=1.0)
         if factor.is_cuda or factor.item() != 1.0:
             torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
@@ -70,34 +75,38 @@ class ShardedModel:
         return True
 
     def fragments(self, update: str) -> dict[str, Fragment]:
-        """The optimizer's states, by the names that a checkpoint gives them."""
-        found = {}
+        """Return this rank's part of the optimizer's states, by their names in checkpoints."""
+        result = {}
         for name, parameter in self.model.named_parameters():
             for slot, value in self.optimizer.state.get(parameter, {}).items():
                 if value is not None:
-                    found[f"optim/{update}/{name}/{slot}"] = self._fragment(value)
-        return found
+                    result[f"optim/{update}/{name}/{slot}"] = self._fragment(value)
+        return result
 
     def allocate(self, update: str, shapes: Shapes) -> None:
-        """Make the optimizer's states that a checkpoint's tensors say, to be filled."""
-        found = slots(update, self.model, shapes)
+        """Create the optimizer states that a checkpoint holds, as zeros to be filled.
+
+        Raises:
+            UserError: the checkpoint has states of a parameter that the model does not have.
+        """
+        slots = optimizer_slots(update, self.model, shapes)
         on_device = self.optimizer.defaults.get("fused") or self.optimizer.defaults.get("capturable")
         for name, parameter in self.model.named_parameters():
-            for slot, like in found[name].items():
-                value = torch.zeros_like(parameter, requires_grad=False) if like else torch.zeros(
+            for slot, has_parameter_shape in slots[name].items():
+                value = torch.zeros_like(parameter, requires_grad=False) if has_parameter_shape else torch.zeros(
                     (), device=parameter.device if on_device else "cpu")
                 self.optimizer.state[parameter][slot] = value
 
-    def filled(self) -> None:
-        """The fragments of model and optimizer were filled."""
+    def after_fill(self) -> None:
+        """Bring the rest of the state up to date after new values were copied into the fragments."""
 
     def _fragment(self, tensor: Tensor) -> Fragment:
         return Fragment.whole(tensor)
 
     def _local(self, tensor: Tensor) -> Tensor:
-        """What this rank holds of it."""
+        """Return the part of the tensor that this rank holds."""
         return tensor
 
     def _norms(self, gradients: list[Tensor]) -> Tensor:
-        """The norm of each gradient over all ranks, [gradients], float64 (whose squares do not overflow)."""
+        """Return the norm of each gradient over all ranks, [gradients], in float64 so that squares do not overflow."""
         return torch.stack(torch._foreach_norm(gradients)).double()

@@ -1,4 +1,4 @@
-"""How models are spread over ranks: the one place where the loop meets torch's and DeepSpeed's parallelism."""
+"""How models are spread over ranks: the interface between the loop and the parallelism of torch and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -15,43 +15,47 @@ from trainers.engine.world import World
 
 
 class Strategy(Protocol):
-    """What `train.strategy` chooses. All methods are collective."""
+    """How models are spread over ranks, chosen by `train.strategy`. All methods are collective."""
 
-    settles: bool
-    """Whether discarded backwards must come before the first step, so that the first step after a resumption has the bits
-    of the same step in an uninterrupted run."""
+    @property
+    def needs_settling(self) -> bool:
+        """Whether two backward passes must run and be discarded before the first step. Without them the first step after a
+        resume differs in its last bits from the same step of an uninterrupted run."""
+        ...
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Put a model, which all ranks have made alike on the CPU, where it is trained: on the device, in parts."""
+        """Prepare a model for training: move it to the device, or shard it. Every rank has built the same model on the CPU."""
         ...
 
     def shard(self, model: nn.Module, optim: Optim) -> ShardedModel:
-        """A placed model with an optimizer of its parameters."""
+        """Combine a placed model with a new optimizer for its parameters."""
         ...
 
-    def clear(self, models: Iterable[nn.Module]) -> None:
-        """Forget all gradients."""
+    def clear_gradients(self, models: Iterable[nn.Module]) -> None:
+        """Clear all gradients."""
         ...
 
     def fragments(self, models: Mapping[str, nn.Module]) -> dict[str, Fragment]:
-        """What this rank holds of the models' parameters and buffers, by the names that a checkpoint gives them."""
+        """Return this rank's part of the models' parameters and buffers, by their names in checkpoints."""
         ...
 
 
 def make_strategy(world: World, config: RunConfig) -> Strategy:
-    """Imports what the strategy needs, and nothing for others: DeepSpeed takes seconds."""
+    """Return the strategy of `train.strategy`. Imports only the libraries of this strategy: DeepSpeed takes seconds."""
     return STRATEGIES[config.train.strategy](world, config)
 
 
 def share_buffers(models: Mapping[str, nn.Module], world: World) -> None:
-    """Give every rank rank 0's buffers (BatchNorm statistics), which ranks let drift apart: the ones of checkpoints."""
+    """Copy rank 0's buffers (BatchNorm statistics) to every rank. Buffers of ranks drift apart in training, and a checkpoint
+    holds rank 0's."""
     if world.size > 1:
         for model in models.values():
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
 
-def close() -> None:
+def close_process_group() -> None:
+    """Shut down the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,7 +1,16 @@
-"""Checkpoints as transactions: a folder `step_<n>` is a whole checkpoint or it is passed over.
+"""Checkpoints as transactions: a folder `step_<n>` is a whole checkpoint, or its manifest shows that it is broken.
 
-All ranks write into `step_<n>.tmp`, a manifest of hashes seals it, everything is flushed, and rank 0
-renames it. What else may lie beside it, `folders` says.
+A save has these steps, see `Checkpoints.save` and `Checkpoints._write`:
+
+1. Every rank copies its tensors into host memory. Training continues, and a thread does the rest.
+2. Rank 0 checks that no newer attempt has started, and creates the empty folder `step_<n>.tmp`.
+3. Every rank writes its file of tensors into this folder and flushes it.
+4. Rank 0 adds the state, the index, and the manifest with the size and hash of each file.
+5. Rank 0 checks again for a newer attempt, and renames the folder to `step_<n>`. This is the commit.
+6. Rank 0 reports the commit and deletes old checkpoints.
+
+If one of steps 2 to 5 fails on one rank, the save fails on every rank, and older checkpoints stay as they are.
+`folders` lists what else may be in the folder of checkpoints.
 """
 
 from __future__ import annotations
@@ -12,8 +21,9 @@ import os
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Mapping, TypeVar
+from typing import Any, Callable, Mapping, Sequence, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -34,63 +44,89 @@ T = TypeVar("T")
 
 
 class Superseded(UserError):
-    """A newer attempt has taken the run; this one must commit nothing more."""
+    """A newer attempt has taken over the run, so this attempt must not commit anything."""
+
+
+@dataclass(frozen=True)
+class _Save:
+    """What the writing thread needs to write one checkpoint."""
+
+    step: int
+    final: Path                           # the folder of the committed checkpoint
+    tmp: Path                             # the folder until the commit
+    parts: Mapping[str, torch.Tensor]     # what this rank writes, in host memory
+    places: storage.Places                # where each part lies in its tensor
+    state_text: str
+    metrics: Mapping[str, float | None]
+    stall_s: float                        # how long `save` held up training
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The file that one rank has written."""
+
+    name: str
+    entry: dict[str, Any] | None  # for the manifest; None: the rank had nothing to write, and there is no file
+    places: storage.Places
 
 
 class Checkpoints:
-    """The checkpoints of one run, as its ranks write and read them.
+    """The checkpoints of one run, which all ranks write and read together.
 
     All methods are collective: every rank calls them in the same order.
 
     Args:
-        strategy: how the models were spread over ranks, for the manifest.
-        attempt: this attempt's number, by which it is fenced off once there is a newer one; None: no fence.
-        say: takes the events `checkpoint` and `note`, on rank 0; called from the writing thread too.
-        committed: told each committed step, on rank 0, in the writing thread, before older ones are deleted.
+        strategy: how the models are spread over ranks, for the manifest.
+        attempt: the number of this attempt. Once a newer attempt exists, this one commits nothing. None: no such check.
+        emit: called on rank 0 with events of kind `checkpoint` and `note`; also from the writing thread.
+        on_commit: called on rank 0 with each committed step, in the writing thread, before older checkpoints are deleted.
     """
 
     def __init__(self, paths: RunPaths, world: World, config: Checkpoint, *, strategy: str, attempt: int | None,
-                 say: Callable[[Mapping[str, Any]], None], committed: Callable[[int], None]):
+                 emit: Callable[[Mapping[str, Any]], None], on_commit: Callable[[int], None]):
         self.paths, self.world, self.config, self.strategy = paths, world, config, strategy
-        self.attempt, self.say, self.committed = attempt, say, committed
-        # A group of its own, for collectives of two threads on one group can meet each other.
-        self.group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self.superseded = False  # whether a save failed because a newer attempt has taken the run
+        self.attempt, self.emit, self.on_commit = attempt, emit, on_commit
+        self.group: dist.ProcessGroup | None = None
+        if world.size > 1:
+            # The writing thread has its own group: collectives of two threads in one group could be mixed up.
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+            self.group = group
+        self.superseded = False  # whether a save failed because a newer attempt has taken over the run
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[str | None] | None = None
         self._committed_step: int | None = None
         self._buffers: dict[str, torch.Tensor] = {}
 
     def newest(self) -> int | None:
-        """The newest step whose manifest proves it whole; None if none was ever committed.
+        """Return the newest step whose checkpoint is whole by its manifest; None if no checkpoint was ever committed.
 
-        Broken ones that are newer are reported and moved aside.
+        Newer checkpoints that are broken are reported and moved aside.
 
         Raises:
-            UserError: there are checkpoints, and none is whole.
+            UserError: there are checkpoints, but none is whole.
         """
         self.wait()
         broken: dict[int, str] = {}
-        whole = None
-        for step in reversed(self._on_main(self._committed_steps)):
+        for step in reversed(self._on_rank_0(self._committed_steps)):
             problem = self._problem(step)
             if problem is None:
-                whole = step
-                break
+                if broken:
+                    self._on_rank_0(lambda: self._move_aside(broken, whole=step))
+                return step
             broken[step] = problem
-        if broken and whole is None:
-            listed = "; ".join(f"step_{step}: {problem}" for step, problem in broken.items())
-            raise UserError(f"no checkpoint in {self.paths.checkpoints} is whole ({listed})",
-                            "put a good copy back, or remove that folder to start from the beginning")
         if broken:
-            self._on_main(lambda: self._pass_over(broken, whole))
-        return whole
+            problems = "; ".join(f"step_{step}: {problem}" for step, problem in broken.items())
+            raise UserError(f"no checkpoint in {self.paths.checkpoints} is whole ({problems})",
+                            "put a good copy back, or delete that folder to start from the beginning")
+        return None
 
     def load(self, step: int) -> tuple[storage.Reader, dict[str, Any]]:
-        """The tensors, to be read, and the state of a step that `newest` gave; for any number of ranks.
+        """Return a reader of the tensors and the state of a step that `newest` returned. The number of ranks may differ from
+        that of the save.
 
         Raises:
-            UserError: its files are not what `save` writes.
+            UserError: the files are not what `save` writes.
         """
         self.wait()
         folder = self.paths.checkpoint(step)
@@ -100,121 +136,128 @@ class Checkpoints:
             reader = storage.Reader(folder)
             loaded[:] = reader, reader.json(STATE)
 
-        self._everywhere(read)
+        self._on_all_ranks(read)
         return loaded[0], loaded[1]
 
     def save(self, step: int, fragments: Mapping[str, Fragment], state: Mapping[str, Any],
              metrics: Mapping[str, float]) -> None:
-        """Copy everything and return; a thread writes and commits it. Waits for the save before this one.
+        """Copy everything and return; a thread writes and commits the checkpoint. Waits for the previous save first.
 
-        A step that this object has just committed is not saved again. What becomes of it, `wait` tells.
+        Does nothing if `step` is the last step that this object has committed. `wait` tells whether the save succeeded.
 
         Args:
-            fragments: what this rank holds of each tensor, on any device. What all ranks hold whole must have the same
-                values on all (buffers that DDP lets drift apart must be made equal first): one rank writes it.
-            state: what JSON can hold; rank 0's is written.
-            metrics: of the last evaluation, by which the best are kept; rank 0's are written.
+            fragments: this rank's part of each tensor, on any device. A tensor that every rank holds whole is written by one
+                rank, so its values must be the same on all ranks (make buffers that DDP lets drift apart equal first).
+            state: anything that JSON can hold. Rank 0's is written.
+            metrics: the metrics of the last evaluation, which decide what the best checkpoints are. Rank 0's are written.
         """
-        began = time.perf_counter()
+        started = time.perf_counter()
         self.wait()
         if step == self._committed_step:
             return
         state_text = json.dumps(state, indent=1) + "\n"
-        metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        mine = self._mine(fragments)
-        copies = self._stage(mine)
-        places = {name: (fragment.start, fragment.shape) for name, fragment in mine.items()}
-        stall_s = time.perf_counter() - began
-        self._writing = self._writer.submit(self._write, step, copies, places, state_text, metrics, stall_s)
+        own = self._own(fragments)
+        copies = self._copy_to_host(own)
+        final = self.paths.checkpoint(step)
+        self._writing = self._writer.submit(self._write, _Save(
+            step, final, tmp=final.with_name(final.name + TMP), parts=copies,
+            places={name: (fragment.start, fragment.shape) for name, fragment in own.items()},
+            state_text=state_text,
+            metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
+            stall_s=time.perf_counter() - started))
 
     def wait(self) -> str | None:
-        """Wait until the last save is committed or has failed: the reason if it failed, the same on all ranks."""
+        """Wait until the last save is committed or has failed. Return the reason if it failed, the same on every rank."""
         return self._writing.result() if self._writing else None
 
     def close(self) -> None:
         """Wait for the last save and end the thread."""
         self._writer.shutdown()
 
-    # -- agreeing
+    # -- agreement between ranks
 
-    def _everywhere(self, work: Callable[[], T]) -> list[T]:
-        """Run `work` on every rank: the results by rank. Where one fails, all raise the first one's error,
-        and none is left waiting."""
-        result: tuple[T | None, UserError | None]
+    def _on_all_ranks(self, work: Callable[[], T]) -> list[T]:
+        """Run `work` on every rank and return all results, by rank.
+
+        If `work` fails on any rank, every rank raises the error of the first rank that failed, and no rank hangs.
+        """
+        own: T | UserError
         try:
-            result = work(), None
+            own = work()
         except UserError as error:
-            result = None, error
+            own = error
         except Exception as error:
-            result = None, UserError(str(error) or type(error).__name__)
-        results = [result]
+            own = UserError(str(error) or type(error).__name__)
+        outcomes = [own]
         if self.group is not None:
-            results = [result] * self.world.size
-            dist.all_gather_object(results, result, group=self.group)
-        for _, error in results:
-            if error is not None:
-                raise error
-        return [value for value, _ in results]
+            outcomes = [own] * self.world.size
+            dist.all_gather_object(outcomes, own, group=self.group)
+        results: list[T] = []
+        for outcome in outcomes:
+            if isinstance(outcome, UserError):
+                raise outcome
+            results.append(outcome)
+        return results
 
-    def _on_main(self, work: Callable[[], T]) -> T:
-        """What rank 0 gets from `work`, on every rank."""
-        return self._everywhere(lambda: work() if self.world.main else None)[0]
+    def _on_rank_0(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and return the result on every rank."""
+        return cast(T, self._on_all_ranks(lambda: work() if self.world.main else None)[0])
 
-    # -- finding
+    # -- finding a whole checkpoint
 
     def _committed_steps(self) -> list[int]:
         folders.put_back(self.paths)
         return self.paths.checkpoint_steps()
 
     def _problem(self, step: int) -> str | None:
-        """What is wrong with a checkpoint; each rank verifies its part of the files."""
+        """Return what is wrong with a checkpoint, or None if it is whole. Each rank verifies its share of the files."""
         folder = self.paths.checkpoint(step)
 
-        def entries() -> tuple[dict[str, Any], str | None]:
+        def read_manifest() -> tuple[dict[str, Any], str | None]:
             try:
                 return manifest.read(folder, step)["files"], None
             except manifest.Broken as problem:
                 return {}, str(problem)
 
-        found, problem = self._on_main(entries)
+        entries, problem = self._on_rank_0(read_manifest)
         if problem is not None:
             return problem
-        by_size = sorted(found, key=lambda name: (-found[name]["size"], name))
+        by_size = sorted(entries, key=lambda name: (-entries[name]["size"], name))
 
         def verify() -> str | None:
             try:
                 for name in by_size[self.world.rank::self.world.size]:
-                    manifest.check(folder, name, found[name])
+                    manifest.check(folder, name, entries[name])
             except manifest.Broken as problem:
                 return str(problem)
             return None
 
-        return next((problem for problem in self._everywhere(verify) if problem is not None), None)
+        return next((problem for problem in self._on_all_ranks(verify) if problem is not None), None)
 
-    def _pass_over(self, broken: Mapping[int, str], whole: int) -> None:
+    def _move_aside(self, broken: Mapping[int, str], whole: int) -> None:
         for step, problem in broken.items():
             path = self.paths.checkpoint(step)
             aside = path.with_name(path.name + BROKEN)
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)
-            self._warn(f"the checkpoint of step {step} is broken ({problem}): passed over, moved to {aside.name}; "
+            self._warn(f"the checkpoint of step {step} is broken ({problem}): skipped and moved to {aside.name}; "
                        f"resuming at step {whole}")
 
-    # -- writing
+    # -- step 1 of a save: copying
 
-    def _mine(self, fragments: Mapping[str, Fragment]) -> dict[str, Fragment]:
-        """Those that this rank writes: its own, and its share of those that all ranks hold."""
-        common = {name: fragment.part.nbytes for name, fragment in fragments.items() if fragment.everywhere}
+    def _own(self, fragments: Mapping[str, Fragment]) -> dict[str, Fragment]:
+        """Return the fragments that this rank writes: those that only this rank holds, and its share of the others."""
+        common = {name: fragment.part.nbytes for name, fragment in fragments.items() if fragment.replicated}
         owner = owners(common, self.world.size if self.config.layout == "sharded" else 1)
         return {name: fragment for name, fragment in fragments.items() if owner.get(name, self.world.rank) == self.world.rank
                 and (fragment.part.numel() or 0 in fragment.shape)}
 
-    def _stage(self, fragments: Mapping[str, Fragment]) -> dict[str, torch.Tensor]:
-        """Their values, in host buffers that are kept for the next time."""
+    def _copy_to_host(self, fragments: Mapping[str, Fragment]) -> dict[str, torch.Tensor]:
+        """Copy the fragments' values into host buffers, which the next save uses again."""
         parts = {name: fragment.part.detach() for name, fragment in fragments.items()}
         for name, part in parts.items():
-            kept = self._buffers.get(name)
-            if kept is None or kept.shape != part.shape or kept.dtype != part.dtype:
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != part.shape or buffer.dtype != part.dtype:
                 self._buffers[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
             _copy(part, self._buffers[name])
         if any(part.is_cuda for part in parts.values()):
@@ -222,101 +265,117 @@ class Checkpoints:
         self._buffers = {name: self._buffers[name] for name in parts}
         return self._buffers
 
+    # -- steps 2 to 6 of a save, in the thread
+
     @heartbeat.saving()
-    def _write(self, step: int, parts: Mapping[str, torch.Tensor], places: storage.Places, state_text: str,
-               metrics: Mapping[str, float | None], stall_s: float) -> str | None:
-        """The transaction, in the thread: the reason if it failed."""
-        began = time.perf_counter()
-        final = self.paths.checkpoint(step)
-        tmp = final.with_name(final.name + TMP)
-
-        def prepare() -> None:
-            self._check_fence()
-            if tmp.exists():
-                shutil.rmtree(tmp)
-            tmp.mkdir(parents=True)
-            files.flush_folder(self.paths.root)
-
-        def write() -> tuple[str, dict[str, Any] | None, storage.Places]:
-            name = f"{self.world.rank}.safetensors"
-            entry = storage.write(tmp / name, parts) if parts else None
-            files.flush_folder(tmp)
-            return name, entry, places
+    def _write(self, save: _Save) -> str | None:
+        """Write and commit a checkpoint. Return the reason if the save failed."""
+        started = time.perf_counter()
 
         def commit() -> None:
-            files.replace_text(tmp / STATE, state_text)
-            storage.write_index(tmp, {name: places for name, _, places in written})
-            entries = {name: entry for name, entry, _ in written if entry is not None}
-            entries |= {name: manifest.entry(tmp / name) for name in (STATE, INDEX)}
-            manifest.write(tmp, step=step, entries=entries, created=utc_now(),
-                           strategy=self.strategy, world_size=self.world.size, layout=self.config.layout,
-                           versions={"torch": torch.__version__}, metrics=metrics)
+            size = self._seal(save, written)
             self._check_fence()
-            if final.exists():
-                old = final.with_name(final.name + OLD)
-                shutil.rmtree(old, ignore_errors=True)
-                os.rename(final, old)
-            os.rename(tmp, final)
-            files.flush_folder(final.parent)
-            try:
-                self.committed(step)
-                self.say({"event": "checkpoint", "step": step, "path": str(final),
-                          "bytes": sum(entry["size"] for entry in entries.values()),
-                          "seconds": time.perf_counter() - began, "stall_s": stall_s})
-                self._clean(step)
-            except Exception as error:  # it is committed all the same
-                self._warn(f"after the checkpoint of step {step} was committed: {error}")
+            self._rename(save)
+            self._after_commit(save, size, started)
 
         try:
-            self._on_main(prepare)
-            written = self._everywhere(write)
-            self._on_main(commit)
+            self._on_rank_0(lambda: self._create_folder(save))
+            written = self._on_all_ranks(lambda: self._write_part(save))
+            self._on_rank_0(commit)
         except Exception as error:
             reason = error.message if isinstance(error, UserError) else str(error)
             self.superseded = isinstance(error, Superseded)
             if self.world.main:
-                self._give_up(step, tmp, reason)
+                self._give_up(save, reason)
             return reason
-        self._committed_step = step
+        self._committed_step = save.step
         return None
 
+    def _create_folder(self, save: _Save) -> None:
+        self._check_fence()
+        if save.tmp.exists():
+            shutil.rmtree(save.tmp)
+        save.tmp.mkdir(parents=True)
+        files.flush_folder(self.paths.root)
+
+    def _write_part(self, save: _Save) -> _Written:
+        name = f"{self.world.rank}.safetensors"
+        entry = storage.write(save.tmp / name, save.parts) if save.parts else None
+        files.flush_folder(save.tmp)
+        return _Written(name, entry, save.places)
+
+    def _seal(self, save: _Save, written: Sequence[_Written]) -> int:
+        """Write the state, the index and the manifest. Return the bytes of all files in the manifest."""
+        files.replace_text(save.tmp / STATE, save.state_text)
+        storage.write_index(save.tmp, {file.name: file.places for file in written})
+        entries = {file.name: file.entry for file in written if file.entry is not None}
+        entries |= {name: manifest.entry(save.tmp / name) for name in (STATE, INDEX)}
+        manifest.write(save.tmp, step=save.step, entries=entries, created=utc_now(),
+                       strategy=self.strategy, world_size=self.world.size, layout=self.config.layout,
+                       versions={"torch": torch.__version__}, metrics=save.metrics)
+        return sum(entry["size"] for entry in entries.values())
+
+    def _rename(self, save: _Save) -> None:
+        """Rename the folder, which commits the checkpoint. A previous checkpoint of the same step is first renamed to
+        `step_<n>.old`; `folders.put_back` undoes this if the commit does not follow."""
+        if save.final.exists():
+            old = save.final.with_name(save.final.name + OLD)
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(save.final, old)
+        os.rename(save.tmp, save.final)
+        files.flush_folder(save.final.parent)
+
+    def _after_commit(self, save: _Save, size: int, started: float) -> None:
+        """Report the commit and delete old checkpoints. A failure here is only a warning: the checkpoint is committed."""
+        try:
+            self.on_commit(save.step)
+            self.emit({"event": "checkpoint", "step": save.step, "path": str(save.final), "bytes": size,
+                      "seconds": time.perf_counter() - started, "stall_s": save.stall_s})
+            self._delete_old(save.step)
+        except Exception as error:
+            self._warn(f"the checkpoint of step {save.step} was committed, but work after the commit failed: {error}")
+
     def _check_fence(self) -> None:
+        """Raises: Superseded: there is a newer attempt."""
         newest = max(self.paths.attempt_numbers(), default=0)
         if self.attempt is not None and newest > self.attempt:
             raise Superseded(f"attempt {newest} has taken the run over from attempt {self.attempt}")
 
-    def _give_up(self, step: int, tmp: Path, reason: str) -> None:
-        if self.superseded:  # the folder may be the newer attempt's by now
-            return self._warn(f"the checkpoint at step {step} was not committed: {reason}")
-        shutil.rmtree(tmp, ignore_errors=True)
+    def _give_up(self, save: _Save, reason: str) -> None:
+        if self.superseded:  # `tmp` may already belong to the newer attempt
+            return self._warn(f"the checkpoint of step {save.step} was not committed: {reason}")
+        shutil.rmtree(save.tmp, ignore_errors=True)
         older = self._committed_steps()
-        self._warn(f"checkpoint at step {step} could not be written: {reason}; training goes on; " +
-                   (f"the newest whole one is step {older[-1]}" if older else "there is no older one"))
+        self._warn(f"the checkpoint of step {save.step} could not be written: {reason}; training continues; " +
+                   (f"the newest whole checkpoint is step {older[-1]}" if older else "there is no older checkpoint"))
 
-    def _clean(self, newest: int) -> None:
-        """Delete what the newest commit makes superfluous."""
-        folders.sweep(self.paths)
-        # One whose manifest cannot be read is neither counted nor deleted: somebody may want to look at it.
+    def _delete_old(self, newest: int) -> None:
+        """Delete the checkpoints that are not needed after `newest` was committed."""
+        folders.delete_leftovers(self.paths)
+        # A checkpoint whose manifest cannot be read is neither counted nor deleted: somebody may want to look at it.
         for step in retention.stale(folders.metrics(folders.manifests(self.paths)), self.config, newest):
             folders.delete(self.paths, step)
 
     def _warn(self, message: str) -> None:
-        self.say({"event": "note", "level": "warning", "message": message})
+        self.emit({"event": "note", "level": "warning", "message": message})
 
 
 def _copy(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
     if tensor.is_cuda or tensor.is_conj() or tensor.is_neg() or not tensor.is_contiguous():
         buffer.copy_(tensor, non_blocking=True)
     else:
-        # In one thread, by numpy: torch's several wait for each other wherever something else has a core
-        # (500 MB on two busy cores: 0.19 s, not 0.06 s).
+        # numpy copies in one thread. torch uses several threads, which wait for each other whenever another process uses
+        # one of the cores (500 MB on two busy cores: 0.06 s with numpy, 0.19 s with torch).
         storage.raw(buffer)[:] = storage.raw(tensor)
 
 
 def owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """Which rank writes which tensor: the largest first, each to the rank with the fewest bytes so far.
+    """Return which rank writes which tensor: the largest tensor first, each by the rank with the fewest bytes so far.
 
-    Decided before copying and alike on every rank, so that a rank copies only what it will write.
+    The result is the same on every rank and known before the copy, so a rank copies only the tensors that it writes.
+
+    Args:
+        sizes: the bytes of each tensor, by name.
     """
     load = [0] * ranks
     owner = {}

@@ -1,4 +1,5 @@
-"""What Hugging Face's layout of a model has beside its weights lies in the run directory, for exports without the task."""
+"""The files that Hugging Face's layout of a model has besides the weights. A run keeps them so that an export can work without
+the task."""
 
 from __future__ import annotations
 
@@ -14,22 +15,26 @@ from trainers.engine.task import Task
 
 
 def describe(task: Task, models: Mapping[str, nn.Module], paths: RunPaths) -> None:
-    """Write it once, on one rank; `models` as the task has made them."""
+    """Write these files into the run directory, unless they are there already. Call this on one rank.
+
+    Args:
+        models: the models as the task has built them.
+    """
     final = paths.descriptions
     if final.exists():
         return
-    beside = final.with_name(f".{final.name}.{os.getpid()}")
+    tmp = final.with_name(f".{final.name}.{os.getpid()}")
     try:
         for name, model in models.items():
-            folder = beside / name
+            folder = tmp / name
             folder.mkdir(parents=True)
             task.huggingface(model, folder)
             if not any(folder.iterdir()):
                 folder.rmdir()
-        if any(beside.iterdir()):
-            os.rename(beside, final)
-    except Exception as error:  # whatever a model's own code raises: nobody has asked for an export yet
+        if any(tmp.iterdir()):
+            os.rename(tmp, final)
+    except Exception as error:  # a model's own code may raise anything; only a warning, because nobody has asked for an export
         events.emit({"event": "note", "level": "warning",
-                     "message": f"no Hugging Face layout for later exports: {type(error).__name__}: {error}"})
+                     "message": f"later exports will have no Hugging Face layout: {type(error).__name__}: {error}"})
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)

@@ -1,7 +1,8 @@
-"""Tensors in the files of a checkpoint: each rank writes one file of safetensors, an index says what is where.
+"""The files that hold a checkpoint's tensors: one safetensors file for each rank, and an index.
 
-A file `<rank>.safetensors` holds flat parts of tensors by name, which any reader of safetensors opens. `index.json` gives
-each tensor's shape, and the start of its part in each file that has one. Nothing in them is executed.
+A file `<rank>.safetensors` holds flat parts of tensors, by the tensors' names. Any reader of safetensors can open the file.
+`index.json` gives the shape of each tensor, and for each file with a part of the tensor the index of the part's first element.
+Reading these files executes no code.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from trainers.checkpoints.tensor_files import Layout, Parts
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, replace_text
 
-Places = Mapping[str, tuple[int, tuple[int, ...]]]  # by name: the start of a part in its tensor, the tensor's shape
+Places = Mapping[str, tuple[int, tuple[int, ...]]]  # {tensor: (first element of a part, shape of the whole tensor)}
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -34,29 +35,39 @@ BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def write(file: Path, parts: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write and flush contiguous CPU tensors as flat ones, without a copy of them in memory.
+    """Write contiguous CPU tensors as flat tensors, without copying them in memory, and flush the file.
 
-    Returns: the file's manifest entry, {"size": bytes, "sha256": hex}, of what was to be written.
+    Returns:
+        The file's manifest entry, {"size": bytes, "sha256": hex}, computed from the tensors, not from the disk.
+
     Raises:
-        OSError: it could not be written. ValueError: a dtype that the format has not.
+        OSError: the file could not be written.
+        ValueError: the format has no such dtype.
     """
     for name, part in parts.items():
         if part.dtype not in DTYPES:
             raise ValueError(f"`{name}` is {part.dtype}, which checkpoints cannot hold")
     layouts = {name: Layout(DTYPES[part.dtype], (part.numel(),)) for name, part in parts.items()}
-    return tensor_files.write(file, layouts, lambda name: [memoryview(raw(parts[name]))])
+    return tensor_files.write(file, layouts, lambda name: [raw(parts[name]).data])
 
 
 def raw(tensor: Tensor) -> np.ndarray:
-    """The bytes of a contiguous CPU tensor, [nbytes], shared with it."""
+    """Return the bytes of a contiguous CPU tensor, [nbytes] uint8, in the tensor's own memory."""
     if not tensor.numel():
         return np.empty(0, np.uint8)
-    # Strided, because of a single element any stride is contiguous, and only of stride 1 are there bytes.
+    # A tensor of one element is contiguous with any stride, but viewing it as bytes needs stride 1.
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def write_index(folder: Path, places: Mapping[str, Places]) -> None:
-    """`places`: by file, those of the parts that it holds. Raises: OSError."""
+    """Write and flush the index.
+
+    Args:
+        places: for each file, the places of its parts.
+
+    Raises:
+        OSError: the index could not be written.
+    """
     tensors: dict[str, Any] = {}
     for file, parts in places.items():
         for name, (start, shape) in parts.items():
@@ -65,14 +76,15 @@ def write_index(folder: Path, places: Mapping[str, Places]) -> None:
 
 
 class Reader:
-    """The tensors of one checkpoint; reads no more of a file than is asked for.
+    """The tensors of one checkpoint. Reads only the requested parts of the files.
 
-    Raises, from every method: UserError, where the files are not what `write` left.
+    Raises:
+        UserError: from every method, if the files are not what `write` has written.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        with self._ours():
+        with self._user_errors():
             self._parts = Parts(folder)
 
     @property
@@ -80,27 +92,28 @@ class Reader:
         return self._parts.shapes
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        """`count` elements from `start` on: flat, on the CPU, the caller's own."""
-        with self._ours():
+        """Return elements `start` to `start + count` of a tensor, flat [count], in new CPU memory."""
+        with self._user_errors():
             result = torch.empty(count, dtype=BY_NAME[self._parts.layout(name).dtype])
-            self._parts.read_into(name, start, memoryview(raw(result)))
+            self._parts.read_into(name, start, raw(result).data)
             return result
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor, in its shape."""
+        """Return a whole tensor, in its shape."""
         shape = self.shapes[name]
         return self.read(name, 0, torch.Size(shape).numel()).view(shape)
 
     def json(self, name: str) -> Any:
-        """What another file of the checkpoint holds."""
-        with self._ours():
+        """Return the content of a JSON file of the checkpoint."""
+        with self._user_errors():
             return read_json(self.folder / name)
 
     @contextmanager
-    def _ours(self) -> Iterator[None]:
+    def _user_errors(self) -> Iterator[None]:
+        """Turn every error into a UserError: reading a file that `write` has not written may raise anything."""
         try:
             yield
-        except Exception as error:  # whatever a file that is not ours makes of a reader
-            raise UserError(f"{self.folder} cannot be loaded: {error or type(error).__name__}",
-                            "if you did not write it, do not trust it; without that folder the next older checkpoint is "
-                            "used") from error
+        except Exception as error:
+            raise UserError(f"{self.folder} cannot be loaded: {str(error) or type(error).__name__}",
+                            "do not trust a checkpoint that you did not write; delete that folder to use the next older "
+                            "checkpoint") from error

@@ -1,7 +1,7 @@
-"""Weights that a run starts from, or that an evaluation is of: a checkpoint's, or those in files of safetensors.
+"""The weights that a run starts from or that an evaluation measures, from a checkpoint or from safetensors files.
 
-They are taken by name: `blocks.0.out.weight`, where there are several models `critic.blocks.0.out.weight`. What a
-checkpoint holds besides (optimizers, the position) is left.
+Weights are found by name: `blocks.0.out.weight`, or `critic.blocks.0.out.weight` if the task has several models. The rest of
+a checkpoint (optimizers, the position) is not read.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor, nn
 
 from trainers.checkpoints import manifest
 from trainers.contract.errors import UserError
-from trainers.engine.parallel.fragments import Fragment, fill, state
+from trainers.engine.parallel.fragments import Fragment, fill, model_tensors
 from trainers.engine.saving import storage
 from trainers.engine.world import World
 
-MOST_SHOWN = 4
+MAX_SHOWN = 4  # names listed in one message
 
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor of the models. Tied ones have several names, in whose order they are looked for."""
+    """One tensor of the models. A tied tensor has several names."""
 
-    key: str               # in a checkpoint
+    key: str                # its name in a checkpoint
     shape: tuple[int, ...]
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # its names in weights, in the order in which they are tried
     floating: bool = True
 
 
@@ -40,58 +40,69 @@ Layout = Sequence[Place]
 
 
 def layout(models: Mapping[str, nn.Module]) -> Layout:
-    """Of models that are not yet placed."""
-    found = []
+    """List the tensors of the models. Call this before the models are placed."""
+    places = []
     for model_name, model in models.items():
         prefix = f"{model_name}." if len(models) > 1 else ""
         names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(prefix + name)
-        for name, tensor in state(model).items():
-            found.append(Place(f"models/{model_name}/{name}", tuple(tensor.shape),
-                               tuple(names.get(id(tensor), [prefix + name])), tensor.is_floating_point()))
-    return found
+        for name, tensor in model_tensors(model).items():
+            places.append(Place(f"models/{model_name}/{name}", tuple(tensor.shape),
+                                tuple(names.get(id(tensor), [prefix + name])), tensor.is_floating_point()))
+    return places
 
 
 class Source(Protocol):
-    step: int | None  # of the checkpoint
-    shapes: Mapping[str, tuple[int, ...]]
-    integers: Mapping[str, str]  # the type of those that are known to hold whole numbers
+    """Weights by name, in files."""
+
+    @property
+    def step(self) -> int | None:
+        """The step of the checkpoint; None if the files are not a checkpoint."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each tensor, by name."""
+
+    @property
+    def integers(self) -> Mapping[str, str]:
+        """The dtypes of tensors that are known to hold integers, by name."""
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        """`count` elements from `start` on, flat, on the CPU."""
+        """Return elements `start` to `start + count` of a tensor, flat [count], on the CPU."""
         ...
 
 
 def open_source(path: Path, world: World) -> Source:
-    """On all ranks, which verify a checkpoint's files together.
+    """Open a checkpoint or safetensors files. Every rank must call this: the ranks share the work of verifying a checkpoint.
 
     Raises:
-        UserError: it is gone or broken, or holds no such thing.
+        UserError: the path does not exist, is broken, or holds no weights.
     """
     if (path / manifest.NAME).exists():
         return Checkpoint(path, world)
     if not path.exists():
-        raise UserError(f"there is no `{path}` any more, whose weights this run starts from (`init.source`)",
+        raise UserError(f"`{path}` does not exist any more, but this run starts from its weights (`init.source`)",
                         "put it back, or start a new run from other weights")
     try:
         return Files(path)
     except UserError:
         raise
-    except Exception as error:  # whatever a file that is none makes of its reader
+    except Exception as error:  # reading a file in another format may raise anything
         raise UserError(f"the weights in `{path}` cannot be read: {error}",
-                        "they must be files of safetensors: see https://github.com/huggingface/safetensors") from error
+                        "use safetensors files: see https://github.com/huggingface/safetensors") from error
 
 
 class Checkpoint:
-    """The models of one of our checkpoints."""
+    """The models in a checkpoint that `launch` has written."""
 
     def __init__(self, folder: Path, world: World):
         self.step = _verified(folder, world)
         self._reader = storage.Reader(folder)
         shapes = {key: shape for key, shape in self._reader.shapes.items() if key.startswith("models/")}
-        alone = len({key.split("/")[1] for key in shapes}) == 1
-        self._keys = {key.split("/", 2)[2] if alone else key.removeprefix("models/").replace("/", ".", 1): key for key in shapes}
+        one_model = len({key.split("/")[1] for key in shapes}) == 1
+        self._keys = {key.split("/", 2)[2] if one_model else key.removeprefix("models/").replace("/", ".", 1): key
+                      for key in shapes}
         self.shapes = {name: shapes[key] for name, key in self._keys.items()}
         self.integers: dict[str, str] = {}
 
@@ -100,7 +111,11 @@ class Checkpoint:
 
 
 def _verified(folder: Path, world: World) -> int:
-    """The step of a whole checkpoint; each rank reads its share of the files."""
+    """Verify a checkpoint, each rank its share of the files, and return the checkpoint's step.
+
+    Raises:
+        UserError: the checkpoint is broken.
+    """
     problem = None
     try:
         step = json.loads((folder / manifest.NAME).read_text(encoding="utf-8"))["step"]
@@ -114,13 +129,14 @@ def _verified(folder: Path, world: World) -> int:
     if world.size > 1:
         problems = [None] * world.size
         dist.all_gather_object(problems, problem)
-    if problem := next((each for each in problems if each is not None), None):
-        raise UserError(f"the checkpoint {folder} is broken: {problem}", "choose another: RUN@STEP names one of a run")
+    if first_problem := next((problem for problem in problems if problem is not None), None):
+        raise UserError(f"the checkpoint {folder} is broken: {first_problem}",
+                        "use RUN@STEP to choose another checkpoint of a run")
     return step
 
 
 class Files:
-    """One file of safetensors, or all in a folder, as Hugging Face's libraries write them."""
+    """One safetensors file, or all safetensors files of a folder as Hugging Face's libraries write them."""
 
     step = None
 
@@ -128,7 +144,7 @@ class Files:
         from safetensors import safe_open
 
         self._slices: dict[str, tuple[Any, Any]] = {}
-        for file in files_of(path):
+        for file in _weight_files(path):
             opened = safe_open(file, framework="pt")
             for name in opened.keys():
                 if name in self._slices:
@@ -148,105 +164,109 @@ class Files:
         return values[first:last].reshape(-1)[start - first * row:][:count]
 
 
-def files_of(path: Path) -> list[Path]:
-    """Raises: UserError: the folder has none."""
+def _weight_files(path: Path) -> list[Path]:
+    """Return the file itself, or the safetensors files of a folder. Raises: UserError: the folder has none."""
     if not path.is_dir():
         return [path]
     index = path / "model.safetensors.index.json"
     if index.exists():
         return sorted({path / Path(name).name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    found = sorted(path.glob("*.safetensors"))
-    if not found:
-        raise UserError(f"`{path}` holds no checkpoint and no *.safetensors", "give a run, a checkpoint's folder, or safetensors")
-    return found
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"`{path}` holds no checkpoint and no *.safetensors",
+                        "give a run, the folder of a checkpoint, or safetensors files")
+    return files
 
 
-def take(source: Source, models: Layout, fragments: Mapping[str, Fragment], skip: Sequence[str], where: str,
-         hint: str | None = None) -> str:
-    """Fill the models' fragments with the source's values. Returns what was done, in words.
+def load_weights(source: Source, models: Layout, fragments: Mapping[str, Fragment], skip: Sequence[str], where: str,
+                 hint: str | None = None) -> str:
+    """Copy the source's weights into the models' fragments. Return a sentence for the log that says what was loaded.
 
     Args:
-        skip: modules and tensors that are left as they are, and not taken.
-        where: what the source is, in words.
-        hint: what to do if it does not fit, where that is not to skip something.
+        models: the tensors of the models, from `layout`.
+        skip: names of modules and tensors. The models' tensors of these names keep their values, and the source's tensors of
+            these names are ignored.
+        where: what the source is, for messages.
+        hint: how to fix weights that do not fit; None: advice about `init.skip`.
 
     Raises:
-        UserError: they do not fit.
+        UserError: the weights do not fit the models, or `skip` has a name that does not exist.
     """
-    skipped = {name for name in {*(name for place in models for name in place.names), *source.shapes} if _within(name, skip)}
-    _no_idle(skip, skipped, source, models)
-    taken: dict[str, tuple[str, ...]] = {}  # by key: the names by which the source has it
-    problems: dict[str, str] = {}           # by name
-    fresh = []
+    known = {name for place in models for name in place.names}
+    skipped = {name for name in {*known, *source.shapes} if _is_in(name, skip)}
+    _check_skip(skip, known | source.shapes.keys())
+    loaded: dict[str, tuple[str, ...]] = {}  # by key: the names that the tensor has in the source
+    problems: dict[str, str] = {}            # by name
+    kept = []
     for place in models:
         wanted = [name for name in place.names if name not in skipped]
         if not wanted:
-            fresh.append(place.names[0])
+            kept.append(place.names[0])
             continue
         names = tuple(name for name in wanted if name in source.shapes)
         if not names:
-            problems[wanted[0]] = f"there is no `{wanted[0]}`"
+            problems[wanted[0]] = f"`{wanted[0]}` is missing"
         for name in names:
             if source.shapes[name] != place.shape:
                 problems[name] = f"`{name}` is {list(source.shapes[name])}, not {list(place.shape)}"
             elif place.floating and name in source.integers:
                 problems[name] = f"`{name}` is quantized ({source.integers[name]})"
-        taken[place.key] = names
-    known = {name for place in models for name in place.names}
-    left = sorted(name for name in source.shapes if name in skipped)
-    problems |= {name: f"`{name}` is not of the model" for name in sorted(source.shapes) if name not in known | skipped}
+        loaded[place.key] = names
+    ignored = sorted(name for name in source.shapes if name in skipped)
+    problems |= {name: f"`{name}` is not in the model" for name in sorted(source.shapes) if name not in known | skipped}
     if problems:
-        everything = known | source.shapes.keys()
-        raise UserError(f"the weights of {where} do not fit the model: {_some(list(problems.values()))}",
-                        hint or _mend(problems.keys(), everything, skip))
+        raise UserError(f"the weights of {where} do not fit the model: {_first_few(list(problems.values()))}",
+                        hint or _skip_hint(problems.keys(), known | source.shapes.keys(), skip))
 
     def read(key: str, start: int, count: int) -> Tensor:
-        name, *others = taken[key]
+        name, *others = loaded[key]
         values = source.read(name, start, count)
-        for other in others:  # tied here, and perhaps not there
+        for other in others:  # tied in the model, but perhaps not in the source
             if not values.equal(source.read(other, start, count)):
-                raise UserError(f"`{name}` and `{other}` are one in the model, and two in the weights of {where}",
-                                f"init.skip=[{other}] takes the first alone")
+                raise UserError(f"`{name}` and `{other}` are tied in the model, but differ in the weights of {where}",
+                                f"use init.skip=[{other}] to load only `{name}`")
         return values
 
-    fill({key: fragment for key, fragment in fragments.items() if key in taken},
-         {place.key: place.shape for place in models if place.key in taken}, read)
-    said = f"weights of {where}: {len(taken)} tensors taken"
-    if fresh:
-        said += f"; by init.skip these start afresh: {_some([f'`{name}`' for name in fresh])}"
-    if left:
-        said += f"; by init.skip these are left: {_some([f'`{name}`' for name in left])}"
-    return said
+    fill({key: fragment for key, fragment in fragments.items() if key in loaded},
+         {place.key: place.shape for place in models if place.key in loaded}, read)
+    message = f"weights of {where}: {len(loaded)} tensors loaded"
+    if kept:
+        message += f"; not loaded because of init.skip: {_first_few([f'`{name}`' for name in kept])}"
+    if ignored:
+        message += f"; ignored because of init.skip: {_first_few([f'`{name}`' for name in ignored])}"
+    return message
 
 
-def _within(name: str, modules: Iterable[str]) -> bool:
+def _is_in(name: str, modules: Iterable[str]) -> bool:
+    """Return whether the name is that of one of the modules or tensors, or of a tensor inside one of the modules."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _no_idle(skip: Sequence[str], skipped: Iterable[str], source: Source, models: Layout) -> None:
+def _check_skip(skip: Sequence[str], names: Iterable[str]) -> None:
+    """Raises: UserError: an entry of `skip` matches none of the names of tensors."""
+    names = set(names)
     for module in skip:
-        if not any(_within(name, [module]) for name in skipped):
-            names = {*source.shapes, *(name for place in models for name in place.names)}
+        if not any(_is_in(name, [module]) for name in names):
             modules = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
             near = difflib.get_close_matches(module, modules, n=1)
-            raise UserError(f"`init.skip` has `{module}`, which names no module or tensor of the model or of the weights",
-                            f"did you mean `{near[0]}`?" if near else f"there is {_some(sorted(modules))}")
+            raise UserError(f"`init.skip` has `{module}`, which is no module or tensor of the model or of the weights",
+                            f"did you mean `{near[0]}`?" if near else f"there is {_first_few(sorted(modules))}")
 
 
-def _mend(bad: Iterable[str], everything: Iterable[str], skip: Sequence[str]) -> str:
-    """The modules, as large as can be, of which nothing fits."""
-    bad, good = set(bad), set(everything) - set(bad)
+def _skip_hint(bad: Iterable[str], names: Iterable[str], skip: Sequence[str]) -> str:
+    """Return advice to skip the tensors that do not fit, by naming the largest modules in which no tensor fits."""
+    bad = set(bad)
+    good = set(names) - bad
     modules: dict[str, None] = {}
     for name in sorted(bad):
         parts = name.split(".")
-        beginnings = [".".join(parts[:count]) for count in range(1, len(parts))]
-        modules[next((module for module in beginnings if not any(_within(each, [module]) for each in good)), name)] = None
-    if len(modules) > MOST_SHOWN or not good:
-        return "are they of this model? what `init.skip=[...]` names starts afresh, or is left"
-    return f"to start afresh there, and to leave what the model has not: init.skip=[{','.join([*skip, *modules])}]"
+        enclosing = [".".join(parts[:count]) for count in range(1, len(parts))]
+        modules[next((module for module in enclosing if not any(_is_in(other, [module]) for other in good)), name)] = None
+    if len(modules) > MAX_SHOWN or not good:
+        return "check that these weights belong to this model; init.skip=[NAME, ...] leaves out modules that do not fit"
+    return f"use init.skip=[{','.join([*skip, *modules])}] to leave these out: the model keeps its initial values there"
 
 
-def _some(words: Sequence[str], most: int = MOST_SHOWN) -> str:
-    more = f" and {len(words) - most} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + more
-
+def _first_few(words: Sequence[str]) -> str:
+    more = f" and {len(words) - MAX_SHOWN} more" if len(words) > MAX_SHOWN else ""
+    return ", ".join(words[:MAX_SHOWN]) + more

@@ -1,7 +1,11 @@
-"""metrics.jsonl: one JSON object a logged step or evaluation, each step in it once."""
+"""metrics.jsonl: one JSON object in each line, for a logged step or an evaluation.
+
+Each logged step and each evaluation is in the file once, even if an attempt repeated it.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -11,7 +15,7 @@ from trainers.contract.files import jsonable, replace_text
 
 
 def whole_rows(text: str) -> list[dict[str, Any]]:
-    """The rows of a metrics file. A line cut off by a crash is dropped."""
+    """Return the rows in the text of a metrics file. Lines that a crash cut off are dropped."""
     rows = []
     for line in text.split("\n"):
         try:
@@ -24,14 +28,24 @@ def whole_rows(text: str) -> list[dict[str, Any]]:
 
 
 class MetricsFile:
-    """Appends rows; while the disk is full it keeps them in memory and tries again with the next."""
+    """The metrics file of a run, opened to append rows.
+
+    While the disk is full, new rows stay in memory. Each append tries to write them again.
+
+    Attributes:
+        kept: the rows of earlier attempts that are still in the file.
+    """
 
     def __init__(self, path: Path, step: int, evaluated: bool, warn: Callable[[str], None]):
-        """Cuts the file back to `step`, the one that the run resumes from, whose evaluation is yet to come if not
-        `evaluated`; `kept` are the rows that stay.
+        """Open the file and remove the rows after `step`.
+
+        Args:
+            step: the step from which the run resumes.
+            evaluated: whether the evaluation of that step is done. If not, its row is removed too.
+            warn: called with a warning for the user.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be read or written.
         """
         self.path, self.warn = path, warn
         self._waiting: list[str] = []
@@ -39,38 +53,41 @@ class MetricsFile:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         self.kept = [row for row in whole_rows(text)
                      if row["step"] < step or row["step"] == step and (evaluated or row.get("split") != "eval")]
-        # A new file even if all stays: an attempt that has outlived its job elsewhere writes on into the old one.
+        # Write a new file even if all rows stay: an older attempt that is still running on another host then appends to
+        # the old file, which has no name any more.
         if path.exists():
             replace_text(path, "".join(map(_line, self.kept)))
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def append(self, row: Mapping[str, Any]) -> None:
+        """Write a row, or keep it in memory if the disk is full."""
         self._waiting.append(_line(row))
         self.flush()
 
     def flush(self, durable: bool = False) -> None:
-        """Write what waits; `durable`: also past a power cut."""
+        """Write the rows that are still in memory. With `durable` the rows also survive a power failure."""
         try:
             while self._waiting:
                 line = self._waiting[0].encode()
                 end = os.lseek(self._file, 0, os.SEEK_END)
-                if os.write(self._file, line) < len(line):  # the disk filled up in mid-line
+                if os.write(self._file, line) < len(line):  # the disk became full within the line
                     os.ftruncate(self._file, end)
-                    raise OSError(28, os.strerror(28))
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 del self._waiting[0]
             if durable:
                 os.fsync(self._file)
         except OSError as error:
             if not self._failing:
-                self.warn(f"metrics cannot be written to {self.path}: {error.strerror}; they are kept in memory "
-                          "and written when that is possible again; training goes on")
+                self.warn(f"metrics cannot be written to {self.path}: {error.strerror}; training continues, and the metrics "
+                          "are kept in memory until they can be written")
             self._failing = True
         else:
             if self._failing:
-                self.warn(f"metrics are written to {self.path} again, none is lost")
+                self.warn(f"metrics can be written to {self.path} again; none is lost")
             self._failing = False
 
     def close(self) -> None:
+        """Write the rows that are still in memory, and close the file."""
         self.flush(durable=True)
         if self._waiting:
             self.warn(f"{len(self._waiting)} rows of metrics could not be written to {self.path}")

@@ -1,4 +1,4 @@
-"""What rank 0 says of the run while it runs: to the terminal and log (events), metrics.jsonl, run.json, W&B."""
+"""What rank 0 reports during a run: events for the terminal and the log, metrics.jsonl, run.json and W&B."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from trainers.contract.signals import request_stop
 from trainers.engine.tracking.metrics import MetricsFile
 from trainers.engine.tracking.wandb_run import WandbRun
 
-RECORD_EVERY_S = 1.0
+RECORD_EVERY_S = 1.0  # between two logged steps that write run.json, at least
 
 
 class NoTracker:
-    """Ranks other than 0 say nothing."""
+    """The tracker of every rank but rank 0: reports nothing."""
 
     def note(self, level: str, message: str) -> None: ...
-    def say(self, event: Mapping[str, Any]) -> None: ...
+    def emit(self, event: Mapping[str, Any]) -> None: ...
     def step(self, event: Mapping[str, Any]) -> None: ...
     def evaluation(self, step: int, total: int, metrics: Mapping[str, float]) -> None: ...
     def committed(self, step: int) -> None: ...
@@ -32,54 +32,71 @@ class NoTracker:
 
 
 class Tracker(NoTracker):
+    """The tracker of rank 0.
+
+    Attributes:
+        metrics: of the last evaluation.
+        checkpoint: step of the last committed checkpoint; None if the run has no checkpoint yet.
+    """
+
     def __init__(self, config: RunConfig, paths: RunPaths, step: int, total: int, metrics: Mapping[str, float],
                  evaluated: bool, attempt: int | None):
-        """Where the run begins or resumes: its `step`, its last evaluation's `metrics`, and whether that of this
-        step was done. `attempt`: this one's number; once there is a newer one, the record is that one's.
+        """Open metrics.jsonl, start the W&B run and write run.json.
+
+        Args:
+            step: the step from which the run starts or resumes.
+            total: number of training steps of the run.
+            metrics: of the last evaluation; empty if there was none.
+            evaluated: whether the evaluation of `step` is done.
+            attempt: number of this attempt. Once a newer attempt has started, this attempt no longer writes run.json.
+                None: write run.json in any case.
 
         Raises:
-            TrainingError: the run directory cannot be written.
+            TrainingError: metrics.jsonl cannot be written.
         """
         self.paths, self.attempt = paths, attempt
         self.metrics = dict(metrics)
         self.checkpoint: int | None = None
-        self._recording = threading.Lock()  # checkpoints commit in a thread of their own
-        self._recorded_at = 0.0
+        self._record_lock = threading.Lock()  # the thread that commits checkpoints writes run.json too
+        self._recorded_at = 0.0               # when run.json was written last
         self._record_fails = False
         try:
             self._file = MetricsFile(paths.metrics, step, evaluated, lambda text: self.note("warning", text))
         except OSError as error:
             raise TrainingError(f"{paths.metrics} cannot be written: {error.strerror}",
-                                f"mend that, then `launch resume {paths.id}`") from error
-        self._wandb = self._track(config, step) if config.wandb.mode != "off" else None
+                                f"fix the problem, then use `launch resume {paths.id}`") from error
+        self._wandb = self._start_wandb(config, step) if config.wandb.mode != "off" else None
         self._record(step=step, total=total, metrics=self.metrics)
 
-    def _track(self, config: RunConfig, step: int) -> WandbRun | None:
-        """None, and a note, where W&B cannot work at all (a bad project name, a folder that it cannot write)."""
+    def _start_wandb(self, config: RunConfig, step: int) -> WandbRun | None:
+        """Return the W&B run, or None after a warning if W&B cannot work (bad project name, folder that it cannot write)."""
         try:
             return WandbRun(config, self.paths, step, self._file.kept, self.note)
         except Exception as error:
-            self.note("warning", f"W&B cannot track this run ({' '.join(str(error).split())}); it goes on without, "
-                                 "metrics.jsonl has everything")
+            self.note("warning", f"W&B cannot track this run ({' '.join(str(error).split())}); training continues without "
+                                 "W&B, and metrics.jsonl has everything")
             return None
 
-    def say(self, event: Mapping[str, Any]) -> None:
+    def emit(self, event: Mapping[str, Any]) -> None:
+        """Write an event to standard output; events.py lists the events."""
         events.emit(event)
 
     def note(self, level: str, message: str) -> None:
-        self.say({"event": "note", "level": level, "message": message})
+        """Write a note for the user. `level`: "info" or "warning"."""
+        self.emit({"event": "note", "level": level, "message": message})
 
     def step(self, event: Mapping[str, Any]) -> None:
-        """A logged step: `event` as events.py describes it."""
-        self.say(event)
-        about = ("event", "step", "total", "eta_s")
-        self._log({"step": event["step"], "split": "train", **{k: v for k, v in event.items() if k not in about}})
+        """Report a logged step. `event`: the event `step`, as events.py describes it."""
+        self.emit(event)
+        left_out = ("event", "step", "total", "eta_s")
+        self._log({"step": event["step"], "split": "train", **{k: v for k, v in event.items() if k not in left_out}})
         if time.monotonic() - self._recorded_at > RECORD_EVERY_S:
             self._record(step=event["step"])
 
     def evaluation(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Report an evaluation."""
         self.metrics = dict(metrics)
-        self.say({"event": "eval", "step": step, "total": total, "metrics": self.metrics})
+        self.emit({"event": "eval", "step": step, "total": total, "metrics": self.metrics})
         self._log({"step": step, "split": "eval", **metrics})
         self._record(step=step, metrics=self.metrics)
 
@@ -89,28 +106,30 @@ class Tracker(NoTracker):
             self._wandb.log(row)
 
     def before_checkpoint(self) -> None:
-        """What a checkpoint's step has logged must be on disk when it commits."""
+        """Flush metrics.jsonl: all rows up to a checkpoint's step must be on disk before the checkpoint commits."""
         self._file.flush(durable=True)
 
     def committed(self, step: int) -> None:
+        """Record the checkpoint of `step` as committed."""
         self.checkpoint = step
         self._record(checkpoint=step)
 
     def end(self, state: str, step: int, total: int) -> None:
-        """`state`: finished or preempted."""
+        """Close everything and report the end. `state`: "finished" or "preempted"."""
         self._record(step=step, metrics=self.metrics)
         if self._wandb:
             self._wandb.finish(step, self.paths.figures, finished=state == "finished")
         self._file.close()
-        self.say({"event": "end", "state": state, "step": step, "total": total, "metrics": self.metrics,
-                  "checkpoint": self.checkpoint})
+        self.emit({"event": "end", "state": state, "step": step, "total": total, "metrics": self.metrics,
+                   "checkpoint": self.checkpoint})
 
     def _record(self, **changes: Any) -> None:
-        """run.json, if this run has one (ranks started by hand need none)."""
-        with self._recording:
+        """Write `changes` into run.json, if the file exists. Without `launch` the run directory may have no run.json."""
+        with self._record_lock:
             self._recorded_at = time.monotonic()
             if self.attempt is not None and max(self.paths.attempt_numbers(), default=0) > self.attempt:
-                request_stop()  # which ends in an error: nothing can be saved any more
+                # A newer attempt has taken the run over. The stop ends with an error, because this attempt can no longer save.
+                request_stop()
                 return
             try:
                 update_json(self.paths.record, **changes, updated=utc_now())
@@ -119,5 +138,5 @@ class Tracker(NoTracker):
                 pass
             except OSError as error:
                 if not self._record_fails:
-                    self.note("warning", f"{self.paths.record} cannot be written: {error.strerror}; training goes on")
+                    self.note("warning", f"{self.paths.record} cannot be written: {error.strerror}; training continues")
                 self._record_fails = True

@@ -1,4 +1,4 @@
-"""The run in Weights & Biases: its id is the run's id, so that every attempt continues the same one."""
+"""The run in Weights & Biases (W&B). Its id is the id of the run, so every attempt continues the same W&B run."""
 
 from __future__ import annotations
 
@@ -12,27 +12,37 @@ from trainers.contract import exit_codes
 from trainers.contract.files import read_json
 from trainers.contract.paths import RunPaths
 
-ONLINE_WITHIN_S = 30
-STOP_WITHIN_S = 20
-BLOCK = 32768
+ONLINE_WITHIN_S = 30  # how long W&B may take to connect to its server
+STOP_WITHIN_S = 20    # how long W&B may take to upload the rest when a run stops and will be resumed
+BLOCK = 32768         # bytes in a block of LevelDB's log format
+HEADER = 7            # bytes of the header of a .wandb file, and of the header of each record in it
 
 
 class WandbRun:
-    """A W&B run, online or offline, whose own step is ours.
+    """A W&B run, online or offline. The steps of its history are the training steps.
 
-    W&B only appends: a step of its history cannot be taken back, and `wandb sync` moves a repeated one up.
-    So steps that it has are not logged again, and what an attempt that was killed did not get to write is
-    logged from metrics.jsonl.
+    W&B only appends: a step in its history cannot be removed, and `wandb sync` gives a repeated step a later number.
+    Therefore a step that W&B has already is not logged again. Rows of metrics.jsonl that a killed attempt could not give to
+    W&B are logged when the run resumes.
     """
 
     def __init__(self, config: RunConfig | SearchConfig, paths: RunPaths, step: int, rows: Iterable[Mapping[str, Any]],
                  note: Callable[[str, str], None]):
-        """`rows`: what metrics.jsonl holds up to `step`, from which the run resumes.
-        `note(level, message)` tells the user why a run that was to be online is offline, or not tracked any more."""
+        """Start or continue the W&B run, and log the rows that W&B does not have yet.
+
+        Args:
+            step: the step from which the run starts or resumes.
+            rows: the rows of metrics.jsonl up to `step`.
+            note: called with (level, message): where the W&B page is, why the run is offline instead of online, or why W&B
+                failed.
+
+        Raises:
+            Exception: W&B cannot start a run, even offline.
+        """
         import wandb
 
         try:
-            run_id = read_json(paths.record)["id"]  # the folder's name, unless that was changed
+            run_id = read_json(paths.record)["id"]  # the name of the run directory, unless somebody renamed it
         except FileNotFoundError:
             run_id = paths.id
         common: dict[str, Any] = dict(
@@ -42,10 +52,10 @@ class WandbRun:
         self._note, self._broken = note, False
         self._stop_within_s = min(STOP_WITHIN_S, config.run.grace_s / 3)
         self._resumed_at: int | None = None
-        self._late: dict[str, Any] = {}  # an evaluation that was still to come when its step was logged
+        self._late: dict[str, Any] = {}  # an evaluation whose step is in W&B already; logged together with the next row
         settings = wandb.Settings(console="off", silent=True, init_timeout=ONLINE_WITHIN_S)
         before = offline_step(paths.root)
-        offline = "not asked for"
+        offline = "not asked for"  # why the run is offline; empty if it is online
         if config.wandb.mode == "online":
             try:
                 offline = "" if wandb.login(prompt=False) else "no API key: set WANDB_API_KEY or use `wandb login`"
@@ -59,7 +69,7 @@ class WandbRun:
         if offline:
             self._run = wandb.init(mode="offline", settings=settings, **common)
         self._wandb = wandb
-        self._logged = max(before, self._run.step - 1)  # of an online run, the server's last step
+        self._logged = max(before, self._run.step - 1)  # of an online run, _run.step - 1 is the server's last step
         if self._run.url:
             note("info", f"W&B: {self._run.url}")
         for row in rows:
@@ -67,9 +77,9 @@ class WandbRun:
         self._resumed_at = step
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """A row of metrics.jsonl."""
-        about = ("step", "split", "unit")
-        values = {f"{row['split']}/{k}": v for k, v in row.items() if k not in about}
+        """Log a row of metrics.jsonl, unless W&B has its step already."""
+        left_out = ("step", "split", "unit")
+        values = {f"{row['split']}/{k}": v for k, v in row.items() if k not in left_out}
         if row["step"] > self._logged:
             self._safely(lambda: self._run.log({**self._late, **values}, step=row["step"]))
             self._late = {}
@@ -77,15 +87,22 @@ class WandbRun:
             self._late = values
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Rows that have the same keys, as a table, with what is logged next."""
+        """Add a table to the next row that is logged. All `rows` have the same keys, the names of the columns."""
         columns = list(rows[0])
         self._safely(lambda: self._run.log({name: self._wandb.Table(columns, [list(row.values()) for row in rows])},
                                            commit=False))
 
     def finish(self, step: int, figures: Path, finished: bool) -> None:
-        """Log the pictures and end. `finished` False: stopped, to be resumed, and so within a time."""
+        """Log the pictures and end the W&B run.
 
-        def last() -> None:
+        Args:
+            step: the last training step.
+            figures: the folder of the pictures (*.png).
+            finished: False if the run stopped and will be resumed. Then W&B gets at most STOP_WITHIN_S, or a third of
+                `run.grace_s` if that is shorter.
+        """
+
+        def log_last() -> None:
             pictures = {f"figures/{p.stem}": self._wandb.Image(str(p)) for p in sorted(figures.glob("*.png"))}
             if pictures or self._late:
                 self._run.log({**self._late, **pictures}, step=max(step, self._logged + 1))
@@ -95,53 +112,56 @@ class WandbRun:
                 self._run.mark_preempting()
             self._run.finish(exit_code=exit_codes.FINISHED if finished else exit_codes.PREEMPTED)
 
-        self._safely(last)
+        self._safely(log_last)
         ending = threading.Thread(target=lambda: self._safely(end), daemon=True)
         ending.start()
         ending.join(None if finished else self._stop_within_s)
         if ending.is_alive():
-            self._note("warning", f"W&B has not taken everything within {self._stop_within_s:g} s; the next attempt "
-                                  "logs the rest")
+            self._note("warning", f"W&B could not take all data in {self._stop_within_s:g} s; the next attempt logs the rest")
 
     def _safely(self, call: Callable[[], Any]) -> None:
-        """Training does not depend on W&B."""
+        """Call W&B. If W&B fails, warn the user and do not call W&B again: training does not depend on W&B."""
         if self._broken:
             return
         try:
             call()
         except Exception as error:
             self._broken = True
-            self._note("warning", f"W&B failed ({' '.join(str(error).split())}); the run goes on without it, "
+            self._note("warning", f"W&B failed ({' '.join(str(error).split())}); the run continues without W&B, and "
                                   "metrics.jsonl has everything")
 
 
 def offline_step(folder: Path) -> int:
-    """The last step in the W&B files that earlier attempts have left in a run directory; 0 if there is none."""
+    """Return the last step in the offline W&B files of earlier attempts in a run directory; 0 if there are no steps."""
     steps = (record.history.step.num for path in folder.glob("wandb/offline-run-*/*.wandb")
              for record in offline_records(path) if record.WhichOneof("record_type") == "history")
     return max(steps, default=0)
 
 
 def offline_records(path: Path) -> Iterator[Any]:
-    """The records of a .wandb file, as far as it was written: LevelDB's log format
-    (https://github.com/google/leveldb/blob/main/doc/log_format.md), after 7 bytes of W&B's own."""
-    from google.protobuf.message import DecodeError
+    """Yield the records of a .wandb file, up to a record that was not written completely.
+
+    The file is in LevelDB's log format (https://github.com/google/leveldb/blob/main/doc/log_format.md), after a header of 7
+    bytes that W&B adds.
+    """
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf comes without types
     from wandb.proto import wandb_internal_pb2
 
-    data, at, parts = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        left = BLOCK - at % BLOCK
-        length, kind = struct.unpack("<HB", data[at + 4:at + 7]) if left >= 7 else (0, 0)
+    data, offset, parts = path.read_bytes(), HEADER, b""
+    while offset + HEADER <= len(data):
+        left_in_block = BLOCK - offset % BLOCK
+        # A record's header: 4 bytes of checksum, 2 bytes of length, 1 byte of kind.
+        length, kind = struct.unpack("<HB", data[offset + 4:offset + HEADER]) if left_in_block >= HEADER else (0, 0)
         if kind == 0:  # the rest of the block is empty
-            at += left
+            offset += left_in_block
             continue
-        parts += data[at + 7:at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record()
+        parts += data[offset + HEADER:offset + HEADER + length]
+        offset += HEADER + length
+        if kind in (1, 4):  # a whole record, or the last part of a record
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]  # protobuf makes its classes at run time
             try:
                 record.ParseFromString(parts)
-            except DecodeError:  # cut off
+            except DecodeError:  # the record was cut off
                 return
             yield record
             parts = b""

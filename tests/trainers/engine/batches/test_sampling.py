@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainers.engine.batches.sampling import Shuffled, evaluation_shares, mix
+from trainers.engine.batches.sampling import Shuffled, derive_seed, evaluation_shares
 
 
 def rows(samples: Shuffled, draw: int, ranks: int, accumulation: int) -> np.ndarray:
@@ -11,7 +11,7 @@ def rows(samples: Shuffled, draw: int, ranks: int, accumulation: int) -> np.ndar
 
 
 @pytest.mark.parametrize("length, batch_size", [(100, 12), (12, 12), (7, 12), (1, 4), (101, 24)])
-def test_a_batch_is_the_same_on_any_number_of_ranks(length, batch_size):
+def test_a_global_batch_is_the_same_on_any_number_of_ranks(length, batch_size):
     samples = Shuffled(length, batch_size, seed=3, stream="model")
     for draw in (0, 1, 7, 100):
         whole = rows(samples, draw, 1, 1)
@@ -19,7 +19,7 @@ def test_a_batch_is_the_same_on_any_number_of_ranks(length, batch_size):
             assert (rows(Shuffled(length, batch_size, 3, "model"), draw, ranks, accumulation) == whole).all()
 
 
-def test_an_epoch_holds_every_sample_once_and_is_shuffled_anew():
+def test_an_epoch_holds_every_sample_once_and_every_epoch_has_a_new_order():
     samples = Shuffled(50, 20, seed=1, stream="model")
     drawn = np.concatenate([rows(samples, draw, 1, 1) for draw in range(5)])  # two epochs in five batches
     first, second = drawn[:50], drawn[50:]
@@ -28,14 +28,14 @@ def test_an_epoch_holds_every_sample_once_and_is_shuffled_anew():
     assert (samples.steps(1), samples.steps(2), samples.steps(0.01)) == (3, 5, 1)
 
 
-def test_seeds_streams_and_epochs_share_nothing():
+def test_every_seed_stream_and_epoch_has_a_different_order():
     orders = [tuple(rows(Shuffled(30, 30, seed, stream), draw, 1, 1))
               for seed in (0, 1, 2) for stream in ("a", "b") for draw in (0, 1, 2)]
     assert len(set(orders)) == len(orders)
-    assert mix(1, 2) != mix(2, 1) and mix(12, 3) != mix(1, 23) and 0 <= mix("x") < 2**63
+    assert derive_seed(1, 2) != derive_seed(2, 1) and derive_seed(12, 3) != derive_seed(1, 23) and 0 <= derive_seed("x") < 2**63
 
 
-def test_a_sample_has_the_same_randomness_in_any_split():
+def test_a_sample_gets_the_same_random_values_on_any_number_of_ranks_and_micro_batches():
     samples = Shuffled(64, 16, seed=0, stream="model")
     (whole,) = samples.shares(5, 0, 1, 1)
     expected = whole.generator().random(whole.size)
@@ -48,7 +48,7 @@ def test_a_sample_has_the_same_randomness_in_any_split():
 
 @pytest.mark.parametrize("length", [1, 7, 8, 100])
 @pytest.mark.parametrize("ranks", [1, 3, 8])
-def test_evaluation_takes_every_sample_once_in_equally_many_batches(length, ranks):
+def test_an_evaluation_takes_every_sample_once_and_gives_all_ranks_the_same_number_of_batches(length, ranks):
     shares = [evaluation_shares(length, 4, rank, ranks) for rank in range(ranks)]
-    assert len({len(each) for each in shares}) == 1
-    assert sorted(i for each in shares for share in each for i in share.indices) == list(range(length))
+    assert len({len(of_rank) for of_rank in shares}) == 1
+    assert sorted(i for of_rank in shares for share in of_rank for i in share.indices) == list(range(length))

@@ -1,5 +1,5 @@
-"""Every strategy trains the same run: the same losses, and checkpoints that any of them goes on with, on any number of
-ranks. This file is also the program of its ranks."""
+"""Every strategy trains the same run: it has the same losses, and continues from the checkpoints of every other strategy, on
+any number of ranks. This file is also the program of its ranks."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def ranks():
-    """Ranks by their number, started when first asked for."""
+    """A function from a number of ranks to that many ranks, which it starts on the first call."""
     started: dict[int, Ranks] = {}
 
-    def of(size: int) -> Ranks:
+    def start(size: int) -> Ranks:
         if size not in started:
             started[size] = Ranks(size, __file__)
         return started[size]
 
-    yield of
-    for each in started.values():
-        each.close()
+    yield start
+    for ranks in started.values():
+        ranks.close()
 
 
 def furthest(one: list[dict], other: list[dict], key: str = "loss") -> float:
+    """Return the largest difference between two runs' values of `key`."""
     assert [row["step"] for row in one] == [row["step"] for row in other] and one
     return max(abs(a[key] - b[key]) for a, b in zip(one, other))
 
@@ -43,7 +44,7 @@ def furthest(one: list[dict], other: list[dict], key: str = "loss") -> float:
 def test_all_strategies_have_the_same_losses(ranks, tmp_path, size, accumulation):
     keys = {"train.micro_batch_size": 48 // size // accumulation}
     rows = {name: ranks(size)("trained", root=tmp_path / name, keys={"train.strategy": name, **keys})[0] for name in STRATEGIES}
-    assert rows["ddp"][-1]["loss"] < 0.85 * rows["ddp"][0]["loss"]  # it learns, or equality would say little
+    assert rows["ddp"][-1]["loss"] < 0.85 * rows["ddp"][0]["loss"]  # the run learns; otherwise equal losses would prove little
     for name in SHARDED:
         difference, norms = furthest(rows["ddp"], rows[name]), furthest(rows["ddp"], rows[name], "grad_norm")
         print(f"{size} ranks, accumulation {accumulation}, fp32: {name} against ddp: losses within {difference:.1e}, "
@@ -59,11 +60,11 @@ def test_half_precision_stays_near_fp32(ranks, tmp_path, precision, bound):
         rows = ranks(2)("trained", root=tmp_path / name, keys=keys)[0]
         difference = furthest(whole, rows)
         print(f"2 ranks, {precision}: {name} against fp32 ddp: losses within {difference:.1e}")
-        assert 0 < difference < bound  # (of fp16 two steps were skipped)
+        assert 0 < difference < bound  # (fp16 skipped two steps)
 
 
-def test_any_goes_on_with_the_checkpoint_of_any(ranks, tmp_path):
-    """The table of changes: each strategy's checkpoint, of one number of ranks, continued by each on another."""
+def test_any_strategy_continues_from_the_checkpoint_of_any_other(ranks, tmp_path):
+    """Every strategy continues the checkpoint of every strategy, on another number of ranks."""
     sizes = {"ddp": (4, 2), "zero1": (2, 3), "zero2": (1, 4), "zero3": (4, 2), "fsdp": (3, 1)}
     whole = ranks(4)("trained", root=tmp_path / "whole", keys={"train.steps": 40})[0]
     table = {}
@@ -84,7 +85,7 @@ def test_any_goes_on_with_the_checkpoint_of_any(ranks, tmp_path):
 
 @pytest.mark.parametrize("name", SHARDED)
 @pytest.mark.parametrize("change", [(4, 2), (2, 3), (1, 4)])
-def test_it_goes_on_with_other_ranks(ranks, tmp_path, name, change):
+def test_a_run_continues_on_another_number_of_ranks(ranks, tmp_path, name, change):
     keys = {"train.strategy": name, "train.steps": 40}
     ranks(change[0])("trained", root=tmp_path / "run", keys=keys, until=10)
     rows = ranks(change[1])("trained", root=tmp_path / "run", keys=keys)[0]
@@ -105,7 +106,7 @@ def test_four_ranks_resume_to_the_bit(ranks, tmp_path, name):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_more_settings_change_no_loss(ranks, tmp_path, name):
-    """Activations computed again, states in host memory, DeepSpeed's own keys, compilation."""
+    """Recomputed activations, states in host memory, DeepSpeed's own keys, compilation."""
     more = [{"train.checkpoint_activations": True}]
     more += {"zero1": [{"train.offload": "optimizer"}], "zero2": [{"train.offload": "optimizer"}],
              "zero3": [{"train.offload": "parameters"}], "fsdp": [{"train.offload": "parameters"}, {"train.compile": True}],
@@ -123,17 +124,17 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_step(ranks, tmp_path, n
     from trainers.engine.batches.sampling import Shuffled
 
     order = Shuffled(500, 48, 0, "model")
-    row = int(order.shares(7, 0, 1, 1)[0].indices[-1])  # which comes in step 8, and once in these ten
+    row = int(order.shares(7, 0, 1, 1)[0].indices[-1])  # it is in the batch of step 8, and in no other of these ten steps
     keys = {"train.strategy": name, "model": {"bad_row": row}, "log.every": 100, "eval.every": 9, "checkpoint.every": 5}
-    said = ranks(2)("error_of", root=tmp_path / "run", keys=keys)
-    print(f"{name}: {said[0]}")
-    assert said[0] == said[1]
-    assert "update `model`, step 8: the gradient of `words.weight` is not finite" in said[0]
+    messages = ranks(2)("error_of", root=tmp_path / "run", keys=keys)
+    print(f"{name}: {messages[0]}")
+    assert messages[0] == messages[1]
+    assert "update `model`, step 8: the gradient of `words.weight` is not finite" in messages[0]
     assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["step_5"]
-    assert '"eval"' not in (tmp_path / "run/metrics.jsonl").read_text()  # nor is anything evaluated after it
+    assert '"eval"' not in (tmp_path / "run/metrics.jsonl").read_text()  # and nothing is evaluated afterwards
 
 
-def test_skipped_steps_of_fp16_are_no_progress_of_the_schedule(ranks, tmp_path):
+def test_steps_that_fp16_skips_do_not_advance_the_schedule(ranks, tmp_path):
     for name in STRATEGIES:
         keys = {"train.strategy": name, "train.precision": "fp16", "model": {"big_steps": [4, 5]}, "train.steps": 12}
         rows = ranks(2)("trained", root=tmp_path / name, keys=keys)[0]
@@ -143,8 +144,8 @@ def test_skipped_steps_of_fp16_are_no_progress_of_the_schedule(ranks, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_cifar10_trains_under_each(ranks, tmp_path, precision):
-    """Convolutions and BatchNorm, no repeated blocks."""
+def test_cifar10_trains_under_every_strategy(ranks, tmp_path, precision):
+    """The model has convolutions and BatchNorm, and no repeated blocks."""
     losses = {name: ranks(2)("cifar10", root=tmp_path / name, strategy=name, precision=precision)[0] for name in STRATEGIES}
     for name in SHARDED:
         differences = [abs(a - b) for a, b in zip(losses["ddp"], losses[name], strict=True)]
@@ -184,14 +185,14 @@ def loop_of(world, root, keys):
     from trainers.contract.paths import RunPaths
     from trainers.engine import loop
 
-    loop.close = lambda: None  # the process group stays
+    loop.close_process_group = lambda: None  # the process group serves the next call too
     config = settings(keys)
     Path(root).mkdir(parents=True, exist_ok=True)
     return loop.Loop(Counting(config), config, world, RunPaths(Path(root)), None)
 
 
 def trained(world, root, keys, until=None):
-    """The training rows of a run that goes on to its end, or is asked to stop at step `until`."""
+    """Return the training rows of a run that continues to its end, or is asked to stop at step `until`."""
     loop = loop_of(world, root, keys)
     if until is not None:
         loop.stopping.at_boundary = lambda: loop.step >= until
@@ -211,7 +212,7 @@ def cifar10(world, root, strategy, precision):
 
     keys = ["data=sample", "model.width=0.1", "train.steps=4", "train.batch_size=16", "log.every=1", "eval.every=never",
             f"train.strategy={strategy}", f"train.precision={precision}"]
-    loop.close = lambda: None
+    loop.close_process_group = lambda: None
     config = load_spec("cifar10", keys, cluster=load_cluster("local"), environment={}).config
     Path(root).mkdir(parents=True, exist_ok=True)
     assert loop.Loop(Cifar10(config), config, world, RunPaths(Path(root)), None).run() == 0

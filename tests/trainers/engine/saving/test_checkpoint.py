@@ -1,4 +1,4 @@
-"""Checkpoints, on one rank in this process and on several real ones, of which this file is also the program."""
+"""Checkpoints, on one rank in this process and on several real ranks. This file is also the program of those ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from crashes import CODE, crash_at, forked
+from crashes import CRASH_CODE, crash_at, run_forked
 from ranks import Ranks, serve
 from saving import Run, bits, make, whole
 
@@ -35,7 +35,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def blocked(monkeypatch):
-    """Writing waits for this event."""
+    """An event; writing waits for it."""
     go, write = threading.Event(), storage.write
     monkeypatch.setattr(storage, "write", lambda *args: go.wait(60) and write(*args))
     yield go
@@ -46,15 +46,15 @@ def blocked(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["full", "sharded"])
-def test_what_was_saved_is_loaded_to_the_bit(tmp_path, layout):
+def test_a_loaded_checkpoint_equals_the_saved_one_to_the_bit(tmp_path, layout):
     run = Run(tmp_path, layout=layout)
     assert run.save(3) is None and run.checkpoints.newest() == 3
     assert run.load(3) == bits(make(3))
 
 
-def test_a_commit_is_said_and_told(run):
+def test_a_commit_is_reported_with_its_size_and_times(run):
     run.save(3, {"top1": 0.5, "loss": float("nan")})
-    [event] = run.said
+    [event] = run.events
     assert run.committed == [3]
     assert (event["event"], event["step"], event["path"]) == ("checkpoint", 3, str(run.paths.checkpoint(3)))
     files = [path for path in run.paths.checkpoint(3).iterdir() if path.name != manifest.NAME]
@@ -65,7 +65,7 @@ def test_a_commit_is_said_and_told(run):
     assert sorted(content["files"]) == sorted(path.name for path in files)
 
 
-def test_later_changes_do_not_enter(run, blocked):
+def test_changes_after_save_do_not_reach_the_checkpoint(run, blocked):
     tensors = {"a": torch.randn(50), "b": torch.nn.Parameter(torch.randn(3, 4))}
     state, metrics, before = {"step": 1}, {"top1": 0.5}, bits(tensors)
     run.checkpoints.save(1, whole(tensors), state, metrics)
@@ -80,28 +80,28 @@ def test_later_changes_do_not_enter(run, blocked):
     assert manifest.read(run.paths.checkpoint(1), 1)["metrics"] == {"top1": 0.5}
 
 
-def test_host_buffers_are_kept(run, monkeypatch):
-    seen, write = [], storage.write
+def test_host_buffers_are_used_again(run, monkeypatch):
+    addresses, write = [], storage.write
 
-    def note(file, tensors):
-        seen.append({name: tensor.data_ptr() for name, tensor in tensors.items()})
+    def record(file, tensors):
+        addresses.append({name: tensor.data_ptr() for name, tensor in tensors.items()})
         return write(file, tensors)
 
-    monkeypatch.setattr(storage, "write", note)
+    monkeypatch.setattr(storage, "write", record)
     run.save(1), run.save(2)
-    assert seen[0] == seen[1] and len(seen[0]) == len(make(1))
+    assert addresses[0] == addresses[1] and len(addresses[0]) == len(make(1))
     smaller = {name: tensor for name, tensor in make(3).items() if name != "bf16"} | {"step": torch.tensor([3, 3])}
     assert run.save(3, tensors=smaller) is None
     assert run.load(3) == bits(smaller)
 
 
-def test_the_next_save_waits_for_the_last(run, blocked):
+def test_a_save_waits_for_the_previous_save(run, blocked):
     run.checkpoints.save(1, whole(make(1)), {"step": 1}, {})
     threading.Timer(0.3, blocked.set).start()
     run.checkpoints.save(2, whole(make(2)), {"step": 2}, {})
     assert run.committed == [1]
     run.checkpoints.close()
-    assert run.committed == [1, 2] and run.said[1]["stall_s"] >= 0.2
+    assert run.committed == [1, 2] and run.events[1]["stall_s"] >= 0.2
 
 
 def test_a_committed_step_is_not_saved_again(run):
@@ -112,14 +112,14 @@ def test_a_committed_step_is_not_saved_again(run):
 def test_no_checkpoint_is_no_error(run):
     assert run.checkpoints.newest() is None and run.checkpoints.wait() is None
     (run.paths.checkpoints / "step_4.tmp").mkdir(parents=True)
-    assert run.checkpoints.newest() is None and run.said == []
+    assert run.checkpoints.newest() is None and run.events == []
 
 
-FILES = ["0.safetensors", "1.safetensors", "index.json", "manifest.json", "state.json"]  # of two ranks
+FILES = ["0.safetensors", "1.safetensors", "index.json", "manifest.json", "state.json"]  # written by two ranks
 
 
 def damages(path: Path):
-    """(what, damaged content) in turn; None is a missing file."""
+    """Yield each (damage, damaged content of the file); None stands for a missing file."""
     whole = path.read_bytes()
     for place in sorted({0, len(whole) // 2, len(whole) - 1}):
         yield f"byte {place}", whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:]
@@ -132,7 +132,7 @@ def damage(path: Path, content: bytes | None) -> None:
     path.unlink() if content is None else path.write_bytes(content)
 
 
-def test_any_damage_to_any_file_is_passed_over(tmp_path, two):
+def test_a_checkpoint_with_any_damage_to_any_file_is_passed_over(tmp_path, two):
     two("save", root=tmp_path / "whole", steps=[1, 2])
     names = sorted(os.listdir(tmp_path / "whole/checkpoints/step_2"))
     assert names == FILES
@@ -144,24 +144,24 @@ def test_any_damage_to_any_file_is_passed_over(tmp_path, two):
             run = Run(tmp_path / "run")
             assert run.checkpoints.newest() == 1, (name, what)
             assert run.names() == ["step_1", "step_2.broken"]
-            [note] = run.said
+            [note] = run.events
             assert note["level"] == "warning" and "step 2" in note["message"] and name in note["message"]
             run.checkpoints.close()
     assert Run(tmp_path / "whole").checkpoints.newest() == 2
 
 
-def test_none_whole_is_an_error_and_nothing_is_moved(run):
+def test_without_a_whole_checkpoint_there_is_an_error_and_nothing_is_moved(run):
     run.save(1), run.save(2)
     for step in (1, 2):
         damage(run.paths.checkpoint(step) / "state.json", None)
-    run.said.clear()
+    run.events.clear()
     with pytest.raises(UserError, match=r"step_2: state.json is missing; step_1: state.json is missing") as error:
         run.checkpoints.newest()
-    assert error.value.hint and run.names() == ["step_1", "step_2"] and run.said == []
+    assert error.value.hint and run.names() == ["step_1", "step_2"] and run.events == []
 
 
 def plant(run: Run, step: int, name: str, content: bytes) -> None:
-    """Put a file of somebody else's into a checkpoint, and into its manifest."""
+    """Put a foreign file into a checkpoint and its manifest."""
     folder = run.paths.checkpoint(step)
     (folder / name).write_bytes(content)
     entries = manifest.read(folder, step)["files"]
@@ -202,8 +202,8 @@ def header(value) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(100)
 
 
-@pytest.mark.parametrize("name, content", [(name, content) for name, those in PLANTS.items() for content in those])
-def test_what_is_planted_is_refused_and_not_executed(run, tmp_path, name, content):
+@pytest.mark.parametrize("name, content", [(name, content) for name, contents in PLANTS.items() for content in contents])
+def test_a_planted_file_is_refused_and_not_executed(run, tmp_path, name, content):
     run.save(1)
     plant(run, 1, name, content(Evil(tmp_path / "owned")))
     with pytest.raises(UserError, match="step_1 cannot be loaded"):
@@ -215,11 +215,11 @@ def test_what_is_planted_is_refused_and_not_executed(run, tmp_path, name, conten
 def test_the_index_may_not_point_out_of_the_folder(run, file):
     run.save(1)
     plant(run, 1, "index.json", json.dumps({"tensors": {"step": {"shape": [], "parts": {file: 0}}}}).encode())
-    with pytest.raises(UserError, match="out of the checkpoint"):
+    with pytest.raises(UserError, match="names a file outside of the checkpoint"):
         run.checkpoints.load(1)
 
 
-def test_no_path_of_the_machine_lies_in_a_checkpoint(run, tmp_path):
+def test_a_checkpoint_holds_no_path_of_the_machine(run, tmp_path):
     run.save(1)
     assert not any(str(tmp_path).encode() in path.read_bytes() for path in run.paths.checkpoint(1).iterdir())
 
@@ -229,7 +229,7 @@ def test_after_a_failure_the_same_step_can_be_saved(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "write", full_disk)
         assert "No space left" in run.save(2)
-    assert run.names() == ["step_1"] and "newest whole one is step 1" in run.notes()[0]
+    assert run.names() == ["step_1"] and "newest whole checkpoint is step 1" in run.notes()[0]
     assert run.save(2) is None and run.committed == [1, 2] and run.load(2) == bits(make(2))
 
 
@@ -237,10 +237,10 @@ def full_disk(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_failed_first_save_says_that_there_is_none(run, monkeypatch):
+def test_a_failed_first_save_says_that_there_is_no_older_checkpoint(run, monkeypatch):
     monkeypatch.setattr(manifest, "write", full_disk)
     assert run.save(1) is not None
-    assert run.notes()[0].endswith("there is no older one") and run.names() == []
+    assert run.notes()[0].endswith("there is no older checkpoint") and run.names() == []
 
 
 @pytest.mark.parametrize("when", ["before", "while writing"])
@@ -259,7 +259,7 @@ def test_a_superseded_attempt_commits_nothing(tmp_path, monkeypatch, when):
     assert "step 2 was not committed" in run.notes()[0]
 
 
-def test_old_checkpoints_and_leftovers_go_after_a_commit(tmp_path):
+def test_old_checkpoints_and_leftovers_are_deleted_after_a_commit(tmp_path):
     run = Run(tmp_path, keep_last=2, keep_best=1, keep_every=4, metric="top1")
     for name in ("step_1.tmp", "step_77.tmp", "step_5.broken", "step_6.old", "mine", "step_x.tmp"):
         (run.paths.checkpoints / name).mkdir(parents=True)
@@ -270,7 +270,7 @@ def test_old_checkpoints_and_leftovers_go_after_a_commit(tmp_path):
     assert run.names() == ["mine", "step_3", "step_4", "step_7", "step_8", "step_x.tmp"]
 
 
-def test_one_that_cannot_be_read_is_neither_counted_nor_deleted(tmp_path):
+def test_a_checkpoint_with_an_unreadable_manifest_is_neither_counted_nor_deleted(tmp_path):
     run = Run(tmp_path, keep_last=1)
     run.save(1)
     damage(run.paths.checkpoint(1) / manifest.NAME, b"{")
@@ -278,19 +278,20 @@ def test_one_that_cannot_be_read_is_neither_counted_nor_deleted(tmp_path):
     assert run.names() == ["step_1", "step_3"]
 
 
-def test_a_failure_after_the_commit_is_said_and_the_commit_stands(run, monkeypatch):
-    monkeypatch.setattr(run.checkpoints, "committed", full_disk)
+def test_a_failure_after_the_commit_is_a_warning_and_the_commit_stands(run, monkeypatch):
+    monkeypatch.setattr(run.checkpoints, "on_commit", full_disk)
     assert run.save(1) is None and run.checkpoints.newest() == 1
-    assert run.notes() == ["after the checkpoint of step 1 was committed: [Errno 28] No space left on device"]
+    assert run.notes() == ["the checkpoint of step 1 was committed, but work after the commit failed: "
+                           "[Errno 28] No space left on device"]
 
 
-def test_a_remnant_of_the_same_step_is_replaced(tmp_path):
+def test_an_earlier_checkpoint_of_the_same_step_is_replaced(tmp_path):
     Run(tmp_path).save(5, tensors={"x": torch.zeros(3)})
     run = Run(tmp_path)
     assert run.save(5) is None and run.names() == ["step_5"] and run.load(5) == bits(make(5))
 
 
-def test_a_remnant_is_put_back_if_its_successor_never_came(tmp_path, monkeypatch):
+def test_a_replaced_checkpoint_is_put_back_if_its_successor_was_not_committed(tmp_path, monkeypatch):
     Run(tmp_path).save(5)
     run, rename = Run(tmp_path), os.rename
 
@@ -316,7 +317,7 @@ def two():
 
 
 @pytest.mark.parametrize("layout", ["full", "sharded"])
-def test_from_two_ranks_to_one_and_back(two, tmp_path, layout):
+def test_one_rank_loads_a_checkpoint_of_two_and_the_reverse(two, tmp_path, layout):
     assert two("save", root=tmp_path, steps=[1], layout=layout) == [[None], [None]]
     parts = sorted(path.name for path in (tmp_path / "checkpoints/step_1").glob("*.safetensors"))
     assert parts == (["0.safetensors"] if layout == "full" else ["0.safetensors", "1.safetensors"])
@@ -327,21 +328,21 @@ def test_from_two_ranks_to_one_and_back(two, tmp_path, layout):
         assert step == 2 and loaded == bits(make(2))
 
 
-def test_two_ranks_write_half_each(two, tmp_path):
+def test_each_of_two_ranks_writes_half(two, tmp_path):
     two("save_megabytes", root=tmp_path, count=10)
     parts = [path.stat().st_size for path in (tmp_path / "checkpoints/step_1").glob("*.safetensors")]
     assert len(parts) == 2 and all(abs(size - 5 * 2**20) < 2**17 for size in parts)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_all_ranks_pass_over_what_one_finds_broken(two, tmp_path, name):
+def test_all_ranks_pass_over_a_checkpoint_that_one_rank_finds_broken(two, tmp_path, name):
     two("save", root=tmp_path, steps=[1, 2])
     damage(tmp_path / "checkpoints/step_2" / name, b"x" * (tmp_path / "checkpoints/step_2" / name).stat().st_size)
     assert [step for step, _ in two("load_newest", root=tmp_path)] == [1, 1]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_1", "step_2.broken"]
 
 
-def test_all_ranks_get_the_error_if_none_is_whole(two, tmp_path):
+def test_all_ranks_get_the_error_if_no_checkpoint_is_whole(two, tmp_path):
     two("save", root=tmp_path, steps=[1])
     damage(tmp_path / "checkpoints/step_1/1.safetensors", None)
     messages = two("newest_error", root=tmp_path)
@@ -350,7 +351,7 @@ def test_all_ranks_get_the_error_if_none_is_whole(two, tmp_path):
 
 @pytest.mark.parametrize("how", ["file limit", "flush", "hash", "write"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_rank_that_cannot_write_fails_the_save_for_all(two, tmp_path, how, rank):
+def test_a_rank_that_cannot_write_fails_the_save_on_all_ranks(two, tmp_path, how, rank):
     results = two("fail_on", root=tmp_path, rank=rank, how=how)
     reasons = [reason for reason, *_ in results]
     expected = {"file limit": "File too large", "write": "odd"}.get(how, "No space left on device")
@@ -365,13 +366,13 @@ def test_training_may_communicate_while_a_thread_writes(two, tmp_path):
     assert two("save_and_reduce", root=tmp_path, count=300) == [[total, reasons], [total, reasons]]
 
 
-def test_a_superseded_attempt_is_stopped_on_all_ranks(two, tmp_path):
+def test_a_save_of_a_superseded_attempt_fails_on_all_ranks(two, tmp_path):
     RunPaths(tmp_path).attempt(4).mkdir(parents=True)
     assert two("save_superseded", root=tmp_path, attempt=3) == [[True, True], [True, True]]
 
 
 @pytest.mark.slow
-def test_four_ranks(tmp_path):
+def test_four_ranks_save_and_load(tmp_path):
     ranks = Ranks(4, __file__)
     for layout in ("sharded", "full"):
         root = tmp_path / layout
@@ -389,7 +390,7 @@ def test_four_ranks(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_dies_while_writing_leaves_the_older_one(tmp_path, victim):
+def test_a_rank_that_dies_while_writing_leaves_the_older_checkpoint(tmp_path, victim):
     ranks = Ranks(2, __file__)
     ranks("save", root=tmp_path / "run", steps=[1])
     with pytest.raises((AssertionError, BrokenPipeError), match="died"):
@@ -405,10 +406,10 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path):
     ranks = Ranks(1, __file__)
     [newest] = ranks("kill_everywhere", folder=tmp_path)
     ranks.close()
-    # Killed before the commit, the older one is the newest; after it, the new one; and there is no third.
-    turn = newest.index(2)
-    assert turn > 10 and len(newest) - turn > 3
-    assert newest == [1] * turn + [2] * (len(newest) - turn)
+    # A kill before the commit leaves the old checkpoint as the newest, a kill after the commit the new one.
+    commit = newest.index(2)
+    assert commit > 10 and len(newest) - commit > 3
+    assert newest == [1] * commit + [2] * (len(newest) - commit)
 
 
 # ---- on the ranks
@@ -452,7 +453,7 @@ def fail_on(world, root, rank, how):
     assert run.save(1) is None
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == rank:
-            if how == "file limit":  # the system refuses to write on, as it does on a full disk
+            if how == "file limit":  # the system refuses to write more, as on a full disk
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
             elif how == "flush":
                 patch.setattr(tensor_files.os, "fsync", full_disk)
@@ -494,10 +495,10 @@ def die(world, root, rank):
 
 
 def kill_everywhere(world, folder):
-    """Kill a save at its first, second, ... event on a file; which checkpoint is the newest each time.
+    """Kill a save at its first, second, ... event on a file. Return the newest step after each kill.
 
-    Each save is in a process of its own, forked here, where no thread runs; keep_last=1 makes the killed
-    save delete the older checkpoint at its end.
+    Each save runs in its own process, which is forked here because no thread runs here. With keep_last=1 the killed save
+    would delete the older checkpoint at its end.
     """
     def save_until(event: int | None, root: Path) -> int:
         run = Run(root, world, keep_last=1)
@@ -510,19 +511,19 @@ def kill_everywhere(world, folder):
         run = Run(root, world, keep_last=1)
         step = run.checkpoints.newest()
         assert run.load(step) == bits(make(step)) and run.notes() == []
-        assert run.save(3) is None and run.names() == ["step_3"]  # and all leftovers are gone
+        assert run.save(3) is None and run.names() == ["step_3"]  # all leftovers are gone
         return step
 
     newest = []
     for event in range(1, 1000):
         root = Path(folder) / f"killed {event}"
-        assert forked(lambda: save_until(None, root)) == 0
-        status = forked(lambda: save_until(event, root))
-        newest.append(forked(lambda: find(root)))
+        assert run_forked(lambda: save_until(None, root)) == 0
+        status = run_forked(lambda: save_until(event, root))
+        newest.append(run_forked(lambda: find(root)))
         if status == 0:
             return newest
-        assert status == CODE
-    raise AssertionError("the save never came to its end")
+        assert status == CRASH_CODE
+    raise AssertionError("no save was completed")
 
 
 if __name__ == "__main__":

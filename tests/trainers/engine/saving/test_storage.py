@@ -1,4 +1,4 @@
-"""Tensors in files: any part of what any ranks wrote. This file is also the program of its ranks."""
+"""Tensors in files: any part can be read, however ranks wrote the tensors. This file is also the program of its ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from saving import Run, bits, make, whole
 
 from trainers.checkpoints import tensor_files
 from trainers.contract.errors import UserError
-from trainers.engine.parallel.fragments import Fragment, fill, no_others
+from trainers.engine.parallel.fragments import Fragment, check_no_unknown, fill
 from trainers.engine.saving import storage
 from trainers.engine.saving.checkpoint import owners
 
@@ -22,10 +22,10 @@ pytestmark = pytest.mark.timeout(180)
 
 
 def cut(count: int, ranks: int, how: str) -> list[tuple[int, int]]:
-    """(start, elements) of each rank's part of a tensor of `count` elements."""
-    if how == "evenly":  # as fully_shard cuts rows: the last ranks may have fewer, or none
-        each = -(-count // ranks)
-        places = [min(rank * each, count) for rank in range(ranks + 1)]
+    """Return (start, elements) of each rank's part of a tensor of `count` elements."""
+    if how == "evenly":  # as fully_shard cuts rows: the last ranks may have fewer elements, or none
+        per_rank = -(-count // ranks)
+        places = [min(rank * per_rank, count) for rank in range(ranks + 1)]
     else:
         random = Random(f"{how} {count} {ranks}")
         places = [0, *sorted(random.randrange(count + 1) for _ in range(ranks - 1)), count]
@@ -33,7 +33,7 @@ def cut(count: int, ranks: int, how: str) -> list[tuple[int, int]]:
 
 
 def split(tensors, rank: int, ranks: int, how: str) -> dict[str, Fragment]:
-    """A rank's parts: of rows, or of the flattened elements. Single numbers are everywhere."""
+    """Return a rank's parts: rows, or ranges of the flattened elements. Every rank holds single numbers whole."""
     parts = {}
     for name, tensor in tensors.items():
         if tensor.ndim == 0:
@@ -49,7 +49,7 @@ def split(tensors, rank: int, ranks: int, how: str) -> dict[str, Fragment]:
 
 
 def empty_like(fragments: dict[str, Fragment]) -> dict[str, Fragment]:
-    return {name: Fragment(torch.zeros_like(f.part).contiguous(), f.start, f.shape, f.everywhere)
+    return {name: Fragment(torch.zeros_like(f.part).contiguous(), f.start, f.shape, f.replicated)
             for name, f in fragments.items()}
 
 
@@ -58,12 +58,12 @@ SPLITS = ["rows", "evenly", "somehow", "anyhow"]
 
 @pytest.mark.parametrize("how", SPLITS)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_any_part_is_read_of_what_any_ranks_wrote(tmp_path, ranks, how):
+def test_any_part_can_be_read_however_ranks_wrote_the_tensors(tmp_path, ranks, how):
     tensors = make(1)
     places = {}
     for rank in range(ranks):
         parts = {name: f for name, f in split(tensors, rank, ranks, how).items()
-                 if (f.part.numel() or 0 in f.shape) and (rank == 0 or not f.everywhere)}
+                 if (f.part.numel() or 0 in f.shape) and (rank == 0 or not f.replicated)}
         plain = {name: f.part.detach().resolve_conj().contiguous() for name, f in parts.items()}
         storage.write(tmp_path / f"{rank}.safetensors", plain)
         places[f"{rank}.safetensors"] = {name: (f.start, f.shape) for name, f in parts.items()}
@@ -78,7 +78,7 @@ def test_any_part_is_read_of_what_any_ranks_wrote(tmp_path, ranks, how):
             count = random.randrange(len(flat) - start + 1)
             read = reader.read(name, start, count)
             assert bits({"": read}) == bits({"": flat[start:start + count]})
-        with pytest.raises(UserError, match=f"1 of the {len(flat) + 1} elements"):
+        with pytest.raises(UserError, match=f"element {len(flat)} of .* is in no file"):
             reader.read(name, 0, len(flat) + 1)
     for other in (1, 2, 5):
         for rank in range(other):
@@ -88,11 +88,11 @@ def test_any_part_is_read_of_what_any_ranks_wrote(tmp_path, ranks, how):
             assert bits({n: f.part for n, f in got.items()}) == bits({n: f.part for n, f in wanted.items()})
 
 
-def test_a_part_that_no_rank_wrote_is_missed(tmp_path):
+def test_a_part_that_no_rank_wrote_is_an_error(tmp_path):
     storage.write(tmp_path / "0.safetensors", {"a": torch.arange(10)})
     for parts in ({"0.safetensors": (4, (20,))}, {"0.safetensors": (0, (20,))}):
         storage.write_index(tmp_path, {file: {"a": part} for file, part in parts.items()})
-        with pytest.raises(UserError, match=r"\d+ of the 20 elements of `a`"):
+        with pytest.raises(UserError, match=r"element (0|10) of `a` is in no file"):
             storage.Reader(tmp_path).tensor("a")
 
 
@@ -100,12 +100,13 @@ def test_a_tensor_of_another_name_or_shape_is_an_error(tmp_path):
     run = Run(tmp_path)
     run.save(1)
     reader, _ = run.checkpoints.load(1)
-    for tensors, problem in [({"more": torch.zeros(1)}, "has no `more`"), ({"mask": torch.zeros(3, 3)}, r"`mask` is \[9\]")]:
+    for tensors, problem in [({"more": torch.zeros(1)}, "has no `more`"),
+                             ({"mask": torch.zeros(3, 3)}, r"`mask` has shape \[9\] in the checkpoint and \[3, 3\]")]:
         with pytest.raises(UserError, match=problem):
             fill(whole(tensors), reader.shapes, reader.read)
-    no_others({"models/model/a": (1,), "optim/model/b/step": ()}, {"models/model/a"})
-    with pytest.raises(UserError, match="has `models/model/b`, which the model has not"):
-        no_others({"models/model/a": (1,), "models/model/b": (1,)}, {"models/model/a"})
+    check_no_unknown({"models/model/a": (1,), "optim/model/b/step": ()}, {"models/model/a"})
+    with pytest.raises(UserError, match="has `models/model/b`, but the model does not"):
+        check_no_unknown({"models/model/a": (1,), "models/model/b": (1,)}, {"models/model/a"})
 
 
 def test_other_readers_of_safetensors_open_the_files(tmp_path):
@@ -125,7 +126,7 @@ def test_a_dtype_that_files_cannot_hold_fails_the_save(tmp_path):
     assert run.names() == []
 
 
-def test_very_many_tensors(tmp_path):
+def test_a_checkpoint_may_have_very_many_tensors(tmp_path):
     run = Run(tmp_path)
     tensors = {f"models/model/layer.{i}.weight": torch.full((i % 3,), i) for i in range(20_000)}
     assert run.save(1, tensors=tensors) is None
@@ -146,7 +147,7 @@ def test_files_of_many_ranks_are_not_all_open_at_once(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) <= before + 4
 
 
-def test_reading_and_writing_take_no_memory_of_their_own(tmp_path):
+def test_reading_and_writing_need_no_copy_in_memory(tmp_path):
     code = """
 import re, sys, torch
 from pathlib import Path
@@ -175,7 +176,7 @@ def test_bytes_are_spread_evenly(ranks):
     owner = owners(sizes, ranks)
     load = [sum(size for name, size in sizes.items() if owner[name] == rank) for rank in range(ranks)]
     assert sum(load) == sum(sizes.values()) and max(load) <= max(4000, sum(load) / ranks * 1.1)
-    assert owners(dict(reversed(sizes.items())), ranks) == owner  # whatever the order of the dict
+    assert owners(dict(reversed(sizes.items())), ranks) == owner  # the order of the dict does not matter
 
 
 # ---- several ranks
@@ -189,7 +190,7 @@ def two():
 
 
 @pytest.mark.parametrize("how", SPLITS)
-def test_parts_of_two_ranks_become_those_of_one_and_back(two, tmp_path, how):
+def test_one_rank_reads_the_parts_of_two_and_the_reverse(two, tmp_path, how):
     assert two("save_parts", root=tmp_path, step=1, how=how) == [None, None]
     run = Run(tmp_path)
     assert run.checkpoints.newest() == 1 and run.load(1) == bits(make(1))
