@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return the environment of this process, with `more`, without the variables that would change a run."""
+    """Return the environment of this process without the variables that would change a run, and with `more`."""
     drop = ("WANDB_", "LAUNCH_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
     return {k: v for k, v in os.environ.items() if not k.startswith(drop)} | {"COLUMNS": "200"} | more
 

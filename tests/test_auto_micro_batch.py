@@ -16,9 +16,9 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_auto_takes_the_largest_micro_batch_that_fits_and_changes_no_loss(tmp_path):
-    """One rank of two runs out of memory: in one run at once, in another after three micro-batches.
+    """Rank 1 runs out of memory: in one run at its first micro-batch, in another run after three micro-batches.
 
-    The runs need no restart (`run.max_restarts=0`).
+    The smaller micro-batches are tried although `run.max_restarts` is 0.
     """
     at_once, later, given = (Command(tmp_path / name) for name in ("at-once", "later", "given"))
     for command, *args in ((at_once, "train.micro_batch_size=auto", "data.max_sentences=4"),

@@ -12,7 +12,7 @@ from conftest import BLOBS, Command, logged_steps, ranks_of, record, rows, wait_
 
 pytestmark = pytest.mark.slow
 SENTENCES = BLOBS.parents[1] / "sentences/sentences.yaml"
-# The task has BatchNorm, dropout, and noise that depends on the rank. All comparisons here are exact to the last bit.
+# The task has BatchNorm, dropout, and noise that depends on the rank. Equal results here are equal to the last bit.
 ARGS = [BLOBS, "train.steps=30", "eval.every=10", "checkpoint.every=10", "checkpoint.keep_last=9"]
 
 

@@ -13,8 +13,8 @@ from conftest import BLOBS, Command, attempt, logged_steps, ranks_of, record, ro
 pytestmark = pytest.mark.slow
 
 HANG_S = 3
-# HANG_S and the time between two looks at the ranks, 1 s to write the stacks, 5 s of grace for the ranks that hang, and 30 s
-# because the machine may be busy.
+# The longest time until the next attempt: HANG_S and the time between two looks at the ranks, 1 s to write the stacks, 5 s of
+# grace for the ranks that hang, and 30 s because the machine may be busy.
 ENDED_S = HANG_S * 1.2 + 1 + 5 + 30
 
 

@@ -286,6 +286,7 @@ def test_debug_shows_the_traceback_of_a_users_mistake(launch):
 def test_a_grace_that_is_too_short_for_a_checkpoint_gives_a_warning(launch):
     done = launch(BLOBS, "--procs", 1, "train.steps=20", "run.grace_s=0.001")
     assert done.returncode == 0
-    assert re.search(r"warning: a checkpoint took \d\.\d s, but a stop leaves only run.grace_s = 0.001 s for one", done.stdout)
+    assert re.search(r"warning: a checkpoint took \d\.\d s, but ranks that must stop have only 0.001 s \(run.grace_s\)",
+                     done.stdout)
     assert attempt(launch.run(), 1)["checkpoint_s"] > 0.001
     assert "warning: a checkpoint took" not in launch(BLOBS, "--procs", 1, "train.steps=20").stdout

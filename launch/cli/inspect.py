@@ -45,7 +45,7 @@ def tasks(json: bool) -> None:
 @command
 @click.argument("task")
 @spec_options
-@click.option("--slurm", is_flag=True, help="Include the defaults of the SLURM cluster: $LAUNCH_CLUSTER, or `slurm`.")
+@click.option("--slurm", is_flag=True, help="Include the defaults of the SLURM cluster $LAUNCH_CLUSTER, or else `slurm`.")
 @click.option("--cluster", "cluster_name", metavar="NAME", help="Include the defaults of this cluster.")
 @json_option
 @click.pass_context
@@ -91,7 +91,7 @@ def clusters(detect: bool, json: bool) -> None:
 @click.option("--cluster", "cluster_name", metavar="NAME", help="Download into the data folder of this cluster.")
 @click.pass_context
 def prefetch(context: click.Context, task: str, cluster_name: str | None, **spec_args: Any) -> int:
-    """Download now what the ranks of a task would download."""
+    """Download the files that a task needs, before its ranks start."""
     cluster = cluster_of(False, cluster_name)
     from launch.execute.prefetch import prefetch as fetch
 
@@ -102,7 +102,7 @@ def prefetch(context: click.Context, task: str, cluster_name: str | None, **spec
 @click.argument("task")
 @spec_options
 @wanted_options("gpus", "procs", "nodes")
-@click.option("--slurm", is_flag=True, help="Plan for the SLURM cluster: $LAUNCH_CLUSTER, or `slurm`.")
+@click.option("--slurm", is_flag=True, help="Plan for the SLURM cluster $LAUNCH_CLUSTER, or else `slurm`.")
 @click.option("--cluster", "cluster_name", metavar="NAME", help="Plan for this cluster.")
 @click.option("--probe", is_flag=True, help="Also measure the memory of activations: run one step here, in a separate process.")
 @runs_option
@@ -167,7 +167,7 @@ def explain(word: str, root: Path, json: bool) -> None:
 
 @command
 @click.option("--cluster", "cluster_name", metavar="NAME", help="Check this cluster (default: this machine).")
-@click.option("--slurm", is_flag=True, help="Check the SLURM cluster: $LAUNCH_CLUSTER, or `slurm`.")
+@click.option("--slurm", is_flag=True, help="Check the SLURM cluster $LAUNCH_CLUSTER, or else `slurm`.")
 @click.option("--job", is_flag=True, help="Also run a trial of about a minute: each rank tests the folder of runs, torch, its "
               "GPU and one all-reduce.")
 @click.option("--nodes", type=click.IntRange(min=1), metavar="N",
@@ -228,7 +228,7 @@ def _write(text: str) -> None:
 @runs_option
 @json_option
 def cancel(word: str, root: Path, json: bool) -> None:
-    """Stop a run or a whole sweep, and keep what it has done."""
+    """Stop a run or a whole sweep. Finished work is kept."""
     from launch.records.cancel import cancel as stop
     from launch.records.cancel import cancel_sweep
     from launch.records.read import find_run, find_sweep

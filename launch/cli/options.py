@@ -61,7 +61,7 @@ data_option = click.option("--data", metavar="PATH", help="Short for data=PATH. 
 WANTED = {
     "gpus": "Number of GPUs over all nodes. Each GPU gets one rank.",
     "procs": "Number of CPU ranks over all nodes, instead of GPUs.",
-    "nodes": "Number of nodes. Without --gpus and --procs: whole nodes. Default: the fewest that share the ranks evenly.",
+    "nodes": "Number of nodes (default: the fewest that share the ranks evenly). Without --gpus and --procs: whole nodes.",
     "cpus": "CPU cores of each rank of a grid search (default: all).",
 }
 
@@ -98,8 +98,8 @@ def queue_options(command: Callable) -> Callable:
                    click.option("--time", metavar="TIME", help="Time limit of the SLURM job: 4h, 12:00:00 or 2-00:00:00."),
                    click.option("--cluster", "cluster_name", metavar="NAME",
                                 help="Run on this cluster. `launch clusters` lists the names."),
-                   click.option("--slurm", is_flag=True, help="Submit to SLURM, to the cluster $LAUNCH_CLUSTER, or `slurm`. "
-                                "sbatch.KEY=VALUE sets any option of sbatch.")):
+                   click.option("--slurm", is_flag=True, help="Submit to SLURM: to the cluster $LAUNCH_CLUSTER, "
+                                "or else `slurm`. sbatch.KEY=VALUE sets any option of sbatch.")):
         command = option(command)
     return command
 

@@ -152,7 +152,8 @@ def _end(partition: Row, config: Row) -> list[Line]:
     requeue, wait, grace = config["JobRequeue"], config["KillWait"], partition["GraceTime"]
     preempted = "OFF" not in (config["PreemptMode"], partition["PreemptMode"])
     return [
-        ("requeue", True, f"JobRequeue={requeue}" + (": jobs that ask for it, as these jobs do" if requeue == "0" else "")),
+        ("requeue", True, f"JobRequeue={requeue}" + (
+            ": SLURM requeues only jobs that ask for it, and launch's jobs do" if requeue == "0" else "")),
         ("", None, f"Time for a checkpoint when a job is preempted or requeued: KillWait, {wait}" + (
             f", after GraceTime, {grace} sec" if grace.strip("0") else "") + (
             f" (PreemptMode={partition['PreemptMode']})" if preempted else " (no job here preempts another job)")),
@@ -171,7 +172,7 @@ def _preference(row: Row, nodes: Sequence[Node]) -> tuple[bool, bool, int]:
 def _rows(what: str) -> list[Row]:
     """Return the rows of `scontrol show WHAT -o`, which prints KEY=VALUE pairs on one line for each object.
 
-    If a key comes twice, the first counts: texts that people have written, which may hold anything, come last.
+    If a key comes twice, the first counts. Texts that people have written come last, because they may contain KEY=VALUE.
     """
     lines = slurm.call("scontrol", "show", what, "-o").splitlines()
     return [Row(str, reversed(re.findall(r"(\w+)=(\S*)", line))) for line in lines if line.startswith(f"{what.title()}Name=")]

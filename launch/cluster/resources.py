@@ -212,8 +212,8 @@ def search_resources(cluster: ClusterConfig, wanted: Wanted, env: Mapping[str, s
 def _fewest_nodes(count: int, per_node: int) -> int:
     """Return the fewest nodes that hold `count` ranks evenly.
 
-    If that takes more than twice the nodes that have enough room, return the number that has enough room. The caller refuses
-    that number because it does not divide `count`.
+    Let `least` be the smallest number of nodes with room for all ranks. If no number from `least` to 2 x `least` divides
+    `count`, return `least`. The caller refuses this number, because the ranks cannot be spread evenly over it.
     """
     least = -(-count // per_node)
     return next((n for n in range(least, 2 * least + 1) if count % n == 0), least)

@@ -25,8 +25,8 @@ DROPPED = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SQUEUE|SINFO|SCANCEL|SAC
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 UNDER_WAY = {*WAITING, "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT",
              "RESIZING"}
-# Node states start with one of these words if nothing runs on the node any more (DOWN), or if the node only takes no new
-# jobs (CLOSED).
+# Beginnings of node states. DOWN: nothing runs on the node any more. CLOSED: the node takes no new jobs, but its present jobs
+# may still run.
 DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "NO_RESPOND", "UNKNOWN")
 CLOSED = ("DRAIN", "MAINT")
 IDS_PER_CALL = 5000  # one argument of a command may have 128 KiB
@@ -157,10 +157,10 @@ def queue(ids: Iterable[str] | None = None) -> dict[str, Queued]:
 
 
 def history(ids: Iterable[str]) -> dict[str, Ended]:
-    """Return how those of the jobs `ids` ended that have ended, by id.
+    """Return the jobs among `ids` that have ended, by id.
 
-    SLURM's controller remembers a job for some minutes. For older jobs, SLURM's accounting is asked, if the cluster has
-    accounting. Of a job that was requeued, the last end is returned.
+    SLURM's controller remembers a job for some minutes. Older jobs are looked up in SLURM's accounting, if the cluster has
+    accounting. If a job was requeued and ended several times, the last end counts.
 
     Raises:
         UserError: SLURM's controller does not answer.
@@ -174,7 +174,7 @@ def history(ids: Iterable[str]) -> dict[str, Ended]:
 
 
 def position(job: Queued) -> tuple[int, int]:
-    """Return the place of a pending job among the pending jobs of its partition, by priority, and the number of these jobs.
+    """Return (a pending job's place in the queue of its partition, the length of that queue). Jobs are in order of priority.
 
     Each element of a job array counts as a job.
 
@@ -197,8 +197,8 @@ def cancel(ids: Iterable[str], signal: str | None = None) -> None:
         try:
             call("scancel", "--quiet", *([f"--signal={signal}"] if signal else []), *chunk.split(","))
         except UserError as error:
-            # --quiet does not suppress the errors for a step that is gone, and for a job that cannot be signalled any more,
-            # or not yet.
+            # Even with --quiet, scancel prints errors about a step that has ended, and about a job that cannot get signals
+            # yet, or no longer can.
             over = r"Invalid job id|[Aa]lready comple|can not be altered now"
             if not all(re.search(over, part) for part in error.message.split("; ")):
                 raise

@@ -106,8 +106,8 @@ def resume(run: Run, *, wanted: Wanted, spread: Sequence[str] = (), json: bool, 
 def as_before(paths: RunPaths, spec: Spec, wanted: Wanted) -> tuple[Resources, Path]:
     """The resources and the working folder of the run's last attempt, for another attempt on this machine.
 
-    Where `wanted` names GPUs or processes, its numbers count. The current folder replaces a working folder that no
-    longer exists.
+    If `wanted` asks for GPUs or CPU ranks, its numbers replace those of the last attempt. If the working folder of the last
+    attempt no longer exists, the current folder replaces it.
 
     Raises:
         UserError: this machine does not have that many GPUs.

@@ -56,14 +56,15 @@ def run_node(folder: Path, stop: StopSignals) -> int:
         return 0
     if place.node == 0:
         record_lost_attempts(paths, place, folder)
-        # In case this process is killed.
+        # This flag counts if this process is killed before it can decide.
         set_flag(requeue_flag, count_failures(paths, submission) < submission.max_restarts)
     try:
         group = meet(folder, name, place.node, place.nodes, submission.cluster.interface, lambda: bool(stop.received))
     except (NotConnected, OSError) as error:
         view.notice(f"error: {error}")
         if place.node == 0:
-            # Until the decision below. If even the record cannot be written (a full disk), a requeue would not help.
+            # No requeue, unless the code below decides otherwise. That code is not reached if the record cannot be written (a
+            # full disk), and then a requeue would not help.
             set_flag(requeue_flag, False)
         if place.node == 0 and not stop.received:
             number = record.next_attempt(paths)
@@ -83,11 +84,11 @@ def run_node(folder: Path, stop: StopSignals) -> int:
             return lead(submission, place, paths, group, requeue_flag, stop, view)
         return follow(submission, place, paths, group, stop, view)
     except Exception:
-        if place.node == 0:  # a full disk, or a bug of ours: it would happen again
+        if place.node == 0:  # a full disk, or a bug of ours: after a requeue it would happen again
             set_flag(requeue_flag, False)
         raise
     finally:
-        if not group.complete:  # done by every process that is left: the head itself may be gone
+        if not group.complete:  # every process that is left does this, because the head may be gone
             hosts = hosts_of(place)
             exclude(folder, place, [hosts[node] for node, link in group.links.items() if not link.open])
         group.close()

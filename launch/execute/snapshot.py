@@ -310,7 +310,7 @@ def _walk(tree: _Tree, start: str, skip: str | None) -> Iterator[str]:
 def _copy(trees: list[_Tree], into: Path) -> None:
     """Copy the files of all trees, then the links.
 
-    Sources are copied first, then Python files, since the caps may leave out the rest.
+    Sources are copied first, then Python files: files after MAX_FILES or MAX_BYTES are left out.
 
     Raises:
         OSError: a copy cannot be written, or a source cannot be read.

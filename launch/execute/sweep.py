@@ -5,8 +5,9 @@
     runs/<sweep>/code/               one copy of the code for all runs
     runs/<sweep>-<i>/                the run of point i, from 0: an ordinary run
 
-Where jobs may not be requeued, each run has its own chain of jobs. Arrays cannot form such chains: an array can wait
-for the whole of another array, or (aftercorr) for the success of each element, but not for the failure of each.
+Where jobs may not be requeued, the sweep is not an array: each run has its own chain of jobs. In a chain, the next job
+starts only if the job before it failed. Between arrays, SLURM has no such dependency for each pair of elements. An array can
+only wait for all of another array, or (aftercorr) let each element wait until the same element of the other array succeeds.
 """
 
 from __future__ import annotations

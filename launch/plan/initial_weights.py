@@ -22,7 +22,7 @@ HINT = "give a run (RUN, RUN@best, RUN@STEP), a checkpoint folder, or a safetens
 
 
 def with_weights(spec: Spec, root: Path) -> Spec:
-    """Return the spec with the path that `init.source` means now, and with the weights found there.
+    """Return the spec with `init.source` replaced by the path that it names at present, and with the weights of that path.
 
     Raises:
         UserError: there are no such weights.

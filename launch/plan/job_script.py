@@ -89,7 +89,7 @@ def make_job(request: Request, resources: Resources, *, name: str, folder: str, 
         if not _one_line(str(value)):
             raise UserError(f"sbatch's option `{key}` is {str(value)!r}, which contains a line break or control character",
                             f"give sbatch.{key} another value")
-    # srun (22.05) drops backslashes. It also miscounts the % signs where a width or one of its own letters follows.
+    # srun (22.05) drops backslashes. It also misreads a % sign before a digit or before one of its own letters.
     if not _one_line(folder) or re.search(r"\\|%\d|%.*%[utnN]", folder):
         raise UserError(f"the run directory's path {folder!r} contains a character that srun cannot handle: a backslash, a "
                         "line break, a control character or certain uses of %",
@@ -189,7 +189,7 @@ def _cpus_per_node(cluster: ClusterConfig, resources: Resources) -> int | None:
 
 def setup(cluster: ClusterConfig, code: str | None) -> list[str]:
     """Return the shell lines that come before the srun line."""
-    lines = ["export SLURM_EXPORT_ENV=ALL"]  # srun must not inherit what sbatch was told to export
+    lines = ["export SLURM_EXPORT_ENV=ALL"]  # otherwise srun would repeat sbatch's option --export
     if cluster.data:
         lines.append(f"export LAUNCH_DATA={shlex.quote(cluster.data)}")
     lines += cluster.setup

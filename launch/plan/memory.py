@@ -23,7 +23,7 @@ from trainers.config.schema import RunConfig, SearchConfig
 from trainers.contract.errors import UserError
 from trainers.contract.text import size
 
-STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "zero3")  # first those that send less data between ranks
+STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "zero3")  # in order of the data that ranks exchange, the least first
 USABLE = 0.9  # the part of a GPU's memory that a run can use; CUDA's context and unused allocator blocks take the rest
 
 

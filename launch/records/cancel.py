@@ -30,8 +30,8 @@ def cancel(run: Run, wait_s: float | None = None) -> str:
     """Ask a run to write a checkpoint and stop, and wait until it has stopped.
 
     Args:
-        wait_s: how many seconds to wait; by default 90. On SLURM the default is the run's grace period and
-            `BEYOND_GRACE_S`, and the job is ended after the wait in any case.
+        wait_s: how many seconds to wait; by default 90. On SLURM, the default is the run's grace period plus
+            `BEYOND_GRACE_S`, and a job that still runs after the wait is ended.
 
     Returns:
         The run's state after the wait, with an explanation if the run has not stopped.

@@ -140,7 +140,7 @@ class Choice:
     """A checkpoint that was chosen."""
 
     step: int
-    passed_over: dict[int, str]  # the problem of each broken checkpoint that comes before this one, or may do so, by step
+    passed_over: dict[int, str]  # by step: the problem of each broken checkpoint that is preferred to this one, or may be
 
     def warnings(self) -> list[str]:
         """Return one line for each checkpoint that was passed over."""

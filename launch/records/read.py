@@ -202,10 +202,10 @@ def node_of(attempt: Mapping[str, Any], rank: int | None) -> str | None:
 
 
 def slow_words(slow: Mapping[str, Any]) -> str:
-    """Describe a slow rank in words. `slow` is one of the `slow` of `status`."""
+    """Describe a slow rank in words. `slow` is an item of the list `slow` that `status` returns."""
     work, others, step = (f"{1000 * slow[key]:.3g} ms" for key in ("work_s", "others_s", "step_s"))
     return (f"rank {slow['rank']} on {slow['node']}: its own work in a step takes {slow['factor']:g} times as long as the "
-            f"others' ({work}, theirs {others}; a whole step takes {step})")
+            f"others' ({work} against {others}; a whole step takes {step})")
 
 
 def _queue(jobs: Sequence[Queued]) -> dict[str, Any] | None:

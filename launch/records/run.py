@@ -16,7 +16,7 @@ REQUIRED_KEYS = ("id", "task", "state", "step", "attempt", "created")
 
 @dataclass(frozen=True)
 class Run:
-    """A run and its record. The record does not change when run.json does: see `again`."""
+    """A run and its record. The record does not change when run.json changes: see `reread`."""
 
     paths: RunPaths
     record: dict[str, Any]  # the content of run.json when it was read

@@ -77,7 +77,7 @@ def true_states(runs: Sequence[Run]) -> list[tuple[Run, Truth]]:
 
 
 def _look(runs: Sequence[Run]) -> list[tuple[Run, Truth]]:
-    """Do what `look` does, without the second question."""
+    """Do what `true_states` does, but ask SLURM only once."""
     seen = ask([run.record for run in runs])
     # Read the records again after SLURM has answered: a run that ends writes its record before its job disappears.
     current = [run.reread() if run.id in seen.stages else run for run in runs]

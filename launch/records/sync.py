@@ -29,8 +29,8 @@ def sync(run: Run, say: Callable[[str], Any] = print) -> int:
         say: prints one line for each folder that is skipped.
 
     Returns:
-        0 if wandb has marked every folder, otherwise wandb's exit code, or 1 if that is 0: wandb ends with 0 even if the
-        server has refused everything.
+        wandb's exit code; but 1 if that code is 0 and wandb has not marked every folder as uploaded. wandb exits with 0 even
+        if the server has refused everything.
 
     Raises:
         UserError: the run is running or waiting, there is nothing to upload, or there is no API key.

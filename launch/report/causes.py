@@ -15,7 +15,7 @@ class Cause(NamedTuple):
     pattern: str  # searched for in the messages, log lines and SLURM states of a failure
     meaning: str
     advice: tuple[tuple[str, str], ...] = ()  # (command, reason to run it)
-    consequence: bool = False  # whether another rank's end leads to this failure
+    consequence: bool = False  # whether this failure only follows from the end of another rank
 
 
 RESUME = ("{resume}", "{onward}")

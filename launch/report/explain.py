@@ -46,15 +46,16 @@ def explain(run: Run) -> dict[str, Any]:
     """What happened to a run, and why, as a JSON object. SLURM may be unreachable: no error is raised.
 
     - `id`, `state`, `step`, `total`, `note` (a remark on the state, or None), and a summary in one `sentence`
-    - `cause`: None, or of the first rank that failed, or of another failure: {"message", "meaning", "attempt", "rank",
-      "node", "exit_code", "signal", "hint", "log" (a path), "traceback" or "log_end" (lines)}; unknown values are None
+    - `cause`: the first rank that failed, or the failure of the job; None if nothing has failed: {"message", "meaning",
+      "attempt", "rank", "node", "exit_code", "signal", "hint", "log" (a path), "traceback" or "log_end" (lines)}; unknown
+      values are None
     - `slurm`: {"problem" (why SLURM could not be asked, or None), "jobs" (the run's ended jobs that SLURM remembers),
       "forgotten" (ids of jobs that SLURM does not know any more), "nodes" (of a lost attempt: the nodes that are down, and
       their states), "said" (SLURM's lines in the job's log), "queue" (as in `launch.records.read.status`)}
-    - `attempts`: of each {"attempt", "outcome", "why", "nodes", "job", "began", "ended", "seconds", "from_step", "to_step",
-      "kept" (what a stopped or cancelled attempt kept: "checkpoint", or of a search "pieces"), "next_step" (where the next
-      attempt continued), "lost_steps" (the steps that the next attempt repeated), "next_s" (seconds until the next attempt
-      started)}; unknown values are None
+    - `attempts`: for each attempt {"attempt", "outcome", "why", "nodes", "job", "began", "ended", "seconds", "from_step",
+      "to_step", "kept" (what a stopped or cancelled attempt kept: "checkpoint", or "pieces" for a search), "next_step" (where
+      the next attempt continued), "lost_steps" (the steps that the next attempt repeated), "next_s" (seconds until the next
+      attempt started)}; unknown values are None
     - `next`: [{"command", "why"}, ...]
     """
     status = status_of(run)
@@ -333,7 +334,7 @@ def _sentence(run: Run, status: Status, attempts: Sequence[Mapping[str, Any]], c
 def _waits(run: Run, status: Status) -> str:
     """Why and since when a run waits in SLURM's queue, in words."""
     queue, submission = status["queue"], status["job"]["submission"]
-    # SLURM forgets the start of the wait at each requeue: a requeued job waits since the end of its last attempt.
+    # SLURM forgets the start of the wait at each requeue: a requeued job has waited since the end of its last attempt.
     last = status["attempts"][-1] if status["attempts"] else {}
     requeued = last and last.get("submission") == submission
     since = last.get("ended") if requeued else _changed(run.paths.submission(submission) / "submission.json")

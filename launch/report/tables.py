@@ -39,7 +39,7 @@ def table(rows: Sequence[dict[str, Any]], width: int | None = None) -> str:
 
 
 def _comparison(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The header and cells of a sweep's table. The run's id comes last, where a line is cut: it tells the least."""
+    """The header and cells of a sweep's table. The id comes last: long lines are cut there, and the id tells the least."""
     from launch.report.columns import cut  # here, because it imports rich
 
     values = [dict(override.partition("=")[::2] for override in row["overrides"]) for row in rows]

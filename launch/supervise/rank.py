@@ -22,7 +22,7 @@ from trainers.contract.text import last_traceback
 
 PARTIAL_AFTER_S = 0.5  # an unfinished line is shown after this time
 READ_BYTES = 1 << 16
-LAST_READS = 32        # of a rank that has ended
+LAST_READS = 32        # at most, of the output of a rank that has ended
 TAIL_LINES = 400
 MESSAGE_LINES = 20     # of an exception's message, after its first line
 

@@ -99,7 +99,7 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
             time.sleep(0.5)  # SLURM signals ranks directly: the same signal to this process may arrive a moment later
         messages = peers.receive()
         stop.received.extend(message["signal"] for message in messages if "signal" in message)
-        # Before the ended ranks are judged: a rank that SLURM's signal ended has not failed.
+        # Handle signals before the ended ranks are judged: a rank that was ended by SLURM's signal has not failed.
         while stop.received:
             number = stop.received.pop(0)
             if stop_signal is not None and number == signal.SIGINT:
@@ -176,9 +176,10 @@ def _end_others(ranks: list[Rank], plan: Plan) -> float:
 def _too_slow(checkpoint_s: float, plan: Plan, kill_wait_s: float | None) -> str | None:
     """Return a warning if a checkpoint takes longer than ranks have for one when they are stopped."""
     if checkpoint_s > plan.grace_s:
-        return (f"a checkpoint took {checkpoint_s:.1f} s, but a stop leaves only run.grace_s = {plan.grace_s:g} s for one and "
-                f"would lose the steps since the last: set run.grace_s={max(60, round(3 * checkpoint_s))} for runs like this")
+        return (f"a checkpoint took {checkpoint_s:.1f} s, but ranks that must stop have only {plan.grace_s:g} s (run.grace_s) to "
+                "save one, and would lose the steps since the last checkpoint: "
+                f"set run.grace_s={max(60, round(3 * checkpoint_s))} for runs like this")
     if kill_wait_s is not None and checkpoint_s > kill_wait_s:
         return (f"a checkpoint took {checkpoint_s:.1f} s, but SLURM kills this job {kill_wait_s:g} s (KillWait) after it "
-                "preempts, requeues or cancels the job: a lower checkpoint.every loses fewer steps")
+                "preempts, requeues or cancels the job: with a lower checkpoint.every, fewer steps are lost")
     return None

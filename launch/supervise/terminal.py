@@ -98,7 +98,7 @@ class Outlet:
 
     def _leave(self) -> None:
         self._gone = True
-        # Python flushes the stream's buffer when it exits. Without a valid target that fails, with exit code 120.
+        # Python flushes the stream's buffer when it exits. If the stream is broken, this fails with exit code 120.
         try:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())

@@ -1,10 +1,10 @@
 """Find ranks that hang, and ranks that are slower than the others, by their signs of life (trainers/contract/heartbeat.py).
 
-One rank that hangs makes all ranks wait. A run therefore hangs when no rank on any node has given a sign of life for as
-long as the rank may be silent: `run.hang_s`, or `run.start_s` while the rank rests. A run also hangs when one rank's
-process has been stopped (SIGSTOP) for `run.hang_s`. Then the ranks of each node write their stacks, and the head compares
-the reports of all nodes to find the rank that is to blame. Time during which this process or the machine was stopped does
-not count.
+If one rank hangs, all other ranks wait for it. So a run counts as hung when all ranks on all nodes have been silent for
+longer than they may be: for `run.hang_s`, or for `run.start_s` while a rank rests. A run also counts as hung when one
+rank's process has been stopped (SIGSTOP) for `run.hang_s`. Then the ranks of each node write their stacks, and the head
+compares the reports of all nodes to find the rank that is to blame. Time during which this process or the machine was
+stopped does not count.
 
 A user's script gives no signs of life: its ranks are not watched.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LOOK_S = 1.0        # between two looks at the ranks; less if hang_s is short
 STACKS_S = 1.0      # for ranks to write their stacks
 ANSWER_S = 5.0      # after that, for the other nodes to report
-STACK_FRAMES = 30   # of a stack, how many of the innermost calls a report holds
+STACK_FRAMES = 30   # how many of a stack's innermost calls a report holds
 
 PACE_S = 5.0        # ranks are measured over at least this time
 PACE_STEPS = 5      # and at least this many steps
@@ -39,7 +39,7 @@ PACE_STEPS = 5      # and at least this many steps
 SLOW = 1.5
 SLOW_SHARE = 0.1
 SLOW_IN_ROW = 2
-REWRITE_S = 60.0    # between two writes of the file if only the figures have changed
+REWRITE_S = 60.0    # between two writes of the file, if the same ranks are slow and only the numbers have changed
 
 THREAD = re.compile(r"(?:Current thread|Thread) 0x[0-9a-f]+ .*\(most recent call first\):")
 STOPPED, DISK = ("T", "t"), "D"  # states of a process, as proc(5) names them
@@ -218,7 +218,7 @@ class Watchdog:
                 self.pace.take(0, rows)
 
     def _ask_for_stacks(self) -> None:
-        """Note the state of each rank, and let the rank write its stacks. A stopped rank must first continue to do so."""
+        """Note the state of each rank, and ask the rank to write its stacks. A stopped rank must be continued first."""
         if self.limits is None:
             return
         self.asked_at = time.monotonic()

@@ -32,16 +32,16 @@ def submit_and_kill(slurm_launch):
     Calls that change nothing in SLURM are not counted.
     """
 
-    def submit(when: str, command: str, *args: object) -> Path:
+    def run_killed(when: str, command: str, *args: object) -> Path:
         kill = "kill -9 $PPID\n"
-        text = f"{kill}" if when == "before" else f'{path_of(command)} "$@" > /dev/null\n{kill}'
+        text = kill if when == "before" else f'{path_of(command)} "$@" > /dev/null\n{kill}'
         path = path_with_wrapper(slurm_launch.folder, command, text)
         done = slurm_launch(*insert_before_dashes(args, *ON_TEST_CLUSTER), PATH=path)
         assert done.returncode == -signal.SIGKILL, done.stderr
         (run,) = slurm_launch.runs()
         return run
 
-    return submit
+    return run_killed
 
 
 def path_of(command: str) -> str:
@@ -61,7 +61,7 @@ def test_a_submission_killed_before_sbatch_is_submitted_again(slurm, slurm_launc
     write(slurm_launch.folder, PRINT_CONTEXT)
     run = submit_and_kill("before", "sbatch", "work.py", "--procs", 1, "--", "a word")
     assert slurm.run("squeue", "-h") == "" and record(run)["job"]["ids"] == []
-    assert "did not wait_for_end" in slurm_launch("status", run.name).stdout
+    assert "did not finish" in slurm_launch("status", run.name).stdout
     resumed = slurm_launch("resume", run.name, "--json")
     assert resumed.returncode == 0, resumed.stderr
     wait_for_end(run)
@@ -80,12 +80,12 @@ def test_the_job_of_a_submission_killed_after_sbatch_is_found(slurm, slurm_launc
     resumed = slurm_launch("resume", run.name)
     assert resumed.returncode == 0 and f"job {job} is in the queue" in resumed.stdout
     assert slurm.run("squeue", "-h", "-o", "%A").split() == [job] == record(run)["job"]["ids"]
-    again = slurm_launch("resume", run.name)
-    assert again.returncode == 2 and f"job {job} is in SLURM's queue" in again.stderr
+    refused = slurm_launch("resume", run.name)
+    assert refused.returncode == 2 and f"job {job} is in SLURM's queue" in refused.stderr
     slurm.start_now(job)
     wait_until(lambda: record(run)["state"] == "running")
-    again = slurm_launch("resume", run.name)
-    assert again.returncode == 2 and f"run {run.name} is running: job {job} is in SLURM's queue" in again.stderr
+    refused = slurm_launch("resume", run.name)
+    assert refused.returncode == 2 and f"run {run.name} is running: job {job} is in SLURM's queue" in refused.stderr
     (slurm_launch.folder / "go").touch()
     wait_for_end(run)
     assert record(run)["attempt"] == 1

@@ -131,7 +131,7 @@ def test_a_draft_for_a_site_with_other_slurm_settings(needs_slurm, draft_of):
         config, text = draft_of(slurm)
         assert config.gpu_request == "gres" and config.gpus_per_node == 8 and config.mem_per_gpu is None
         assert "to start at" in sbatch_test(slurm, config, nodes=1)
-        assert config.requeue and "JobRequeue=0: jobs that ask for it" in text
+        assert config.requeue and "JobRequeue=0: SLURM requeues only jobs that ask for it" in text
         job = slurm.run("sbatch", "--parsable", "--requeue", "--wrap", "sleep 60").strip()
         slurm.wait(job, "RUNNING")
         slurm.run("scontrol", "requeue", job)  # SLURM refuses this for a job that did not ask for requeueing

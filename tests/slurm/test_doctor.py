@@ -24,8 +24,8 @@ def examine(slurm, slurm_launch, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr("launch.report.doctor.trial_job.TROUBLE_S", 2.0)
 
-    def run_doctor(job=False, nodes=None, **more):
-        write_cluster(folder, **more)
+    def run_doctor(job=False, nodes=None, **changes):
+        write_cluster(folder, **changes)
         notes: list[str] = []
         checks: dict[str, list] = {}
         for check in doctor(load_cluster("here"), folder / "runs", job, nodes, notes.append):
@@ -115,14 +115,14 @@ def test_the_node_that_cannot_see_the_folder_of_runs_is_named(slurm, examine, tm
     assert not slurm.run("squeue", "-h")
 
 
-@pytest.mark.parametrize("more, node, what", [
+@pytest.mark.parametrize("changes, node, reason", [
     ({"python": "/nonexistent/python3"}, "n1", "slurmstepd-n1: error: execve(): /nonexistent/python3: No such file or directory"),
     ({"setup": ["cd /nonexistent || exit 7"]}, "n1", "cd: /nonexistent: No such file or directory"),
     ({"interface": "ib7"}, "n1", "error: this host has no interface `ib7` with an IPv4 address"),
 ])
-def test_the_reason_why_a_node_could_not_start_is_shown(examine, more, node, what):
-    job = examine(job=True, **more)["job"][0]
-    assert job.ok == "error" and job.what.startswith(f"node {node}: start: ") and what in job.what
+def test_the_reason_why_a_node_could_not_start_is_shown(examine, changes, node, reason):
+    job = examine(job=True, **changes)["job"][0]
+    assert job.ok == "error" and job.what.startswith(f"node {node}: start: ") and reason in job.what
 
 
 def test_a_trial_job_that_does_not_start(examine, slurm, slurm_launch, monkeypatch):
@@ -137,6 +137,6 @@ def test_a_site_that_does_not_requeue_by_default(needs_slurm, monkeypatch, tmp_p
         monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
         checks = {check.name: check for check in doctor(ClusterConfig(name="here", kind="slurm", device="cpu"), tmp_path)}
         assert "shared" not in checks  # the only node is this host, so every folder is shared
-    assert checks["requeue"].what == ("jobs are requeued after time limits and preemption; SLURM's default here is no requeue, "
-                                     "but jobs ask for it")
+    assert checks["requeue"].what == ("jobs are requeued after time limits and preemption; SLURM requeues only jobs that ask "
+                                     "for it, and launch's jobs do")
     assert "SLURM knows how a job ended for 60 sec" in checks["accounting"].what

@@ -21,7 +21,7 @@ def test_a_script_that_calls_launch_job_still_runs_its_run(slurm, slurm_launch):
     assert "-m launch.execute.node_process " in text
     # Before the new layout the script called launch.job. Without --begin the job starts at once.
     script.write_text(re.sub(r"#SBATCH --begin=.*\n", "", text.replace("-m launch.execute.node_process ", "-m launch.job ")))
-    again = slurm.run("sbatch", "--parsable", str(script)).strip()
+    resubmitted = slurm.run("sbatch", "--parsable", str(script)).strip()
     wait_for_end(run)
-    assert slurm.wait(again)["JobState"] == "COMPLETED"
+    assert slurm.wait(resubmitted)["JobState"] == "COMPLETED"
     assert record(run)["attempt"] == 1 and printed(run)["argv"] == []

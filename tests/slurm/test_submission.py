@@ -163,7 +163,7 @@ REFUSED = {
     "a short option": (["sbatch.p=short"], {}, {}, "'p' is not an option of sbatch\n.*long name"),
     "an unknown option": (["sbatch.nonsense=1"], {}, {}, "unrecognized option '--nonsense=1'"),
     "no SLURM": ([], {}, {"PATH": "/nonexistent", "SLURM_CONF": ""}, "there is no SLURM here: `sbatch` is not installed"),
-    "no slurm.conf": ([], {}, {"SLURM_CONF": ""}, "configuration source\n.*is SLURM_CONF right"),
+    "no slurm.conf": ([], {}, {"SLURM_CONF": ""}, "configuration source\n.*check that SLURM_CONF is right"),
     "a missing SLURM_CONF": ([], {}, {"SLURM_CONF": "/nonexistent/slurm.conf"}, "SLURM_CONF is `/nonexistent/slurm.conf`"),
     "no allocation": (["--here"], {}, {}, "--here needs an allocation, and this shell is not in one"),
     "no run to wait for": (["--after", "nope"], {}, {}, "there is no run `nope`"),

@@ -116,9 +116,9 @@ def test_resume_submits_the_runs_that_have_failed(slurm, script):
     wait_until(lambda: states(script, sweep) == ["finished", "failed", "running"])
     wait_until(lambda: len(slurm.run("squeue", "-h", "-r").splitlines()) == 1)
 
-    again = script("sweep", "--resume", sweep["id"])
-    assert again.returncode == 0, again.stderr
-    assert "1 run running or waiting, left alone" in again.stdout and ": 1 run of 1 CPU rank(s)" in again.stdout
+    resumed = script("sweep", "--resume", sweep["id"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert "1 run running or waiting, left alone" in resumed.stdout and ": 1 run of 1 CPU rank(s)" in resumed.stdout
     folder = script.folder / "runs" / sweep["id"]
     assert "#SBATCH --array=1%3\n" in (folder / "submissions/2/job.sh").read_text()
     wait_until(lambda: states(script, sweep) == ["finished", "finished", "running"])

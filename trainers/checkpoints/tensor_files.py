@@ -25,7 +25,7 @@ SIZES = {  # bytes of an element
     "BOOL": 1, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }
 CHUNK_BYTES = 1 << 24  # bytes that are read, written or hashed at a time
-OPEN_FILES = 256       # most files open at once: a process may have a few thousand, and there may be more ranks than that
+OPEN_FILES = 256       # at most so many files are open at once: a process may open a few thousand, and a run may have more ranks
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def write(file: Path, layouts: Mapping[str, Layout], contents: Callable[[str], I
     """Write and flush a file of tensors. `contents` returns the bytes of a tensor by name, in pieces of any size.
 
     Returns:
-        The file's manifest entry, {"size": bytes, "sha256": hex}. The hash is of the bytes given to write, not of bytes
-        read back.
+        The file's manifest entry, {"size": bytes, "sha256": hex}. The hash is computed from the bytes that `contents`
+        returns. The file is not read back.
     Raises:
         OSError: the file cannot be written.
         ValueError: a tensor does not have as many bytes as its layout says.
@@ -88,7 +88,7 @@ def _append(opened: FileIO, contents: Iterable[memoryview], digest: Any) -> None
 
 
 class Parts:
-    """The tensors of one checkpoint, as bytes. Each tensor is in parts in the ranks' files; only the parts asked for are read.
+    """The tensors of one checkpoint, as bytes. Each rank's file holds parts of tensors. Only the needed parts are read.
 
     Every method raises an Exception, of any kind, if the files are not what was written.
     """

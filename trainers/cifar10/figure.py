@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 MOST_NUMBERED = 30  # classes; with more, counts would be too small to read
-# Matplotlib's own font, the first, has no Chinese characters. Any of the others that the machine has supplies them.
+# The first is Matplotlib's own font, which has no Chinese characters. The first of the others that is installed has them.
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
          "Microsoft YaHei", "SimHei", "PingFang SC", "Arial Unicode MS")
 

@@ -50,9 +50,9 @@ def deepspeed_config(config: RunConfig, ranks: int, clip_norm: float | None) -> 
     zero: dict[str, Any] = {"stage": STAGES[train.strategy], "reduce_bucket_size": 20_000_000,
                             "allgather_bucket_size": 20_000_000, "overlap_comm": False}
     if train.strategy == "zero3":
-        # DeepSpeed's defaults for the last two are both 10^9. With them, a model of fewer than half as many parameters stays
-        # whole on each rank from forward to backward: kept for reuse, and gathered ahead at each module. zero3 is there to
-        # avoid that.
+        # DeepSpeed's defaults for the last two settings are 10^9. With these defaults, each rank would hold a model of fewer
+        # than 5 x 10^8 parameters whole from forward to backward: DeepSpeed would keep used parameters for reuse, and gather
+        # further ones ahead at each module. Avoiding this is the purpose of zero3.
         zero |= {"stage3_prefetch_bucket_size": 20_000_000, "stage3_param_persistence_threshold": 10_000,
                  "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 50_000_000}
     if train.offload != "none":

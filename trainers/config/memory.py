@@ -56,12 +56,12 @@ def expected(config: RunConfig, counts: Counts, ranks: int, device: str) -> Memo
     else:
         memory = _zero3(config, counts, ranks) if STAGES[strategy] == 3 else _zero12(config, counts, ranks)
     if device == "cpu":
-        # On a CPU the model is built whole before it is sharded. ZeRO-1 and 2 then need room for a second copy until the model
-        # is laid out (a GPU without that room leaves the copy to the host).
+        # On a CPU the model is built whole before it is sharded. ZeRO-1 and 2 then need a second copy until the parameters are
+        # in their partitions. (With a GPU that has no room for this copy, the copy is made in host memory.)
         block, part = counts.block or counts.rest, _part(counts.parameters, ranks)
         second = {"ddp": 0, "fsdp": block, "zero3": part}.get(strategy, counts.parameters + part)
-        # gloo's reduce-scatter works on a copy, and its all-gather writes into a copy. ZeRO-1 and 2 gather after the gradients
-        # are freed: only the part of the copy that is larger than the freed room counts.
+        # gloo's reduce-scatter works on a copy, and its all-gather writes into a copy. ZeRO-1 and 2 gather after they have freed
+        # the gradients. The copy takes the place of the gradients, so only the bytes by which it is larger count.
         beyond_freed = max(0, counts.parameters - (memory.gradients + memory.buffers) // FULL)
         copy = {"ddp": 0, "fsdp": block, "zero3": memory.buffers // FULL}.get(strategy, beyond_freed)
         memory = replace(memory, one=True, ready=FULL * (counts.parameters + second), buffers=memory.buffers + FULL * copy)
@@ -122,10 +122,11 @@ def _zero12(config: RunConfig, counts: Counts, ranks: int) -> Memory:
 
 
 def _zero3(config: RunConfig, counts: Counts, ranks: int) -> Memory:
-    """A rank holds its partition and a copy of it, which DeepSpeed updates, even in fp32.
+    """A rank holds its partition of the parameters, and a second copy of it, which DeepSpeed updates.
 
-    Backward also holds gathered parameters, a second copy of those that arrive, a bucket of gradients, and a second copy of
-    the bucket while it is sent. The optimizer step holds a second copy of the gradients instead.
+    The second copy exists in every precision, even in fp32. Backward also holds gathered parameters, a second copy of
+    parameters that are just arriving, a bucket of gradients, and a second copy of this bucket while it is sent. The optimizer
+    step holds a second copy of the gradients instead.
     """
     part = FULL * _part(counts.parameters, ranks)
     optimizer = states(config.optim) * part

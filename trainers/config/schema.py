@@ -95,7 +95,7 @@ class Train(Section):
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     compile: bool = Field(False, description="compile the models with torch.compile")
-    deterministic: bool = Field(True, description="use deterministic kernels; on GPUs, only they make a resumed run bit-equal")
+    deterministic: bool = Field(True, description="use deterministic kernels; false: a resumed run on GPUs may differ slightly")
 
     @model_validator(mode="after")
     def _epochs_or_steps(self) -> "Train":
@@ -212,7 +212,7 @@ class Run(Section):
 
 
 class WatchedRun(Run):
-    # Less than NCCL's own timeout of 600 s. If NCCL's timeout comes first, it ends, by a signal, ranks that only waited.
+    # Less than NCCL's own timeout of 600 s, which kills ranks that only wait for the rank that hangs.
     hang_s: PositiveFloat | None = Field(
         300.0, description="seconds without progress after which a rank counts as hung and the attempt fails; null: never"
     )

@@ -38,7 +38,7 @@ def read_spec(path: Path) -> RunConfig | SearchConfig | ScriptConfig:
 
 
 def read_run(paths: RunPaths) -> RunConfig | SearchConfig | ScriptConfig:
-    """Return the config of a run directory: run.yaml, changed by how a resumption distributes the models (spread.json).
+    """Return the config of a run directory: run.yaml, with the strategy that a resumption has chosen (spread.json).
 
     Raises:
         UserError: a file is missing or wrong.

@@ -8,9 +8,13 @@ a step ends, or a micro-batch of an evaluation starts or ends. All ranks pass th
 for each other, they therefore wait for the rank with the fewest beats. On a GPU the host runs ahead of the device: a kernel that
 hangs is found at the next place that waits for the kernel, at the latest after `log.every` steps.
 
-A long silence is not always a hang. A rank rests, with a separate time limit or no limit, until its first step has ended
-(imports, downloads, compilation), in its first micro-batch of an evaluation (compilation again), and after `rest` is called (a
-task's report, the end of the run). While a checkpoint is written, bytes that the rank reads or writes count as beats.
+A long silence is not always a hang. While a rank rests, another time limit applies, or none. A rank rests:
+
+- until its first step has ended: imports, downloads and compilation may take long
+- in its first micro-batch of an evaluation, which may be compiled too
+- after a call of `rest`: for a task's report, and at the end of the run
+
+While a checkpoint is written, bytes that the rank reads or writes count as beats.
 """
 
 from __future__ import annotations

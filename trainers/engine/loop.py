@@ -50,8 +50,8 @@ def train(task: Task, config: RunConfig, world: World, paths: RunPaths, attempt:
     try:
         return loop.run()
     except Exception as error:
-        # Let a save that is under way finish, which takes all ranks. While a save is under way, all ranks raise a UserError
-        # together.
+        # Let a save that is under way finish. Every rank must take part in this. After a UserError every rank does: while a
+        # save is under way, all ranks raise a UserError together.
         if isinstance(error, UserError) or world.size == 1:
             loop.checkpoints.close()
         raise

@@ -119,11 +119,10 @@ def prefix(forest: BaseEstimator, trees: int) -> BaseEstimator:
 def same_under_limit(forest: BaseEstimator, trees: int, max_depth: int) -> bool:
     """Return whether `max_depth` gives the same trees as the first `trees` trees of a fitted forest.
 
-    The fitted forest must have a higher limit, or none. The trees are the same only if `max_depth` is greater than the
-    depth of each tree: both tree builders make a node at depth `max_depth` a leaf without looking for a split. If
-    `max_depth` equals the depth of a tree, no split is lost. But in the fitted forest the search for a split at that
-    depth has drawn random numbers, and later nodes depend on these numbers. A tree pruned by `ccp_alpha` was deeper
-    than it is now.
+    The fitted forest must have a higher limit, or none. The trees are the same if `max_depth` is greater than the depth of
+    each tree. An equal depth is not enough. Both tree builders make a node at depth `max_depth` a leaf without looking for
+    a split. Without the limit, they look for a split there, find none, and draw random numbers on the way, which change
+    later nodes. The answer is False with `ccp_alpha`: pruning removes nodes, so a tree may have been deeper.
     """
     if forest.ccp_alpha > 0:
         return False

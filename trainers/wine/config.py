@@ -82,7 +82,7 @@ class Data(Section):
 
 class Search(Section):
     grid: Union[Values, list[Values]] = Field(
-        default_factory=dict, description="a list of values for each parameter, or a list of such grids; null removes one")
+        default_factory=dict, description="a list of values for each parameter, or a list of such grids; null leaves one out")
     scoring: Union[str, list[str], None] = Field(
         None, description="one or several of scikit-learn's score names; null: r2, or accuracy for a classifier")
     refit: str | None = Field(None, description="the score that selects the best grid point; null: the first")

@@ -78,7 +78,7 @@ def draw_importance(importance: list[dict[str, Any]], name: str, path: Path, mos
 
 
 def _varied(search: ForestSearchCV) -> dict[str, list[Any]]:
-    """Return the values of each parameter that has several, in the order of the grid. If none has, of the first two."""
+    """Return the values of each parameter with several values, in the grid's order; if there is none, of the first two."""
     by_name: dict[str, list[Any]] = {}
     for params in search.cv_results_["params"]:
         for name in {**params, **by_name}:

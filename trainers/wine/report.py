@@ -155,8 +155,8 @@ def _csv(rows: list[Row]) -> str:
 def _folds(config: WineConfig, table: Table, search: ForestSearchCV, scorer: Any, name: str, cores: int) -> Row:
     """Score the best parameters under other folds: random folds, and random folds that keep identical rows together.
 
-    Two scores are needed, because the search's own folds (UCI's rows, in their order) differ from grouped folds in more
-    than the repeated rows. Only the two kinds of random folds differ in nothing but the repeated rows.
+    Both scores are needed to measure the effect of repeated rows. The search's own folds take the rows in the order of UCI's
+    file, so they differ from grouped folds in this order too. The two kinds of random folds differ only in repeated rows.
     """
     groups, folds, seed = table.feature_groups, config.search.cv, config.search.seed
     distinct = len(np.unique(groups))
@@ -175,15 +175,15 @@ def _folds(config: WineConfig, table: Table, search: ForestSearchCV, scorer: Any
     scored["why"] = (
         f"{name} of the best parameters: {plain:.4f} with the search's folds, {random:.4f} with random folds, {grouped:.4f} "
         f"with random folds that keep identical rows together; {len(groups) - distinct:,} of {len(groups):,} rows repeat the "
-        f"features of another row ({table.repeats:,} repeat the target too); a forest that was trained on a copy of a row has "
-        f"seen the answer, which is worth {random - grouped:+.4f} here (random minus grouped)")
+        f"features of another row ({table.repeats:,} repeat the target too); a forest that was trained on a copy of a row "
+        f"knows the row's target: this changes the score by {random - grouped:+.4f} here (random minus grouped)")
     return scored
 
 
 def _importance(config: WineConfig, table: Table, search: ForestSearchCV, scorer: Any, cores: int) -> list[Row]:
     """Return how much the score falls when a column is shuffled, for each feature, the largest fall first.
 
-    The model is the refitted one, and the data are those that it was fitted to.
+    Measured with the refitted model, on the rows to which this model was fitted.
     """
     falls = permutation_importance(search.best_estimator_, table.X, table.y, scoring=scorer, n_jobs=cores,
                                    n_repeats=config.search.importance_repeats, random_state=config.search.seed)

@@ -150,9 +150,10 @@ class Wine(Runner):
 class Claims:
     """Decides whether this rank may start a piece: a piece belongs to the first rank that claims it.
 
-    Claims of an earlier attempt, whose ranks are gone, do not count. Ranks started by hand have no attempt number, so they
-    cannot claim. They take the pieces in turn, by the places of the pieces among all pieces of the search. Places among the
-    missing pieces would not do, because two ranks may look at different times and find different pieces missing.
+    Claims of an earlier attempt do not count, because its ranks are gone. Ranks that were started by hand have no attempt
+    number, so they cannot claim. Instead, they divide all pieces of the search in advance: of `size` ranks, each takes every
+    `size`-th piece. They cannot divide only the missing pieces: ranks that look at different times may see different pieces
+    missing.
     """
 
     def __init__(self, paths: RunPaths, attempt: int | None, place: Place, keys: Iterable[str]):

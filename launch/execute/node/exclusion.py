@@ -11,7 +11,7 @@ from trainers.contract.errors import UserError
 
 
 def down_nodes(nodes: list[str]) -> dict[str, str]:
-    """The nodes among these that SLURM says are down, each with its state and the reason; empty where SLURM cannot be asked."""
+    """The state and the reason of each of these nodes that is down, by node. Empty if SLURM cannot be asked."""
     try:
         states = slurm.node_states(nodes)
     except UserError:  # in a container there may be no sinfo

@@ -18,9 +18,9 @@ from trainers.config.micro_batch import retries_smaller
 from trainers.contract.files import read_json, replace_json
 from trainers.contract.paths import RunPaths
 
-COLLECT_S = 60.0     # after the grace, for the other nodes to report how their ranks ended
+COLLECT_S = 60.0     # the time, after the grace, in which the other nodes must report how their ranks ended
 REASONS = {"SIGUSR2": "time limit", "SIGTERM": "requeued, preempted or cancelled by SLURM"}
-CAUSES = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL")  # a rank that only lost its peers does not end by these
+CAUSES = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL")  # a rank that has only lost its peers is not ended by these signals
 
 
 def joint_outcome(mine: Outcome, group: NodeGroup, plan: Plan, hosts: list[str]) -> Outcome:

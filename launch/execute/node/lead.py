@@ -79,7 +79,8 @@ def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup
             # At the time limit the requeue is our task. Whoever sent SIGTERM has already decided what follows.
             requeue = state == "preempted" and outcome.signal == "SIGUSR2"
         set_flag(requeue_flag, requeue)
-        # The run is not over if the job starts again, which after SIGTERM is SLURM's decision.
+        # The run is not over if its job will start again. After SIGTERM, SLURM decides about that, and its decision is not
+        # known here: if a retry may succeed and the cluster allows requeueing, assume that the job will start again.
         if failure and state != "cancelled" and (requeue or retryable and "SIGTERM" in signals and submission.cluster.requeue):
             update_json(paths.record, state="preempted")
         if down and state == "preempted":

@@ -64,7 +64,7 @@ def doctor(cluster: ClusterConfig, runs: Path, job: bool = False, nodes: int | N
             reachable |= check.name == "slurm" and check.ok == "ok"
             yield check
     yield Check("W&B", "ok", f"has a key for {server(os.environ)}" if has_key() else
-                f"no key for {server(os.environ)}: wandb.mode=online then works offline (`wandb login`, or set WANDB_API_KEY)")
+                f"no key for {server(os.environ)}: wandb.mode=online tracks offline (`wandb login` or WANDB_API_KEY gives one)")
     if job and reachable:
         yield from trial_on_slurm(cluster, runs, nodes, say) if cluster.kind == "slurm" else trial_here(cluster, runs, say)
 
@@ -257,7 +257,7 @@ def _ends(cluster: ClusterConfig, runs: Path, config: Mapping[str, str]) -> Iter
     else:
         yield Check("accounting", "ok", config.get("AccountingStorageType", "?"))
     if cluster.requeue:
-        by_request = "" if config.get("JobRequeue") == "1" else "; SLURM's default here is no requeue, but jobs ask for it"
+        by_request = "" if config.get("JobRequeue") == "1" else "; SLURM requeues only jobs that ask for it, and launch's jobs do"
         yield Check("requeue", "ok", f"jobs are requeued after time limits and preemption{by_request}")
     else:
         yield Check("requeue", "ok", f"`requeue: false`: a run is submitted as a chain of {cluster.chain} jobs instead")

@@ -36,7 +36,7 @@ from trainers.contract.paths import RunPaths
 PROBE = OWN / "trainers" / "trial.py"
 START_S = 300.0    # limit for the trial job to start
 END_S = 240.0      # limit for the job to end, once it has started
-TROUBLE_S = 20.0   # limit for the job to end, once it has failed, or a node has reported an error and no rank has started
+TROUBLE_S = 20.0   # limit for the job to end after a failure, or after an error of a node while no rank has started
 GONE_S = 30.0      # limit for the job to leave the queue, once it is cancelled
 JOB_TIME = "5m"
 JOB_GRACE_S = 10

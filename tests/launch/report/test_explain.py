@@ -257,7 +257,7 @@ def test_a_slow_rank_is_named(make):
     run = RunPaths(Path("runs/bert-1").absolute())
     replace_json(run.attempt_record(1), {**read_json(run.attempt_record(1)), "nodes": ["n1", "n2"]})
     replace_json(run.slow(1), [{"rank": 3, "factor": 2.4, "work_s": 0.31, "others_s": 0.13, "step_s": 0.33}])
-    slow = ("rank 3 on n2: its own work in a step takes 2.4 times as long as the others' (310 ms, theirs 130 ms; "
+    slow = ("rank 3 on n2: its own work in a step takes 2.4 times as long as the others' (310 ms against 130 ms; "
             "a whole step takes 330 ms)")
     assert explain(read_run(run.root))["sentence"].endswith(f"; slow: {slow}")
     assert f"slow        {slow}" in details(status(read_run(run.root)))

@@ -52,8 +52,8 @@ class ShardedModel:
 
         Args:
             finite_only: change nothing if a gradient is not finite.
-            repeat_backward: clears the gradients and repeats the backward passes of this step. Strategies that free the gradients
-                before they can name the bad one use this.
+            repeat_backward: clears the gradients and repeats the backward passes of this step. It is for strategies that
+                free the gradients before they can name the gradient that is not finite.
 
         Returns:
             Whether the optimizer took the step.

@@ -231,8 +231,8 @@ class ZeroModel(ShardedModel):
         return self.optimizer.single_partition_of_fp32_groups if self.stage < 3 else self.optimizer.fp32_partitioned_groups_flat
 
     def _states(self, partition: Tensor | None) -> dict[str, Tensor]:
-        """Return the optimizer's states for a partition; for None those of the first partition, whose single numbers are the
-        same."""
+        """Return the optimizer's states for a partition. For None, return those of the first partition: states that are single
+        numbers are the same for all partitions."""
         states = self.optimizer.optimizer.state[self._partitions()[0] if partition is None else partition]
         return {slot: value for slot, value in states.items() if isinstance(value, Tensor)}
 

@@ -147,7 +147,7 @@ class Checkpoints:
 
         Args:
             fragments: this rank's part of each tensor, on any device. A tensor that every rank holds whole is written by one
-                rank, so its values must be the same on all ranks (make buffers that DDP lets drift apart equal first).
+                rank, so its values must be the same on all ranks. (Under DDP buffers drift apart: use `share_buffers` first.)
             state: anything that JSON can hold. Rank 0's is written.
             metrics: the metrics of the last evaluation, which decide what the best checkpoints are. Rank 0's are written.
         """
