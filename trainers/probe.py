@@ -1,11 +1,12 @@
 """Count a task's models and measure the activations of a step, in a separate process. For `launch plan`.
 
-    python -P -m trainers.probe RUN_YAML RANKS [--activations]
+    python -P -m trainers.probe RUN_YAML RANKS RESULT [--activations]
 
-The process starts no other rank. It prints one JSON object with two keys:
+The process starts no other rank. It writes one JSON object into the file RESULT:
 
     counts         the sizes of the models (trainers/config/counts.py)
     activations    bytes by micro-batch size; null without --activations
+    error          instead of both: an error of the user's, with `message` and `hint`
 
 On a GPU, `activations` is the largest number of bytes that was allocated at once. On a CPU (ACCELERATE_USE_CPU=true), it is
 the number of bytes that autograd keeps for backward. The first batch is measured, also where samples have uneven lengths.
@@ -13,7 +14,6 @@ the number of bytes that autograd keeps for backward. The first batch is measure
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -29,6 +29,7 @@ from trainers.config.schema import RunConfig
 from trainers.config.spec import read_spec, resolve
 from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
+from trainers.contract.files import replace_json
 from trainers.engine.batches.sampling import Shuffled
 from trainers.engine.parallel.blocks import blocks, checkpoint_activations
 from trainers.engine.precision import autocast, set_precision
@@ -54,7 +55,8 @@ def count_task(task: Task, world: World) -> Counts:
     try:
         with torch.device("meta"):
             return count(task.models())
-    except Exception:
+    # An attribute that `data` sets is missing or None, or an operation needs real tensors. Any other error is the model's own.
+    except (AttributeError, KeyError, TypeError, RuntimeError):
         task.data(world)
         return count(task.models())
 
@@ -166,24 +168,25 @@ def _saved(loss: Callable[[], Tensor], models: Mapping[str, nn.Module]) -> tuple
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) not in (2, 3) or argv[2:] not in ([], ["--activations"]):
-        print("usage: python -m trainers.probe RUN_YAML RANKS [--activations]", file=sys.stderr)
+    if len(argv) not in (3, 4) or argv[3:] not in ([], ["--activations"]):
+        print("usage: python -m trainers.probe RUN_YAML RANKS RESULT [--activations]", file=sys.stderr)
         return exit_codes.USER_ERROR
+    result = Path(argv[2])  # a file: a task may print anything, also when the process exits
     try:
         config = read_spec(Path(argv[0]))
         assert isinstance(config, RunConfig), "`launch plan` probes only training tasks"
         task = resolve(config.task, config.path)(config)
         world = World.from_env(os.environ)
         activations: dict[int, int] | None = None
-        if argv[2:]:
+        if argv[3:]:
             counts, activations = measure(task, config, world, int(argv[1]))
         else:
             counts = count_task(task, world)
     except UserError as error:
-        print(error, file=sys.stderr)
+        replace_json(result, {"error": {"message": error.message, "hint": error.hint}})
         return error.exit_code
-    print(json.dumps({"counts": asdict(counts), "activations": activations}))
-    return 0
+    replace_json(result, {"counts": asdict(counts), "activations": activations})
+    return exit_codes.FINISHED
 
 
 if __name__ == "__main__":

@@ -87,7 +87,9 @@ def main(argv: list[str]) -> int:
     attempt = os.environ.get("LAUNCH_ATTEMPT")
     heartbeat.start()
     try:
-        return run(RunPaths(Path(folder).absolute()), int(attempt) if attempt else None)
+        code = run(RunPaths(Path(folder).absolute()), int(attempt) if attempt else None)
+        heartbeat.end()
+        return code
     except Stopped:
         # End by SIGTERM, as a process that does not listen yet would. The other ranks may be blocked where no handler runs.
         # The node process sees that this rank has ended, and stops the others soon.

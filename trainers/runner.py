@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainers.config.schema import SearchConfig
+from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
+
+FINISHED, STOPPED = exit_codes.FINISHED, exit_codes.PREEMPTED  # what `Runner.run` returns
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from launch.cli.options import (
+    Folder,
     cluster_of,
     command,
     json_option,
@@ -264,7 +265,7 @@ def sync(word: str, root: Path) -> int:
               "(default: the newest complete checkpoint).")
 @click.option("--to", type=click.Choice(["safetensors", "huggingface"]), default="safetensors",
               help="safetensors (default): one file per model. huggingface: a folder that from_pretrained loads.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="PATH",
+@click.option("-o", "--output", type=Folder(path_type=Path), metavar="PATH",
               help="A folder, or a .safetensors file if the run has one model (default: export/step_N in the run's folder).")
 @runs_option
 @json_option

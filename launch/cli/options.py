@@ -49,8 +49,15 @@ def verbose_option() -> click.Option:
                         help="Show the traceback of an error.")
 
 
+class Folder(click.Path):
+    """A path whose `~` is expanded: the shell expands none after `--runs=`, and nobody expands it in a variable."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
 def runs_option(command: Callable) -> Callable:
-    return click.option("--runs", "root", type=click.Path(path_type=Path), envvar="LAUNCH_RUNS", default="runs",
+    return click.option("--runs", "root", type=Folder(path_type=Path), envvar="LAUNCH_RUNS", default="runs",
                         metavar="DIR", help="Folder of runs (default: $LAUNCH_RUNS, or ./runs).")(command)
 
 
@@ -209,6 +216,7 @@ def load(context: click.Context, task: str, config: str | None, overrides: Seque
         UserError: the task or file does not exist, or the spec is wrong.
     """
     overrides = [*overrides, *(f"{ALIASES[name]}={text}" for name, text in aliases.items() if text is not None)]
+    config = config and os.path.expanduser(config)  # the shell expands no `~` after `--config=`
     if task not in specs.tasks() and not os.path.exists(task):
         raise no_such(task, list(specs.tasks()))
     if task in specs.tasks() or specs.is_spec(task):

@@ -122,12 +122,14 @@ def as_before(paths: RunPaths, spec: Spec, wanted: Wanted) -> tuple[Resources, P
 
 
 def _last_attempt(paths: RunPaths) -> dict[str, Any] | None:
-    """The newest attempt record that can be read."""
+    """The newest attempt record that says on what the attempt ran: an attempt that could not start does not say it."""
     for number in reversed(paths.attempt_numbers()):
         try:
-            return read_json(paths.attempt_record(number))
+            record = read_json(paths.attempt_record(number))
         except (OSError, ValueError):
             continue
+        if {"device", "ranks", "cwd"} <= record.keys():
+            return record
     return None
 
 

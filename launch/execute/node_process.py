@@ -53,7 +53,8 @@ def run_node(folder: Path, stop: StopSignals) -> int:
     state = read_json(paths.record)["state"]
     if state in FINAL:  # all nodes read the same state: the head changes it only after all have met
         view.notice(f"run {paths.id} is {state}: nothing to do")
-        return 0
+        # Jobs that wait for this run (`--after`) start only if this job succeeds.
+        return exit_codes.FINISHED if state == "finished" else exit_codes.FAILED
     if place.node == 0:
         record_lost_attempts(paths, place, folder)
         # This flag counts if this process is killed before it can decide.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from trainers.config.counts import Counts
 from trainers.config.memory import HALF, Memory, expected
 from trainers.config.schema import RunConfig, SearchConfig
 from trainers.contract.errors import UserError
+from trainers.contract.files import read_json
 from trainers.contract.text import size
 
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "zero3")  # in order of the data that ranks exchange, the least first
@@ -178,23 +178,25 @@ def probe(spec: Spec, cluster: ClusterConfig, resources: Resources, activations:
     this machine, on a GPU if there is one.
 
     Raises:
-        UserError: the process failed; its output is on standard error.
+        UserError: the model, the data or the settings are wrong; or the process failed, and its output is on standard error.
     """
     env = {**os.environ, **({"LAUNCH_DATA": cluster.data} if cluster.data and Path(cluster.data).exists() else {})}
     on_gpu = activations and resources.device == "cuda" and visible_gpus(os.environ) > 0
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         env.pop(name, None)
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
-        file = Path(folder, "run.yaml")
+        file, answer = Path(folder, "run.yaml"), Path(folder, "result.json")
         file.write_text(spec.text, encoding="utf-8")
-        done = subprocess.run([sys.executable, "-P", "-m", "trainers.probe", str(file), str(resources.ranks),
-                               *(["--activations"] if activations else [])],
-                              env={**env, "ACCELERATE_USE_CPU": str(not on_gpu).lower()}, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
+        subprocess.run([sys.executable, "-P", "-m", "trainers.probe", str(file), str(resources.ranks), str(answer),
+                        *(["--activations"] if activations else [])],
+                       env={**env, "ACCELERATE_USE_CPU": str(not on_gpu).lower()}, stdin=subprocess.DEVNULL,
+                       stdout=2, check=False)  # standard error: --json owns standard output
+        result = read_json(answer) if answer.exists() else None
+    if result is None:
         work = "one step on this machine" if activations else "counting the model's parameters"
         raise UserError(f"the probe failed ({work})", "see its output above")
-    result = json.loads(done.stdout.splitlines()[-1])
+    if "error" in result:
+        raise UserError(**result["error"])
     measured = result["activations"]
     return Counts(**result["counts"]), measured and {int(micro): count for micro, count in measured.items()}
 

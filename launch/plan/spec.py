@@ -27,7 +27,7 @@ ALTERNATIVES = (("train.epochs", "train.steps"),)
 
 # WANDB_DISABLED is wandb's older form of WANDB_MODE=disabled.
 WANDB_VARIABLES = {"WANDB_MODE": "mode", "WANDB_PROJECT": "project", "WANDB_ENTITY": "entity", "WANDB_DISABLED": "mode"}
-WANDB_MODES = {"disabled": "off"}
+WANDB_MODES = {"disabled": "off", "dryrun": "offline", "run": "online"}  # wandb's other words for the same
 YES = ("1", "true", "yes", "on", "t", "y")
 
 

@@ -64,6 +64,7 @@ def cancel(run: Run, wait_s: float | None = None) -> str:
     except ProcessLookupError:
         pass  # the process has just ended
     except PermissionError:
+        run.paths.cancellation(attempt).unlink(missing_ok=True)  # the run continues: its later end is no cancellation
         raise UserError(f"process {job['pid']} of run `{run.id}` belongs to another user",
                         "ask that user to cancel the run") from None
     wait_s = 90.0 if wait_s is None else wait_s
@@ -132,12 +133,17 @@ def _cancel_on_slurm(looked: Sequence[tuple[Run, Truth]], wait_s: float | None) 
             update_json(run.paths.record, state="cancelled", updated=utc_now())
     waiting = {job.id for run in stopping for job in jobs[run.id] if run.id not in attempts or job.waiting}
     running = {job.id for run in stopping for job in jobs[run.id]} - waiting
+    restored = stopping
     try:
         slurm.cancel(waiting)
+        restored = [run for run in stopping if run.id in attempts]
         slurm.cancel(running, signal="TERM")
-    except UserError:  # nothing was cancelled: restore the records
-        for run in stopping:
-            if run.id not in attempts:
+    except UserError:
+        # These runs were not cancelled and continue. With the marker, a run's next stop would count as a cancellation.
+        for run in restored:
+            if run.id in attempts:
+                run.paths.cancellation(attempts[run.id]).unlink(missing_ok=True)
+            else:
                 update_json(run.paths.record, state=run.record["state"])
         raise
     if running:

@@ -196,7 +196,7 @@ def existing(paths: RunPaths, step: int | None = None) -> list[int]:
     if not steps:
         raise UserError(f"`{paths.id}` has no checkpoint", f"looked in {paths.checkpoints}")
     if step is not None and step not in steps:
-        raise UserError(f"`{paths.id}` has no checkpoint of step {step}", f"give one of {_listed(steps)}")
+        raise UserError(f"`{paths.id}` has no checkpoint of step {step}", f"the run has {_listed(steps)}")
     return steps if step is None else [step]
 
 

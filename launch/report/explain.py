@@ -29,6 +29,7 @@ END_BYTES = 256 * 1024   # read from the end of a log
 BEGIN_BYTES = 64 * 1024  # read from the beginning of a log
 TRACE_LINES = 15         # the last lines of a traceback that are shown
 LOG_LINES = 8            # the last lines of a log that are shown if it has no traceback
+LINE_CHARS = 500         # of each of them: a progress bar, or data without line ends, may print millions
 SLURM_LINES = 5          # the last of SLURM's lines in a job's log that are shown
 SILENT_S = 300.0         # a run without output for longer than this is reported as silent
 
@@ -240,7 +241,7 @@ def _cause(run: Run, status: Status, slurm: Mapping[str, Any]) -> dict[str, Any]
         return cause | {"traceback": trace.splitlines()[-TRACE_LINES:]}
     if _ids(status) and (rank is None or not log.exists()):
         return cause | _job_log(run, status, node)
-    return cause | {"log_end": text.rstrip().splitlines()[-LOG_LINES:] or ["(the log is empty)"] * log.exists()}
+    return cause | {"log_end": _last_lines(text.rstrip().splitlines()) or ["(the log is empty)"] * log.exists()}
 
 
 def _first(paths: RunPaths, attempt: Mapping[str, Any], failure: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -283,7 +284,7 @@ def _job_log(run: Run, status: Status, node: str | None = None) -> dict[str, Any
     if not chosen:
         return {"log_end": ["there is no log: no node could write to the run's folder"]} if _ids(status) else {}
     lines = [line for line in _read(chosen[0].path, -END_BYTES).splitlines() if not NOISE.search(line)]
-    return {"log": str(chosen[0].path), "log_end": lines[-LOG_LINES:] or ["(the log is empty)"]}
+    return {"log": str(chosen[0].path), "log_end": _last_lines(lines) or ["(the log is empty)"]}
 
 
 def _text(cause: Mapping[str, Any], slurm: Mapping[str, Any]) -> str:
@@ -461,6 +462,12 @@ def _filled(template: str, facts: Mapping[str, str | None], match: re.Match[str]
 
 
 # Files and times
+
+
+def _last_lines(lines: list[str]) -> list[str]:
+    """Return the last lines of a log, each cut to a length that a person can read."""
+    return [line if len(line) <= LINE_CHARS else f"{line[:LINE_CHARS]}... ({len(line):,} characters)"
+            for line in lines[-LOG_LINES:]]
 
 
 def _read(file: Path, size: int) -> str:

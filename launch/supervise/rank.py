@@ -16,7 +16,7 @@ from typing import Any, Callable, Literal, Mapping, Protocol
 
 from launch.plan.plan import Plan
 from launch.supervise.terminal import View
-from trainers.contract import events, heartbeat
+from trainers.contract import events, exit_codes, heartbeat
 from trainers.contract.paths import RunPaths
 from trainers.contract.text import last_traceback
 
@@ -24,7 +24,8 @@ PARTIAL_AFTER_S = 0.5  # an unfinished line is shown after this time
 READ_BYTES = 1 << 16
 LAST_READS = 32        # at most, of the output of a rank that has ended
 TAIL_LINES = 400
-MESSAGE_LINES = 20     # of an exception's message, after its first line
+MESSAGE_CHARS = 500    # of the last line that a rank printed, in an error message
+LINE_CHARS = 4_000     # of each line that is kept for the record; the log has the whole line
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class Rank:
         waiting = self._partial and time.monotonic() - self._partial_since >= older_than_s
         if waiting and events.SEPARATOR.encode() not in self._partial:
             text = self._partial.decode(errors="replace")
-            self.tail.append(text)
+            self.tail.append(text[:LINE_CHARS])
             self.log.write(self._partial)
             if self.rank == 0:
                 self.view.text(text)
@@ -206,7 +207,7 @@ class Rank:
             self.view.event(event)
 
     def _handle_text(self, raw: bytes, text: str) -> None:
-        self.tail.append(text)
+        self.tail.append(text[:LINE_CHARS])
         self.log.write(raw + b"\n")
         if self.rank == 0:
             self.view.text(text)
@@ -217,6 +218,22 @@ class Rank:
             self.code = code
             self.read_all()
         return self.code is not None
+
+    def completed(self, stop_asked: bool) -> bool:
+        """Return whether the process has ended as it should: its work is done, or it stopped as asked.
+
+        Exit code 0 alone does not tell: code of a task, or a library, may call `os._exit(0)`. A rank of a task says so in its
+        heartbeat. A script cannot say it; its exit code 75 counts only if the script was asked to stop.
+        """
+        if self.code not in (exit_codes.FINISHED, exit_codes.PREEMPTED):
+            return False
+        if self.page is not None:
+            return self.page[heartbeat.ENDED] == 1
+        return self.code == exit_codes.FINISHED or stop_asked
+
+    def left_early(self) -> bool:
+        """Return whether a rank of a task has ended with exit code 0 before its work was done."""
+        return self.code == exit_codes.FINISHED and self.page is not None and not self.page[heartbeat.ENDED]
 
     def send(self, number: int) -> None:
         """Send a signal to the process, unless the process is known to have ended."""
@@ -249,7 +266,7 @@ class Rank:
     def failure(self) -> Failure:
         """Return what is known about why this rank ended. The rank must have ended."""
         assert self.code is not None
-        trace = last_traceback("\n".join(self.tail), MESSAGE_LINES)
+        trace = last_traceback("\n".join(self.tail), to_end=True)
         if self.code < 0:
             name = signal.Signals(-self.code).name
             hint = "the kernel ends processes with SIGKILL when memory runs out" if name == "SIGKILL" else None
@@ -257,7 +274,10 @@ class Rank:
         if self.error:
             return Failure(self.rank, self.code, None, self.error["message"], self.error.get("hint"), None,
                            self.error.get("retry", True))
-        last = next((line for line in reversed(self.tail) if line.strip()), "it printed nothing")
+        if self.left_early():
+            return Failure(self.rank, self.code, None, f"rank {self.rank} ended with exit code 0 before its work was done",
+                           "code of the task, or a library that it uses, has ended the process: look for os._exit", None, True)
+        last = next((line for line in reversed(self.tail) if line.strip()), "it printed nothing")[:MESSAGE_CHARS]
         return Failure(self.rank, self.code, None, f"rank {self.rank} ended with exit code {self.code}: {last}",
                        None, trace, True)
 

@@ -95,7 +95,7 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
             warned = True
             view.notice(f"warning: {warning}")
         just_ended = sorted((rank for rank in ranks if rank.code is None and rank.ended()), key=_cause_first)
-        if stop_signal is None and any(rank.code == -signal.SIGTERM for rank in just_ended):
+        if stop_signal is None and any(rank.code in (-signal.SIGTERM, exit_codes.PREEMPTED) for rank in just_ended):
             time.sleep(0.5)  # SLURM signals ranks directly: the same signal to this process may arrive a moment later
         messages = peers.receive()
         stop.received.extend(message["signal"] for message in messages if "signal" in message)
@@ -119,8 +119,7 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
         for rank in just_ended:
             # The stop signal reached this rank before its handler was set, or this rank lost a peer that stopped as asked.
             early = rank.code in (-signal.SIGTERM, -signal.SIGUSR2) or any(r.code == exit_codes.PREEMPTED for r in ranks)
-            stopped = (rank.code in (exit_codes.FINISHED, exit_codes.PREEMPTED)
-                       or (stop_signal is not None and early))
+            stopped = rank.completed(stop_signal is not None) or (stop_signal is not None and early)
             if not stopped and failure is None and not (overdue or abrupt or failed_elsewhere):
                 failure = rank.failure()
                 deadline = _end_others(ranks, plan)
@@ -142,9 +141,11 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
             break
     name = signal.Signals(stop_signal).name if stop_signal is not None else None
     if failure is None and overdue:
-        late = next(rank for rank in ranks if rank.code == -signal.SIGKILL)
-        failure = Failure(late.rank, None, "SIGKILL", f"rank {late.rank} did not stop within {plan.grace_s:g} s of {name} "
-                          "and was killed", "raise run.grace_s if a checkpoint takes that long", None, False)
+        # The last rank may have ended by itself just before it was to be killed.
+        late = next((rank for rank in ranks if rank.code == -signal.SIGKILL), None)
+        if late is not None:
+            failure = Failure(late.rank, None, "SIGKILL", f"rank {late.rank} did not stop within {plan.grace_s:g} s of {name} "
+                              "and was killed", "raise run.grace_s if a checkpoint takes that long", None, False)
     if failure is not None:
         return Outcome("failed", failure, name, slowest)
     if failed_elsewhere:
@@ -156,14 +157,14 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
     return Outcome("finished" if finished else "preempted", None, name, slowest)
 
 
-def _cause_first(rank: Rank) -> tuple[bool, bool]:
+def _cause_first(rank: Rank) -> tuple[bool, bool, bool]:
     """Sort key for ranks that are found dead together: the likeliest cause first.
 
-    A rank that was killed by a signal, or that has reported an error, is likelier to be the cause than a rank that lost
+    A rank that left early, was killed by a signal, or has reported an error, is likelier to be the cause than a rank that lost
     another rank.
     """
     killed = rank.code is not None and rank.code < 0
-    return not killed, rank.error is None
+    return not rank.left_early(), not killed, rank.error is None
 
 
 def _end_others(ranks: list[Rank], plan: Plan) -> float:

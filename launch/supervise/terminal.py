@@ -243,8 +243,15 @@ class Progress:
         return True
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        if self.shown:
-            yield from self.draw(options.max_width - 1)  # the last column stays free: some terminals wrap there
+        if not self.shown:
+            return
+        from rich.segment import Segment
+
+        for part in self.draw(options.max_width - 1):  # the last column stays free: some terminals wrap there
+            segments = list(console.render(part, options))
+            yield from segments
+            # Without colours, rich draws no rest of a bar: the text after the bar would move with each step.
+            yield Segment(" " * ((getattr(part, "width", None) or 0) - sum(segment.cell_length for segment in segments)))
 
     def draw(self, width: int) -> list[Text | ProgressBar]:
         """Return the parts of the line, from left to right, in at most `width` cells."""
@@ -268,7 +275,8 @@ class Progress:
             _, label, value = parts[index]
             text.append(" " * gap if index else "").append(f"{label} " if label else "", style="dim").append(value)
             if index == 0 and total and room >= 0:
-                bar = ProgressBar(total=total, completed=self._event["step"], width=min(self.LEAST_BAR + room, 40))
+                bar = ProgressBar(total=total, completed=self._event["step"], width=min(self.LEAST_BAR + room, 40),
+                                  style="bright_black", complete_style="green", finished_style="green")
                 line += [text.append(" " * gap), bar]
                 text = Text(no_wrap=True, overflow="crop", end="")
         return [*line, text]

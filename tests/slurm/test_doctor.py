@@ -52,9 +52,9 @@ def test_jobs_that_sbatch_refuses(examine):
     (small, whole) = checks["sbatch"]
     assert small.what == "the smallest job: the time limit is 2-00:00:00; partition `main` allows 1-00:00:00"
     assert whole.what == "a whole node: SLURM refuses this job: Requested node configuration is not available"
-    assert "has 3 node(s) of 16 cores, 62 GiB and 8 GPU(s)" in whole.mend
+    assert "has 3 node(s) of 16 cores, 62 GiB and 8 GPU(s)" in whole.fix
     (refused, _) = examine(partition="man")["sbatch"]
-    assert refused.mend.startswith("did you mean sbatch.partition=main?")
+    assert refused.fix.startswith("did you mean sbatch.partition=main?")
 
 
 def test_nodes_that_take_no_jobs(slurm, examine):
@@ -74,7 +74,7 @@ def test_a_controller_that_does_not_answer(slurm, examine, monkeypatch, tmp_path
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     checks = list(doctor(load_cluster("here"), tmp_path / "runs", job=True))
     (failed,) = [check for check in checks if check.ok == "error"]
-    assert failed.name == "slurm" and failed.what.endswith("is DOWN") and failed.mend.startswith("SLURM's controller is down")
+    assert failed.name == "slurm" and failed.what.endswith("is DOWN") and failed.fix.startswith("SLURM's controller is down")
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_the_node_whose_torch_is_broken_is_named(examine, slurm_launch):
     assert job.ok == "error" and job.what == ("node n2: torch: rank 1: ImportError: libcudart.so.13: cannot open shared "
                                               "object file")
     (run,) = folder.glob("runs/doctor-*")
-    assert summary.what == "failed on n2" and f"launch explain {run}" in summary.mend
+    assert summary.what == "failed on n2" and f"launch explain {run}" in summary.fix
     status = slurm_launch("status", run)
     assert "failed" in status.stdout
 

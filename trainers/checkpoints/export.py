@@ -15,7 +15,7 @@ from pathlib import Path
 from trainers.checkpoints.manifest import STATE
 from trainers.checkpoints.tensor_files import Layout, Parts, write
 from trainers.contract.errors import UserError
-from trainers.contract.files import flush_folder, read_json, replace_json
+from trainers.contract.files import flush_folder, read_json, replace_json, temporary_path
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -132,7 +132,7 @@ def _shards(layouts: Mapping[str, Layout]) -> list[dict[str, Layout]]:
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """Give the path of a temporary file or folder that will replace `path`. On an error, delete the file or folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_path(path)
     try:
         yield temporary
     except BaseException:

@@ -52,6 +52,8 @@ class Cifar10(Task):
 
     def class_count(self) -> int:
         """Return the number of classes, without reading an image: `launch plan` counts a model's parameters without its data."""
+        if hasattr(self, "classes"):  # `data` was called
+            return len(self.classes)
         source = self.config.data.source
         if source in ("cifar10", "sample"):
             return 10

@@ -132,8 +132,7 @@ class Train(Section):
 
 def _listed(numbers: list[int], most: int = 12) -> str:
     """Return '1, 2 or 4': the last `most` numbers as a choice."""
-    shown = [str(n) for n in numbers[-most:]]
-    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " or " + shown[-1]
+    return either(numbers[-most:])
 
 
 class Optim(Section):
@@ -184,6 +183,20 @@ class Eval(Section):
     only: bool = Field(False, description="evaluate the weights of init.source once and do not train, as `launch eval` does")
 
 
+# Words in the names of metrics, by which values are better.
+LOWER = re.compile(r"(^|[^a-z])(loss|error|errors|err|perplexity|ppl|mse|rmse|mae|mape|msle|nll|bpc|wer|cer|ter|fid|kid|brier"
+                   r"|distance|divergence)([^a-z]|$)")
+HIGHER = re.compile(r"(^|[^a-z])(top\d*|acc|accuracy|f\d|bleu\d?|chrf\d?|rouge\w*|auc|auroc|auprc|ap|map|miou|iou|dice|r2|mcc"
+                    r"|kappa|precision|recall|score|reward|psnr|ssim|spearman|pearson|correlation)([^a-z]|$)")
+
+
+def better(metric: str) -> Literal["max", "min"] | None:
+    """Tell from a metric's name whether higher (max) or lower (min) values are better; None if the name does not tell."""
+    name = metric.lower().replace("_", " ")
+    lower, higher = LOWER.search(name) is not None, HIGHER.search(name) is not None
+    return None if lower == higher else "min" if lower else "max"
+
+
 class Checkpoint(Section):
     every: Every = Field(
         "epoch", description="when to save a checkpoint: a number of steps, `epoch` or `never`; the end is always saved"
@@ -197,7 +210,23 @@ class Checkpoint(Section):
         None, description="never delete a checkpoint whose step is a multiple of this number"
     )
     metric: str | None = Field(None, description="the evaluation metric that decides which checkpoints are best")
-    mode: Literal["max", "min"] = Field("max", description="max: higher values of `metric` are better; min: lower values are")
+    mode: Literal["max", "min"] | None = Field(
+        None, description="max: higher values of `metric` are better; min: lower values are; null: told from the metric's name"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tell_mode(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("mode") is not None or not isinstance(values.get("metric"), str):
+            return values
+        return {**values, "mode": better(values["metric"])}
+
+    @model_validator(mode="after")
+    def _mode_is_known(self) -> "Checkpoint":
+        if self.metric is not None and self.mode is None:
+            raise ValueError(f"checkpoint.mode must be max or min: the name `{self.metric}` does not tell whether higher or "
+                             "lower values are better")
+        return self
 
 
 class Wandb(Section):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from trainers.config.nearest import nearest_keys
 from trainers.contract.errors import UserError
+from trainers.contract.text import either
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -303,4 +304,4 @@ def _keys_of(section: str, known: Mapping[str, Any]) -> str | None:
 
 
 def _did_you_mean(words: list[str]) -> str | None:
-    return f"did you mean {' or '.join(f'`{word}`' for word in words)}?" if words else None
+    return f"did you mean {either(f'`{word}`' for word in words)}?" if words else None

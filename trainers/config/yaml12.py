@@ -99,7 +99,7 @@ class _Reader:
         self.text, self.name, self.flow = text, name, flow
         self.events = iter(YAML(typ="safe", pure=True).parse(text))
         self.lines: dict[Key, int] = {}
-        self.anchors: dict[str, Any] = {}
+        self.anchors: dict[str, tuple[Any, Key]] = {}  # the value of each anchor, and its place
         self.end = 0  # where the last value ends, in characters
 
     def document(self) -> Document:
@@ -122,7 +122,10 @@ class _Reader:
         if isinstance(event, events.AliasEvent):
             if event.anchor not in self.anchors:
                 raise self.error(event, f"`*{event.anchor}` refers to no anchor", "put text that starts with `*` in quotes")
-            return self.anchors[event.anchor]
+            anchored, source = self.anchors[event.anchor]
+            for key in [key for key in self.lines if key[:len(source)] == source]:
+                self.lines.setdefault((*place, *key[len(source):]), event.start_mark.line + 1)
+            return anchored
         tag = str(event.tag or "")
         if tag and not (tag in ("!", "tag:yaml.org,2002:str") and isinstance(event, events.ScalarEvent)):
             raise self.error(event, f"the tag `{tag}` is not supported", "put text that starts with `!` in quotes")
@@ -135,7 +138,7 @@ class _Reader:
             value = event.value if tag or event.style else scalar(event.value)
             self.end = event.end_mark.index
         if event.anchor:
-            self.anchors[event.anchor] = value
+            self.anchors[event.anchor] = value, place
         return value
 
     def sequence(self, place: Key) -> list[Any]:
@@ -150,6 +153,8 @@ class _Reader:
         while not isinstance(key := next(self.events), events.MappingEndEvent):
             if not isinstance(key, events.ScalarEvent):
                 raise self.error(key, "a key is a list, a mapping or an alias", "use text as the key")
+            if key.value == "<<" and not key.style:
+                raise self.error(key, "merge keys (`<<`) are not part of YAML 1.2", "write the keys out")
             inside = (*place, key.value)
             if key.value in values:
                 raise self.error(key, f"duplicate key `{key.value}`, first given in line {self.lines[inside]}",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,11 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_path(path: Path) -> Path:
+    """Return a name next to a file that no other process uses: another host may have a process with the same number."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace a file: write a temporary file next to it, flush, rename.
 
@@ -26,7 +33,7 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_path(path)
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)

@@ -33,14 +33,15 @@ VARIABLE = "LAUNCH_HEARTBEAT"
 STACKS = signal.SIGUSR1  # a READY rank that gets this signal writes the stacks of its threads to standard error
 
 # Fields of the memory, one int64 each.
-READY, BEATS, RESTING, SAVING, STEP, STEPS, WALL_NS, WORK_NS, DATA_NS = range(9)
+READY, BEATS, RESTING, SAVING, STEP, STEPS, WALL_NS, WORK_NS, DATA_NS, ENDED = range(10)
 # STEP:    the last step that was completed
 # STEPS:   number of steps that this process has completed; the times below are sums over these steps
 # WALL_NS: total time
 # WORK_NS: the part of WALL_NS in which the main thread computed, waited for a CPU, or slept while it made batches; in the rest
 #          it waited for other ranks. Meaningless where the main thread waits for a GPU, because that wait keeps the CPU busy
 # DATA_NS: the part of WALL_NS in which the main thread made batches
-BYTES = 8 * 9
+# ENDED:   1 once the rank has done its work and chosen its exit code itself
+BYTES = 8 * 10
 
 _page: memoryview | array = array("q", bytes(BYTES))
 _known: set[str] = set()      # kinds of work that this process has done before: nothing is left to compile for them
@@ -98,6 +99,11 @@ def done(kind: str) -> None:
 def rest() -> None:
     """Say that the work up to the next beat may take long."""
     _page[RESTING] = 1
+
+
+def end() -> None:
+    """Record that this rank ends as it should. The node process believes exit codes 0 and 75 only after this call."""
+    _page[ENDED] = 1
 
 
 @contextmanager

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+
+RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)  # torch puts it before each line of a rank's traceback
 
 
 def either(words: Iterable[object]) -> str:
@@ -11,18 +14,20 @@ def either(words: Iterable[object]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def last_traceback(text: str, more_lines: int = 0) -> str | None:
-    """Return the last Python traceback in a text, up to the line of its exception. Return None if there is no traceback.
+def last_traceback(text: str, to_end: bool = False) -> str | None:
+    """Return the last Python traceback in a text; None if there is none. torch's prefix of each line is removed.
 
     Args:
-        more_lines: how many lines to include after the exception's first line; a message may have several lines.
+        to_end: include everything after the traceback. The message of an exception may have many lines, and what a process
+            printed last may say more than the traceback. Otherwise the result ends with the first line of the message.
     """
-    start = text.rfind("Traceback (most recent call last)")
-    if start < 0:
+    lines = RANK_PREFIX.sub("", text).splitlines()
+    start = max((i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")), default=None)
+    if start is None:
         return None
-    lines = text[start:].splitlines()
+    lines = lines[start:]
     end = next((i for i, line in enumerate(lines) if i and not line.startswith(" ")), len(lines))
-    return "\n".join(lines[:end + 1 + more_lines])
+    return "\n".join(lines if to_end else lines[:end + 1])
 
 
 def number(value: float) -> str:

@@ -68,6 +68,9 @@ def _by_class(folder: Path) -> dict[str, list[Path]]:
         loose = "images but no class folders" if _names(folder, images=True) else "no class folders"
         raise UserError(f"{folder} holds {loose}", LAYOUT)
     for name, files in by_class.items():
+        if any("\ud800" <= char <= "\udfff" for char in name):
+            raise UserError(f"the name of the class folder {os.fsencode(name)!r} in {folder} is not valid UTF-8",
+                            "rename the folder")
         if not files:
             raise UserError(f"{folder / name} holds no images ({', '.join(sorted(ending[1:] for ending in ENDINGS))})",
                             f"remove the folder, or put the images of class `{name}` into it")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
-from typing import Callable, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from trainers.config.schema import RunConfig
 from trainers.contract import heartbeat
+from trainers.contract.errors import UserError
 from trainers.engine.batches.sampling import evaluation_shares, seed_noise
 from trainers.engine.precision import autocast
 from trainers.engine.stopping import Stopping
@@ -52,16 +54,45 @@ def evaluate(task: Task, models: Mapping[str, nn.Module], dataset: Dataset, conf
     return {name: _sum_over_ranks(total, world) / _sum_over_ranks(count, world) for name, (total, count) in sums.items()}
 
 
+def plain_metrics(reported: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics that a task reports as plain numbers. Single numbers of numpy and torch are converted.
+
+    Raises:
+        UserError: a metric is not one number, or its name is not text that a file can hold.
+    """
+    metrics: dict[str, float] = {}
+    for name, value in reported.items():
+        if not isinstance(name, str) or not name.isascii() and any("\ud800" <= char <= "\udfff" for char in name):
+            raise UserError(f"the task's `report` names a metric {name!r}, which is not valid text", "use text as the name")
+        try:
+            number = value.item() if hasattr(value, "item") else value
+        except (RuntimeError, ValueError):  # a tensor or an array with several values
+            number = None
+        if not isinstance(number, (int, float)):
+            raise UserError(f"the task's `report` returns `{name}` as {_described(value)}, but a metric must be one number",
+                            "return a number for each metric: float(x) or x.item()")
+        metrics[name] = number
+    return metrics
+
+
+def _described(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + (f" of shape {tuple(shape)}" if shape is not None else "")
+
+
 def draw_figures(task: Task, measured: Mapping[str, Tensor], figures: Path, note: Callable[[str, str], None]) -> None:
     """Let the task draw the pictures of an evaluation into the folder `figures`. Only one rank calls this.
 
-    A file system error does not end the run: `note(level, message)` then gets a warning.
+    An error here does not end the run, whose results are saved already: `note(level, message)` gets a warning.
     """
     try:
         figures.mkdir(exist_ok=True)
         task.report(measured, figures)
     except OSError as error:
-        note("warning", f"cannot write figures to {figures}: {error.strerror}")
+        note("warning", f"cannot write figures to {figures}: {error.strerror or error}")
+    except Exception as error:
+        traceback.print_exc()
+        note("warning", f"the task cannot draw its figures: {type(error).__name__}: {error}")
 
 
 def _to_float64(value: Tensor | int, device: torch.device) -> Tensor:

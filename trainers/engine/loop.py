@@ -18,7 +18,7 @@ from trainers.contract.errors import TrainingError, UserError
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
 from trainers.engine.batches.sampling import Shuffled
-from trainers.engine.evaluation import draw_figures, evaluate
+from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
 from trainers.engine.parallel.fragments import Fragment, check_no_unknown, fill, tied_names
 from trainers.engine.parallel.strategy import close_process_group, share_buffers
 from trainers.engine.saving.checkpoint import Checkpoints
@@ -221,7 +221,7 @@ class Loop:
             if measured is None:
                 return False
             heartbeat.rest()
-            self.metrics = self.task.report(measured, None)
+            self.metrics = plain_metrics(self.task.report(measured, None))
             self.measured = measured
             self.tracker.evaluation(self.step, self.total, self.metrics)
             self._compare_with_best()

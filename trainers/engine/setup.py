@@ -52,7 +52,7 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
         set_deterministic(train.compile)
     strategy = make_strategy(world, placed or config)
     stopping = Stopping(world)
-    train_set, eval_set = task.data(world)
+    train_set, eval_set = _data_of(task, world)
     torch.manual_seed(derive_seed(train.seed, "models"))
     models = task.models()
     before_placement(models)
@@ -64,3 +64,21 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
                         "train.checkpoint_activations=false")
     return Setup(strategy, stopping, train_set, eval_set, {name: strategy.place(model) for name, model in models.items()},
                  tensors, parameters)
+
+
+def _data_of(task: Task, world: World) -> tuple[Dataset, Dataset | None]:
+    """Return the task's training set and evaluation set. Raises: UserError: they are not what the loop needs."""
+    advice = 'see `Dataset` in trainers/engine/task.py, and README, "A task of your own"'
+    sets = task.data(world)
+    if not isinstance(sets, tuple) or len(sets) != 2:
+        raise UserError(f"the task's `data` returns a {type(sets).__name__}, but must return (training set, evaluation set or "
+                        "None)", advice)
+    for name, dataset in zip(("training", "evaluation"), sets):
+        if dataset is None and name == "evaluation":
+            continue
+        if missing := [method for method in ("__len__", "batch") if not hasattr(dataset, method)]:
+            raise UserError(f"the {name} set is a {type(dataset).__name__} without the method `{missing[0]}`: the loop asks a "
+                            "data set for whole micro-batches, `batch(share)`", advice)
+    if not len(sets[0]):
+        raise UserError("the training set is empty", "check `data`")
+    return sets

@@ -123,6 +123,9 @@ class Task:
     def model(self) -> nn.Module:
         """Return a new model on the CPU. Every rank calls this, after `data`.
 
+        `launch plan` calls this on torch's meta device and without `data`, to count parameters. If that raises an
+        AttributeError, KeyError, TypeError or RuntimeError, `launch plan` calls `data` first.
+
         Initialize the model from torch's global generator: the engine has seeded that generator with the run's seed, the
         same on every rank.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainers.config.schema import RunConfig
 from trainers.contract import heartbeat
-from trainers.contract.errors import TrainingError
+from trainers.contract.errors import TrainingError, UserError
 from trainers.engine.batches.sampling import Shuffled, seed_noise
 from trainers.engine.parallel.strategy import Strategy
 from trainers.engine.precision import LossScale, autocast
@@ -136,7 +136,12 @@ class UpdateRunner:
 
     def _loss(self, batch: Any) -> Loss:
         with autocast(self.config.train.precision, self.world.device):
-            return self.update.loss(self.models, batch)
+            loss = self.update.loss(self.models, batch)
+        if not isinstance(loss, Loss):
+            raise UserError(f"the loss of update `{self.update.name}` is a {type(loss).__name__}, but must be "
+                            "Loss(sum, count) of trainers.engine.task",
+                            "return Loss(the loss summed over all items, the number of items): README, \"A task of your own\"")
+        return loss
 
     def _clear_gradients(self) -> None:
         # Clear all models: the loss of this update may also depend on models that another update trains.

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from sklearn.base import BaseEstimator, is_classifier
 
+from trainers.contract.files import temporary_path
 from trainers.forest.equivalence import FORESTS
 
 FORMAT = 1
@@ -49,7 +50,7 @@ def save_forest(forest: BaseEstimator, path: Path, about: dict[str, Any] | None 
     arrays["begin"] = np.cumsum([0, *(tree.node_count for tree in trees)])
     if classes is not None:
         arrays["classes"] = classes
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
             # numpy's types take every keyword for `allow_pickle`.

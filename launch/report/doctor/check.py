@@ -15,14 +15,14 @@ class Check:
 
     name: str
     ok: Literal["ok", "warning", "error"]
-    what: str                # the finding
-    mend: str | None = None  # how to fix it
+    what: str               # the finding
+    fix: str | None = None  # what to do about it
 
 
 def line(check: Check) -> str:
     """A check as text for a person, with the fix on a second line."""
-    mend = f"\n{'':<21}{check.mend}" if check.mend and check.ok != "ok" else ""
-    return f"{check.ok:<9}{check.name:<12}{check.what}{mend}"
+    fix = f"\n{'':<21}{check.fix}" if check.fix and check.ok != "ok" else ""
+    return f"{check.ok:<9}{check.name:<12}{check.what}{fix}"
 
 
 def partitions_of(cluster: ClusterConfig) -> list[slurm.Partition]:

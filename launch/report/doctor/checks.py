@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shutil
 import socket
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from launch.cluster import slurm
 from launch.cluster.config import ClusterConfig
@@ -75,7 +74,7 @@ def doctor(cluster: ClusterConfig, runs: Path, job: bool = False, nodes: int | N
 def _software() -> Iterator[Check]:
     """Compare the installed packages with what launch needs. No package is imported: pip's records are read."""
     python, needs = requirements()
-    running = platform.python_version()
+    running = ".".join(map(str, sys.version_info[:3]))  # platform's "3.13.0+" of a source build is no version for packaging
     if running not in python:
         yield Check("Python", "error", f"{running}; {python} is needed", "install launch into a newer Python")
     installed = {need.name: _version(need.name) for need in needs}
@@ -114,8 +113,14 @@ def fits(version: str | None, need: Requirement) -> bool:
     """Whether an installed version meets a requirement. None, not installed, does not.
 
     A site's own build of a pre-release (2.11.0a0+site) counts as its release, because containers of sites hold such builds.
+    A version that is not one by Python's rules cannot be compared, and passes.
     """
-    return version is not None and need.specifier.contains(Version(version).base_version)
+    if version is None:
+        return False
+    try:
+        return need.specifier.contains(Version(version).base_version)
+    except InvalidVersion:
+        return True
 
 
 # The folder of runs
@@ -186,8 +191,8 @@ def _slurm(cluster: ClusterConfig, runs: Path) -> Iterator[Check]:
         controller = slurm.call("scontrol", "ping").strip().splitlines()[0]
         config = dict(re.findall(r"^(\S+)\s+= (.*?)\s*$", slurm.call("scontrol", "show", "config"), re.MULTILINE))
     except UserError as error:
-        mend = error.hint or "SLURM's controller is down, or this host cannot reach it: ask your site, or try again later"
-        yield Check("slurm", "error", error.message.partition(";")[0], mend)
+        fix = error.hint or "SLURM's controller is down, or this host cannot reach it: ask your site, or try again later"
+        yield Check("slurm", "error", error.message.partition(";")[0], fix)
         return
     yield Check("slurm", "ok", f"SLURM {config.get('SLURM_VERSION')}, cluster {config.get('ClusterName')}: {controller}")
     for check in (_partition, _sizes, _ends):

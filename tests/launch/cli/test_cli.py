@@ -92,6 +92,16 @@ def test_aliases_and_a_config_file_override_the_task(called: Called, folder: Pat
     assert (config.wandb.mode, config.train.strategy) == ("offline", "ddp")
 
 
+def test_a_tilde_is_expanded_where_the_shell_does_not(called: Called, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "over.yaml").write_text("train: {steps: 7}\n")
+    assert main(["my.yaml", "--runs=~/there", "--config=~/over.yaml"]) == 75
+    assert (called["runs"], called["spec"].config.train.steps) == (folder / "there", 7)
+    monkeypatch.setenv("LAUNCH_RUNS", "~/here")
+    assert main(["my.yaml"]) == 75
+    assert called["runs"] == folder / "here"
+
+
 def test_the_folder_of_runs_may_come_from_the_environment(called: Called, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAUNCH_RUNS", "there")
     assert main(["my.yaml"]) == 75
@@ -258,7 +268,7 @@ def test_doctor_prints_its_checks_and_fails_on_an_error(monkeypatch: pytest.Monk
     out = capsys.readouterr().out
     assert out.startswith(f"{found:<9}slurm       a finding\n") and ("a fix" in out) == (found != "ok")
     assert main(["doctor", "--json"]) == code
-    assert json.loads(capsys.readouterr().out) == [{"name": "slurm", "ok": found, "what": "a finding", "mend": "a fix"}]
+    assert json.loads(capsys.readouterr().out) == [{"name": "slurm", "ok": found, "what": "a finding", "fix": "a fix"}]
 
 
 def test_the_working_folder_shadows_nothing(launch, folder: Path) -> None:

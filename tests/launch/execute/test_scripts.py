@@ -255,3 +255,28 @@ def test_a_rank_that_saves_has_the_whole_grace_although_another_rank_is_gone(lau
     process.terminate()
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and "saved" in out
+
+
+def test_megabytes_without_a_line_end_become_a_short_error(launch):
+    script(launch.folder, "import sys\nsys.stderr.write('x' * 5_000_000)\nsys.stderr.flush()\nsys.exit(3)\n")
+    done = launch("work.py", "--procs", 1)
+    assert done.returncode == 1 and len(done.stderr) < 2_000
+    run = launch.run()
+    assert attempt(run, 1)["failure"]["message"].startswith("rank 0 ended with exit code 3: xxx")
+    assert len((run / "attempts/1/attempt.json").read_text()) < 3_000
+    assert log(run, 0).count("x") == 5_000_000, "the log has all of it"
+    assert len(launch("explain", run.name, "--json").stdout) < 20_000
+
+
+def test_what_a_script_prints_after_a_handled_traceback_is_kept_for_explain(launch):
+    script(launch.folder, "import os, traceback\ntry: raise ValueError('handled')\nexcept ValueError: traceback.print_exc()\n"
+           "for i in range(60): print('line', i)\nprint('CUDA error: uncorrectable ECC error', flush=True)\nos.abort()\n")
+    assert launch("work.py", "--procs", 1).returncode == 1
+    said = launch("explain", launch.run().name).stdout
+    assert "a GPU or its driver does not work properly" in said and "uncorrectable ECC error" in said
+
+
+def test_a_traceback_within_a_line_is_not_a_traceback(launch):
+    script(launch.folder, "import sys\nprint('log: caught Traceback (most recent call last): handled')\nsys.exit(2)\n")
+    assert launch("work.py", "--procs", 1).returncode == 2
+    assert attempt(launch.run(), 1)["failure"]["traceback"] is None

@@ -96,11 +96,19 @@ def test_a_later_layer_may_set_the_alternative_key(folder: Path) -> None:
 @pytest.mark.parametrize("environment, mode", [
     ({"WANDB_MODE": "online"}, "online"), ({"WANDB_MODE": "disabled"}, "off"), ({"WANDB_DISABLED": "true"}, "off"),
     ({"WANDB_DISABLED": "false"}, "offline"), ({"WANDB_MODE": "online", "WANDB_DISABLED": "1"}, "off"),
-    ({"WANDB_MODE": ""}, "offline"),
+    ({"WANDB_MODE": ""}, "offline"), ({"WANDB_MODE": "dryrun"}, "offline"), ({"WANDB_MODE": "run"}, "online"),
 ])
 def test_wandb_variables(folder: Path, environment: dict[str, str], mode: str) -> None:
     (folder / "my.yaml").write_text(TASK + "wandb: {mode: offline}\n")
     assert load(**environment).config.wandb.mode == mode
+
+
+def test_an_alias_of_a_mapping_is_a_value_like_any_other(folder: Path) -> None:
+    (folder / "my.yaml").write_text("task: trainers.engine.task:Task\ntrain: {steps: 3}\n"
+                                    "model: &same {a: 1, b: {c: 2}}\ndata: *same\n")
+    spec = load()
+    assert spec.config.data == spec.config.model == {"a": 1, "b": {"c": 2}}
+    assert spec.origins["data.b.c"] == "my.yaml:4"
 
 
 def test_a_word_for_data_is_its_source(folder: Path) -> None:

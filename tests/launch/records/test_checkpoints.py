@@ -63,7 +63,7 @@ def test_verify(paths, capsys):
     capsys.readouterr()
     assert main(["checkpoint", "verify", "r-1", "--step", "31"]) == 2
     assert capsys.readouterr().err == ("error: `r-1` has no checkpoint of step 31\n"
-                                       "hint: give one of step 10, step 20, step 30, step 40, step 50\n")
+                                       "hint: the run has step 10, step 20, step 30, step 40, step 50\n")
 
 
 def test_prune_follows_the_runs_own_retention(paths, capsys):

@@ -117,7 +117,7 @@ def test_if_the_best_is_broken_the_next_best_is_taken_with_a_warning(paths, caps
 
 def test_errors(paths, capsys):
     for words, problem in [
-        (["--step", "11"], "error: `r-1` has no checkpoint of step 11\nhint: give one of step 10, step 20, step 30\n"),
+        (["--step", "11"], "error: `r-1` has no checkpoint of step 11\nhint: the run has step 10, step 20, step 30\n"),
         (["--step", "worst"], "error: `worst` is not a checkpoint of a run\nhint: give `newest`, `best` or a step: step 10, "),
         (["--to", "onnx"], "error: `--to`: 'onnx' is not one of"),
         (["-o", "runs/r-1/run.json/x"], r"error: cannot write `.*/run.json/x/model.safetensors`: Not a directory\nhint: use -o"),

@@ -20,7 +20,7 @@ from launch.records.run import read_run
 from launch.records.state import state_of
 from launch.report.tables import details, table
 from trainers.contract.errors import UserError
-from trainers.contract.files import replace_json
+from trainers.contract.files import read_json, replace_json
 from trainers.contract.paths import RunPaths
 
 LAST = {"rank": 1, "exit_code": None, "signal": "SIGKILL", "message": "killed", "hint": "was memory short?",
@@ -245,6 +245,36 @@ def test_cancel_refuses_runs_that_are_not_running_on_this_host(tmp_path, gone):
         with pytest.raises(UserError, match=message):
             cancel(runs.find_run(tmp_path, id))
         assert not (tmp_path / id / "attempts").exists()
+
+
+def test_a_cancel_that_fails_leaves_no_marker_of_a_cancellation(tmp_path, monkeypatch, node):
+    """With the marker, the run's next stop, at a time limit for example, would count as a cancellation."""
+    on_cluster = make_run(tmp_path, "far", state="running", attempt=2, job=job_at("7"))
+    make_attempt(on_cluster, 2)
+    replace_json(on_cluster.attempt_record(2), {**read_json(on_cluster.attempt_record(2)), "outcome": "running"})
+
+    def refuse(ids, signal=None):
+        if list(ids):
+            raise UserError("`scancel` failed")
+
+    monkeypatch.setattr(slurm, "queue", lambda ids=None: {"7": queued("7", "RUNNING")})
+    monkeypatch.setattr(slurm, "cancel", refuse)
+    with pytest.raises(UserError, match="scancel"):
+        cancel(runs.find_run(tmp_path, "far"))
+    assert not on_cluster.cancellation(2).exists() and read_run(on_cluster.root).record["state"] == "running"
+
+    local = make_run(tmp_path, "near", state="running", attempt=2)
+    make_attempt(local, 2)
+    process = node(local, "deaf")
+    replace_json(local.record, {**read_run(local.root).record, "job": job_of(process.pid)})
+
+    def forbid(pid, number):
+        raise PermissionError
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="belongs to another user"):
+        patch.setattr(os, "kill", forbid)
+        cancel(runs.find_run(tmp_path, "near"))
+    assert not local.cancellation(2).exists()
 
 
 def test_the_table_fits_and_is_aligned(tmp_path):

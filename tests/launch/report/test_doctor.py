@@ -33,6 +33,7 @@ def examine(cluster=None, runs=Path("runs"), **options) -> dict[str, list[Check]
     ("2.11.0", ">=2.11", True), ("2.11.0+cu128", ">=2.11", True), ("2.11.0a0+gitdeadbee", ">=2.11", True),
     ("2.9.1", ">=2.11", False), ("1.5.4", ">=1.5,<2", True), ("2.0", ">=1.5,<2", False), ("10", ">=8", True),
     ("3.11.7", ">=3.11", True), ("1.2", "", True), ("1.2", "!=1.2", False), ("1.2.0", "==1.2", True),
+    ("our-own-build", ">=2", True),
 ])
 def test_whether_a_version_meets_a_requirement(version, versions, fitting):
     assert fits(version, Requirement(f"torch{versions}")) is fitting
@@ -53,7 +54,7 @@ def test_a_missing_or_old_package_is_an_error(monkeypatch, tmp_path):
     old, missing = examine(runs=tmp_path)["packages"]
     assert old.ok == missing.ok == "error"
     assert old.what.startswith("click 8") and old.what.endswith("; <100,>=99 is needed")
-    assert missing.what == "no-such-package is not installed; >=1 is needed" and "'no-such-package>=1'" in missing.mend
+    assert missing.what == "no-such-package is not installed; >=1 is needed" and "'no-such-package>=1'" in missing.fix
 
 
 # --- the folder of runs
@@ -97,7 +98,7 @@ def test_no_file_is_left_in_the_folder_of_runs(tmp_path):
 def test_little_free_space_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ROOM_BYTES", 2**60)
     (check,) = examine(runs=tmp_path)["runs"]
-    assert check.ok == "warning" and check.mend.startswith("free some space")
+    assert check.ok == "warning" and check.fix.startswith("free some space")
 
 
 # --- a cluster
@@ -119,12 +120,12 @@ def test_the_python_of_a_container_is_not_checked(tmp_path, monkeypatch):
     assert [check.what.partition(",")[0] for check in examine(cluster, tmp_path)["shared"]] == ["the folder of runs"]
 
 
-@pytest.mark.parametrize("slowest, ok, mend", [
+@pytest.mark.parametrize("slowest, ok, fix", [
     (None, "ok", None), (12.0, "ok", None), (25.0, "warning", "lower checkpoint.every"), (70.0, "warning", "grace_s: 210"),
 ])
-def test_the_grace_is_compared_with_the_slowest_checkpoint(slowest, ok, mend):
+def test_the_grace_is_compared_with_the_slowest_checkpoint(slowest, ok, fix):
     check = grace(60.0, 20.0, slowest and (slowest, "bert-1"))
-    assert check.ok == ok and (mend is None or mend in check.mend)
+    assert check.ok == ok and (fix is None or fix in check.fix)
     assert "run.grace_s is 60 s; a preempted job is killed after 20 s" in check.what
 
 
@@ -167,7 +168,7 @@ def test_the_trial_names_the_probe_that_failed(tmp_path, monkeypatch):
     check, summary = examine(runs=tmp_path / "runs", job=True)["job"]
     assert check.ok == "error" and ": torch: rank 0: ImportError: not for this CPU" in check.what
     (run,) = (tmp_path / "runs").iterdir()
-    assert summary.mend == f"`launch explain {run}` shows more"
+    assert summary.fix == f"`launch explain {run}` shows more"
 
 
 def test_a_check_as_text():

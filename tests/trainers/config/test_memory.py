@@ -8,6 +8,7 @@ from trainers.cifar10.config import Cifar10Config, Data, Model
 from trainers.config.counts import Counts
 from trainers.config.memory import expected
 from trainers.config.schema import RunConfig
+from trainers.contract.errors import UserError
 
 SENTENCES = str(Path(__file__).parents[2] / "sentences")
 P = 10**9
@@ -76,6 +77,25 @@ def test_counts_on_the_meta_device_equal_those_of_real_models(model, tmp_path):
     config = Cifar10Config(name="run", task="module:Task", train={"steps": 1}, model=Model(**model), data=data)
     world = World(0, 1, 0, 1, torch.device("cpu"))
     assert count_task(Cifar10(config), world) == count({"model": make_model(Model(**model), 10, 32)})
+
+
+@pytest.mark.parametrize("error", [UserError("no such architecture"), NameError("name 'nn' is not defined")])
+def test_a_model_that_is_wrong_is_an_error_before_any_data_is_read(error):
+    import torch
+
+    from trainers.engine.task import Task
+    from trainers.engine.world import World
+    from trainers.probe import count_task
+
+    class Wrong(Task):
+        def data(self, world):
+            pytest.fail("data was read")
+
+        def model(self):
+            raise error
+
+    with pytest.raises(type(error)):
+        count_task(Wrong(RunConfig(name="run", task="module:Task", train={"steps": 1})), World(0, 1, 0, 1, torch.device("cpu")))
 
 
 def test_a_model_that_needs_the_data_is_counted_with_it():

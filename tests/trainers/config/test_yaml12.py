@@ -71,7 +71,7 @@ def test_lines_are_recorded_and_anchors_resolved() -> None:
     assert document.value == {"a": {"b": 1, "c": "5"}, "d": [{"b": 1, "c": "5"}]}
     assert document.lines["a", "b"] == 2
     assert document.lines["a", "c"] == 3
-    assert document.lines["d", 0] == 5
+    assert document.lines["d", 0] == document.lines["d", 0, "b"] == document.lines["d", 0, "c"] == 5
 
 
 @pytest.mark.parametrize("text, message", {
@@ -80,6 +80,7 @@ def test_lines_are_recorded_and_anchors_resolved() -> None:
     "a: 1\nb: 2\na: 3": "f.yaml:3: duplicate key `a`, first given in line 1",
     "a: 1\nb: {c: 1, c: 2}": "f.yaml:2: duplicate key `c`",
     "a: 1\nb: *c": "f.yaml:2: `*c` refers to no anchor",
+    "a: &x {b: 1}\nc:\n  <<: *x": "f.yaml:3: merge keys (`<<`) are not part of YAML 1.2",
     "a: &x [*x]": "f.yaml:1: `*x` refers to no anchor",
     "a: !!python/object:os.system x": "f.yaml:1: the tag `tag:yaml.org,2002:python/object:os.system` is not supported",
     "a: 1\nb: \x07": "f.yaml:2: YAML does not allow the character 0x7",

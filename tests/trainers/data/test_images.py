@@ -280,6 +280,13 @@ def test_bad_folders_are_refused_by_name(tmp_path, make, message):
     assert error.value.hint and len(str(error.value).splitlines()) == 2
 
 
+def test_a_class_folder_whose_name_is_not_utf8_is_refused_at_the_start(tmp_path):
+    flat(tmp_path / "set")
+    os.rename(os.fsencode(tmp_path / "set/bee"), os.fsencode(tmp_path / "set") + b"/caf\xe9")
+    with pytest.raises(UserError, match=r"the class folder b'caf\\xe9' in .* is not valid UTF-8"):
+        load_folder(tmp_path / "set", 8, 0.1, ONE)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_an_unreadable_folder_is_refused(tmp_path):
     (flat(tmp_path) / "ant").chmod(0)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trainers.config.schema import Optim, RunConfig, Train
-from trainers.contract.errors import TrainingError
+from trainers.contract.errors import TrainingError, UserError
 from trainers.engine.parallel.ddp import Ddp
 from trainers.engine.precision import LossScale
 from trainers.engine.task import Loss, Update
@@ -162,3 +162,9 @@ def test_a_parameter_may_get_its_first_gradient_after_others():
         sgd.step()
     for ours, theirs in zip(heads.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_loss_that_is_not_a_loss_is_refused_and_named():
+    update = Update("critic", trains="model", loss=lambda models, batch: token_loss(models, batch).sum)
+    with pytest.raises(UserError, match=r"the loss of update `critic` is a Tensor, but must be Loss\(sum, count\)"):
+        make_runner(update).take_step(0, 5)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from trainers.contract import events
+from trainers.contract.files import temporary_path
 from trainers.contract.paths import RunPaths
 from trainers.engine.task import Task
 
@@ -23,7 +24,7 @@ def describe(task: Task, models: Mapping[str, nn.Module], paths: RunPaths) -> No
     final = paths.descriptions
     if final.exists():
         return
-    tmp = final.with_name(f".{final.name}.{os.getpid()}")
+    tmp = temporary_path(final)
     try:
         for name, model in models.items():
             folder = tmp / name

@@ -1,0 +1,26 @@
+"""What the schema computes from what a spec says."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from trainers.config.schema import Checkpoint, better
+
+
+@pytest.mark.parametrize("metric, mode", {
+    "loss": "min", "eval_loss": "min", "valid/loss": "min", "perplexity": "min", "wer": "min", "rmse": "min", "fid": "min",
+    "top1": "max", "top5": "max", "accuracy": "max", "macro_f1": "max", "bleu": "max", "chrf2": "max", "r2": "max", "auc": "max",
+    "mIoU": "max", "class/ship": None, "speed": None, "closeness": None, "mapping": None, "loss_accuracy": None,
+}.items())
+def test_the_name_of_a_metric_tells_which_values_are_better(metric, mode):
+    assert better(metric) == mode
+
+
+def test_the_mode_follows_the_metric_unless_the_spec_gives_it():
+    assert Checkpoint(metric="loss").mode == "min" and Checkpoint(metric="top1").mode == "max"
+    assert Checkpoint(metric="loss", mode="max").mode == "max"
+    assert Checkpoint(metric="closeness", mode="min").mode == "min"
+    assert Checkpoint().mode is None
+    with pytest.raises(ValidationError, match="checkpoint.mode must be max or min: the name `closeness` does not tell"):
+        Checkpoint(metric="closeness")
