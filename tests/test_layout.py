@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -153,7 +155,9 @@ def test_no_task_imports_another() -> None:
 def loaded_by(code: str) -> set[str]:
     """The top names of all modules that are loaded when some code has run."""
     report = "import sys; print('loaded:', *{name.partition('.')[0] for name in sys.modules})"
-    ran = subprocess.run([sys.executable, "-P", "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
+    with tempfile.TemporaryDirectory() as folder:  # without runs: a table of runs needs more
+        ran = subprocess.run([sys.executable, "-P", "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True,
+                             cwd=folder, env={key: value for key, value in os.environ.items() if key != "LAUNCH_RUNS"})
     return set(ran.stdout.splitlines()[-1].removeprefix("loaded: ").split())
 
 

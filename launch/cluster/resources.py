@@ -134,7 +134,10 @@ def slurm_resources(cluster: ClusterConfig, wanted: Wanted) -> Resources:
     """
     gpus, procs, nodes = wanted.gpus, wanted.procs, wanted.nodes
     option, per_node = ("gpus", cluster.gpus_per_node) if procs is None else ("procs", None)
-    if procs is None and gpus is None and not cluster.gpus_per_node and cluster.device == "cpu":
+    if procs is None and not cluster.gpus_per_node and cluster.device == "cpu":
+        if gpus is not None:
+            raise UserError(f"--gpus {gpus}: cluster `{cluster.name}` has no GPUs (its file says `device: cpu`)",
+                            f"use --procs {gpus}, or set `gpus_per_node` in the file")
         option = "procs"
     if option == "procs" and cluster.cpus_per_node:
         per_node = cluster.cpus_per_node // cluster.cpus_per_rank

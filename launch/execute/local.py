@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bdb
 import importlib
 import json as jsonlib
 import os
@@ -233,10 +234,12 @@ def _debug(plan: Plan, paths: RunPaths, view: View) -> int:
             trace = None
             try:
                 code = _in_process(plan)
-            except BaseException as error:
+            except (bdb.BdbQuit, KeyboardInterrupt):  # `q` in the debugger, or Ctrl-C
+                code = exit_codes.KILLED
+            except BaseException:
                 trace = traceback.format_exc()
                 print(trace, file=sys.stderr, end="")
-                code = exit_codes.KILLED if isinstance(error, KeyboardInterrupt) else exit_codes.FAILED
+                code = exit_codes.FAILED
         kind = next((kind for kind, known in EXIT_CODES.items() if known == code), None)
         if kind is None or kind == "failed":
             message = trace.splitlines()[-1] if trace else f"ended with exit code {code}"

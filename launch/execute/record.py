@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from launch.supervise.terminal import View
 from trainers.contract import exit_codes
 from trainers.contract.clock import utc_now
 from trainers.contract.errors import UserError
-from trainers.contract.files import read_json, replace_json, replace_text, update_json
+from trainers.contract.files import read_json, replace_json, replace_text, temporary_path, update_json
 from trainers.contract.paths import RunPaths
 
 # By how an attempt ended: the state of the run, and the command's exit code.
@@ -76,37 +75,45 @@ def next_attempt(paths: RunPaths) -> int:
     return max(paths.attempt_numbers(), default=0) + 1
 
 
-def runs_here(paths: RunPaths, number: int, patience_s: float = 2.0) -> bool:
-    """Whether a process of this host is running this attempt.
-
-    Waits up to `patience_s` for the attempt's record: a process writes it a moment after it has taken the attempt.
-    """
-    end = time.monotonic() + patience_s
-    while True:
+def runs_here(paths: RunPaths, number: int) -> bool:
+    """Whether a process of this host runs this attempt, or has taken the attempt and is about to write its record."""
+    try:
+        attempt = read_json(paths.attempt_record(number))
+        process, started = attempt, attempt["process_started"]
+        if attempt["outcome"] != "running":
+            return False
+    except (OSError, ValueError):
         try:
-            attempt = read_json(paths.attempt_record(number))
-            break
+            process = read_json(paths.attempt_owner(number))
         except (OSError, ValueError):
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.02)
-    return (attempt["outcome"] == "running" and attempt["host"] == socket.gethostname()
-            and alive(attempt["pid"], attempt["process_started"]))
+            return False
+        started = process["started"]
+    return process["host"] == socket.gethostname() and alive(process["pid"], started)
 
 
 def take_attempt(paths: RunPaths, number: int) -> None:
     """Claim an attempt by making its folder. Of two processes that try, one succeeds.
 
+    The folder appears with the name of its owner in it, so that another process can tell from the first moment on whether the
+    owner is alive: the attempt's record follows only after the plan is made, which may take seconds on a busy machine.
+
     Raises:
         UserError: another process has taken the attempt, or the folder cannot be made.
     """
+    target = paths.attempt(number)
+    prepared = temporary_path(target)
     try:
-        paths.attempt(number).mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"attempt {number} of {paths.id} has just been started by another process",
-                        f"see `launch status {paths.id}`") from None
+        prepared.mkdir(parents=True)
+        replace_json(prepared / paths.attempt_owner(number).name, {**this_process(), "started": identity(os.getpid())})
+        if target.exists():
+            raise FileExistsError
+        os.rename(prepared, target)  # fails if another process's folder is there: that folder is not empty
     except OSError as error:
-        raise UserError(f"{paths.attempt(number)} cannot be made: {error.strerror}", "make room there") from error
+        shutil.rmtree(prepared, ignore_errors=True)
+        if target.exists():
+            raise UserError(f"attempt {number} of {paths.id} has just been started by another process",
+                            f"see `launch status {paths.id}`") from None
+        raise UserError(f"{target} cannot be made: {error.strerror}", "make room there") from error
 
 
 def never_started(paths: RunPaths, number: int, failure: Failure, **more: Any) -> None:

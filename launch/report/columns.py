@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
 
 
 def columns(rows: Sequence[tuple[str, ...]], width: int | None = None) -> str:
-    """The rows as lines with aligned columns, each line cut at `width` cells (None: the width of the terminal)."""
+    """The rows as lines with aligned columns, each line cut at `width` cells.
+
+    Without `width`, lines are cut at $COLUMNS or at the width of the terminal. Output to a file or a pipe is not cut.
+    """
+    if width is None and "COLUMNS" not in os.environ and not sys.stdout.isatty():
+        width = sys.maxsize
     width = width or shutil.get_terminal_size().columns
     widths = [max(map(cell_len, column)) for column in zip(*rows)]
     return "\n".join(cut("  ".join(map(set_cell_size, row, widths)).rstrip(), width) for row in rows)

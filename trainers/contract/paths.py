@@ -117,6 +117,10 @@ class RunPaths:
     def attempt(self, number: int) -> Path:
         return self.attempts / str(number)
 
+    def attempt_owner(self, number: int) -> Path:
+        """The process that has taken this attempt: host, pid, and the start of the process."""
+        return self.attempt(number) / "owner.json"
+
     def attempt_record(self, number: int) -> Path:
         """The attempt's record: who ran the attempt, on what, and how it ended."""
         return self.attempt(number) / "attempt.json"

@@ -67,3 +67,10 @@ def test_a_run_that_does_not_fit_is_refused(cluster, wanted, message):
     with pytest.raises(UserError) as error:
         resources(cluster, **wanted)
     assert message in str(error.value)
+
+
+def test_gpus_on_a_cluster_without_gpus_are_refused():
+    with pytest.raises(UserError, match=r"--gpus 2: cluster `lab` has no GPUs \(its file says `device: cpu`\)") as error:
+        resources({"device": "cpu"}, gpus=2)
+    assert error.value.hint == "use --procs 2, or set `gpus_per_node` in the file"
+    assert resources({"device": "cpu"}, procs=2).device == "cpu" and resources(STAND_IN, gpus=2).gpus == 2

@@ -280,3 +280,10 @@ def test_a_traceback_within_a_line_is_not_a_traceback(launch):
     script(launch.folder, "import sys\nprint('log: caught Traceback (most recent call last): handled')\nsys.exit(2)\n")
     assert launch("work.py", "--procs", 1).returncode == 2
     assert attempt(launch.run(), 1)["failure"]["traceback"] is None
+
+
+def test_quitting_the_debugger_is_a_stop_without_a_traceback(launch):
+    script(launch.folder, "import bdb\nraise bdb.BdbQuit\n")
+    done = launch("work.py", "--debug")
+    assert done.returncode == 130 and "Traceback" not in done.stderr + done.stdout
+    assert record(launch.run())["state"] == "preempted"

@@ -93,7 +93,7 @@ def test_files_and_folders(paths, root, tmp_path):
 def test_a_source_that_cannot_be_used_is_refused_with_the_reason(paths, root, tmp_path):
     assert "there is no run `blops`" in refused(root, "blops") and "did you mean blobs-1?" in refused(root, "blops")
     assert "`some/where` does not exist" in refused(root, "some/where")
-    assert "has no checkpoint of step 15\nhint: give one of step 10, step 20" in refused(root, "blobs-1@15")
+    assert "has no checkpoint of step 15\nhint: the run has step 10, step 20" in refused(root, "blobs-1@15")
     assert "`bets` is not a checkpoint of a run" in refused(root, "blobs-1@bets")
     assert "checkpoint of step 40 of `blobs-1` is broken: 0.safetensors has 7 bytes" in refused(root, "blobs-1@40")
     assert "is a part of a checkpoint" in refused(root, "runs/blobs-1/checkpoints/step_10/0.safetensors")
@@ -195,7 +195,7 @@ def test_settings_for_training_do_not_stop_an_evaluation(paths, root):
 
 @pytest.mark.parametrize("words, error, hint", [
     (["nope"], "there is no run `nope`", "see `launch runs`"),
-    (["blobs-1", "--step", "15"], "`blobs-1` has no checkpoint of step 15", "give one of step 10"),
+    (["blobs-1", "--step", "15"], "`blobs-1` has no checkpoint of step 15", "the run has step 10"),
     (["blobs-1", "--step", "last"], "`last` is not a checkpoint of a run", "give `newest`, `best` or a step"),
     (["blobs-1", "model.width=3"], "`model.width` cannot be overridden in an evaluation: the weights belong to the model",
      "override data.*, eval.*"),
