@@ -5,9 +5,9 @@
     runs/<sweep>/code/               one copy of the code for all runs
     runs/<sweep>-<i>/                the run of point i, from 0: an ordinary run
 
-Where jobs may not be requeued, the sweep is not an array: each run has its own chain of jobs. In a chain, the next job
-starts only if the job before it failed. Between arrays, SLURM has no such dependency for each pair of elements. An array can
-only wait for all of another array, or (aftercorr) let each element wait until the same element of the other array succeeds.
+Where jobs may not be requeued, the sweep is not an array: each run has its own chain of jobs. In a chain, a job starts
+only if all jobs before it failed. SLURM cannot make an element of an array wait until the same element of another array fails.
+An element can only wait for the whole other array, or (aftercorr) for the success of the same element.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def sync(run: Run, say: Callable[[str], Any] = print) -> int:
         raise UserError(f"there is no W&B API key for {server(os.environ)}",
                         "set WANDB_API_KEY, or type `wandb login`")
     command = [sys.executable, "-m", "wandb", "sync", "--id", run.record["id"], *map(str, waiting)]
-    # No standard input: wandb would use it to ask for another key if it does not accept the key, and wait.
+    # No standard input: if wandb does not accept the key, it would ask there for another key, and wait for an answer.
     code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
     return code or int(not all(map(_synced, waiting)))
 

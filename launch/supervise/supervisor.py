@@ -181,6 +181,7 @@ def _too_slow(checkpoint_s: float, plan: Plan, kill_wait_s: float | None) -> str
                 "save one, and would lose the steps since the last checkpoint: "
                 f"set run.grace_s={max(60, round(3 * checkpoint_s))} for runs like this")
     if kill_wait_s is not None and checkpoint_s > kill_wait_s:
-        return (f"a checkpoint took {checkpoint_s:.1f} s, but SLURM kills this job {kill_wait_s:g} s (KillWait) after it "
-                "preempts, requeues or cancels the job: with a lower checkpoint.every, fewer steps are lost")
+        return (f"a checkpoint took {checkpoint_s:.1f} s, but a job that SLURM preempts, requeues or cancels has only "
+                f"{kill_wait_s:g} s (KillWait) until SLURM kills the job, and would lose the steps since the last checkpoint: "
+                "set a lower checkpoint.every to lose fewer steps")
     return None

@@ -79,8 +79,9 @@ def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup
             # At the time limit the requeue is our task. Whoever sent SIGTERM has already decided what follows.
             requeue = state == "preempted" and outcome.signal == "SIGUSR2"
         set_flag(requeue_flag, requeue)
-        # The run is not over if its job will start again. After SIGTERM, SLURM decides about that, and its decision is not
-        # known here: if a retry may succeed and the cluster allows requeueing, assume that the job will start again.
+        # The run is not over if its job will start again, or if the next job of its chain will continue the run. After
+        # SIGTERM, SLURM decides whether the job starts again, and SLURM's decision is not known here: if a retry may succeed
+        # and the cluster allows requeueing, assume that the job will start again.
         if failure and state != "cancelled" and (requeue or retryable and "SIGTERM" in signals and submission.cluster.requeue):
             update_json(paths.record, state="preempted")
         if down and state == "preempted":

@@ -43,7 +43,7 @@ LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "vfat", "exfat",
 
 def doctor(cluster: ClusterConfig, runs: Path, job: bool = False, nodes: int | None = None,
            say: Callable[[str], object] = lambda text: None) -> Iterator[Check]:
-    """Check one after another what runs on this cluster need. Files that a check writes are removed at once.
+    """Check, one by one, the things that a run on this cluster needs. Files that a check writes are removed at once.
 
     Args:
         cluster: where runs will run.
@@ -74,7 +74,8 @@ def doctor(cluster: ClusterConfig, runs: Path, job: bool = False, nodes: int | N
 def _software() -> Iterator[Check]:
     """Compare the installed packages with what launch needs. No package is imported: pip's records are read."""
     python, needs = requirements()
-    running = ".".join(map(str, sys.version_info[:3]))  # platform's "3.13.0+" of a source build is no version for packaging
+    # Not platform's version: `packaging` does not understand the "3.13.0+" of a Python that was built from source.
+    running = ".".join(map(str, sys.version_info[:3]))
     if running not in python:
         yield Check("Python", "error", f"{running}; {python} is needed", "install launch into a newer Python")
     installed = {need.name: _version(need.name) for need in needs}
