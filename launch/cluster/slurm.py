@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -93,11 +92,6 @@ def environment(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     sbatch passes its environment on to the job.
     """
     return {key: value for key, value in env.items() if (value if key == "SLURM_CONF" else not DROPPED.match(key))}
-
-
-def available() -> bool:
-    """Return whether this host has SLURM's commands. They may still not reach a cluster."""
-    return shutil.which("squeue") is not None
 
 
 def call(*words: str, timeout_s: float = 30, check: bool = True, stdin: str | None = None) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 from launch.cluster.config import ClusterConfig, size_bytes
 from launch.cluster.resources import Resources, visible_gpus
-from launch.plan.plan import PARTS
 from launch.plan.spec import Spec
 from trainers.config.compatibility import OFFLOADS, ZERO, unsupported
 from trainers.config.counts import Counts
@@ -23,6 +22,8 @@ from trainers.contract.errors import UserError
 from trainers.contract.files import read_json
 from trainers.contract.text import size
 
+# The parts of a rank's memory, by the names that trainers/config/memory.py gives them.
+PARTS = ("parameters", "gradients", "optimizer", "buffers", "gathered")
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "zero3")  # in order of the data that ranks exchange, the least first
 USABLE = 0.9  # the part of a GPU's memory that a run can use; CUDA's context and unused allocator blocks take the rest
 

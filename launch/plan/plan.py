@@ -24,8 +24,6 @@ from trainers.contract.paths import RunPaths
 
 # SLURM's task variables describe the node process. Drop them: ranks get torchrun's variables instead.
 NODE_PROCESS_VARIABLES = re.compile(r"SLURM_(PROCID|LOCALID|NODEID|GTIDS|NTASKS\w*|NPROCS|TASKS_PER_NODE|STEP_\w+)$")
-# The parts of a rank's memory, by the names that trainers/config/memory.py gives them.
-PARTS = ("parameters", "gradients", "optimizer", "buffers", "gathered")
 
 
 @dataclass(frozen=True)
