@@ -7,6 +7,9 @@ from pathlib import Path
 
 
 def main() -> None:
+    from trainers.contract.streams import prepare_streams
+
+    prepare_streams()
     from launch.cli.main import main as run
 
     sys.exit(run())

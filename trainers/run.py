@@ -25,6 +25,7 @@ from trainers.contract import events, exit_codes, heartbeat
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import Stopped, hold, listen
+from trainers.contract.streams import prepare_streams
 from trainers.runner import Place, Runner
 
 
@@ -85,6 +86,7 @@ def main(argv: list[str]) -> int:
         print("usage: python -m trainers.run RUN_DIR", file=sys.stderr)
         return exit_codes.USER_ERROR
     attempt = os.environ.get("LAUNCH_ATTEMPT")
+    prepare_streams()
     heartbeat.start()
     try:
         code = run(RunPaths(Path(folder).absolute()), int(attempt) if attempt else None)

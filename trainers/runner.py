@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainers.config.schema import SearchConfig
 from trainers.contract import exit_codes
+from trainers.contract.cores import usable_cores
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 
@@ -39,7 +39,7 @@ class Place:
         if env.get("LAUNCH_DEBUG"):  # one core, and therefore no worker processes: breakpoint() works only in this process
             return cls(rank, size, 1)
         threads = env.get("OMP_NUM_THREADS", "")
-        return cls(rank, size, int(threads) if threads.isdigit() and int(threads) else len(os.sched_getaffinity(0)))
+        return cls(rank, size, int(threads) if threads.isdigit() and int(threads) else usable_cores())
 
 
 class Runner:

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cut = words.index("--")
         words, settings.script_args = words[:cut], words[cut + 1:]
     try:
+        _check_folder()
         code = cli.main(words or ["--help"], prog_name="launch", obj=settings, standalone_mode=False) or 0
         sys.stdout.flush()
         return code
@@ -55,6 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         hint = None if settings.verbose else "add --verbose to see the traceback"
         return _fail(UserError(f"{type(error).__name__}: {error}", hint), exit_codes.FAILED, settings.verbose)
+
+
+def _check_folder() -> None:
+    """Raise an error if the working folder was deleted. Every relative path, such as `./runs`, would fail without a reason."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError("the working folder no longer exists", "use `cd` to go to another folder") from error
 
 
 def _fail(error: UserError, code: int, verbose: bool) -> int:

@@ -19,6 +19,7 @@ import click
 from launch.cluster.resources import Wanted
 from launch.plan import spec as specs
 from trainers.contract.errors import UserError
+from trainers.contract.home import expanded
 from trainers.contract.text import either
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Folder(click.Path):
     """A path whose `~` is expanded: the shell expands none after `--runs=`, and nobody expands it in a variable."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(os.path.expanduser(value), param, ctx)
+        return super().convert(str(expanded(value)), param, ctx)
 
 
 def runs_option(command: Callable) -> Callable:
@@ -216,7 +217,7 @@ def load(context: click.Context, task: str, config: str | None, overrides: Seque
         UserError: the task or file does not exist, or the spec is wrong.
     """
     overrides = [*overrides, *(f"{ALIASES[name]}={text}" for name, text in aliases.items() if text is not None)]
-    config = config and os.path.expanduser(config)  # the shell expands no `~` after `--config=`
+    config = config and str(expanded(config))  # the shell expands no `~` after `--config=`
     if task not in specs.tasks() and not os.path.exists(task):
         raise no_such(task, list(specs.tasks()))
     if task in specs.tasks() or specs.is_spec(task):

@@ -15,6 +15,7 @@ from trainers.config import yaml12
 from trainers.config.schema import Section
 from trainers.config.spec import mapping, read_text, validate
 from trainers.contract.errors import UserError
+from trainers.contract.home import expanded
 
 BUILT_IN = Path(__file__).parents[2] / "cluster_configs"
 SLURM_RESTARTS = 3  # default of run.max_restarts on SLURM; a spec or a cluster file overrides it
@@ -32,7 +33,7 @@ def _time(text: str) -> str:
 
 
 def _path(text: str) -> str:
-    return os.path.expanduser(os.path.expandvars(text))
+    return str(expanded(os.path.expandvars(text)))
 
 
 Size = Annotated[str, AfterValidator(_size)]
@@ -99,8 +100,9 @@ def size_bytes(text: str) -> int:
 
 def folders(environment: Mapping[str, str] = os.environ) -> tuple[Path, Path]:
     """Return the folders of cluster files: the user's, which takes precedence, and the built-in one."""
+    # Where the home folder is not known, `~` stays: there is no such folder, and its name shows where it would be.
     home = environment.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(home).expanduser() / "launch" / "clusters", BUILT_IN
+    return Path(os.path.expanduser(home), "launch", "clusters"), BUILT_IN
 
 
 def clusters() -> dict[str, Path]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Mapping
 
+from trainers.contract.cores import usable_cores
 from trainers.contract.errors import UserError
 from trainers.contract.text import either
 
@@ -60,20 +64,36 @@ class Wanted:
         return self != Wanted()
 
 
-def visible_gpus(env: Mapping[str, str], dev: Path = Path("/dev")) -> int:
+def visible_gpus(env: Mapping[str, str], root: Path = Path("/")) -> int:
     """Return the number of GPUs of this machine that CUDA_VISIBLE_DEVICES does not hide."""
-    gpus = sum(1 for path in dev.glob("nvidia*") if path.name.removeprefix("nvidia").isdigit())
-    gpus = gpus or int((dev / "dxg").exists())  # Linux on Windows shows only whether there is a GPU
+    gpus = sum(1 for path in root.glob("dev/nvidia*") if path.name.removeprefix("nvidia").isdigit())
+    gpus = gpus or int((root / "dev/dxg").exists())  # Linux on Windows shows only whether there is a GPU
     mask = env.get("CUDA_VISIBLE_DEVICES")
     if mask is None:
         return gpus
-    listed = 0
-    for entry in mask.split(","):
-        entry = entry.strip()
-        if not entry or entry.startswith("-"):  # CUDA stops at the first invalid entry
-            break
-        listed += 1
-    return min(gpus, listed) if not mask.startswith("MIG") else listed * bool(gpus)
+    if mask.startswith("MIG-"):  # a GPU may be divided into several MIG devices
+        return _listed(mask, lambda entry: entry if entry.startswith("MIG-") else None) if gpus else 0
+    if mask.startswith("GPU-"):
+        uuids = _uuids(root)
+        return min(gpus, _listed(mask, lambda entry: entry if any(uuid.startswith(entry) for uuid in uuids or [entry]) else None))
+    return _listed(mask, lambda entry: int(entry) if entry.isdecimal() and int(entry) < gpus else None)
+
+
+def _listed(mask: str, device: Callable[[str], str | int | None]) -> int:
+    """Return how many devices CUDA takes from CUDA_VISIBLE_DEVICES: all up to the first that does not exist; none if one repeats.
+
+    Args:
+        device: returns the device that an entry names, or None if it does not exist.
+    """
+    found = list(takewhile(lambda item: item is not None, (device(entry.strip()) for entry in mask.split(","))))
+    return len(found) if len(set(found)) == len(found) else 0
+
+
+def _uuids(root: Path) -> list[str]:
+    """Return the UUIDs of this machine's GPUs; an empty list if NVIDIA's driver does not tell all of them."""
+    texts = [file.read_text(errors="replace") for file in root.glob("proc/driver/nvidia/gpus/*/information")]
+    uuids = [match[1] for text in texts if (match := re.search(r"GPU UUID:\s*(GPU-[0-9a-f-]+)$", text, re.MULTILINE))]
+    return uuids if len(uuids) == len(texts) else []
 
 
 def resources_of(config: TaskConfig | ScriptConfig, cluster: ClusterConfig, wanted: Wanted, threads: int | None = None
@@ -225,4 +245,4 @@ def _fewest_nodes(count: int, per_node: int) -> int:
 def _threads(ranks: int, env: Mapping[str, str]) -> int:
     """Return the CPU threads of each of `ranks` ranks: OMP_NUM_THREADS, or the rank's share of this machine's cores."""
     threads = env.get("OMP_NUM_THREADS", "")
-    return int(threads) if threads.isdigit() and int(threads) else max(1, len(os.sched_getaffinity(0)) // ranks)
+    return int(threads) if threads.isdigit() and int(threads) else max(1, usable_cores() // ranks)

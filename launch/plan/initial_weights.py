@@ -16,6 +16,7 @@ from launch.records.run import read_run
 from trainers.checkpoints import manifest
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json
+from trainers.contract.home import expanded
 from trainers.contract.paths import RunPaths
 
 HINT = "give a run (RUN, RUN@best, RUN@STEP), a checkpoint folder, or a safetensors file or folder"
@@ -45,7 +46,7 @@ def find_weights(word: str, root: Path) -> Weights:
     Raises:
         UserError: there are no such weights, or they cannot be used.
     """
-    path = Path(word).expanduser()
+    path = expanded(word)
     is_run_id = os.sep not in word and (root / word).is_dir()
     if path.exists() and not is_run_id and not RunPaths(path).record.exists():
         return _weights_at(path.absolute())
@@ -53,9 +54,9 @@ def find_weights(word: str, root: Path) -> Weights:
     which: str | None = None
     if "@" in word and not path.exists():
         name, _, which = word.rpartition("@")
-    if os.sep in name and not Path(name).expanduser().exists():
+    if os.sep in name and not expanded(name).exists():
         raise UserError(f"`{name}` does not exist, so its weights cannot be loaded (`init.source`)", HINT)
-    run = find_run(root, str(Path(name).expanduser()) if os.sep in name else name)
+    run = find_run(root, str(expanded(name)) if os.sep in name else name)
     return weights_of(run.paths, which)
 
 

@@ -63,9 +63,9 @@ def has_key(env: Mapping[str, str] = os.environ) -> bool:
         return True
     names = [env["NETRC"]] if env.get("NETRC") else ["~/.netrc", "~/_netrc"]
     host = urlsplit(server(env)).netloc
-    for file in (Path(name).expanduser() for name in names):
+    for name in names:
         try:
-            credentials = netrc.netrc(file).authenticators(host)
+            credentials = netrc.netrc(os.path.expanduser(name)).authenticators(host)
         except (OSError, netrc.NetrcParseError):
             continue
         if credentials and credentials[2]:  # (login, account, password)
@@ -77,7 +77,7 @@ def server(env: Mapping[str, str]) -> str:
     """Return the URL of the W&B server: WANDB_BASE_URL, the one that `wandb login --host` has saved, or the public one."""
     settings = ConfigParser(interpolation=None)
     try:
-        settings.read(Path(env.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings")
+        settings.read(Path(os.path.expanduser(env.get("WANDB_CONFIG_DIR", "~/.config/wandb")), "settings"))
     except (ConfigError, OSError, UnicodeDecodeError):
         pass
     url: str = settings.get("default", "base_url", fallback="https://api.wandb.ai")

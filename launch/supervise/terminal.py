@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from trainers.contract.events import line as plain_line
 from trainers.contract.events import speed
+from trainers.contract.streams import take_any_text
 from trainers.contract.text import duration, number
 
 if TYPE_CHECKING:  # rich is imported only when something is drawn
@@ -59,14 +60,13 @@ def make_view(json: bool, stream: IO[str] | None = None, ranks: bool = True) -> 
 
 
 class Outlet:
-    """A stream that drops its output once the reader is gone, and writes `?` for characters that it cannot encode."""
+    """A stream that drops its output once the reader is gone, and takes characters that it cannot encode."""
 
     def __init__(self, stream: IO[str]):
         self._stream = stream
         self._gone = False
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+        take_any_text(stream)
 
     def write(self, text: str) -> int:
         if not self._gone:

@@ -14,6 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from trainers.config.schema import Fraction, RunConfig, Section
 from trainers.contract.errors import UserError
+from trainers.contract.home import downloads, expanded
 from trainers.contract.text import either
 
 OWN_MODELS = ("vgg", "resnet18")
@@ -54,7 +55,7 @@ class Data(Section):
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
         # Paths become absolute here, because a rank may have another working directory.
-        return value if value in (None, "cifar10", "sample") else os.path.abspath(os.path.expanduser(value))
+        return value if value in (None, "cifar10", "sample") else os.path.abspath(expanded(value))
 
     @model_validator(mode="after")
     def _fits(self) -> Data:
@@ -63,8 +64,8 @@ class Data(Section):
         return self
 
     def download_root(self, environment: Mapping[str, str] = os.environ) -> Path:
-        """Return the folder for downloads."""
-        return Path(self.root or environment.get("LAUNCH_DATA") or "~/.cache/launch").expanduser()
+        """Return the folder for downloads. Raises: UserError: it is in the user's home folder, which is not known."""
+        return downloads(self.root, environment)
 
 
 class Cifar10Config(RunConfig):
@@ -86,10 +87,10 @@ class Cifar10Config(RunConfig):
             list_images(Path(self.data.source), self.data.eval_fraction)
 
     def missing(self, environment: Mapping[str, str] = os.environ) -> list[str]:
-        root = self.data.download_root(environment)
-        if self.data.source != "cifar10" or all(os.path.isfile(root / file) for file in CIFAR10_FILES):
+        if self.data.source != "cifar10":
             return []
-        return [f"CIFAR-10 in {root}"]
+        root = self.data.download_root(environment)
+        return [] if all(os.path.isfile(root / file) for file in CIFAR10_FILES) else [f"CIFAR-10 in {root}"]
 
 
 def torchvision_models() -> list[str]:

@@ -13,12 +13,12 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from trainers.contract.errors import UserError
+from trainers.contract.home import expanded
 from trainers.contract.text import either
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -45,7 +45,7 @@ def _json_file(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        content = json.loads(Path(value).expanduser().read_text(encoding="utf-8"))
+        content = json.loads(expanded(value).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"must be a JSON object or the path of a JSON file: {error.strerror}") from None
     except ValueError as error:

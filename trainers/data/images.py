@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainers.contract.cores import usable_cores
 from trainers.contract.errors import UserError
 from trainers.contract.events import emit
 from trainers.data.augment import NOTHING, Augment
@@ -204,7 +204,7 @@ def load_folder(path: Path, size: int, eval_fraction: float, world: World) -> Ra
 
 def _decode_all(files: list[tuple[Path, int]], size: int) -> Raw:
     # Threads are enough: PIL releases the GIL while it decodes and scales.
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(16, usable_cores())) as pool:
         pixels = np.empty((len(files), 3, size, size), np.uint8)
         for row, image in zip(pixels, pool.map(lambda item: decode(item[0], size), files)):
             row[:] = image

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from trainers.config.schema import SearchConfig, Section
 from trainers.contract.errors import UserError
+from trainers.contract.home import downloads, expanded
 
 WINE_URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/wine-quality/winequality-red.csv"
 WINE_SHA256 = "4a402cf041b025d4566d954c3b9ba8635a3a8a01e039005d97d6a710278cf05e"
@@ -62,7 +63,7 @@ class Data(Section):
         # Paths become absolute here, because a rank may have another working directory.
         if value in (None, "wine", "sample") or is_url(value):
             return value
-        return os.path.abspath(os.path.expanduser(value))
+        return os.path.abspath(expanded(value))
 
     @field_validator("target")
     @classmethod
@@ -76,8 +77,7 @@ class Data(Section):
         url, sha256 = (WINE_URL, WINE_SHA256) if self.source == "wine" else (self.source, self.sha256)
         if not is_url(url):
             return None
-        root = Path(self.root or environment.get("LAUNCH_DATA") or "~/.cache/launch").expanduser()
-        return url, sha256 or "", root / "tables" / f"{(sha256 or '')[:16]}.csv"
+        return url, sha256 or "", downloads(self.root, environment) / "tables" / f"{(sha256 or '')[:16]}.csv"
 
 
 class Search(Section):

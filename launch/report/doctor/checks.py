@@ -27,6 +27,7 @@ from launch.plan.job_script import Request, make_job
 from launch.records.sync import has_key, server
 from launch.report.doctor.check import Check, partitions_of
 from launch.report.doctor.trial_job import trial_here, trial_on_slurm, trial_spec
+from trainers.contract.cores import usable_cores
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json
 from trainers.contract.paths import RunPaths
@@ -56,6 +57,9 @@ def doctor(cluster: ClusterConfig, runs: Path, job: bool = False, nodes: int | N
     yield from _folder(cluster, runs)
     reachable = cluster.kind == "local"
     if reachable:
+        cores, present = usable_cores(), os.cpu_count() or 1
+        yield Check("CPU cores", "ok", str(cores) if cores == present else
+                    f"{cores} of {present}, by the affinity of this process or the CPU quota of its cgroup")
         count = visible_gpus(os.environ)
         yield Check("GPUs", "ok", f"{count} visible" + ("" if count else ": runs here use the CPU"))
     else:

@@ -59,19 +59,33 @@ def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do(ranks, overr
     assert (error.value.message, error.value.hint) == (message, hint)
 
 
-def gpus(folder: Path, count: int) -> Path:
-    for name in [*(f"nvidia{i}" for i in range(count)), "nvidiactl", "nvidia-uvm"]:
-        (folder / name).touch()
-    return folder
+def gpus(root: Path, uuids: list[str]) -> Path:
+    """Make the device nodes of one GPU for each UUID, and what NVIDIA's driver says about the GPUs, below a root folder."""
+    (root / "dev").mkdir()
+    for name in [*(f"nvidia{i}" for i in range(len(uuids))), "nvidiactl", "nvidia-uvm"]:
+        (root / "dev" / name).touch()
+    for number, uuid in enumerate(uuids):
+        about = root / "proc" / "driver" / "nvidia" / "gpus" / f"0000:0{number}:00.0" / "information"
+        about.parent.mkdir(parents=True)
+        about.write_text(f"Model: \t\t NVIDIA H100\nIRQ:   \t\t 42\nGPU UUID: \t {uuid}\nVideo BIOS: \t ??\n")
+    return root
 
 
 @pytest.mark.parametrize("mask, count", [
-    (None, 4), ("", 0), ("-1", 0), ("0,1", 2), ("3", 1), ("0,-1,2", 1), ("GPU-aa,GPU-bb", 2), ("0,1,2,3,4,5", 4),
-    ("MIG-aa,MIG-bb", 2),
+    (None, 4), ("", 0), ("-1", 0), ("0,1", 2), ("3", 1), ("0,-1,2", 1), ("0,1,2,3,4,5", 4), (" 0, 1", 2),
+    ("NoDevFiles", 0), ("none", 0), ("7", 0), ("0,7,1", 1), ("0,0", 0), ("1,2,1", 0), ("0,x,0", 1),
+    ("GPU-a0,GPU-b1", 2), ("GPU-a0-00", 1), ("GPU-ff", 0), ("GPU-b1,GPU-ff,GPU-a0", 1), ("GPU-a0,GPU-a0", 0), ("GPU-a0,1", 1),
+    ("MIG-aa,MIG-bb", 2), ("MIG-aa,MIG-aa", 0), ("MIG-GPU-a0/1/0,MIG-GPU-a0/2/0,MIG-GPU-a0/3/0", 3),
 ])
 def test_cuda_visible_devices_is_respected(tmp_path, mask, count):
     env = {} if mask is None else {"CUDA_VISIBLE_DEVICES": mask}
-    assert visible_gpus(env, gpus(tmp_path, 4)) == count
+    assert visible_gpus(env, gpus(tmp_path, ["GPU-a0-00", "GPU-b1-00", "GPU-c2-00", "GPU-d3-00"])) == count
+
+
+def test_a_uuid_counts_if_the_driver_does_not_tell_the_uuids(tmp_path):
+    root = gpus(tmp_path, ["GPU-????????-????-????-????-????????????"])
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-a0"}, root) == 1
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "MIG-a0"}, tmp_path / "without") == 0
 
 
 def test_too_few_gpus_is_an_error_and_never_falls_back_to_the_cpu(monkeypatch):

@@ -184,9 +184,9 @@ def test_a_closed_pipe_does_not_change_the_exit_code():
     assert process.wait() == 0
 
 
-def test_a_character_that_the_stream_cannot_encode_becomes_a_question_mark():
+def test_a_character_that_the_stream_cannot_encode_is_escaped():
     raw = io.BytesIO()
     view = make_view(False, io.TextIOWrapper(raw, encoding="ascii"))
     view.text("长 x")
     view.close()
-    assert raw.getvalue() == b"? x\n"
+    assert raw.getvalue() == b"\\u957f x\n"
