@@ -15,13 +15,14 @@ from collections.abc import Sequence
 import click
 
 from launch.cli.inspect import COMMANDS as INSPECTING
-from launch.cli.options import Globals, Script, no_such, refuse_script_args, verbose_option
+from launch.cli.options import Globals, Script, is_module, no_such, refuse_script_args, verbose_option
 from launch.cli.run import COMMANDS as RUNNING
 from launch.cli.run import task_command
 from launch.plan import spec as specs
 from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 
+MODULE = "Run a module of your own, as `python -m` does. Words after `--` are its arguments."
 EXAMPLES = """\b
 launch cifar10 data=sample train.steps=100 --procs 1
 launch cifar10 --gpus 2 optim.lr=0.2 --wandb online
@@ -39,8 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--" in words:
         cut = words.index("--")
         words, settings.script_args = words[:cut], words[cut + 1:]
+    if words[:1] == ["-m"]:
+        words = words[1:]
+        settings.module = words[0] if words else ""
     try:
         _check_folder()
+        if settings.module == "":
+            raise UserError("`-m` needs the name of a module", "launch -m pkg.train")
         code = cli.main(words or ["--help"], prog_name="launch", obj=settings, standalone_mode=False) or 0
         sys.stdout.flush()
         return code
@@ -123,9 +129,15 @@ def _options(context: click.Context) -> list[str]:
 
 
 class Words(click.Group):
-    """The group behind `launch WORD`. A word is looked up as a command, then as a built-in task, then as a file."""
+    """The group behind `launch WORD`.
+
+    A word is looked up as a command, then as a built-in task, a file, and a module. After `-m` it is a module.
+    """
 
     def get_command(self, ctx: click.Context, word: str) -> click.Command | None:
+        settings = ctx.find_object(Globals)
+        if settings and settings.module == word:
+            return task_command(word, MODULE, Script)
         if command := self.commands.get(word):
             return command
         if path := specs.tasks().get(word):
@@ -134,6 +146,8 @@ class Words(click.Group):
             return task_command(word, "Run the task that this spec describes.")
         if os.path.exists(word):
             return task_command(word, "Run a script of your own. Words after `--` are its arguments.", Script)
+        if is_module(word):
+            return task_command(word, MODULE, Script)
         return None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str, click.Command, list[str]]:
@@ -141,7 +155,7 @@ class Words(click.Group):
         command = self.get_command(ctx, word)
         if command is None:
             raise no_such(word, [*self.commands, *specs.tasks()])
-        if word in self.commands and word not in ("show", "sweep"):
+        if command is self.commands.get(word) and word not in ("show", "sweep"):
             refuse_script_args(ctx, word)
         return word, command, rest
 
@@ -169,7 +183,8 @@ def _print_version(context: click.Context, _: click.Parameter, value: bool) -> N
 
 
 @click.group(cls=Words, params=[verbose_option()], subcommand_metavar="WORD [ARGS]...",
-             help="Run WORD: a built-in task, a spec file of your own (.yaml), a script, or one of the commands below.\n\n"
+             help="Run WORD: a built-in task, a spec file of your own (.yaml), a Python script, a module (-m WORD), or one of "
+             "the commands below.\n\n"
              + EXAMPLES)
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, help="Print the version.", callback=_print_version)
 def cli() -> None:

@@ -18,6 +18,7 @@ import click
 
 from launch.cluster.resources import Wanted
 from launch.plan import spec as specs
+from launch.plan.script_file import find_module
 from trainers.contract.errors import UserError
 from trainers.contract.home import expanded
 from trainers.contract.text import either
@@ -36,6 +37,7 @@ class Globals:
 
     verbose: bool = False
     script_args: list[str] | None = None  # the words after `--`; None: the command line has no `--`
+    module: str | None = None             # the word is the name of a module, as after `-m`
 
 
 def _set_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
@@ -218,14 +220,26 @@ def load(context: click.Context, task: str, config: str | None, overrides: Seque
     """
     overrides = [*overrides, *(f"{ALIASES[name]}={text}" for name, text in aliases.items() if text is not None)]
     config = config and str(expanded(config))  # the shell expands no `~` after `--config=`
-    if task not in specs.tasks() and not os.path.exists(task):
+    module = context.obj.module == task or is_module(task)
+    if not module and task not in specs.tasks() and not os.path.exists(task):
         raise no_such(task, list(specs.tasks()))
-    if task in specs.tasks() or specs.is_spec(task):
+    if not module and not is_script(task):
         refuse_script_args(context, task)
         return specs.load_spec(task, overrides, cluster=cluster, environment=os.environ, config_file=config)
     if config is not None:
         raise UserError(f"`--config` is for tasks; `{task}` is a script", "give the keys as key=value")
-    return specs.script_spec(task, context.obj.script_args or [], overrides, cluster=cluster)
+    return specs.script_spec(task, context.obj.script_args or [], overrides, cluster=cluster, module=module)
+
+
+def is_module(word: str) -> bool:
+    """Whether a word without `-m` names a module: of a package, and neither a task nor a file."""
+    return ("." in word and word not in specs.tasks() and not os.path.exists(word)
+            and find_module(word, Path.cwd()) is not None)
+
+
+def is_script(word: str) -> bool:
+    """Whether a word names a script or a module, and not a task or a spec."""
+    return is_module(word) or word not in specs.tasks() and not specs.is_spec(word) and os.path.exists(word)
 
 
 def no_such(word: str, names: Sequence[str]) -> UserError:

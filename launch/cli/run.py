@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from launch.cli.options import (
     cluster_of,
     command,
     data_option,
+    is_script,
     json_option,
     load,
     only_on_slurm,
@@ -30,9 +33,11 @@ from launch.cli.options import (
 )
 from launch.cluster.resources import Wanted
 from launch.plan import spec as specs
+from launch.plan.script_file import check_sweep, other_environment
 from trainers.contract.errors import UserError
 
 if TYPE_CHECKING:
+    from launch.cluster.config import ClusterConfig
     from launch.records.run import Run
 
 
@@ -61,6 +66,8 @@ def task_command(word: str, about: str, kind: type[click.Command] = click.Comman
         if debug and kind is not Script:
             overrides = specs.for_debugging(word, overrides)
         spec = load(context, word, cluster=cluster, overrides=overrides, **spec_args)
+        if kind is Script:
+            _warn_of_environment(cluster)
         if cluster.kind == "slurm":
             if debug:
                 raise UserError("--debug runs one rank in this process, not on SLURM", "leave out --slurm or --debug")
@@ -186,7 +193,11 @@ def sweep(context: click.Context, task: str | None, root: Path, wanted: Wanted, 
         return sweeps.resume(root, again, request=request, wanted=wanted, parallel=parallel, json=json)
     if task is None:
         raise UserError("`launch sweep` needs a task, a spec or a script", "launch sweep TASK key=a,b, or --resume SWEEP")
+    if is_script(task):
+        check_sweep(task, words, context.obj.script_args or [])
     cluster = cluster_of(slurm, cluster_name)
+    if is_script(task):
+        _warn_of_environment(cluster)
     if cluster.kind == "slurm":
         root = root_of(context, root, cluster)
     else:
@@ -194,6 +205,12 @@ def sweep(context: click.Context, task: str | None, root: Path, wanted: Wanted, 
     return sweeps.start(words=words, load=lambda words: load(context, task, config, words, cluster), root=root.absolute(),
                         request=request_of(cluster, root, time, after, options), wanted=wanted, parallel=parallel,
                         dry_run=dry_run, json=json)
+
+
+def _warn_of_environment(cluster: ClusterConfig) -> None:
+    """Print a warning if a script will run in another environment than the active one."""
+    if cluster.python is None and (warning := other_environment(os.environ)):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def show_log(run: Run) -> None:

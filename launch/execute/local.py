@@ -8,6 +8,7 @@ import json as jsonlib
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -200,16 +201,16 @@ def execute(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, view: 
             restarts -= 1
             view.notice(f"attempt {plan.attempt} failed: {failure.message}; trying again ({restarts} more after this)")
             continue
-        code = EXIT_CODES[outcome.kind]
-        if failure and failure.exit_code == exit_codes.USER_ERROR and not failure.traceback:
-            code = exit_codes.USER_ERROR
-        return outcome, code
+        return outcome, record.exit_code(plan, outcome)
 
 
 def _attempt(plan: Plan, paths: RunPaths, view: View, restarts: int) -> Outcome:
     with recorded(plan, paths, view, local_job()) as ended:
         with reserved_port() as port:
-            outcome = supervise(plan, paths, view, port=port)
+            # A script reads the terminal or the pipe, as under torchrun. A closed standard input is not passed on: its number may
+            # belong to another file by then.
+            stdin = None if plan.batch is None and sys.stdin is not None else subprocess.DEVNULL
+            outcome = supervise(plan, paths, view, port=port, stdin=stdin)
         ended(outcome, retrying=_worth_retrying(outcome, restarts, paths, plan.attempt))
     return outcome
 
@@ -227,9 +228,10 @@ def _debug(plan: Plan, paths: RunPaths, view: View) -> int:
     take_attempt(paths, plan.attempt)
     with recorded(plan, paths, view, local_job()) as ended:
         with reserved_port() as port:
-            for name in os.environ.keys() - plan.inherited(os.environ).keys():
+            inherited = plan.inherited(os.environ)
+            for name in os.environ.keys() - inherited.keys():
                 del os.environ[name]
-            os.environ.update({**plan.env, **plan.rank_env(0, 0, "127.0.0.1", port), "LAUNCH_EVENTS": "0",
+            os.environ.update({**inherited, **plan.env, **plan.rank_env(0, 0, "127.0.0.1", port), "LAUNCH_EVENTS": "0",
                                "LAUNCH_DEBUG": "1"})
             trace = None
             try:
@@ -243,24 +245,40 @@ def _debug(plan: Plan, paths: RunPaths, view: View) -> int:
         kind = next((kind for kind, known in EXIT_CODES.items() if known == code), None)
         if kind is None or kind == "failed":
             message = trace.splitlines()[-1] if trace else f"ended with exit code {code}"
-            ended(Outcome("failed", Failure(0, code, None, message, None, trace, False)))
+            outcome = Outcome("failed", Failure(0, code, None, message, None, trace, False))
         else:
-            ended(Outcome(kind))
-    return code if code in (*EXIT_CODES.values(), exit_codes.USER_ERROR) else exit_codes.FAILED
+            outcome = Outcome(kind)
+        ended(outcome)
+    return record.exit_code(plan, outcome)
 
 
 def _in_process(plan: Plan) -> int:
     """Run the plan's script or task in this process. Returns its exit code."""
-    if plan.batch is None:
-        _, script, *args = plan.command
-        sys.argv = [script, *args]
-        sys.path.insert(0, str(Path(script).parent))
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as end:
-            return end.code if isinstance(end.code, int) else int(end.code is not None)
-        return 0
-    return importlib.import_module("trainers.run").main([plan.folder])
+    if plan.batch is not None:
+        return importlib.import_module("trainers.run").main([plan.folder])
+    words = plan.command[plan.command.index("-u") + 1:]
+    # The script's `import trainers` means its own package, as in a rank.
+    ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in ("launch", "trainers")}
+    for name in ours:
+        del sys.modules[name]
+    try:
+        if words[0] == "-m":
+            sys.argv = list(words[1:])
+            sys.path.insert(0, plan.path or plan.cwd)
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = list(words)
+            sys.path.insert(0, str(Path(words[0]).parent))
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("launch", "trainers")]:
+            del sys.modules[name]
+        sys.modules.update(ours)
+    return 0
 
 
 def _ending(outcome: Outcome, paths: RunPaths, seconds: float) -> list[str]:

@@ -28,6 +28,17 @@ EXIT_CODES: dict[Literal["finished", "failed", "preempted", "killed", "ended"], 
 }
 
 
+def exit_code(plan: Plan, outcome: Outcome) -> int:
+    """The command's exit code after an attempt. A script on one rank passes its own exit code on."""
+    code, failure = EXIT_CODES[outcome.kind], outcome.failure
+    if failure is None or failure.exit_code is None:
+        return code
+    if failure.exit_code == exit_codes.USER_ERROR and not failure.traceback:
+        return exit_codes.USER_ERROR
+    passed_on = plan.batch is None and plan.resources.ranks == 1 and failure.exit_code not in EXIT_CODES.values()
+    return failure.exit_code if passed_on else code
+
+
 def this_process() -> dict[str, Any]:
     """The host and pid of this process, as records hold them."""
     return {"host": socket.gethostname(), "pid": os.getpid()}
@@ -166,7 +177,7 @@ def recorded(plan: Plan, paths: RunPaths, view: View, run_job: Mapping[str, Any]
         cancelled = outcome.signal is not None and paths.cancellation(plan.attempt).exists()
         state = "cancelled" if cancelled else STATES[outcome.kind]
         failure = outcome.failure and outcome.failure.as_dict()
-        changes = {"ended": utc_now(), "outcome": state, "exit_code": EXIT_CODES[outcome.kind], "failure": failure,
+        changes = {"ended": utc_now(), "outcome": state, "exit_code": exit_code(plan, outcome), "failure": failure,
                    "reason": reason, "checkpoint_s": outcome.checkpoint_s}
         try:
             if next_attempt(paths) == plan.attempt + 1:  # else the records belong to a newer attempt

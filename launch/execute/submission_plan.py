@@ -11,6 +11,7 @@ from launch.plan.job_script import Request, make_job
 from launch.plan.plan import Plan, make_plan
 from launch.plan.spec import Spec, with_values
 from launch.plan.submission import Submission
+from trainers.config.schema import ScriptConfig
 from trainers.contract.paths import RunPaths
 
 # The folder that holds launch's own packages.
@@ -20,7 +21,8 @@ OWN_MAY_CHANGE = not {"site-packages", "dist-packages"} & set(OWN.parts)  # true
 
 def code_of(spec: Spec) -> list[Path]:
     """The code that must not change while the run waits in a queue: the user's, and launch's own unless it is installed."""
-    users = getattr(spec.config, "script", None) or getattr(spec.config, "path", None)
+    config = spec.config
+    users = config.script if isinstance(config, ScriptConfig) and config.module is None else config.path
     return [*([Path(users)] if users else []), *([OWN] if OWN_MAY_CHANGE else [])]
 
 

@@ -47,27 +47,31 @@ class Plan:
     start_s: float | None     # the same limit while the rank rests: see trainers/contract/heartbeat.py
     weights: Weights | None = None  # the weights that the run starts from
     job: Job | None = None    # the submission to SLURM; None: the plan submits nothing
+    path: str | None = None   # the folder that comes first on PYTHONPATH, if any
 
     def inherited(self, env: Mapping[str, str]) -> dict[str, str]:
         """Return the variables of `env` that ranks inherit.
 
-        Left out are SLURM's variables for the node process. A task's ranks also do not get variables that would change
-        how accelerate works. A script's ranks do not get launch's own packages on PYTHONPATH.
+        Left out are SLURM's variables for the node process and the variables of an enclosing torchrun. A task's ranks also
+        do not get variables that would change how accelerate works. A script's ranks do not get launch's own packages on
+        PYTHONPATH. A module's ranks get the module's folder there.
         """
-        foreign = ("ACCELERATE_", "TORCHELASTIC_") if self.batch else ()
+        foreign = ("ACCELERATE_", "TORCHELASTIC_") if self.batch else "TORCHELASTIC_"
         kept = {key: value for key, value in env.items()
                 if not key.startswith(foreign) and not NODE_PROCESS_VARIABLES.match(key)}
-        if not self.batch and (code := kept.pop("LAUNCH_CODE", None)):  # a script's `import trainers` means its own package
-            folders = [folder for folder in kept.get("PYTHONPATH", "").split(os.pathsep) if folder != code]
-            kept["PYTHONPATH"] = os.pathsep.join(folders)
-            if not folders:
-                del kept["PYTHONPATH"]
+        if not self.batch:
+            code = kept.pop("LAUNCH_CODE", None)  # a script's `import trainers` means its own package
+            inherited = kept.pop("PYTHONPATH", "")
+            folders = [folder for folder in inherited.split(os.pathsep) if folder != code] if inherited else []
+            if folders := [*([self.path] if self.path else []), *folders]:
+                kept["PYTHONPATH"] = os.pathsep.join(folders)
+            kept.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # torchrun's default, which differs from torch's
         return kept
 
     def rank_env(self, node: int, local_rank: int, address: str, port: int | str) -> dict[str, str]:
         """Return torchrun's variables for one rank."""
         ranks_per_node = self.resources.ranks_per_node
-        return {
+        env = {
             "RANK": str(node * ranks_per_node + local_rank),
             "LOCAL_RANK": str(local_rank),
             "WORLD_SIZE": str(self.resources.ranks),
@@ -76,6 +80,18 @@ class Plan:
             "GROUP_WORLD_SIZE": str(self.resources.nodes),
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
+        }
+        if self.batch is not None:
+            return env
+        # Scripts and their libraries (torch, Lightning, transformers) tell by the other variables that a launcher started them.
+        return env | {
+            "ROLE_NAME": "default",
+            "ROLE_RANK": env["RANK"],
+            "ROLE_WORLD_SIZE": env["WORLD_SIZE"],
+            "TORCHELASTIC_RUN_ID": self.run_id,
+            "TORCHELASTIC_RESTART_COUNT": str(self.attempt - 1),
+            "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
+            "TORCHELASTIC_USE_AGENT_STORE": "False",  # True: rank 0 would wait for a store that torchrun's agent opens
         }
 
 
@@ -106,8 +122,11 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
         program = ["-m", "trainers.run", str(folder)]
     else:
         batch = None
-        command = (python, config.script, *config.args)
-        program = [config.script, *config.args]
+        # A module's folder comes first on sys.path, as `python -m` puts it there. -P: and not the folder in which ranks start,
+        # because on SLURM the module's folder is a copy.
+        start_python = ("-P", "-u", "-m", config.module) if config.module else ("-u", config.script)
+        command = (python, *start_python, *config.args)
+        program = [*(["-m", config.module] if config.module else [config.script]), *config.args]
     accelerate_yaml = RunPaths(Path()).plan(attempt) / "accelerate.yaml"
     if isinstance(config, RunConfig) and config.train.strategy in compatibility.ZERO and not config.eval.only:
         settings = deepspeed_config(config, resources.ranks, config.optim.clip_norm)
@@ -122,14 +141,17 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
     if resources.nodes > 1:
         start += each_node
     by_hand = {k: v for k, v in env.items() if k not in ("LAUNCH_EVENTS", "LAUNCH_ATTEMPT")}
-    if batch is not None:
+    if not isinstance(config, ScriptConfig):
         by_hand["PYTHONSAFEPATH"] = "1"
+    elif config.path and config.path != str(cwd):
+        by_hand["PYTHONPATH"] = config.path
     return Plan(
         run_id=run_id, name=config.name, folder=str(folder), attempt=attempt, resources=resources, batch=batch,
         command=command, cwd=str(cwd), env=env, files=files,
         equivalent=shlex.join(["env", *(f"{k}={v}" for k, v in by_hand.items()), *start, *program]),
         max_restarts=config.run.max_restarts, grace_s=config.run.grace_s,
         hang_s=getattr(config.run, "hang_s", None), start_s=getattr(config.run, "start_s", None), weights=spec.weights, job=job,
+        path=config.path if isinstance(config, ScriptConfig) else None,
     )
 
 
@@ -158,13 +180,14 @@ def _rank_environment(config: RunConfig | SearchConfig | ScriptConfig, resources
     env = {
         "LAUNCH_RUN_DIR": str(folder),
         "LAUNCH_ATTEMPT": str(attempt),
-        "LAUNCH_EVENTS": "1",
         "OMP_NUM_THREADS": str(resources.threads),
-        "PYTHONUNBUFFERED": "1",
     }
+    if not isinstance(config, ScriptConfig):
+        env |= {"LAUNCH_EVENTS": "1", "PYTHONUNBUFFERED": "1"}
     if resources.nodes == 1:
         env["GLOO_SOCKET_IFNAME"] = "lo"  # otherwise gloo looks up the host's name, which may have no address
-    env["ACCELERATE_USE_CPU"] = str(resources.device == "cpu").lower()
+    if resources.device == "cpu" or not isinstance(config, ScriptConfig):
+        env["ACCELERATE_USE_CPU"] = str(resources.device == "cpu").lower()
     if resources.device == "cuda" and isinstance(config, RunConfig) and config.train.deterministic:
         env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # otherwise cuBLAS may sum in a different order each time
     return env

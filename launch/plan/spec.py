@@ -96,20 +96,34 @@ def load_spec(word: str | Path, overrides: Sequence[str] = (), *, cluster: Clust
     return _spec(config_class(_nest(merged)), merged)
 
 
-def script_spec(path: str | Path, args: Sequence[str] = (), overrides: Sequence[str] = (), *,
-                cluster: ClusterConfig) -> Spec:
-    """Return the spec of a user's own script. Only the `run` keys of the cluster's defaults apply.
+def script_spec(word: str | Path, args: Sequence[str] = (), overrides: Sequence[str] = (), *, cluster: ClusterConfig,
+                module: bool = False) -> Spec:
+    """Return the spec of a user's own script or module. Only the `run` keys of the cluster's defaults apply.
+
+    Args:
+        word: the script's file, or with `module` the name of a module.
 
     Raises:
-        UserError: the script does not exist, or an override is wrong.
+        UserError: the script does not exist or is no Python script, there is no such module, or an override is wrong.
     """
+    from launch.plan.script_file import check_keys, check_script, find_module
     from trainers.config.schema import ScriptConfig
 
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"`{path}` is a folder" if path.is_dir() else f"there is no file `{path}`",
-                        "give a script, a spec (.yaml) or the name of a task")
-    given: Layer = {("name",): (_name(path), "default"), ("script",): (str(path.absolute()), "command line")}
+    given: Layer
+    check_keys(str(word), [override.partition("=")[0] for override in overrides], args, ScriptConfig.model_fields)
+    if module:
+        found = find_module(str(word), Path.cwd())
+        if found is None:
+            raise UserError(f"there is no module `{word}` that can be run",
+                            f"looked for it in `{Path.cwd()}` and among the installed packages")
+        file, home = found
+        given = {("name",): (_name(Path(f"{word}.py")), "default"), ("script",): (str(file), "command line"),
+                 ("module",): (str(word), "command line")}
+        if home:
+            given["path",] = str(home), "command line"
+    else:
+        check_script(path := Path(word))
+        given = {("name",): (_name(path), "default"), ("script",): (str(path.absolute()), "command line")}
     if args:
         given["args",] = list(args), "command line"
     defaults = [{key: value for key, value in layer.items() if key[0] == "run"} for layer in _cluster(cluster)]

@@ -153,8 +153,9 @@ def _step(row: dict[str, Any]) -> str:
 
 def _attempt(attempt: dict[str, Any]) -> str:
     text = attempt["outcome"]
-    if attempt.get("exit_code") is not None:
-        text += f", exit code {attempt['exit_code']}"
+    code = (attempt.get("failure") or {}).get("exit_code")  # of the rank that failed; with several ranks, the command's is 1
+    if (code := attempt.get("exit_code") if code is None else code) is not None:
+        text += f", exit code {code}"
     if attempt.get("ranks"):
         text += f", {attempt['ranks']} rank(s) on {attempt['device']}, "
         text += f"job {attempt['job']} on {', '.join(attempt['nodes'])}" if attempt.get("job") else f"host {attempt['host']}"

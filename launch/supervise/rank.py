@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,7 +25,10 @@ PARTIAL_AFTER_S = 0.5  # an unfinished line is shown after this time
 READ_BYTES = 1 << 16
 LAST_READS = 32        # at most, of the output of a rank that has ended
 TAIL_LINES = 400
+COMMAND_CHARS = 80     # of a process's command line, in a message
 MESSAGE_CHARS = 500    # of the last line that a rank printed, in an error message
+# Last lines of a script that would fail in the same way again: Python cannot compile it, or argparse refuses its arguments.
+REPEATS = re.compile(r"(SyntaxError|IndentationError|TabError): |\S+: error: ")
 LINE_CHARS = 4_000     # of each line that is kept for the record; the log has the whole line
 
 
@@ -119,7 +123,7 @@ class Rank:
     """One rank: its process, the pipe of its output, its log, and the last lines that it printed."""
 
     def __init__(self, plan: Plan, node: int, local_rank: int, address: str, port: int, node_env: Mapping[str, str],
-                 paths: RunPaths, view: View):
+                 paths: RunPaths, view: View, stdin: int | None):
         env = plan.rank_env(node, local_rank, address, port)
         self.rank = int(env["RANK"])
         self.view = view
@@ -138,9 +142,10 @@ class Rank:
         self.pipe, child = os.pipe()
         os.set_blocking(self.pipe, False)
         try:
+            # A session of its own, as under torchrun: the terminal would stop a mere process group that reads from it.
             self.process = subprocess.Popen(
                 plan.command, env={**plan.inherited(os.environ), **node_env, **plan.env, **env}, cwd=plan.cwd,
-                stdin=subprocess.DEVNULL, stdout=child, stderr=child, process_group=0, preexec_fn=_die_with(os.getpid()),
+                stdin=stdin, stdout=child, stderr=child, start_new_session=True, preexec_fn=_die_with(os.getpid()),
                 pass_fds=() if beats is None else (beats,),
             )
         finally:
@@ -243,6 +248,14 @@ class Rank:
             except ProcessLookupError:
                 pass
 
+    def interrupt(self) -> None:
+        """Send SIGINT to the process and all other processes of its group, as Ctrl-C in a terminal does."""
+        if self.code is None:
+            try:
+                os.killpg(self.process.pid, signal.SIGINT)
+            except (ProcessLookupError, PermissionError):
+                pass
+
     def kill(self) -> None:
         """Kill the process and all other processes of its group."""
         try:
@@ -250,13 +263,13 @@ class Rank:
         except (ProcessLookupError, PermissionError):
             pass
 
-    def group_exists(self) -> bool:
-        """Return whether any process of the rank's process group is left."""
+    def leftovers(self) -> list[str]:
+        """Return the processes of the rank's process group that still run, each as its id and its command."""
         try:
             os.killpg(self.process.pid, 0)
         except (ProcessLookupError, PermissionError):
-            return False
-        return True
+            return []
+        return processes_of_group(self.process.pid)
 
     def close(self) -> None:
         self.read_all()
@@ -279,7 +292,21 @@ class Rank:
                            "code of the task, or a library that it uses, has ended the process: look for os._exit", None, True)
         last = next((line for line in reversed(self.tail) if line.strip()), "it printed nothing")[:MESSAGE_CHARS]
         return Failure(self.rank, self.code, None, f"rank {self.rank} ended with exit code {self.code}: {last}",
-                       None, trace, True)
+                       None, trace, not REPEATS.match(last))
+
+
+def processes_of_group(group: int) -> list[str]:
+    """Return the processes of a process group that are not zombies, each as its id and its command."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, of_group, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(of_group) == group and state != "Z":
+                words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                found.append(f"{folder.name} ({words[:COMMAND_CHARS]})")
+        except (OSError, ValueError):  # the process has ended
+            continue
+    return found
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:

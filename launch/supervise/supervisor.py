@@ -1,7 +1,7 @@
 """The supervisor of one node's ranks: start them, watch them, handle signals, record the first failure.
 
 The supervisor is the same on this machine and on SLURM, and imports no torch. Ranks are plain child processes. Each rank
-leads its own process group, and dies with the supervisor, whatever kills the supervisor. The output of a rank comes
+leads its own session, and dies with the supervisor, whatever kills the supervisor. The output of a rank comes
 through a pipe and goes to the rank's log; rank 0's output also goes to the view. Ranks write to a pipe and not to the log
 file itself, so that a full disk stops no rank.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import selectors
 import signal
+import subprocess
 import time
 from typing import Mapping
 
@@ -22,12 +23,12 @@ from trainers.contract import exit_codes
 from trainers.contract.paths import RunPaths
 
 FAILURE_GRACE_S = 5.0    # for ranks that have lost another rank: most of them hang in a collective operation
-LEFTOVERS_GRACE_S = 3.0  # for processes that ranks have started
+LEFTOVERS_GRACE_S = 3.0  # for processes that ranks of a run that has not finished have started
 
 
 def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address: str = "127.0.0.1", port: int,
               peers: Peers = Alone(), more: Mapping[str, str] = {}, kill_wait_s: float | None = None,
-              stop: StopSignals | None = None) -> Outcome:
+              stop: StopSignals | None = None, stdin: int | None = subprocess.DEVNULL) -> Outcome:
     """Run this node's ranks of one attempt until they have ended.
 
     Call this from the main thread: the ranks die with the thread that started them.
@@ -39,6 +40,7 @@ def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address
         more: environment variables for the ranks of this node only; variables of the plan override them.
         kill_wait_s: seconds from SLURM's SIGTERM to its SIGKILL; None: nobody kills the ranks, or the time is not known.
         stop: the caller's stop signals, if the caller records them already.
+        stdin: the standard input of the ranks, as subprocess takes it; None: this process's own.
 
     Raises:
         OSError: a rank could not be started, or its log could not be opened.
@@ -46,7 +48,7 @@ def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address
     if stop is None:
         with stop_signals() as stop:
             return supervise(plan, paths, view, node=node, address=address, port=port, peers=peers, more=more,
-                             kill_wait_s=kill_wait_s, stop=stop)
+                             kill_wait_s=kill_wait_s, stop=stop, stdin=stdin)
     ranks: list[Rank] = []
     with selectors.DefaultSelector() as selector:
         try:
@@ -54,16 +56,15 @@ def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address
             for link in peers.sockets():
                 selector.register(link, selectors.EVENT_READ)
             for local_rank in range(plan.resources.ranks_per_node):
-                ranks.append(Rank(plan, node, local_rank, address, port, more, paths, view))
+                ranks.append(Rank(plan, node, local_rank, address, port, more, paths, view, stdin))
                 selector.register(ranks[-1].pipe, selectors.EVENT_READ, ranks[-1])
             watchdog = Watchdog(plan, ranks, peers, node, paths.slow(plan.attempt))
-            return _watch(plan, ranks, selector, stop, peers, kill_wait_s, view, watchdog)
+            outcome = _watch(plan, ranks, selector, stop, peers, kill_wait_s, view, watchdog)
+            if all(rank.code is not None for rank in ranks):
+                finished = outcome.kind == "finished"
+                _wait_for_leftovers(ranks, plan.grace_s if finished else min(LEFTOVERS_GRACE_S, plan.grace_s), stop, view)
+            return outcome
         finally:
-            # Processes that ranks have started (W&B's writer) may finish their work, but may not stay.
-            end = time.monotonic() + LEFTOVERS_GRACE_S
-            while (all(rank.code is not None for rank in ranks) and any(rank.group_exists() for rank in ranks)
-                   and time.monotonic() < end):
-                time.sleep(0.02)
             for rank in ranks:
                 rank.kill()
             for rank in ranks:
@@ -77,6 +78,7 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
     stop_signal: int | None = None  # the signal that asked for a stop
     deadline: float | None = None   # when the ranks that still run are killed
     abrupt = False                  # a rank was stopped before it could handle the signal
+    interrupted = False             # a script's ranks got SIGINT; SIGTERM is still to come
     overdue = False                 # ranks did not stop in time
     failed_elsewhere = False        # ranks of another node have failed
     warned = False                  # the user knows that run.grace_s or KillWait is too short
@@ -110,15 +112,20 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
                 what = "stopping at the next step; finished work is kept" if plan.batch else "asking the script to stop"
                 view.notice(f"{signal.Signals(number).name}: {what}{how}")
                 peers.send({"signal": int(number)})
+                # A script may catch KeyboardInterrupt to save. The ranks of a task handle all signals alike.
+                interrupted = number == signal.SIGINT and plan.batch is None
                 for rank in ranks:
-                    rank.send(signal.SIGTERM)
+                    rank.interrupt() if interrupted else rank.send(signal.SIGTERM)
                 deadline = deadline or time.monotonic() + plan.grace_s
         if not failed_elsewhere and any("failure" in message or "lost" in message for message in messages):
             failed_elsewhere = True
             deadline = _end_others(ranks, plan)
+        # KeyboardInterrupt ends Python with SIGINT, and some programs with exit code 130.
+        ctrl_c = stop_signal == signal.SIGINT and plan.batch is None
+        as_asked = (exit_codes.PREEMPTED, *((-signal.SIGINT, exit_codes.KILLED) if ctrl_c else ()))
         for rank in just_ended:
             # The stop signal reached this rank before its handler was set, or this rank lost a peer that stopped as asked.
-            early = rank.code in (-signal.SIGTERM, -signal.SIGUSR2) or any(r.code == exit_codes.PREEMPTED for r in ranks)
+            early = rank.code in (-signal.SIGTERM, -signal.SIGUSR2) or any(r.code in as_asked for r in ranks)
             stopped = rank.completed(stop_signal is not None) or (stop_signal is not None and early)
             if not stopped and failure is None and not (overdue or abrupt or failed_elsewhere):
                 failure = rank.failure()
@@ -134,6 +141,9 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
             peers.send({"failure": failure.as_dict()})
         running = [rank for rank in ranks if rank.code is None]
         if deadline is not None and time.monotonic() >= deadline and running and not overdue:
+            if interrupted and not (failure or failed_elsewhere):
+                interrupted, deadline = False, _end_others(ranks, plan)
+                continue
             overdue = not (failure or abrupt or failed_elsewhere)
             for rank in running:
                 rank.kill()
@@ -155,6 +165,27 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
     finished = (all(rank.code == exit_codes.FINISHED for rank in ranks)
                 and (stop_signal is None or plan.batch is not None))
     return Outcome("finished" if finished else "preempted", None, name, slowest)
+
+
+def _wait_for_leftovers(ranks: list[Rank], limit_s: float, stop: StopSignals, view: View) -> None:
+    """Let processes that the ranks have started (an upload, W&B's writer) finish, for at most `limit_s` seconds.
+
+    The caller then kills the processes that are left. A stop signal ends the wait.
+    """
+    began, told = time.monotonic(), False
+    while left := {rank.rank: processes for rank in ranks if (processes := rank.leftovers())}:
+        waited_s = time.monotonic() - began
+        if waited_s >= limit_s or stop.received:
+            for number, processes in left.items():
+                view.notice(f"rank {number} has ended, and processes that it started are killed after {waited_s:.0f} s: "
+                            f"{', '.join(processes)}; run.grace_s says how long they may run after a rank that has finished")
+            return
+        if waited_s >= LEFTOVERS_GRACE_S and not told:
+            told = True
+            view.notice(f"waiting up to {limit_s:g} s (run.grace_s) for processes that ranks have started; Ctrl-C ends the wait")
+        for rank in ranks:
+            rank.read_all()
+        time.sleep(0.05)
 
 
 def _cause_first(rank: Rank) -> tuple[bool, bool, bool]:

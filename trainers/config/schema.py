@@ -323,6 +323,8 @@ class ScriptConfig(Section):
     """A run of a user's own script."""
 
     name: Name = Field(description="the first part of the run's id")
-    script: str = Field(description="absolute path of the script")
+    script: str = Field(description="absolute path of the script, or of the module's file")
+    module: str | None = Field(None, description="name of the module to run as `python -m` does; null: run the file")
+    path: str | None = Field(None, description="folder that comes first on sys.path, for a module")
     args: list[str] = []
     run: Run = Run()

@@ -48,6 +48,7 @@ def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup
                 mine = supervise(plan, paths, view, address=group.address, port=port, peers=group, stop=stop,
                                  more=node_variables(group), kill_wait_s=kill_wait_s())
                 outcome = joint_outcome(mine, group, plan, hosts)
+                code = record.exit_code(plan, outcome)
                 failure = outcome.failure
                 down = down_nodes(hosts) if outcome.signal == "SIGTERM" else {}
                 # The next attempt uses less memory: this does not count as a failure.
@@ -64,7 +65,7 @@ def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup
                 return _give_way(paths, number, group, requeue_flag, view)
             message, hint = (error.message, error.hint) if isinstance(error, UserError) else (str(error), None)
             failure = record_failed_start(paths, number, message, hint, **job)
-            outcome, state, down = Outcome("failed", failure), "failed", {}
+            outcome, state, down, code = Outcome("failed", failure), "failed", {}, exit_codes.FAILED
             failures, retryable, retry_here, signals = count_failures(paths, submission), False, False, set()
         if failure:
             view.event({"event": "failure", **failure.as_dict()})
@@ -87,7 +88,6 @@ def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup
         if down and state == "preempted":
             exclude(Path(requeue_flag.parent), place, list(down), requeued=True)
         view.notice(f"run {paths.id}: {state}" + ("; the job is requeued" if requeue and submission.cluster.requeue else ""))
-        code = record.EXIT_CODES[outcome.kind]
         if not requeue and not submission.cluster.requeue and state != "preempted":
             code = end_chain(paths, place, code)
         group.send({"end": code})

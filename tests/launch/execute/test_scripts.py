@@ -98,7 +98,7 @@ def test_nohup_is_respected(launch):
 
 
 def test_a_second_ctrl_c_stops_at_once(launch):
-    script(launch.folder, "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    script(launch.folder, "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
            "print('up', flush=True); time.sleep(600)")
     process = launch.start("work.py", "--procs", 1)
     wait_until(lambda: any(p.read_text() for p in launch.folder.glob("runs/*/attempts/1/logs/0.log")), process=process)
@@ -150,7 +150,7 @@ def test_output_that_only_looks_like_an_event_stays_text(launch):
 def test_json_is_one_object_a_line(launch):
     script(launch.folder, "print('hello'); raise SystemExit(3)")
     done = launch("work.py", "--procs", 1, "--json")
-    assert done.returncode == 1
+    assert done.returncode == 3
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert {"event": "text", "line": "hello"} in events
     assert events[-1]["event"] == "failure" and events[-1]["exit_code"] == 3
@@ -260,7 +260,7 @@ def test_a_rank_that_saves_has_the_whole_grace_although_another_rank_is_gone(lau
 def test_megabytes_without_a_line_end_become_a_short_error(launch):
     script(launch.folder, "import sys\nsys.stderr.write('x' * 5_000_000)\nsys.stderr.flush()\nsys.exit(3)\n")
     done = launch("work.py", "--procs", 1)
-    assert done.returncode == 1 and len(done.stderr) < 2_000
+    assert done.returncode == 3 and len(done.stderr) < 2_000
     run = launch.run()
     assert attempt(run, 1)["failure"]["message"].startswith("rank 0 ended with exit code 3: xxx")
     assert len((run / "attempts/1/attempt.json").read_text()) < 3_000
