@@ -20,8 +20,9 @@ from typing import Any, Callable
 
 from launch.cluster.config import ClusterConfig, load_cluster
 from launch.cluster.resources import Resources, Wanted, resources_of
-from launch.execute import record
+from launch.execute import record, renewal
 from launch.execute.record import EXIT_CODES, local_job, recorded, take_attempt
+from launch.execute.submission_plan import describe_code
 from launch.plan.initial_weights import warn_of_broken, with_weights
 from launch.plan.plan import Plan, make_plan
 from launch.plan.show import as_json, show
@@ -61,6 +62,7 @@ def start(*, spec: Spec, runs: Path, wanted: Wanted, debug: bool, dry_run: bool,
         return 0
     view = make_view(json)
     paths = record.create_run(plan)
+    describe_code([spec], paths.code)
     view.notice(f"run {plan.run_id} in {short_path(paths.root)}: {ranks_text(resources)}")
     return run_attempts(plan_of, paths, 1, view, plan.max_restarts, debug)
 
@@ -94,11 +96,13 @@ def resume(run: Run, *, wanted: Wanted, spread: Sequence[str] = (), json: bool, 
         view.close()
         return 0
     spec = spec_of(paths)
+    specs, _ = renewal.survey([spec], paths.code)
     if spread:
         spec = with_strategy(spec, spread)
     resources, cwd = as_before(paths, spec, wanted)
     plan_of = partial(plan_here, paths.id, spec, load_cluster("local"), resources, paths.root.parent, cwd)
     plan = plan_of(number)
+    renewal.renew(specs, paths.code, f"code-until-attempt-{number - 1}")
     if spread:
         record_strategy(paths, spec)
     view.notice(f"run {paths.id} in {short_path(paths.root)}, attempt {plan.attempt}: {ranks_text(resources)}")

@@ -21,7 +21,8 @@ from launch.cluster.config import load_cluster
 from launch.cluster.resources import Resources, Wanted, resources_of
 from launch.execute import record, snapshot
 from launch.execute.prefetch import missing, prefetch
-from launch.execute.submission_plan import code_of, make_submission
+from launch.execute.renewal import renew, resources_again, say_cluster_changes, survey
+from launch.execute.submission_plan import code_of, describe_code, make_submission
 from launch.execute.submit import hand_over, release, submit, try_out
 from launch.plan.initial_weights import warn_of_broken, with_weights
 from launch.plan.job_script import Request, node_process, setup, srun_args
@@ -31,8 +32,9 @@ from launch.plan.spec import Spec, record_strategy, spec_of, with_strategy
 from launch.plan.submission import last_submission, next_submission
 from launch.records.naming import command_name, new_run_id, short_path
 from launch.records.process import alive
+from launch.records.read import read_sweep
 from launch.records.run import Run, read_run
-from launch.records.state import ACTIVE, state_of
+from launch.records.state import ACTIVE, state_of, true_states
 from launch.supervise.signals import stop_signals
 from trainers.config.schema import SearchConfig
 from trainers.contract import exit_codes
@@ -67,10 +69,10 @@ def start(*, spec: Spec, root: Path, request: Request, wanted: Wanted, dry_run: 
         print(jsonlib.dumps(as_json(plan), indent=1, ensure_ascii=False) if json else show(plan), end="\n" * json)
         return 0
     if here:
-        return _run_in_allocation(plan, request, resources)
-    paths, ids, left_out = submit(plan, spec, request.cluster.name)
-    for name in left_out[:5]:
-        print(f"warning: not copied with the code: {name}", file=sys.stderr)
+        return _run_in_allocation(plan, spec, request, resources)
+    paths, ids, warnings = submit(plan, spec, request.cluster.name)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     _print_submitted(paths, ids, request, resources, json)
     return _follow(paths, show_log)
 
@@ -109,22 +111,20 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, spread: Sequenc
         raise UserError(f"run {paths.id} is running on host {job['host']}", f"`launch cancel {command_name(paths)}` stops it")
     before = last_submission(paths, sweep)
     if request is None:
-        request = Request(before.cluster, before.time, before.options) if before else Request(load_cluster("slurm"))
+        request = (Request(load_cluster(before.cluster.name), before.time, before.options) if before
+                   else Request(load_cluster("slurm")))
     elif before and before.cluster.name == request.cluster.name:
         request = replace(request, time=request.time or before.time, options={**before.options, **request.options})
     spec = with_strategy(spec_of(paths), spread) if spread else spec_of(paths)
-    if before and not wanted and before.cluster.name == request.cluster.name:
-        resources = before.resources
+    if before and not wanted:
+        resources = resources_again(spec, before.resources, before.cluster, request.cluster)
     else:
         if not wanted and not isinstance(spec.config, SearchConfig):
-            if before is None:
-                wanted = Wanted(gpus=1)
-            else:
-                gpus = before.resources.gpus
-                wanted = Wanted(gpus=gpus) if gpus else Wanted(procs=before.resources.ranks)
+            wanted = Wanted(gpus=1)
         resources = resources_of(spec.config, request.cluster, wanted)
     check(spec, request, dry_run=False)
-    copy = snapshot.load(paths.code) or sweep and snapshot.load(RunPaths(paths.root.parent / sweep).code)
+    code, in_use = _code_home(paths, sweep)
+    specs, copy = ([], snapshot.load(code)) if in_use else survey([spec], code)
     plan = make_submission(paths.id, spec, request, resources, runs=paths.root.parent, number=number,
                            cwd=Path(before.cwd) if before else Path.cwd(), copy=copy)
     assert plan.job is not None  # make_submission always plans one
@@ -140,6 +140,10 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, spread: Sequenc
     update_json(paths.record, state="submitted", updated=utc_now(),
                 job=record.submitting(request.cluster.name, number))
     try:
+        if before:
+            say_cluster_changes(before.cluster, request.cluster)
+        renew(specs, code, f"code-until-attempt-{record.next_attempt(paths) - 1}" if code == paths.code
+              else f"code-until-submission-{number - 1}")
         ids = hand_over(plan.job, plan.files, paths.root)
     except BaseException:
         update_json(paths.record, **before_submission)
@@ -150,6 +154,19 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, spread: Sequenc
     release(ids)
     _print_submitted(paths, ids, request, resources, json)
     return _follow(paths, show_log)
+
+
+def _code_home(paths: RunPaths, sweep: str | None) -> tuple[Path, bool]:
+    """The folder with the code of a run that has stopped, and whether other runs of its sweep are using that folder."""
+    if not sweep or paths.code.exists():
+        return paths.code, False
+    home = RunPaths(paths.root.parent / sweep)
+    others = [read_run(folder) for point in read_sweep(paths.root.parent, sweep)["points"]
+              if (folder := paths.root.parent / point["run"]) != paths.root and RunPaths(folder).record.exists()]
+    in_use = any(truth.jobs or truth.state in ACTIVE for _, truth in true_states(others))
+    if in_use:
+        print(f"run {paths.id} uses the code as it was submitted: other runs of sweep {sweep} still use it", file=sys.stderr)
+    return home.code, in_use
 
 
 def _unrecorded_jobs(paths: RunPaths, job: dict[str, Any]) -> list[str]:
@@ -208,7 +225,7 @@ def _print_submitted(paths: RunPaths, ids: Sequence[str], request: Request, reso
           f"folder  {short_path(paths.root)}\nnext    {commands[0]}\n        {commands[1]}\n        {commands[2]}")
 
 
-def _run_in_allocation(plan: Plan, request: Request, resources: Resources) -> int:
+def _run_in_allocation(plan: Plan, spec: Spec, request: Request, resources: Resources) -> int:
     """Run the job's node processes in the allocation that this command is in. Returns the exit code when they have ended."""
     allocation = os.environ.get("SLURM_JOB_ID")
     if not allocation:
@@ -220,6 +237,7 @@ def _run_in_allocation(plan: Plan, request: Request, resources: Resources) -> in
             continue  # the attempt writes its own files
         (paths.root / name).parent.mkdir(parents=True, exist_ok=True)
         replace_text(paths.root / name, text)
+    describe_code([spec], paths.code)
     folder = str(paths.submission(1))
     words = ["srun", "--unbuffered", *srun_args(request.cluster, resources, here=True),
              *node_process(request.cluster, plan.command[0], folder)]

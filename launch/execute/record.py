@@ -18,7 +18,7 @@ from launch.supervise.terminal import View
 from trainers.contract import exit_codes
 from trainers.contract.clock import utc_now
 from trainers.contract.errors import UserError
-from trainers.contract.files import read_json, replace_json, replace_text, temporary_path, update_json
+from trainers.contract.files import FORMAT, read_json, replace_json, replace_text, temporary_path, update_json
 from trainers.contract.paths import RunPaths
 
 # By how an attempt ended: the state of the run, and the command's exit code.
@@ -69,7 +69,7 @@ def create_run(plan: Plan, **more: Any) -> RunPaths:
             keep_checkpoint(plan.weights, paths)
         replace_text(paths.spec, plan.files["run.yaml"])
         replace_json(paths.record, {
-            "id": plan.run_id, "task": plan.name, "state": "submitted", "step": 0, "total": None, "attempt": 0,
+            "format": FORMAT, "id": plan.run_id, "task": plan.name, "state": "submitted", "step": 0, "total": None, "attempt": 0,
             "job": None, "sweep": None, "metrics": {}, "checkpoint": None, "created": utc_now(), "updated": utc_now(), **more,
         })
     except UserError:
@@ -130,7 +130,7 @@ def take_attempt(paths: RunPaths, number: int) -> None:
 def never_started(paths: RunPaths, number: int, failure: Failure, **more: Any) -> None:
     """Record that the ranks of an attempt, taken already, could not be started, and that the run has failed."""
     replace_json(paths.attempt_record(number), {
-        "attempt": number, **this_process(), "process_started": identity(os.getpid()), **more,
+        "format": FORMAT, "attempt": number, **this_process(), "process_started": identity(os.getpid()), **more,
         "began": utc_now(), "ended": utc_now(), "outcome": "failed", "exit_code": EXIT_CODES["failed"],
         "failure": failure.as_dict(), "reason": None, "checkpoint_s": None,
     })
@@ -164,7 +164,7 @@ def recorded(plan: Plan, paths: RunPaths, view: View, run_job: Mapping[str, Any]
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, text)
     attempt: dict[str, Any] = {
-        "attempt": plan.attempt, **this_process(), "process_started": identity(os.getpid()), "cwd": plan.cwd,
+        "format": FORMAT, "attempt": plan.attempt, **this_process(), "process_started": identity(os.getpid()), "cwd": plan.cwd,
         "device": plan.resources.device, "ranks": plan.resources.ranks, "threads": plan.resources.threads, **more,
         "began": utc_now(), "ended": None, "outcome": "running", "exit_code": None, "failure": None,
         "reason": None, "checkpoint_s": None,

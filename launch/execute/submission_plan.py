@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch.cluster.resources import Resources
@@ -12,6 +13,7 @@ from launch.plan.plan import Plan, make_plan
 from launch.plan.spec import Spec, with_values
 from launch.plan.submission import Submission
 from trainers.config.schema import ScriptConfig
+from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 
 # The folder that holds launch's own packages.
@@ -24,6 +26,26 @@ def code_of(spec: Spec) -> list[Path]:
     config = spec.config
     users = config.script if isinstance(config, ScriptConfig) and config.module is None else config.path
     return [*([Path(users)] if users else []), *([OWN] if OWN_MAY_CHANGE else [])]
+
+
+def take_code(specs: Sequence[Spec], into: Path, strict: bool = True, copy: bool = True) -> snapshot.Snapshot:
+    """Copy the code of these specs, as their `run.include` and `run.leave_out` say. See `snapshot.take`.
+
+    Raises:
+        UserError: the code cannot be copied.
+    """
+    sources = dict.fromkeys(path for spec in specs for path in code_of(spec))
+    include, leave_out = (dict.fromkeys(pattern for spec in specs for pattern in getattr(spec.config.run, key))
+                          for key in ("include", "leave_out"))
+    return snapshot.take([*sources], into, include=[*include], leave_out=[*leave_out], strict=strict, copy=copy)
+
+
+def describe_code(specs: Sequence[Spec], into: Path) -> None:
+    """Record what code runs on this machine have: commit, diff, hashes and versions. A run does not fail without it."""
+    try:
+        take_code(specs, into, strict=False, copy=False)
+    except UserError as error:
+        print(f"warning: the code of the run is not recorded: {error.message}", file=sys.stderr)
 
 
 def as_copied(spec: Spec, copy: snapshot.Snapshot | None) -> tuple[Spec, str | None]:

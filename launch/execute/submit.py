@@ -14,8 +14,8 @@ from pathlib import Path
 from launch.cluster import slurm
 from launch.cluster.resources import Resources
 from launch.cluster.times import seconds, slurm_time
-from launch.execute import record, snapshot
-from launch.execute.submission_plan import code_of
+from launch.execute import record
+from launch.execute.submission_plan import take_code
 from launch.plan.job_script import Job
 from launch.plan.plan import Plan
 from launch.plan.spec import Spec
@@ -25,7 +25,7 @@ from trainers.contract.files import replace_text, update_json
 from trainers.contract.paths import RunPaths
 
 
-def submit(plan: Plan, spec: Spec, cluster: str) -> tuple[RunPaths, list[str], tuple[str, ...]]:
+def submit(plan: Plan, spec: Spec, cluster: str) -> tuple[RunPaths, list[str], list[str]]:
     """Make the run directory and submit its job.
 
     Args:
@@ -33,7 +33,7 @@ def submit(plan: Plan, spec: Spec, cluster: str) -> tuple[RunPaths, list[str], t
         spec: with the paths of the user's original code.
 
     Returns:
-        The run, the ids of its jobs (several for a chain), and the files that were not copied with the code.
+        The run, the ids of its jobs (several for a chain), and warnings about files that were not copied with the code.
 
     Raises:
         UserError: SLURM refuses the job, or the code cannot be copied. No run directory is left.
@@ -42,7 +42,7 @@ def submit(plan: Plan, spec: Spec, cluster: str) -> tuple[RunPaths, list[str], t
     try_out(plan.job, plan.resources)
     paths = record.create_run(plan, job=record.submitting(cluster, 1))
     try:
-        copy = snapshot.take(code_of(spec), paths.code)
+        copy = take_code([spec], paths.code)
         ids = hand_over(plan.job, plan.files, paths.root)
         update_json(paths.record, job={"kind": "slurm", "cluster": cluster, "ids": ids, "submission": 1}, updated=utc_now())
         release(ids)
@@ -50,7 +50,7 @@ def submit(plan: Plan, spec: Spec, cluster: str) -> tuple[RunPaths, list[str], t
         withdraw([plan.job])
         shutil.rmtree(paths.root, ignore_errors=True)  # nothing has run in it
         raise
-    return paths, ids, copy.left_out
+    return paths, ids, copy.warnings
 
 
 def withdraw(jobs: Iterable[Job]) -> None:

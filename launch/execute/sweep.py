@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster import slurm
-from launch.cluster.resources import Resources, Wanted, resources_of
-from launch.execute import record, snapshot
+from launch.cluster.config import load_cluster
+from launch.cluster.resources import Wanted, resources_of
+from launch.execute import record, renewal, snapshot
 from launch.execute.local import run_attempts
 from launch.execute.on_slurm import check
-from launch.execute.submission_plan import code_of
+from launch.execute.submission_plan import code_of, describe_code, take_code
 from launch.execute.submit import hand_over, release, try_out, withdraw
 from launch.execute.sweep_plan import (
     Sweep,
@@ -44,7 +45,7 @@ from launch.plan.grid import grid
 from launch.plan.initial_weights import warn_of_broken, with_weights
 from launch.plan.job_script import Request
 from launch.plan.spec import Spec, spec_of
-from launch.plan.submission import Submission, last_submission, plan_of
+from launch.plan.submission import last_submission, plan_of
 from launch.records import read as runs
 from launch.records.naming import command_name, new_run_id, short_path
 from launch.records.process import alive
@@ -87,19 +88,18 @@ def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], reques
     sweep_id, digits = new_run_id(f"{specs[0].name}-sweep"), len(str(len(specs) - 1))
     points = [{"run": f"{sweep_id}-{index:0{digits}d}", "overrides": list(point.overrides)}
               for index, point in enumerate(grid_points)]
-    sources = [] if local else list(dict.fromkeys(path for spec in specs for path in code_of(spec)))
-    copy = None if local else snapshot.survey(sources, RunPaths(root / sweep_id).code)
+    copy = None if local else snapshot.survey([path for spec in specs for path in code_of(spec)], RunPaths(root / sweep_id).code)
     sweep = make_sweep(sweep_id, points, dict(enumerate(specs)), request, resources, root=root, cwd=Path.cwd(), copy=copy,
                        parallel=parallel)
     if dry_run:
         print(jsonlib.dumps(sweep_json(sweep), indent=1, ensure_ascii=False) if json else show_sweep(sweep), end="\n" * json)
         return 0
     if local:
-        _write(sweep, specs[0].name, record.local_job(), sources)
+        _write(sweep, specs, record.local_job())
         return _run_in_turn(sweep, json)
     try_out(sweep.jobs[0], resources)
-    for name in _write(sweep, specs[0].name, _submitting(sweep), sources)[:5]:
-        print(f"warning: not copied with the code: {name}", file=sys.stderr)
+    for warning in _write(sweep, specs, _submitting(sweep)):
+        print(f"warning: {warning}", file=sys.stderr)
     try:
         ids = _submit(sweep)
     except BaseException:
@@ -113,15 +113,14 @@ def _submitting(sweep: Sweep) -> dict[str, Any]:
     return record.submitting(sweep.submission.cluster.name, sweep.submission.number)
 
 
-def _write(sweep: Sweep, task: str, job: Mapping[str, Any], sources: Sequence[Path]) -> tuple[str, ...]:
-    """Make the folders of a new sweep and of its runs.
+def _write(sweep: Sweep, specs: Sequence[Spec], job: Mapping[str, Any]) -> list[str]:
+    """Make the folders of a new sweep and of its runs. A sweep on this machine only records what code there is.
 
     Args:
-        task: the name in sweep.json.
-        sources: the code to copy.
+        specs: of the runs, with the paths of the user's original code.
 
     Returns:
-        The files that were not copied with the code, as text to print.
+        Warnings about files that were not copied with the code.
 
     Raises:
         UserError: a file cannot be written. No folder is left.
@@ -129,16 +128,20 @@ def _write(sweep: Sweep, task: str, job: Mapping[str, Any], sources: Sequence[Pa
     paths = RunPaths(Path(sweep.folder))
     try:
         _write_submission(sweep)
-        left_out = snapshot.take(sources, paths.code).left_out if sources else ()
+        if sweep.submission.cluster.kind == "local":
+            describe_code(specs, paths.code)
+            warnings = []
+        else:
+            warnings = take_code(specs, paths.code).warnings
         for plan in sweep.plans:
             record.create_run(plan, sweep=sweep.id, job=dict(job))
         with _write_errors(paths.root):
-            replace_json(paths.root / SWEEP, {"id": sweep.id, "task": task, "created": utc_now(), "job": dict(job),
+            replace_json(paths.root / SWEEP, {"id": sweep.id, "task": specs[0].name, "created": utc_now(), "job": dict(job),
                                               "max_parallel": sweep.parallel, "points": list(sweep.points)})
     except BaseException:
         _remove(sweep)
         raise
-    return left_out
+    return warnings
 
 
 def _write_submission(sweep: Sweep) -> None:
@@ -315,22 +318,33 @@ def resume(root: Path, word: str, *, request: Request | None, wanted: Wanted, pa
     before = last_submission(paths)
     assert before is not None  # sweep.json is written after the first submission
     if request is None:
-        request = Request(before.cluster, before.time, before.options)
+        request = Request(load_cluster(before.cluster.name), before.time, before.options)
     local = request.cluster.kind == "local"
     specs = {element: spec_of(run.paths) for element, run in to_resume.items()}
-    resources = _resources(next(iter(specs.values())), before, request, wanted)
+    first = next(iter(specs.values()))
+    resources = (resources_of(first.config, request.cluster, wanted) if wanted
+                 else renewal.resources_again(first, before.resources, before.cluster, request.cluster))
     for element, spec in specs.items():
         with at_point(points[element]["overrides"]):
             check(spec, request, False)
     # The submissions of a run that was resumed alone are counted together with its sweep's.
     homes = (paths, *(run.paths for run in members.values()))
     number = max(number for home in homes for number in home.submission_numbers()) + 1
+    if active:
+        print(f"sweep {paths.id} uses the code as it was submitted: other runs of the sweep still use it", file=sys.stderr)
+    own_specs, copy = ([], snapshot.load(paths.code)) if active else renewal.survey([*specs.values()], paths.code)
     sweep = make_sweep(paths.id, points, specs, request, resources, root=paths.root.parent, cwd=Path(before.cwd),
-                       copy=None if local else snapshot.load(paths.code), number=number,
+                       copy=None if local else copy, number=number,
                        parallel=parallel or (None if local else sweep_record["max_parallel"]))
     if not local:
         try_out(sweep.jobs[0], resources)
     _write_submission(sweep)
+    try:
+        renewal.say_cluster_changes(before.cluster, request.cluster)
+        renewal.renew(own_specs, paths.code, f"code-until-submission-{number - 1}")
+    except UserError:
+        shutil.rmtree(paths.submission(number), ignore_errors=True)
+        raise
     job = record.local_job() if local else _submitting(sweep)
     with _write_errors(paths.root.parent):
         for run in to_resume.values():
@@ -343,21 +357,10 @@ def resume(root: Path, word: str, *, request: Request | None, wanted: Wanted, pa
     except BaseException:
         for run in to_resume.values():
             update_json(run.paths.record, state=run.record["state"], job=run.record["job"])
-        shutil.rmtree(paths.submission(number))
+        shutil.rmtree(paths.submission(number), ignore_errors=True)
         raise
     _print_submitted(sweep, ids, json)
     return 0
-
-
-def _resources(spec: Spec, before: Submission, request: Request, wanted: Wanted) -> Resources:
-    """The resources of a resumed sweep: those of its last submission, unless `wanted` or another cluster changes them."""
-    last = before.resources
-    if not wanted and before.cluster.name == request.cluster.name:
-        return last
-    if not wanted:
-        on_gpus = last.gpus or last.device == "cuda"
-        wanted = Wanted(gpus=last.gpus or last.ranks) if on_gpus else Wanted(procs=last.ranks)
-    return resources_of(spec.config, request.cluster, wanted)
 
 
 def _members(sweep: RunPaths, points: Sequence[Mapping[str, Any]]) -> dict[int, Run]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from launch.cluster.config import ClusterConfig
 from launch.cluster.resources import Resources
 from launch.plan.plan import Plan, make_plan
 from launch.plan.spec import spec_of
-from trainers.contract.files import read_json
+from trainers.contract.errors import UserError
+from trainers.contract.files import FORMAT, check_format, read_json
 from trainers.contract.paths import RunPaths
 
 
@@ -32,19 +34,32 @@ class Submission:
 
     def text(self) -> str:
         """Return the submission as JSON."""
-        return json.dumps({**asdict(self), "cluster": self.cluster.model_dump(mode="json")}, indent=1, ensure_ascii=False) + "\n"
+        content = {"format": FORMAT, **asdict(self), "cluster": self.cluster.model_dump(mode="json")}
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_submission(folder: Path) -> Submission:
-    """Read submission.json from a submission's folder.
+    """Read submission.json from a submission's folder. Another version of launch may have written it.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is not JSON.
+        UserError: the file is not that of a submission, or a newer version of launch has written it.
     """
-    content = read_json(folder / "submission.json")
-    return Submission(**{**content, "cluster": ClusterConfig(**content["cluster"]),
-                         "resources": Resources(**content["resources"])})
+    file = folder / "submission.json"
+    try:
+        content = read_json(file)
+        check_format(content)
+        cluster = {key: value for key, value in content["cluster"].items() if key in ClusterConfig.model_fields}
+        return Submission(**{**_known(Submission, content), "cluster": ClusterConfig(**cluster),
+                             "resources": Resources(**_known(Resources, content["resources"]))})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read `{file}`: {error}",
+                        "use the version of launch that submitted the run, or start a new run with --from RUN") from None
+
+
+def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values for the fields of a dataclass, without keys that it does not have."""
+    return {field.name: values[field.name] for field in fields(cls) if field.name in values}
 
 
 def last_submission(paths: RunPaths, sweep: str | None = None) -> Submission | None:

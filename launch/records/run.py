@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.contract.errors import UserError
+from trainers.contract.files import check_format
 from trainers.contract.paths import RunPaths
 
 SWEEP = "sweep.json"  # the file in a sweep's folder; sweeps and runs are in the same parent folder
@@ -59,4 +60,5 @@ def read_record(file: Path | str) -> dict[str, Any]:
         record = json.loads(str(opened.read(), "utf-8"))
     if not isinstance(record, dict) or any(record.get(key) is None for key in REQUIRED_KEYS):
         raise ValueError(f"it is not the record of a run, which has the keys {', '.join(REQUIRED_KEYS)}")
+    check_format(record)
     return record

@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -455,6 +456,46 @@ def test_a_queued_script_runs_with_the_code_of_its_submission(slurm, slurm_launc
     assert rank_log(run) == "the script then then\n"
     write(folder, "print('new')\n")
     assert slurm_launch("work.py", "--procs", 1).stdout.count("new\n") == 1  # a run on this machine uses the code as it is now
+
+
+def test_resume_after_a_fix_uses_the_code_and_the_clusters_file_as_they_are(slurm, slurm_launch):
+    """A file that a rank has written beside its script stays, and the older copy of the code is kept."""
+    folder = slurm_launch.folder
+    write(folder, "from pathlib import Path\nimport sys\nkept = Path(__file__).with_name('kept')\nprint(kept.exists())\n"
+                  "kept.touch()\nimport mine\n")
+    write(folder, "raise ValueError('a mistake')\n", "mine.py")
+    write_cluster(folder, setup=["export WORD=wrong"])
+    run, _ = submit(slurm_launch, "work.py", "--procs", 1, "run.max_restarts=0")
+    wait_for_end(run, "failed")
+    write(folder, "import os\nprint('fixed', os.environ['WORD'])\n", "mine.py")
+    write_cluster(folder, setup=["export WORD=right"])
+    resumed = slurm_launch("resume", run.name)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "changed: mine.py" in resumed.stderr and "setup: ['export WORD=wrong'] -> ['export WORD=right']" in resumed.stderr
+    wait_for_end(run)
+    assert rank_log(run, number=2) == "True\nfixed right\n"
+    assert "a mistake" in next(run.glob("code-until-attempt-1/*/mine.py")).read_text()
+
+
+@pytest.mark.parametrize("files, args, error", [
+    ({"assets/api_credentials.txt": "x"}, [], "git tracks a file that would not be copied with the code: "),
+    ({"assets/api_credentials.txt": "x"}, ["run.include=[assets]"], None),
+    ({"assets/api_credentials.txt": "x"}, ["run.leave_out=[assets]"], None),
+], ids=["refused", "copied", "left out"])
+def test_a_tracked_file_that_is_not_copied_is_refused(slurm, slurm_launch, files, args, error):
+    folder = slurm_launch.folder / "proj"
+    for name, text in {"work.py": "", **files}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    for words in ("init -q", "add -A", "-c user.name=a -c user.email=a@b commit -qm first"):
+        subprocess.run(["git", "-C", str(folder), *words.split()], check=True)
+    done = slurm_launch(folder / "work.py", "--procs", 1, *ON_TEST_CLUSTER, START_LATER, *args)
+    if error:
+        assert done.returncode == 2 and error in done.stderr
+        assert_nothing_submitted(slurm_launch)
+    else:
+        assert done.returncode == 0 and done.stderr == ""
+        assert len([*slurm_launch.run().glob("code/proj/assets/*")]) == ("include" in args[0])
 
 
 @pytest.mark.slow

@@ -238,6 +238,10 @@ class Wandb(Section):
 class Run(Section):
     max_restarts: Annotated[int, Field(ge=0)] = Field(0, description="how many new attempts to start after failures")
     grace_s: PositiveFloat = Field(60.0, description="seconds from asking ranks to stop until they are killed")
+    include: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="on SLURM: patterns of further files to copy with the code, whatever their size")
+    leave_out: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="on SLURM: patterns of files that a run can do without and that are not copied")
 
 
 class WatchedRun(Run):

@@ -48,7 +48,11 @@ def read_run(paths: RunPaths) -> RunConfig | SearchConfig | ScriptConfig:
     if not paths.spread.exists():
         return config
     values = config.model_dump(mode="json")
-    changes = mapping(json.loads(read_text(paths.spread)), paths.spread.name)
+    try:
+        changes = mapping(json.loads(read_text(paths.spread)), paths.spread.name)
+    except ValueError as error:
+        raise UserError(f"`{paths.spread}` is not JSON: {error}",
+                        "delete it: the run then continues with the strategy of its run.yaml") from None
     return validate(type(config), {**values, "train": {**values["train"], **changes}}, lambda key: paths.spread.name)
 
 

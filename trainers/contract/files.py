@@ -7,8 +7,19 @@ import math
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+# The format of run.json, attempt.json and submission.json. A reader ignores keys that it does not know and gives missing keys
+# a default. The number grows only when an older reader would misunderstand a file.
+FORMAT = 1
+
+
+def check_format(value: Mapping[str, Any]) -> None:
+    """Check that this version of launch understands the content of a file. Raises: ValueError."""
+    if (number := value.get("format", FORMAT)) > FORMAT:
+        raise ValueError(f"a newer version of launch has written it (format {number}; this version knows format {FORMAT})")
 
 
 def flush_folder(folder: Path) -> None:

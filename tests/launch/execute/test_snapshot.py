@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.execute import snapshot
+from launch.execute import code_trees, snapshot
 from launch.execute.snapshot import load, survey, take
 from trainers.contract.errors import UserError
 
@@ -64,8 +65,10 @@ def test_the_working_copy_is_copied_and_recorded(tmp_path: Path, into: Path) -> 
     (tree,) = json.loads((into / "snapshot.json").read_text())["trees"]
     assert tree == {
         "source": str(top), "copy": "proj", "commit": git(top, "rev-parse", "HEAD"), "branch": "main", "dirty": True,
-        "diff": "proj.diff", "untracked": ["src/new.py"], "left_out": [], "note": None,
+        "diff": "proj.diff", "untracked": ["src/new.py"], "left_out": [], "note": None, "files": tree["files"],
     }
+    assert tree["files"].keys() == {"train.py", "src/model.py", "src/new.py", ".gitignore"}
+    assert taken.versions["python"] == load(into).versions["python"] == platform.python_version()
     assert taken.left_out == ()
 
 
@@ -102,7 +105,7 @@ def test_a_clean_tree(tmp_path: Path, into: Path) -> None:
 def test_odd_names_arrive_and_execute_nothing(tmp_path: Path, into: Path) -> None:
     top = repository(tmp_path / os.fsdecode(b"\xff") / "中文 $(touch y) it's", {name: f"text of {name}" for name in ODD})
     bad = os.fsdecode(b"no-utf8-\xff.py")
-    write(top, {f"new/{name}": "n" for name in ODD} | {bad: "bad", "big\n.txt": "x" * (snapshot.MAX_FILE_BYTES + 1)})
+    write(top, {f"new/{name}": "n" for name in ODD} | {bad: "bad", "big\n.txt": "x" * (code_trees.MAX_FILE_BYTES + 1)})
     write(top, {name: "edited" for name in ODD})
     before = set(os.listdir())
     taken = take([top], into)
@@ -253,9 +256,9 @@ def test_secrets_are_not_copied(tmp_path: Path, into: Path) -> None:
 
 def test_caps_leave_out_files_and_say_so(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "MAX_FILES", 4)
-    monkeypatch.setattr(snapshot, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(code_trees, "MAX_FILE_BYTES", 100)
     monkeypatch.setattr(snapshot, "MAX_BYTES", 250)
-    monkeypatch.setattr(snapshot, "MAX_DIFF_BYTES", 80)
+    monkeypatch.setattr(code_trees, "MAX_DIFF_BYTES", 80)
     top = repository(tmp_path / "proj", {"a.txt": "1", "big.txt": "x" * 101, "z.py": "x" * 90, "y.py": "x" * 90})
     other = repository(tmp_path / "other", {"b.txt": "1", "c.py": "1"})
     write(top, {"new.py": "x" * 90, "big.txt": "y" * 200, "a.txt": "2"})
@@ -271,7 +274,7 @@ def test_caps_leave_out_files_and_say_so(tmp_path: Path, into: Path, monkeypatch
 
 
 def test_the_diff_leaves_out_large_files(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(code_trees, "MAX_FILE_BYTES", 100)
     top = repository(tmp_path / "proj", {"a.txt": "1\n", "big.txt": "x\n"})
     write(top, {"a.txt": "2\n", "big.txt": "y\n" * 200})
     assert take([top], into).trees[0]["note"] is None
@@ -286,6 +289,56 @@ def test_lists_in_the_record_are_cut(tmp_path: Path, into: Path, monkeypatch: py
     taken = take([top], into)
     assert taken.trees[0]["untracked"] == ["0.pem", "1.pem", "... (and 3 more)"]
     assert len(taken.left_out) == 3 and taken.left_out[-1] == f"{top}/... (and 3 more)"
+
+
+TRACKED = {"a.py": "a", "big.bin": "x" * 101, "conf/credentials.py": "c"}
+
+
+@pytest.mark.parametrize("left, name", [([], "big.bin"), (["*.bin"], "conf/credentials.py")])
+def test_a_tracked_file_that_is_left_out_is_an_error(
+    left: list[str], name: str, tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code_trees, "MAX_FILE_BYTES", 100)
+    top = repository(tmp_path / "proj", {**TRACKED, ".env.example": "e"})
+    write(top, {"new.bin": "x" * 101})  # an untracked file is only warned about
+    with pytest.raises(UserError) as raised:
+        take([top], into, leave_out=left, strict=True)
+    assert f"{top}/{name} (" in str(raised.value) and "run.include=" in str(raised.value) and not into.exists()
+    assert (".bin" in raised.value.message) == (not left)
+    taken = take([top], into, leave_out=["*.bin", "conf"], strict=True)
+    assert names(into / "proj") == {"a.py", ".env.example"} and taken.warnings == []
+
+
+def test_included_files_are_copied_whatever_their_size_and_name(
+    tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code_trees, "MAX_FILE_BYTES", 100)
+    top = repository(tmp_path / "proj", {**TRACKED, ".gitignore": "data/"})
+    write(top, {"data/vocab.bin": "v", "data/more/x.bin": "x"})
+    take([top], into, include=["*.bin", "conf/*", "data"], strict=True)
+    assert names(into / "proj") == {*TRACKED, ".gitignore", "data/vocab.bin", "data/more/x.bin"}
+    shutil.rmtree(into)
+    with pytest.raises(UserError, match="no file fits `vocab.bn`"):
+        take([top], into, include=["vocab.bn"], strict=True)
+
+
+def test_a_copy_is_copied_as_it_is(tmp_path: Path, into: Path) -> None:
+    """As for an evaluation, whose code is the copy of its run."""
+    top = repository(tmp_path / "proj", {"a.py": "a", "assets/vocab.bin": "v"})
+    taken = take([top / "a.py"], into)
+    again = take([taken.moved(top / "a.py")], tmp_path / "runs/run-1/evals/e-1/code")
+    assert names(again.folder / "proj") == {"a.py", "assets/vocab.bin"} and again.left_out == ()
+
+
+def test_a_description_holds_no_files(tmp_path: Path, into: Path) -> None:
+    top = repository(tmp_path / "proj", {"a.py": "a", "b.py": "b"})
+    write(top, {"b.py": "edited"})
+    (top / "link").symlink_to("a.py")
+    described = take([top / "a.py"], into, copy=False)
+    assert names(into) == {"snapshot.json", "proj.diff"} and not described.is_copy
+    assert described.moved(top / "a.py") == top / "a.py"
+    shutil.rmtree(into)
+    assert take([top / "a.py"], into).trees == described.trees
 
 
 PLAIN = {"train.py": "t", "conf/x.yaml": "c", "ops/k.cu": "k", "run.sh": "r", "NOTES.MD": "n"}
@@ -303,12 +356,17 @@ def test_a_plain_folder(tmp_path: Path, into: Path) -> None:
     script.write_text("#!/usr/bin/env python")
     taken = take([script, top / "conf"], into)
     assert names(into / "proj") == {*PLAIN, "train", "data"}
-    assert taken.trees[0] == {"source": str(top), "copy": "proj", "commit": None, "branch": None, "dirty": None,
-                              "diff": None, "untracked": [], "left_out": [], "note": None}
+    tree = taken.trees[0]
+    assert {key: tree[key] for key in ("commit", "branch", "dirty", "diff", "note")} == dict.fromkeys(
+        ("commit", "branch", "dirty", "diff", "note"))
+    assert tree["left_out"] == ["data.csv (does not look like code)", "key.pem (may hold secrets)",
+                                "weights.bin (does not look like code)"]
+    (warning,) = taken.warnings
+    assert warning.startswith(f"not copied with the code of {top}: data.csv (") and "run.include=[PATTERN]" in warning
 
 
 def test_the_search_of_a_plain_folder_is_limited(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "MAX_SEEN", 20)
+    monkeypatch.setattr(code_trees, "MAX_SEEN", 20)
     write(tmp_path / "home", {f"a/b/c/{i}.py": "" for i in range(50)} | {"task.yaml": "x", "near/n.py": "n"})
     taken = take([tmp_path / "home/task.yaml"], into)
     assert names(into / "home") >= {"task.yaml", "near/n.py"} and len(names(into / "home")) < 30
@@ -338,7 +396,7 @@ def test_a_repository_that_git_cannot_describe_is_copied_as_a_plain_folder(
         monkeypatch.setenv("GIT_CONFIG_COUNT", "0")
         (top / ".git/config").write_text("[core]\nrepositoryformatversion = 99\n")
     elif case == "slow":
-        monkeypatch.setattr(snapshot, "GIT_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(code_trees, "GIT_TIMEOUT_S", 0.2)
         write(tmp_path, {"bin/git": "#!/bin/sh\nexec sleep 60\n"})
         (tmp_path / "bin/git").chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
@@ -359,6 +417,7 @@ def test_another_users_repository_is_copied_as_a_plain_folder(tmp_path: Path, in
         os.chown(path, 65534, 65534)
     taken = take([top], into)
     assert names(into / "proj") == {"a.py"} and "dubious ownership" in taken.trees[0]["note"]
+    assert f"safe.directory {top}" in taken.warnings[0]
 
 
 def test_the_environment_of_a_git_hook_has_no_effect(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +455,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, into: Path) -> None:
 def test_sources_are_always_copied(tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Therefore their places in the copy are known in advance."""
     monkeypatch.setattr(snapshot, "MAX_FILES", 1)
-    monkeypatch.setattr(snapshot, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(code_trees, "MAX_FILE_BYTES", 100)
     top = repository(tmp_path / "proj", {"a.py": "a", "b.py": "b", "get_credentials.py": "x" * 200})
     other = tmp_path / "plain"
     (other / "empty").mkdir(parents=True)
