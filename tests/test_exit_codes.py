@@ -29,7 +29,7 @@ def leaves(launch):
     (launch.folder / "blobs.py").write_text(BLOBS.with_name("blobs.py").read_text())
     (launch.folder / "leaves.py").write_text(LEAVES)
     (launch.folder / "leaves.yaml").write_text("task: leaves:Leaves\ntrain: {steps: 12, batch_size: 12}\n"
-                                               "model: {exact_over_ranks: true, pause_s: 0.1}\ncheckpoint: {every: 4}\n")
+                                               "model: {exact_over_ranks: true, pause_s: 0.1, rank: 0}\ncheckpoint: {every: 4}\n")
     return launch
 
 

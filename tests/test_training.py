@@ -201,6 +201,9 @@ def test_the_example_task_of_the_readme_works(launch):
     for name, body in re.findall(r"```(?:yaml|python)\n# (stripes\.\w+)\n(.*?)```", text, re.DOTALL):
         (launch.folder / name).write_text(body)
     assert len((launch.folder / "stripes.py").read_text().splitlines()) < 60
+    for misspelled, key in (("model.hiden=512", "model.hiden"), ("data=other.txt", "data.source")):
+        refused = launch("stripes.yaml", misspelled)
+        assert refused.returncode == 2 and refused.stderr.startswith(f"error: `{key}` is not a key of this task")
     done = launch("stripes.yaml", "--procs", 2)
     assert done.returncode == 0, done.stderr
     assert record(launch.run())["metrics"]["top1"] > 0.95

@@ -23,6 +23,7 @@ from trainers.config.micro_batch import tried_sizes
 from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json
+from trainers.contract.text import either
 
 # Sections and keys that may be overridden in an evaluation: they do not change what the weights mean.
 ALLOWED = ("data", "eval", "run", "train.precision", "train.strategy", "train.offload", "train.deterministic")
@@ -91,7 +92,7 @@ def evaluation_spec(run: Run, which: str | None, overrides: Sequence[str]) -> Sp
         section = key.partition(".")[0]
         if key not in ALLOWED and section not in ALLOWED:
             raise UserError(f"`{key}` cannot be overridden in an evaluation: {REFUSED.get(section, 'it belongs to the run')}",
-                            "override data.*, eval.*, train.precision or train.strategy")
+                            f"override {either(word if '.' in word else f'{word}.*' for word in ALLOWED)}")
     spec = with_overrides(spec_of(run.paths), overrides)
     values = spec.values
     given = {word.partition("=")[0] for word in overrides}

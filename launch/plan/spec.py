@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainers.config.nearest import nearest_keys
 from trainers.config.spec import config_class, holds, mapping, read_run, read_text, validate
 from trainers.contract.errors import UserError
 from trainers.contract.files import replace_json
+from trainers.contract.text import either
 
 if TYPE_CHECKING:
     from launch.cluster.config import ClusterConfig
@@ -93,7 +95,10 @@ def load_spec(word: str | Path, overrides: Sequence[str] = (), *, cluster: Clust
     merged: Layer = {("name",): (_name(path), "default"), **_merge(layers)}
     folders = [Path(file).absolute().parent for file in (config_file, None if built_in else word) if file is not None]
     _find_modules(merged, [*folders, Path.cwd()])
-    return _spec(config_class(_nest(merged)), merged)
+    cls = config_class(_nest(merged))
+    _check_free_keys(cls, layers[0], merged, lambda section: f"the task's file must give a default for each key of `{section}`, "
+                                                             f"or `{section}: {{}}` to take any key")
+    return _spec(cls, merged)
 
 
 def script_spec(word: str | Path, args: Sequence[str] = (), overrides: Sequence[str] = (), *, cluster: ClusterConfig,
@@ -191,7 +196,11 @@ def with_overrides(spec: Spec, overrides: Sequence[str]) -> Spec:
     Raises:
         UserError: an override is wrong.
     """
-    merged = _merge([_layer(spec.values, lambda key: "run.yaml"), _command_line(overrides)])
+    own = _layer(spec.values, lambda key: "run.yaml")
+    merged = _merge([own, _command_line(overrides)])
+    # No section of an existing run takes any key: whether the run's code reads a new key is not known.
+    known = {key: given for key, given in own.items() if given[0] != {}}
+    _check_free_keys(type(spec.config), known, merged, lambda section: f"use the keys that the run has under `{section}`")
     return _spec(type(spec.config), merged)
 
 
@@ -256,6 +265,27 @@ def _spec(cls: type[TaskConfig | ScriptConfig], merged: Layer) -> Spec:
     values = config.model_dump(mode="json")
     origins = {".".join(key): _origin(key, merged) or "default" for key, _ in _leaves(values)}
     return Spec(config.name, config, values, origins, yaml12.dump(values))
+
+
+def _check_free_keys(cls: type[TaskConfig | ScriptConfig], own: Layer, merged: Layer, hint: Callable[[str], str]) -> None:
+    """Check the keys of the sections for which the config class declares no type.
+
+    Args:
+        own: the layer of the task's own file. It has all known keys. An empty mapping in it takes any key.
+        hint: returns what to do if no known key is similar, for the name of a section.
+
+    Raises:
+        UserError: a later layer sets an unknown key.
+    """
+    for key, (value, place) in merged.items():
+        section, name = key[0], ".".join(key)
+        field = cls.model_fields.get(section)
+        if field is None or field.annotation is not Any or value in (None, {}) and len(key) == 1:
+            continue
+        if not any(key == other[:len(key)] or key[:len(other)] == other and own[other][0] == {} for other in own):
+            near = nearest_keys(name, [".".join(other) for other in own if other[0] == section])
+            raise UserError(f"`{name}` is not a key of this task ({place})",
+                            f"did you mean {either(f'`{word}`' for word in near)}?" if near else hint(section))
 
 
 def _origin(key: Key, merged: Layer) -> str | None:

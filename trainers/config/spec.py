@@ -204,7 +204,9 @@ def _explained(error: ValidationError, cls: type[Section], values: Mapping[str, 
     hint = f"`{dotted}`: {description}" if description else None
     if "extra_forbidden" in types:
         message = f"`{dotted}` is not a key of this spec"
-        hint = _did_you_mean(nearest_keys(dotted, list(known))) or _keys_of(dotted.rpartition(".")[0], known)
+        sections = [key for key in known if isinstance(value, dict) and "." not in key]  # a mapping may be a misspelled section
+        near = nearest_keys(dotted, sections) or nearest_keys(dotted, list(known))
+        hint = _did_you_mean(near) or _keys_of(dotted.rpartition(".")[0], known)
     elif "missing" in types:
         message, hint = f"`{dotted}` is missing", description
     elif errors[0]["type"] == "value_error" and isinstance(value, dict):

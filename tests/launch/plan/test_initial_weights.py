@@ -176,6 +176,10 @@ def test_an_evaluation_is_a_separate_run(paths):
     config = spec.config
     assert (config.eval.only, config.eval.batch_size, config.train.precision) == (True, 7, "bf16")
     assert (config.init.source, config.data) == (str(paths.checkpoint(20)), {"source": "x"})
+    with pytest.raises(UserError, match="`data.sorce` is not a key of this task .*\n.*did you mean `data.source`"):
+        evaluation_spec(read_run(paths.root), None, ["data.sorce=x"])
+    with pytest.raises(UserError, match="`data.folder` is not a key of this task .*\n.*keys that the run has under `data`"):
+        evaluation_spec(read_run(paths.root), None, ["data.folder=x"])
     before = spec_of(paths).values
     assert {key for key in before if before[key] != spec.values[key]} == {"init", "eval", "train", "data"}
     plan = make_plan("evaluation", spec, LOCAL, Resources("cpu", 3), runs=paths.evaluations, python="python", cwd=Path("/"))
@@ -198,7 +202,7 @@ def test_settings_for_training_do_not_stop_an_evaluation(paths, root):
     (["blobs-1", "--step", "15"], "`blobs-1` has no checkpoint of step 15", "the run has step 10"),
     (["blobs-1", "--step", "last"], "`last` is not a checkpoint of a run", "give `newest`, `best` or a step"),
     (["blobs-1", "model.width=3"], "`model.width` cannot be overridden in an evaluation: the weights belong to the model",
-     "override data.*, eval.*"),
+     "override data.*, eval.*, run.*, train.precision, train.strategy, train.offload or train.deterministic"),
     (["blobs-1", "train.steps=3"], "`train.steps` cannot be overridden in an evaluation: nothing is trained", "override data"),
     (["blobs-1", "init.source=x"], "`init.source` cannot be overridden in an evaluation: the weights are the run's own",
      "override data"),

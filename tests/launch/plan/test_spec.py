@@ -25,6 +25,7 @@ train:
 optim:
   lr: 1e-2
 """
+FREE = "model: {}\ndata: {}\n"  # sections that take any key
 names = (f"user_module_{number}" for number in count())  # a process imports a module of one name only once
 
 
@@ -74,6 +75,7 @@ def test_a_later_layer_wins_and_is_the_origin(folder: Path) -> None:
 
 
 def test_layers_merge_key_by_key(folder: Path) -> None:
+    (folder / "my.yaml").write_text(TASK + FREE)
     (folder / "over.yaml").write_text("optim: {name: sgd}\nmodel: {a: {b: 1, c: 2}}\noptim.momentum: 0.5\ntrain: {}\n")
     spec = load("model.a.b=3", "model.d={e: [1, x]}", config_file="over.yaml")
     assert spec.config.model == {"a": {"b": 3, "c": 2}, "d": {"e": [1, "x"]}}
@@ -112,12 +114,51 @@ def test_an_alias_of_a_mapping_is_a_value_like_any_other(folder: Path) -> None:
 
 
 def test_a_word_for_data_is_its_source(folder: Path) -> None:
+    (folder / "my.yaml").write_text(TASK + FREE)
     assert load("data=sample").config.data == {"source": "sample"}
-    (folder / "my.yaml").write_text(TASK + "data: ./pictures\n")
+    (folder / "my.yaml").write_text(TASK + "data: ./pictures\ndata.size: 2\n")
     spec = load("data.size=3")
     assert (spec.config.data, spec.origins["data.source"]) == ({"source": "./pictures", "size": 3}, "my.yaml:7")
-    assert load("data={source: x}", "data=x").config.data == {"source": "x"}
+    assert load("data={source: x}", "data=x").config.data == {"source": "x", "size": 2}
     assert "`data.source` is both `a` and `b` (command line)" in error_of("data=a", "data.source=b")
+
+
+OWN = TASK + "model: {hidden: 64, head: {width: 8}, extra: {}, list: [1]}\n"
+
+
+@pytest.mark.parametrize("override, error", [
+    ("model.hiden=512", "error: `model.hiden` is not a key of this task (command line)\nhint: did you mean `model.hidden`?"),
+    ("model={hiden: 512}", "error: `model.hiden` is not a key of this task (command line)\nhint: did you mean `model.hidden`?"),
+    ("model.head.wdith=9", "did you mean `model.head.width`?"),
+    ("data=other.txt", "error: `data.source` is not a key of this task (command line)\nhint: the task's file must give a default "
+                       "for each key of `data`, or `data: {}` to take any key"),
+    ("model.hidden.x=1", "`model.hidden.x` is not a key of this task"),
+    ("modle.hidden=3", "error: `modle` is not a key of this spec (command line)\nhint: did you mean `model`?"),
+])
+def test_a_task_without_a_config_class_has_the_keys_of_its_file(folder: Path, override: str, error: str) -> None:
+    (folder / "my.yaml").write_text(OWN)
+    assert error in error_of(override)
+
+
+def test_the_keys_of_a_tasks_own_file_may_be_set(folder: Path) -> None:
+    (folder / "my.yaml").write_text(OWN)
+    (folder / "over.yaml").write_text("model: {hidden: 3}\n")
+    spec = load("model.head.width=2", "model.extra.any.thing=1", "model.list=[2, 3]", "data={}", config_file="over.yaml")
+    assert spec.config.model == {"hidden": 3, "head": {"width": 2}, "extra": {"any": {"thing": 1}}, "list": [2, 3]}
+    assert load("model.head=null").config.model["head"] is None
+    (folder / "over.yaml").write_text("model:\n  hiden: 3\n")
+    assert "`model.hiden` is not a key of this task (over.yaml:2)" in error_of(config_file="over.yaml")
+    misspelled = ClusterConfig(name="c", defaults={"data": {"root": "/x"}})
+    assert "`data.root` is not a key of this task (cluster c)" in error_of(cluster=misspelled)
+
+
+def test_a_config_class_may_allow_any_keys(folder: Path) -> None:
+    module = next(names)
+    (folder / f"{module}.py").write_text("from typing import Any\nfrom trainers.config import RunConfig\n"
+                                         "class Config(RunConfig):\n    data: dict[str, Any] = {}\n")
+    (folder / "my.yaml").write_text(OWN + f"config: {module}:Config\n")
+    assert load("data.any=1").config.data == {"any": 1}
+    assert "`model.any` is not a key of this task" in error_of("model.any=1")
 
 
 TEXTS = ["a b", "a # b", "a: b", "{seed", "$(touch x)", "%j", "中文", "a,b", "-x", "@x", "*", "&"]
@@ -125,6 +166,7 @@ TEXTS = ["a b", "a # b", "a: b", "{seed", "$(touch x)", "%j", "中文", "a,b", "
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_on_the_command_line_arrives_in_the_run(folder: Path, text: str) -> None:
+    (folder / "my.yaml").write_text(TASK + FREE)
     spec = load(f"data.note={text}", f"wandb.entity={text}")
     (folder / "run.yaml").write_text(spec.text)
     config = read_spec(folder / "run.yaml")
@@ -223,6 +265,7 @@ def test_errors_name_the_environment_variable_or_cluster(folder: Path) -> None:
 
 
 def test_run_yaml_gives_the_same_config(folder: Path) -> None:
+    (folder / "my.yaml").write_text(TASK + FREE)
     module = next(names)
     (folder / f"{module}.py").write_text(
         "from pathlib import Path\n"
