@@ -195,10 +195,9 @@ def _accept_all(file: Path, nodes: int, interface: str | None, deadline: float, 
             replace_json(file, {"addresses": addresses, "port": listener.getsockname()[1], "token": token})
         finally:
             os.umask(umask)
-        while len(group.links) < nodes - 1:
+        while missing := [other for other in range(1, nodes) if other not in group.links]:
             try:
                 if time.monotonic() > deadline or given_up():
-                    missing = sorted(set(range(1, nodes)) - set(group.links))
                     raise NotConnected(f"the process of node {', '.join(map(str, missing))} of {nodes} did not come")
             except NotConnected:
                 group.close()  # the connected nodes then stop waiting too
@@ -208,7 +207,8 @@ def _accept_all(file: Path, nodes: int, interface: str | None, deadline: float, 
             except TimeoutError:
                 continue
             hello = _read_hello(connection)
-            if hello is None or hello.get("token") != token or hello.get("node") in group.links:
+            if hello is None or not (hello.get("token") == token and hello.get("node") in missing
+                                     and hello.get("reached") in addresses):
                 connection.close()
                 continue
             group.links[hello["node"]] = Link(_keep_alive(connection))

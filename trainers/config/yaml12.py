@@ -84,12 +84,35 @@ def read(text: str, name: str) -> Document:
         mark = error.problem_mark or error.context_mark
         problem = ", ".join(part for part in (error.context, error.problem) if part)
         raise UserError(f"{name}:{mark.line + 1}: this is not YAML: {problem}",
-                        "put text that contains `: ` or ` #` in quotes") from error
+                        _hint(problem, (error.context_mark or mark).line + 1)) from error
     except ReaderError as error:
         raise UserError(f"{name}:{text.count(chr(10), 0, error.position) + 1}: YAML does not allow the character "
                         f"{error.character:#x}", 'write the character in quotes, as "\\x07"') from error
     except RecursionError as error:
         raise UserError(f"{name}: the document is nested too deeply") from error
+
+
+# A part of ruamel.yaml's message of a syntax error -> how to fix the text. `{line}` is where the damaged part begins.
+HINTS = {
+    "flow mapping": "close the `{{` of line {line} with `}}`, and put text that contains `: `, ` #` or a bracket in quotes",
+    "flow sequence": "close the `[` of line {line} with `]`, and put text that contains `: `, ` #` or a bracket in quotes",
+    "quoted scalar, found unexpected end": "close the quote that opens in line {line}",
+    "unknown escape": "use single quotes, or write two backslashes for one",
+    r"character '\t'": "indent with spaces, not with tabs",
+    "cannot start any token": "put text that starts with a special character in quotes",
+    "expected alphabetic": "put text that starts with a special character in quotes",
+    "found '}'": "remove the `}}`, which closes nothing",
+    "found ']'": "remove the `]`, which closes nothing",
+    "expected <block end>, but found '<scalar>'": "put the whole text in double quotes",
+    "expected <block end>": "give all lines of one mapping or list the same indentation",
+    "mapping values": "put text that contains `: ` in quotes, and give all lines of one mapping the same indentation",
+    "expected ':'": "write `key: value`",
+}
+
+
+def _hint(problem: str, line: int) -> str:
+    hint = next((hint for part, hint in HINTS.items() if part in problem), "put text that contains `: ` or ` #` in quotes")
+    return hint.format(line=line)
 
 
 class _Reader:

@@ -139,6 +139,18 @@ def test_a_connection_that_sends_nothing_delays_the_others_only_shortly(start, t
         assert head.result(timeout=60).complete and other.result(timeout=60).complete
 
 
+@pytest.mark.parametrize("hello", [{}, {"node": 1}, {"node": 0, "reached": "127.0.0.1"}, {"node": 2, "reached": "127.0.0.1"},
+                                   {"node": [1], "reached": "127.0.0.1"}, {"node": 1, "reached": "elsewhere"}])
+def test_a_connection_with_the_token_and_without_the_rest_is_refused(start, tmp_path, hello):
+    (head,) = start([0], 2)
+    written = meeting(tmp_path)
+    with socket.create_connection(("127.0.0.1", written["port"]), timeout=60) as other:
+        other.sendall(json.dumps({"token": written["token"], **hello}).encode() + b"\n")
+        assert other.recv(100) == b""
+    (other,) = start([1], 2)
+    assert list(head.result(timeout=60).links) == [1] and other.result(timeout=60).complete
+
+
 def test_a_second_process_with_the_same_node_number_is_refused(start, tmp_path):
     head, first = start([0, 1], 3)
     written = meeting(tmp_path)

@@ -74,6 +74,28 @@ def test_lines_are_recorded_and_anchors_resolved() -> None:
     assert document.lines["d", 0] == document.lines["d", 0, "b"] == document.lines["d", 0, "c"] == 5
 
 
+@pytest.mark.parametrize("text, hint", {
+    "a: 1\nb: {c: 1\n": "close the `{` of line 2 with `}`, and",
+    "a: [1,\n  2\nb: 1\n": "close the `[` of line 1 with `]`, and",
+    "a: {b: 1}}\n": "remove the `}`, which closes nothing",
+    "a: [1]]\n": "remove the `]`, which closes nothing",
+    "a:\n\tb: 1\n": "indent with spaces, not with tabs",
+    "a: 1\nb: 'x\nc: 1\n": "close the quote that opens in line 2",
+    "a: 'it's'\n": "put the whole text in double quotes",
+    "a: \"\\q\"\n": "use single quotes, or write two backslashes for one",
+    "a:\n  b: 1\n c: 2\n": "give all lines of one mapping or list the same indentation",
+    "a: b: c\n": "put text that contains `: ` in quotes, and give all lines of one mapping the same indentation",
+    "a: 1\nb\n": "write `key: value`",
+    "a: @x\n": "put text that starts with a special character in quotes",
+    "a: *\n": "put text that starts with a special character in quotes",
+    "a: |x\n b\n": "put text that contains `: ` or ` #` in quotes",
+}.items())
+def test_the_hint_fits_the_syntax_error(text: str, hint: str) -> None:
+    with pytest.raises(UserError, match="this is not YAML") as caught:
+        read(text, "f.yaml")
+    assert caught.value.hint is not None and caught.value.hint.startswith(hint)
+
+
 @pytest.mark.parametrize("text, message", {
     "a: 1\n b: 2": "f.yaml:2: this is not YAML: mapping values are not allowed here",
     "a: 1\nb: [1, 2": "f.yaml:2: this is not YAML: while parsing a flow sequence",
