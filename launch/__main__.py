@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
 from pathlib import Path
 
 
+def _find_own_packages() -> None:
+    """Let this process, and the processes that it starts, import launch's own `trainers` if PYTHONPATH holds another one.
+
+    A script's ranks do not get the changes: see `Plan.inherited`.
+    """
+    own = Path(__file__).parents[1]
+    found = importlib.util.find_spec("trainers")
+    if found is not None and found.origin == str(own / "trainers" / "__init__.py"):
+        return
+    sys.path.insert(0, str(own))
+    for name in ("PYTHONPATH", "LAUNCH_CODE"):
+        os.environ[name] = os.pathsep.join([str(own), *filter(None, [os.environ.get(name)])])
+
+
 def main() -> None:
+    _find_own_packages()
     from trainers.contract.streams import prepare_streams
 
     prepare_streams()

@@ -194,7 +194,7 @@ def setup(cluster: ClusterConfig, code: str | None) -> list[str]:
         lines.append(f"export LAUNCH_DATA={shlex.quote(cluster.data)}")
     lines += cluster.setup
     if code:
-        lines.append(f"export LAUNCH_CODE={shlex.quote(code)}")
+        lines.append(f'export LAUNCH_CODE={shlex.quote(code)}"${{LAUNCH_CODE:+:$LAUNCH_CODE}}"')
         lines.append('export PYTHONPATH="$LAUNCH_CODE${PYTHONPATH:+:$PYTHONPATH}"')
     return lines
 

@@ -60,9 +60,9 @@ class Plan:
         kept = {key: value for key, value in env.items()
                 if not key.startswith(foreign) and not NODE_PROCESS_VARIABLES.match(key)}
         if not self.batch:
-            code = kept.pop("LAUNCH_CODE", None)  # a script's `import trainers` means its own package
+            own = kept.pop("LAUNCH_CODE", "").split(os.pathsep)  # a script's `import trainers` means its own package
             inherited = kept.pop("PYTHONPATH", "")
-            folders = [folder for folder in inherited.split(os.pathsep) if folder != code] if inherited else []
+            folders = [folder for folder in inherited.split(os.pathsep) if folder not in own or not folder] if inherited else []
             if folders := [*([self.path] if self.path else []), *folders]:
                 kept["PYTHONPATH"] = os.pathsep.join(folders)
             kept.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # torchrun's default, which differs from torch's

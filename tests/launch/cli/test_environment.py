@@ -79,6 +79,15 @@ def test_text_that_the_terminal_cannot_show_is_escaped(folder: Path) -> None:
     assert ran.stderr.startswith(rb"error: there is no file `n\u00e9.yaml`")
 
 
+def test_a_package_on_pythonpath_does_not_hide_launchs_own(folder: Path) -> None:
+    (folder / "src" / "trainers").mkdir(parents=True)
+    (folder / "src" / "trainers" / "__init__.py").write_text("mine = 1\n")
+    (folder / "train.py").write_text("import os, trainers; print('mine', trainers.mine, os.environ['PYTHONPATH'])\n")
+    ran = shell("launch show my.yaml && launch tasks && launch train.py --procs 1", folder, PYTHONPATH=str(folder / "src"))
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert f"mine 1 {folder}/src\n" in ran.stdout.decode()
+
+
 def test_a_working_folder_that_was_deleted_is_an_error(folder: Path) -> None:
     ran = shell("mkdir gone; cd gone; rmdir ../gone; launch show cifar10", folder)
     assert (ran.returncode, ran.stderr) == (2, b"error: the working folder no longer exists\n"

@@ -51,7 +51,7 @@ def test_the_whole_script():
     lines = made.script.splitlines()
     start = lines.index("export SLURM_EXPORT_ENV=ALL")
     assert lines[start + 1:start + 4] == ["export LAUNCH_DATA='/a b'", "module load cuda",
-                                          "export LAUNCH_CODE='/runs/r/code/c d'"]
+                                          "export LAUNCH_CODE='/runs/r/code/c d'\"${LAUNCH_CODE:+:$LAUNCH_CODE}\""]
     assert made.command == ("sbatch", "--parsable", "--hold", "/runs/r/s/1/job.sh") and made.links == 1
     assert made == job(cluster, gpus=16, code="/runs/r/code/c d")
 
