@@ -17,7 +17,7 @@ from trainers.contract.errors import UserError
 
 # Variables that SLURM's commands read, or that an enclosing job, torchrun, accelerate or a run has set. A job must not
 # inherit them.
-DROPPED = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SQUEUE|SINFO|SCANCEL|SACCT|SCONTROL|PMI|PMIX|TORCHELASTIC)_"
+DROPPED = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SQUEUE|SINFO|SCANCEL|SACCT|SCONTROL|PMI|PMIX|TORCHELASTIC|SUBMITIT)_"
                      r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_(ADDR|PORT)$"
                      r"|(CUDA|ROCR|HIP)_VISIBLE_DEVICES$|GPU_DEVICE_ORDINAL$|ZE_AFFINITY_MASK$"
                      r"|LAUNCH_(RUN_DIR|ATTEMPT|EVENTS)$")
@@ -133,13 +133,13 @@ def queue(ids: Iterable[str] | None = None) -> dict[str, Queued]:
     squeue is called once for every 5000 jobs, and again for every 5000 job steps among the ids.
 
     Args:
-        ids: return only these; None: return all.
+        ids: return only these; None: return all of this user.
 
     Raises:
         UserError: see `call`.
     """
     if ids is None:
-        return {job.id: job for job in _queued([])}
+        return {job.id: job for job in _queued([f"--user={os.getuid()}"])}
     wanted = set(ids)
     steps = {id for id in wanted if "." in id}
     jobs = [job for chunk in _chunks(_jobs(wanted - steps)) for job in _queued([f"--jobs={chunk}"])]
@@ -196,6 +196,16 @@ def cancel(ids: Iterable[str], signal: str | None = None) -> None:
             over = r"Invalid job id|[Aa]lready comple|can not be altered now"
             if not all(re.search(over, part) for part in error.message.split("; ")):
                 raise
+
+
+def excluded(job: str) -> list[str]:
+    """Return the nodes that a job of the queue excludes: those that the user excludes, and those excluded since.
+
+    Raises:
+        UserError: see `call`.
+    """
+    lines = _squeue("--array", f"--jobs={job}", "-o", "%x").splitlines()
+    return sorted({name for line in lines for name in expand(line) if name != "(null)"})
 
 
 def exclude(job: str, nodes: Iterable[str]) -> None:

@@ -106,8 +106,9 @@ def make_job(request: Request, resources: Resources, *, name: str, folder: str, 
         job_name=None, time=None, wckey=None,  # type: ignore[arg-type]
         folder=folder.replace("%", PERCENT), nodes=resources.nodes, ntasks_per_node=1,
         signal_delay_s=lead_s, stderr_to_stdout=True, map_count=len(elements) if elements else None,
+        # `signal` must be given here too: submitit takes its own from SUBMITIT_PREEMPT_SIGNAL in the environment.
         # sbatch (22.05) reads a backslash as an escape, even inside single quotes.
-        additional_parameters={key: value.replace("\\", r"\\") if isinstance(value, str) else value
+        additional_parameters={"signal": f"USR2@{lead_s}"} | {key: value.replace("\\", r"\\") if isinstance(value, str) else value
                                for key, value in options.items() if value is not False},
         setup=setup(cluster, code), teardown=_teardown(folder, cluster.requeue), srun_args=srun_args(cluster, resources),
     )

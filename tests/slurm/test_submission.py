@@ -101,6 +101,15 @@ def test_hostile_words_arrive_and_execute_nothing(slurm, slurm_launch):
     assert not [*slurm_launch.folder.rglob("hacked"), *slurm.folder.rglob("hacked"), *Path.cwd().glob("hacked")]
 
 
+def test_a_failed_node_is_excluded_in_addition_to_those_that_the_user_excludes(start_cluster, slurm_launch):
+    write(slurm_launch.folder, "import os, time\nif os.environ['RANK'] == '0':\n    os.kill(os.getppid(), 9)\ntime.sleep(60)\n")
+    slurm = start_cluster(nodes=4)
+    run, (job,) = submit(LoginCommand(slurm_launch.folder, slurm), "work.py", "--procs", 2, "--nodes", 2, "sbatch.exclude=n1")
+    slurm.wait_until_requeued(job)
+    wait_until(lambda: slurm.job(job)["ExcNodeList"] == "n1,n2")
+    assert attempt(run, 1)["nodes"] == ["n2", "n3"]
+
+
 @pytest.mark.parametrize("name", ["100% of %%", "%N%j"])
 def test_percent_signs_in_the_folder_of_runs(slurm, slurm_launch, name):
     """srun replaces some of them in the names of output files."""

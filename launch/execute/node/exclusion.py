@@ -31,7 +31,8 @@ def exclude(folder: Path, place: Place, nodes: list[str], requeued: bool = False
     """
     file = folder / f"exclude-{place.job}"
     try:
-        excluded = {*nodes, *(file.read_text().split(",") if file.exists() else [])}
+        # The new list replaces the job's, so it must repeat the nodes that the user excludes.
+        excluded = {*nodes, *slurm.excluded(place.job), *(file.read_text().split(",") if file.exists() else [])}
         # SLURM refuses this test if the nodes that are left could never run the job.
         slurm.call("sbatch", "--test-only", f"--exclude={','.join(sorted(excluded))}", str(folder / "job.sh"))
         file.write_text(",".join(sorted(excluded)))

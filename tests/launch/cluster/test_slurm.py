@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from launch.cluster import reasons, slurm
@@ -49,6 +51,21 @@ def test_queue_returns_the_jobs_that_are_asked_for(output):
     assert (jobs["114_1"].start, jobs["114_1"].reason, jobs["114_1"].waiting) == (None, "JobArrayTaskLimit", True)
     assert (jobs["116"].script, jobs["116"].priority, jobs["116"].nodes) == (None, 4294901644, 3)
     assert list(slurm.queue(["116"])) == ["116"], "other jobs must not be returned"
+
+
+def test_only_jobs_of_this_user_are_asked_for(output, monkeypatch):
+    asked = []
+    monkeypatch.setattr(slurm, "call", lambda *words, **_: asked.append(words) or SQUEUE)
+    assert len(slurm.queue()) == 3 and f"--user={os.getuid()}" in asked[0]
+    slurm.queue(["116"])
+    assert "--jobs=116" in asked[1]
+
+
+def test_nodes_that_a_job_excludes(output):
+    output["squeue"] = "n[2-3]\n(null)\nn3,m1\n"
+    assert slurm.excluded("7") == ["m1", "n2", "n3"]
+    output["squeue"] = "(null)\n"
+    assert slurm.excluded("7") == []
 
 
 def test_history_from_accounting(output):
@@ -117,7 +134,8 @@ def test_jobs_get_the_users_environment_without_foreign_variables():
            "WORLD_SIZES": "1", "WANDB_API_KEY": "k"}
     foreign = ["SBATCH_EXPORT", "SBATCH_PARTITION", "SLURM_CPU_BIND", "SLURM_JOB_ID", "SRUN_CPUS_PER_TASK", "SQUEUE_FORMAT",
                "SINFO_FORMAT", "SACCT_FORMAT", "SCANCEL_STATE", "CUDA_VISIBLE_DEVICES", "RANK", "LOCAL_RANK", "WORLD_SIZE",
-               "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "LAUNCH_RUN_DIR", "LAUNCH_ATTEMPT", "PMIX_RANK"]
+               "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "LAUNCH_RUN_DIR", "LAUNCH_ATTEMPT", "PMIX_RANK",
+               "SUBMITIT_PREEMPT_SIGNAL"]
     assert slurm.environment({**own, **dict.fromkeys(foreign, "x")}) == own
 
 

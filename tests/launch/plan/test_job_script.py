@@ -56,6 +56,12 @@ def test_the_whole_script():
     assert made == job(cluster, gpus=16, code="/runs/r/code/c d")
 
 
+def test_the_signal_before_the_time_limit_is_ours(monkeypatch):
+    """submitit takes its signal from SUBMITIT_PREEMPT_SIGNAL when it is imported."""
+    monkeypatch.setattr("submitit.slurm.slurm.SlurmJobEnvironment.USR_SIG", "USR1")
+    assert options(job())["signal"] == "USR2@105" and "USR1" not in job().script
+
+
 @pytest.mark.parametrize("cluster, given, expected", [
     ({"gpu_type": "a100"}, {"gpus": 4}, {"gpus-per-node": "a100:4"}),
     ({"gpu_type": "a100", "gpu_request": "gres"}, {"gpus": 4}, {"gres": "gpu:a100:4"}),

@@ -19,6 +19,7 @@ from launch.records.process import alive, identity
 from launch.records.run import read_run
 from launch.records.state import state_of
 from launch.report.tables import details, table
+from trainers.contract.clock import utc_now
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, replace_json
 from trainers.contract.paths import RunPaths
@@ -330,7 +331,7 @@ def ended(id, state, code=None, nodes="n1"):
     ("failed", 5, [ended("7", "CANCELLED")], "failed"),
 ])
 def test_the_true_state_from_the_queue_then_the_history_then_the_record(tmp_path, monkeypatch, recorded, checkpoint, found, true):
-    paths = make_run(tmp_path, state=recorded, checkpoint=checkpoint, job=job_at("7", "8", "9"))
+    paths = make_run(tmp_path, state=recorded, checkpoint=checkpoint, job=job_at("7", "8", "9"), updated=utc_now())
     asked = []
 
     def queue(ids):
@@ -343,6 +344,18 @@ def test_the_true_state_from_the_queue_then_the_history_then_the_record(tmp_path
     assert state_of(run) == true
     assert asked == ([] if recorded in truth.FINAL else ["7", "8", "9"])
     assert runs.list_runs(tmp_path)[0]["state"] == true
+
+
+def test_slurm_is_not_asked_for_ever_about_lost_runs(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(truth, "ask", lambda records: asked.extend(record["id"] for record in records) or truth.SlurmAnswer())
+    job = {"kind": "slurm", "cluster": "c", "ids": ["7"], "submission": 1}
+    old, new = "2020-01-01T00:00:00+00:00", utc_now()
+    for id, recorded, updated in (("a", "running", old), ("b", "submitted", old), ("c", "submitted", new)):
+        make_run(tmp_path, id, recorded, job=job, updated=updated)
+    rows = {row["id"]: row for row in runs.list_runs(tmp_path)}
+    assert set(asked) == {"c"} and [rows[id]["state"] for id in "abc"] == ["lost", "submitted", "submitted"]
+    assert "`launch status a` asks SLURM" in rows["a"]["note"]
 
 
 def test_a_record_that_changes_while_slurm_is_asked_counts(tmp_path, monkeypatch):
