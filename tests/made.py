@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainers.checkpoints import manifest
+from trainers.checkpoints import evaluation, manifest
+from trainers.checkpoints.evaluation import Evaluation
 from trainers.contract.files import replace_json, replace_text
 from trainers.contract.paths import RunPaths
 from trainers.engine.saving import storage
@@ -30,8 +31,11 @@ def make_run(root: Path, spec: str = "", **changes: Any) -> RunPaths:
 
 
 def make_checkpoint(paths: RunPaths, step: int, tensors: Mapping[str, Tensor], *, ranks: int = 1, tied: Mapping[str, str] = {},
-                    metrics: Mapping[str, float] = {}) -> Path:
+                    metrics: Mapping[str, float] = {}, old: bool = False) -> Path:
     """Write a checkpoint in which each rank holds a random stretch of each tensor, which may be empty.
+
+    Args:
+        old: put the metrics into the manifest, as older versions did.
 
     Returns: the folder of the checkpoint.
     """
@@ -50,7 +54,9 @@ def make_checkpoint(paths: RunPaths, step: int, tensors: Mapping[str, Tensor], *
     replace_json(folder / manifest.STATE, {"step": step, "tied": dict(tied)})
     entries |= {name: manifest.entry(folder / name) for name in (manifest.STATE, manifest.INDEX)}
     manifest.write(folder, step=step, entries=entries, created="2026-01-02T00:30:00+00:00", strategy="zero3", world_size=ranks,
-                   layout="sharded", versions={"torch": torch.__version__}, metrics=dict(metrics))
+                   layout="sharded", versions={"torch": torch.__version__}, **({"metrics": dict(metrics)} if old else {}))
+    if metrics and not old:
+        evaluation.write(folder, step, Evaluation(metrics, []))
     return folder
 
 

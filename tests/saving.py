@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from trainers.checkpoints.evaluation import Evaluation
 from trainers.config import schema as config
 from trainers.contract.paths import RunPaths
 from trainers.engine.parallel.fragments import Fragment
@@ -67,7 +68,8 @@ class Run:
 
     def save(self, step: int, metrics=None, tensors=None) -> str | None:
         """Save a checkpoint and wait until it is written. Return the reason if it could not be written, otherwise None."""
-        self.checkpoints.save(step, whole(make(step) if tensors is None else tensors), {"step": step}, metrics or {})
+        found = None if metrics is None else Evaluation(metrics, [])
+        self.checkpoints.save(step, whole(make(step) if tensors is None else tensors), {"step": step}, found)
         return self.checkpoints.wait()
 
     def load(self, step: int) -> dict[str, list]:

@@ -127,6 +127,46 @@ def test_an_online_run_without_an_api_key_continues_offline(launch):
     assert list(launch.run().glob("wandb/offline-run-*"))
 
 
+FAILING = """
+import os, time
+from trainers.engine.saving import storage
+from blobs import BlobsTask
+
+write = storage.write
+
+
+def slow_write(*args):
+    time.sleep(2)
+    return write(*args)
+
+
+class Failing(BlobsTask):
+    def data(self, world):
+        self.rank = world.rank
+        if self.rank == 0:
+            storage.write = slow_write
+        return super().data(world)
+
+    def report(self, measured, figures):
+        if self.rank == 1 and os.environ["LAUNCH_ATTEMPT"] == "1":
+            raise RuntimeError("the report fails")
+        return super().report(measured, figures)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_whose_evaluation_fails_waits_for_the_commit_of_the_same_step(launch):
+    """Rank 0 still writes when the report of rank 1 fails."""
+    (launch.folder / "failing.py").write_text(FAILING)
+    (launch.folder / "failing.yaml").write_text(BLOBS.read_text().replace("blobs:BlobsTask", "failing:Failing"))
+    done = launch("failing.yaml", "--procs", 2, "train.steps=30", "eval.every=20", "checkpoint.every=20", "run.max_restarts=1",
+                  PYTHONPATH=str(BLOBS.parent))
+    assert done.returncode == 0, done.stderr
+    assert "RuntimeError: the report fails; trying again" in done.stdout and "resuming at step 20 of 30" in done.stdout
+    run = launch.run()
+    assert [step for step, _ in losses(run)] == list(range(1, 31)) and [row["step"] for row in rows(run, "eval")] == [20, 30]
+
+
 @pytest.mark.slow
 def test_resume_skips_a_broken_checkpoint(launch):
     """Flip a bit of the newest checkpoint. tests/trainers/engine/saving/test_checkpoint.py damages each file in each way."""

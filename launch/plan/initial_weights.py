@@ -114,13 +114,13 @@ def keep_checkpoint(weights: Weights, paths: RunPaths) -> None:
     target = paths.init / source.name
     target.mkdir(parents=True)
     try:
-        for file in sorted(source.iterdir()):
+        for name in [*manifest.read(source, weights.step)["files"], manifest.NAME]:
             try:
-                os.link(file, target / file.name)
+                os.link(source / name, target / name)
             except FileNotFoundError:
                 raise
             except OSError:  # another file system, or a file system without hard links
-                shutil.copyfile(file, target / file.name)
+                shutil.copyfile(source / name, target / name)
         # Meanwhile a new checkpoint may have replaced the old one under this name: check that the files belong together.
         manifest.verify_sizes(target, weights.step)
     except (FileNotFoundError, manifest.Broken):

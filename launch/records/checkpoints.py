@@ -9,7 +9,7 @@ from typing import Any
 
 from launch.records.run import Run
 from launch.records.state import ACTIVE, true_states
-from trainers.checkpoints import folders, manifest, retention
+from trainers.checkpoints import evaluation, folders, manifest, retention
 from trainers.config import yaml12
 from trainers.config.schema import Checkpoint
 from trainers.config.spec import mapping, read_text, validate
@@ -26,14 +26,16 @@ def listing(paths: RunPaths) -> list[dict[str, Any]]:
     Raises:
         UserError: run.yaml cannot be read.
     """
-    keep = retention.kept(folders.metrics(folders.manifests(paths)), settings(paths))
+    keep = retention.kept(folders.metrics(paths), settings(paths))
     rows = []
     for step in reversed(paths.checkpoint_steps()):
-        content, problem = _glance(paths.checkpoint(step), step)
+        folder = paths.checkpoint(step)
+        content, problem = _glance(folder, step)
         rows.append({
-            "step": step, **{key: content.get(key) for key in ("created", "strategy", "world_size", "metrics")},
+            "step": step, **{key: content.get(key) for key in ("created", "strategy", "world_size")},
+            "metrics": evaluation.metrics(folder, content) if content else None,
             "bytes": sum(entry["size"] for entry in content["files"].values()) if content else None,
-            "kept": keep.get(step, []), "problem": problem, "path": str(paths.checkpoint(step)),
+            "kept": keep.get(step, []), "problem": problem, "path": str(folder),
         })
     return rows
 
@@ -91,7 +93,7 @@ def prune(run: Run, keep_last: int | None, dry_run: bool) -> dict[str, Any]:
     if not dry_run:
         folders.put_back(paths)
     existing(paths)
-    metrics = folders.metrics(folders.manifests(paths))
+    metrics = folders.metrics(paths)
     keep = retention.kept(metrics, config)
     stale = [step for step in metrics if step not in keep]
     leftovers = folders.leftovers(paths, folders.TMP, folders.OLD, folders.BROKEN)
@@ -223,7 +225,8 @@ def _best_first(paths: RunPaths) -> tuple[list[int], dict[int, str]]:
     metrics, unreadable = {}, {}
     for step in existing(paths):
         try:
-            metrics[step] = manifest.read(paths.checkpoint(step), step)["metrics"]
+            folder = paths.checkpoint(step)
+            metrics[step] = evaluation.metrics(folder, manifest.read(folder, step))
         except manifest.Broken as error:
             unreadable[step] = str(error)
     ranked = retention.ranked(metrics, config)[::-1]

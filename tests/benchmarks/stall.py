@@ -77,7 +77,7 @@ def main() -> None:
         turn = 0
 
         def ours() -> None:
-            checkpoints.save(turn + 1, fragments, {}, {})
+            checkpoints.save(turn + 1, fragments, {})
 
         def theirs() -> None:
             shutil.rmtree(Path(folder, "state"), ignore_errors=True)

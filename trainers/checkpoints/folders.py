@@ -2,9 +2,13 @@
 
 `step_<n>` is a committed checkpoint. Only its manifest can prove it whole. An interruption may leave other folders:
 
-    step_<n>.tmp       a checkpoint that was being written or deleted
-    step_<n>.old       a checkpoint to be replaced by a new one of the same step; put back if the new one was not committed
-    step_<n>.broken    a broken checkpoint that was skipped
+    step_<n>.<attempt>.tmp    a checkpoint that this attempt was writing; in place of the number, a random text if the rank was
+                              not started by `launch`, and `deleted` for a checkpoint that was being deleted
+    step_<n>.old              a checkpoint to be replaced by a new one of the same step; put back if the new one was not
+                              committed
+    step_<n>.broken           a broken checkpoint that was skipped
+
+Older versions wrote to `step_<n>.tmp`.
 
 The next commit deletes these folders.
 """
@@ -16,34 +20,29 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from trainers.checkpoints import manifest
+from trainers.checkpoints import evaluation, manifest
 from trainers.contract.paths import RunPaths
 
 TMP, OLD, BROKEN = ".tmp", ".old", ".broken"
 
 
-def manifests(paths: RunPaths) -> dict[int, dict[str, Any]]:
-    """Return the manifests that can be read, by step, oldest first."""
-    contents = {}
+def metrics(paths: RunPaths) -> dict[int, Mapping[str, float | None]]:
+    """Return the metrics of each checkpoint whose manifest can be read, by step, oldest first: the input of retention.py."""
+    found = {}
     for step in paths.checkpoint_steps():
+        folder = paths.checkpoint(step)
         try:
-            contents[step] = manifest.read(paths.checkpoint(step), step)
+            found[step] = evaluation.metrics(folder, manifest.read(folder, step))
         except manifest.Broken:
             pass
-    return contents
-
-
-def metrics(contents: Mapping[int, Mapping[str, Any]]) -> dict[int, Mapping[str, float | None]]:
-    """Return the metrics in manifests, by step: the input of trainers/checkpoints/retention.py."""
-    return {step: content["metrics"] for step, content in contents.items()}
+    return found
 
 
 def leftovers(paths: RunPaths, *suffixes: str) -> list[Path]:
     """Return the folders that interruptions have left, with any of these suffixes, sorted by name."""
     return sorted(path for path in paths.checkpoints.glob("step_*")
-                  if path.suffix in suffixes and re.fullmatch(r"step_\d+", path.stem))
+                  if path.suffix in suffixes and re.fullmatch(r"step_\d+(\.\w+)?", path.stem))
 
 
 def put_back(paths: RunPaths) -> None:
@@ -53,10 +52,21 @@ def put_back(paths: RunPaths) -> None:
             os.rename(path, path.with_suffix(""))
 
 
-def delete_leftovers(paths: RunPaths) -> None:
-    """Delete the folders that interruptions have left."""
+def unfinished(final: Path, writer: str) -> Path:
+    """Return the folder in which the checkpoint `final` is written. `writer`: the attempt, or a random text."""
+    return final.with_name(f"{final.name}.{writer}{TMP}")
+
+
+def delete_leftovers(paths: RunPaths, attempt: int | None = None) -> None:
+    """Delete the folders that interruptions have left.
+
+    Args:
+        attempt: do not touch what newer attempts write; None: there is no newer attempt.
+    """
     for path in leftovers(paths, TMP, OLD, BROKEN):
-        shutil.rmtree(path, ignore_errors=True)
+        writer = path.stem.partition(".")[2]
+        if attempt is None or not (writer.isdecimal() and int(writer) > attempt):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def delete(paths: RunPaths, step: int) -> None:
@@ -66,6 +76,6 @@ def delete(paths: RunPaths, step: int) -> None:
         OSError: the checkpoint cannot be renamed.
     """
     path = paths.checkpoint(step)
-    renamed = path.with_name(path.name + TMP)
+    renamed = unfinished(path, "deleted")
     os.rename(path, renamed)
     shutil.rmtree(renamed, ignore_errors=True)

@@ -95,7 +95,7 @@ def write(folder: Path, *, step: int, entries: Mapping[str, Any], **about: Any) 
         OSError: the manifest cannot be written.
     """
     content = {"format": FORMAT, "step": step, **about, "files": dict(sorted(entries.items()))}
-    files.replace_text(folder / NAME, _text({**content, "digest": _digest(content)}))
+    files.replace_text(folder / NAME, sealed(content))
 
 
 def read(folder: Path, step: int) -> dict[str, Any]:
@@ -107,11 +107,7 @@ def read(folder: Path, step: int) -> dict[str, Any]:
     try:
         with _readable(NAME):
             text = (folder / NAME).read_text(encoding="utf-8")
-        content = json.loads(text)
-        seal = content.pop("digest")
-        # The text is compared too, because a changed byte may still give the same JSON value.
-        if seal != _digest(content) or text != _text({**content, "digest": seal}):
-            raise Broken(f"{NAME} has changed since it was written (digest)")
+        content = unsealed(text, NAME)
         if content["format"] != FORMAT:
             raise Broken(f"{NAME} has format {content['format']}; this version reads {FORMAT}")
         if content["step"] != step:
@@ -130,6 +126,29 @@ def read(folder: Path, step: int) -> dict[str, Any]:
 def names_file(name: str) -> bool:
     """Return whether a name is the plain name of a file: the name cannot lead out of a folder."""
     return Path(name).name == name and name not in ("", "..")
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """Return a JSON object as text, with a digest that proves the text unchanged."""
+    return _text({**content, "digest": _digest(content)})
+
+
+def unsealed(text: str, name: str) -> dict[str, Any]:
+    """Return the object in a text that `sealed` has made, without the digest.
+
+    Args:
+        name: the file's name, for the error.
+
+    Raises:
+        Broken: the text has changed.
+        ValueError, KeyError, TypeError, AttributeError: the text is not one that `sealed` makes.
+    """
+    content = json.loads(text)
+    seal = content.pop("digest")
+    # The text is compared too, because a changed byte may still give the same JSON value.
+    if seal != _digest(content) or text != _text({**content, "digest": seal}):
+        raise Broken(f"{name} has changed since it was written (digest)")
+    return content
 
 
 def _digest(content: Mapping[str, Any]) -> str:

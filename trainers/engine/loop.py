@@ -1,4 +1,4 @@
-"""The training loop of all tasks: resume, then repeat: evaluate, save, stop if asked, take a step.
+"""The training loop of all tasks: resume, then repeat: save, evaluate, stop if asked, take a step.
 
 A training step runs every update of the task, each for `Update.draws` optimizer steps.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from typing import Mapping
+from typing import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from trainers.checkpoints.evaluation import Evaluation
 from trainers.config.schema import Every, RunConfig, Train
 from trainers.contract import events, exit_codes, heartbeat
 from trainers.contract.errors import TrainingError, UserError
@@ -31,6 +32,8 @@ from trainers.engine.tracking.tracker import NoTracker, Tracker
 from trainers.engine.update_runner import UpdateRunner
 from trainers.engine.world import World
 
+COMMIT_WITHIN_S = 600.0  # how long a rank that failed waits for a save that is under way on several ranks
+
 
 def train(task: Task, config: RunConfig, world: World, paths: RunPaths, attempt: int | None) -> int:
     """Train until the last step or until a signal asks to stop. All ranks call this together.
@@ -49,11 +52,10 @@ def train(task: Task, config: RunConfig, world: World, paths: RunPaths, attempt:
     loop = Loop(task, config, world, paths, attempt)
     try:
         return loop.run()
-    except Exception as error:
-        # Let a save that is under way finish. Every rank must take part in this. After a UserError every rank does: while a
-        # save is under way, all ranks raise a UserError together.
-        if isinstance(error, UserError) or world.size == 1:
-            loop.checkpoints.close()
+    except Exception:
+        # Let a save that is under way finish: it may be the only checkpoint. Each rank's thread takes part in the save, whatever
+        # the rank itself waits for. But a rank that is gone never answers, so several ranks wait only for a limited time.
+        loop.checkpoints.close(None if world.size == 1 else COMMIT_WITHIN_S)
         raise
 
 
@@ -81,13 +83,14 @@ class Loop:
         self.total = total_steps(train, self.samples)
         self.step = 0                # training steps done
         self.evaluated = False       # whether the evaluation that is due at this step is done
-        self.metrics: dict[str, float] = {}  # of the last evaluation
-        self.best: list[float] = []  # the best values of `checkpoint.metric` so far, at most `checkpoint.keep_best` of them
+        self.metrics: Mapping[str, float] = {}  # of the last evaluation
+        self.best: Sequence[float] = []  # the best values of `checkpoint.metric`, at most `checkpoint.keep_best` of them
+        self.before = Evaluation(self.metrics, self.best)  # `metrics` and `best` before the evaluation of this step
         self.tracker: NoTracker = NoTracker()
         self.checkpoints = Checkpoints(paths, world, config.checkpoint, strategy=train.strategy, attempt=attempt,
                                        emit=events.emit, on_commit=self._on_commit)
         self.measured: Mapping[str, Tensor] | None = None  # result of the last evaluation in this attempt
-        self._saved: tuple[int, bool] | None = None        # (step, evaluated) of the last checkpoint
+        self._saved: int | None = None                     # step of the last save
         self._is_best = False                              # whether the evaluation of this step is among the best
         self._warned_of_metric = False
         self._logged_at = (0, 0.0)  # (step, time in seconds) from which the rates of the next logged step are measured
@@ -107,11 +110,13 @@ class Loop:
                 runner.settle(self.step * runner.update.draws)
         self._logged_at = (self.step, time.perf_counter())
         while True:
+            if self._due(self.config.checkpoint.every) or self.step == self.total:
+                self._save()  # before the evaluation, which may fail, and does not wait for the save
             if self._due(self.config.eval.every) and not self.evaluated:
                 completed = self._evaluate()
                 if not completed:
                     return self._stop()
-            if self._due(self.config.checkpoint.every) or self._is_best:
+            if self._is_best:
                 self._save()
             if self.step == self.total:
                 return self._finish()
@@ -131,6 +136,7 @@ class Loop:
         self.step += 1
         heartbeat.step_ends(self.step)
         self.evaluated = self._is_best = False
+        self.before = Evaluation(self.metrics, self.best)
 
     def _due(self, every: Every) -> bool:
         """Return whether an evaluation or a save with the interval `every` is due at this step.
@@ -170,15 +176,18 @@ class Loop:
     def _restore(self, step: int) -> None:
         """Load the checkpoint of this step: position, metrics, models and optimizers."""
         reader, state = self.checkpoints.load(step)
-        self.step, self.evaluated = step, state["evaluated"]
+        self.step, self._saved = step, step
         self.metrics, self.best = state["metrics"], state["best"]
+        self.before = Evaluation(self.metrics, self.best)
+        self.evaluated = state.get("evaluated", False)  # only in checkpoints of older versions
+        if found := self.checkpoints.evaluation(step):
+            self.evaluated, self.metrics, self.best = True, found.metrics, found.best
         self._check_data(state["samples"])
         self._load_tensors(reader)
         for runner in self.runners:
             runner.load_state(state["updates"][runner.update.name])
         if self.step == self.total:
-            self.evaluated = False  # evaluate again: the pictures at the end need the measures
-        self._saved = (self.step, self.evaluated)
+            self.evaluated, self.best = False, self.before.best  # evaluate again: the pictures need the measures
 
     def _load_initial_weights(self, weights: str) -> str:
         """Load the weights that `init.source` names. Return a note for the user: which tensors were loaded."""
@@ -225,6 +234,9 @@ class Loop:
             self.measured = measured
             self.tracker.evaluation(self.step, self.total, self.metrics)
             self._compare_with_best()
+            if self._saved == self.step:
+                self.tracker.flush()
+                self.checkpoints.add_evaluation(self.step, Evaluation(self.metrics, self.best))
         self.evaluated = True
         self._leave_out_of_rates(began)
         return True
@@ -247,22 +259,23 @@ class Loop:
                             "restore the old data, or start a new run")
 
     def _save(self) -> None:
-        """Start to save a checkpoint of this step, unless the same checkpoint was saved already."""
-        if self._saved == (self.step, self.evaluated):
+        """Start to save a checkpoint of this step, unless that was done already."""
+        if self._saved == self.step:
             return
         began = time.perf_counter()
         self._check_finite()
-        self.tracker.before_checkpoint()
+        self.tracker.flush()
+        found = Evaluation(self.metrics, self.best) if self.evaluated and self.eval_set is not None else None
         state = {
-            "step": self.step, "evaluated": self.evaluated, "metrics": self.metrics, "best": self.best,
+            "step": self.step, "metrics": self.before.metrics, "best": self.before.best,
             "samples": self._sample_counts(), "tied": self.tied,
             "updates": {runner.update.name: runner.state() for runner in self.runners},
         }
         share_buffers(self.models, self.world)
-        self.checkpoints.save(self.step, self._fragments(), state, self.metrics if self.evaluated else {})
+        self.checkpoints.save(self.step, self._fragments(), state, found)
         if self.checkpoints.superseded:
             raise self._superseded()
-        self._saved = (self.step, self.evaluated)
+        self._saved = self.step
         self._leave_out_of_rates(began)
 
     def _superseded(self) -> TrainingError:

@@ -139,7 +139,7 @@ class Wine(Runner):
         if self.config.wandb.mode == "off":
             return
         try:
-            tracked = WandbRun(self.config, paths, 0, [], _note)
+            tracked = WandbRun(self.config, paths, [], _note)
             tracked.table("cv_results", rows)
             tracked.log({"step": 1, "split": "eval", **metrics})
             tracked.finish(1, paths.figures, finished=True)

@@ -43,9 +43,19 @@ def test_list(paths, capsys):
     assert [row["kept"] for row in rows] == [["last"], ["every"], [], ["best"], []]
     assert rows[0] == {
         "step": 50, "created": "2026-01-02T00:30:00+00:00", "strategy": "zero3", "world_size": 3, "metrics": {"f1": 0.7},
-        "bytes": sum(file.stat().st_size for file in paths.checkpoint(50).iterdir() if file.name != "manifest.json"),
+        "bytes": sum(file.stat().st_size for file in paths.checkpoint(50).iterdir()
+                     if file.name not in ("manifest.json", "evaluation.json")),
         "kept": ["last"], "problem": None, "path": str(paths.checkpoint(50))}
     assert rows[4]["bytes"] is None and "manifest.json" in rows[4]["problem"]
+
+
+def test_metrics_of_older_versions_are_in_the_manifest(paths, capsys):
+    make_checkpoint(paths, 60, {"models/model/w": torch.arange(9)}, metrics={"f1": 0.95}, old=True)
+    assert main(["checkpoint", "list", "r-1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["step"], row["metrics"]["f1"], row["kept"]) for row in rows[:2]] == [(60, 0.95, ["last", "best"]), (50, 0.7, [])]
+    assert main(["export", "r-1", "--step", "best"]) == 0
+    assert "export/step_60/" in capsys.readouterr().out
 
 
 def test_verify(paths, capsys):

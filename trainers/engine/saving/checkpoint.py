@@ -3,24 +3,26 @@
 A save has these steps, see `Checkpoints.save` and `Checkpoints._write`:
 
 1. Every rank copies its tensors into host memory. Training continues, and a thread does the rest.
-2. Rank 0 checks that no newer attempt has started, and creates the empty folder `step_<n>.tmp`.
+2. Rank 0 checks that no newer attempt has started, and creates an empty temporary folder.
 3. Every rank writes its file of tensors into this folder and flushes it.
 4. Rank 0 adds the state, the index, and the manifest with the size and hash of each file.
 5. Rank 0 checks again for a newer attempt, and renames the folder to `step_<n>`. This is the commit.
 6. Rank 0 reports the commit and deletes old checkpoints.
 
 If one of steps 2 to 5 fails on one rank, the save fails on every rank, and older checkpoints stay as they are.
+
+The evaluation of a step may end after the commit. `Checkpoints.add_evaluation` then adds the evaluation to the checkpoint.
 `folders` lists what else may be in the folder of checkpoints.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
+import secrets
 import shutil
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence, TypeVar, cast
@@ -28,8 +30,9 @@ from typing import Any, Callable, Mapping, Sequence, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from trainers.checkpoints import folders, manifest, retention
-from trainers.checkpoints.folders import BROKEN, OLD, TMP
+from trainers.checkpoints import evaluation, folders, manifest, retention
+from trainers.checkpoints.evaluation import Evaluation
+from trainers.checkpoints.folders import BROKEN, OLD
 from trainers.checkpoints.manifest import INDEX, STATE
 from trainers.config.schema import Checkpoint
 from trainers.contract import files, heartbeat
@@ -53,11 +56,10 @@ class _Save:
 
     step: int
     final: Path                           # the folder of the committed checkpoint
-    tmp: Path                             # the folder until the commit
     parts: Mapping[str, torch.Tensor]     # what this rank writes, in host memory
     places: storage.Places                # where each part lies in its tensor
     state_text: str
-    metrics: Mapping[str, float | None]
+    found: Evaluation | None              # the evaluation of this step, if it is done already
     stall_s: float                        # how long `save` held up training
 
 
@@ -86,6 +88,7 @@ class Checkpoints:
                  emit: Callable[[Mapping[str, Any]], None], on_commit: Callable[[int], None]):
         self.paths, self.world, self.config, self.strategy = paths, world, config, strategy
         self.attempt, self.emit, self.on_commit = attempt, emit, on_commit
+        self._name = secrets.token_hex(4) if attempt is None else str(attempt)  # in the names of temporary folders
         self.group: dist.ProcessGroup | None = None
         if world.size > 1:
             # The writing thread has its own group: collectives of two threads in one group could be mixed up.
@@ -94,7 +97,8 @@ class Checkpoints:
             self.group = group
         self.superseded = False  # whether a save failed because a newer attempt has taken over the run
         self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: Future[str | None] | None = None
+        self._writing: Future[str | None] | None = None  # the last save
+        self._last: Future[Any] | None = None            # the last work of any kind
         self._committed_step: int | None = None
         self._buffers: dict[str, torch.Tensor] = {}
 
@@ -139,8 +143,12 @@ class Checkpoints:
         self._on_all_ranks(read)
         return loaded[0], loaded[1]
 
+    def evaluation(self, step: int) -> Evaluation | None:
+        """Return the evaluation of a step that `newest` returned; None if the checkpoint was not evaluated."""
+        return self._on_rank_0(lambda: evaluation.read(self.paths.checkpoint(step), step))
+
     def save(self, step: int, fragments: Mapping[str, Fragment], state: Mapping[str, Any],
-             metrics: Mapping[str, float]) -> None:
+             found: Evaluation | None = None) -> None:
         """Copy everything and return; a thread writes and commits the checkpoint. Waits for the previous save first.
 
         Does nothing if `step` is the last step that this object has committed. `wait` tells whether the save succeeded.
@@ -149,7 +157,7 @@ class Checkpoints:
             fragments: this rank's part of each tensor, on any device. A tensor that every rank holds whole is written by one
                 rank, so its values must be the same on all ranks. (Under DDP buffers drift apart: use `share_buffers` first.)
             state: anything that JSON can hold. Rank 0's is written.
-            metrics: the metrics of the last evaluation, which decide what the best checkpoints are. Rank 0's are written.
+            found: the evaluation of this step, if it is done already. Rank 0's is written.
         """
         started = time.perf_counter()
         self.wait()
@@ -158,21 +166,29 @@ class Checkpoints:
         state_text = json.dumps(state, indent=1) + "\n"
         own = self._own(fragments)
         copies = self._copy_to_host(own)
-        final = self.paths.checkpoint(step)
-        self._writing = self._writer.submit(self._write, _Save(
-            step, final, tmp=final.with_name(final.name + TMP), parts=copies,
+        self._last = self._writing = self._writer.submit(self._write, _Save(
+            step, self.paths.checkpoint(step), parts=copies,
             places={name: (fragment.start, fragment.shape) for name, fragment in own.items()},
-            state_text=state_text,
-            metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
-            stall_s=time.perf_counter() - started))
+            state_text=state_text, found=found, stall_s=time.perf_counter() - started))
+
+    def add_evaluation(self, step: int, found: Evaluation) -> None:
+        """Add an evaluation to the checkpoint of its step, and return; the thread does so after the saves that it has begun.
+
+        The evaluation may change which checkpoints are the best, so old checkpoints are deleted again. If the evaluation
+        cannot be written, there is a warning, and a run that resumes from this checkpoint evaluates again.
+        """
+        if self.world.main:
+            self._last = self._writer.submit(self._write_evaluation, step, found)
 
     def wait(self) -> str | None:
         """Wait until the last save is committed or has failed. Return the reason if it failed, the same on every rank."""
         return self._writing.result() if self._writing else None
 
-    def close(self) -> None:
-        """Wait for the last save and end the thread."""
-        self._writer.shutdown()
+    def close(self, timeout_s: float | None = None) -> None:
+        """Wait until the thread has done everything, or for at most `timeout_s` seconds, and end the thread."""
+        self._writer.shutdown(wait=False)
+        if self._last is not None:
+            wait([self._last], timeout_s)
 
     # -- agreement between ranks
 
@@ -273,14 +289,14 @@ class Checkpoints:
         started = time.perf_counter()
 
         def commit() -> None:
-            size = self._seal(save, written)
+            size = self._seal(save, tmp, written)
             self._check_fence()
-            self._rename(save)
+            self._rename(tmp, save.final)
             self._after_commit(save, size, started)
 
         try:
-            self._on_rank_0(lambda: self._create_folder(save))
-            written = self._on_all_ranks(lambda: self._write_part(save))
+            tmp = self._on_rank_0(lambda: self._create_folder(save))
+            written = self._on_all_ranks(lambda: self._write_part(save, tmp))
             self._on_rank_0(commit)
         except Exception as error:
             reason = error.message if isinstance(error, UserError) else str(error)
@@ -291,39 +307,43 @@ class Checkpoints:
         self._committed_step = save.step
         return None
 
-    def _create_folder(self, save: _Save) -> None:
+    def _create_folder(self, save: _Save) -> Path:
         self._check_fence()
-        if save.tmp.exists():
-            shutil.rmtree(save.tmp)
-        save.tmp.mkdir(parents=True)
+        tmp = folders.unfinished(save.final, self._name)
+        if tmp.exists():
+            shutil.rmtree(tmp)
+        tmp.mkdir(parents=True)
         files.flush_folder(self.paths.root)
+        return tmp
 
-    def _write_part(self, save: _Save) -> _Written:
+    def _write_part(self, save: _Save, tmp: Path) -> _Written:
         name = f"{self.world.rank}.safetensors"
-        entry = storage.write(save.tmp / name, save.parts) if save.parts else None
-        files.flush_folder(save.tmp)
+        entry = storage.write(tmp / name, save.parts) if save.parts else None
+        files.flush_folder(tmp)
         return _Written(name, entry, save.places)
 
-    def _seal(self, save: _Save, written: Sequence[_Written]) -> int:
+    def _seal(self, save: _Save, tmp: Path, written: Sequence[_Written]) -> int:
         """Write the state, the index and the manifest. Return the bytes of all files in the manifest."""
-        files.replace_text(save.tmp / STATE, save.state_text)
-        storage.write_index(save.tmp, {file.name: file.places for file in written})
+        files.replace_text(tmp / STATE, save.state_text)
+        storage.write_index(tmp, {file.name: file.places for file in written})
+        if save.found is not None:
+            evaluation.write(tmp, save.step, save.found)
         entries = {file.name: file.entry for file in written if file.entry is not None}
-        entries |= {name: manifest.entry(save.tmp / name) for name in (STATE, INDEX)}
-        manifest.write(save.tmp, step=save.step, entries=entries, created=utc_now(),
+        entries |= {name: manifest.entry(tmp / name) for name in (STATE, INDEX)}
+        manifest.write(tmp, step=save.step, entries=entries, created=utc_now(),
                        strategy=self.strategy, world_size=self.world.size, layout=self.config.layout,
-                       versions={"torch": torch.__version__}, metrics=save.metrics)
+                       versions={"torch": torch.__version__})
         return sum(entry["size"] for entry in entries.values())
 
-    def _rename(self, save: _Save) -> None:
+    def _rename(self, tmp: Path, final: Path) -> None:
         """Rename the folder, which commits the checkpoint. A previous checkpoint of the same step is first renamed to
         `step_<n>.old`; `folders.put_back` undoes this if the commit does not follow."""
-        if save.final.exists():
-            old = save.final.with_name(save.final.name + OLD)
+        if final.exists():
+            old = final.with_name(final.name + OLD)
             shutil.rmtree(old, ignore_errors=True)
-            os.rename(save.final, old)
-        os.rename(save.tmp, save.final)
-        files.flush_folder(save.final.parent)
+            os.rename(final, old)
+        os.rename(tmp, final)
+        files.flush_folder(final.parent)
 
     def _after_commit(self, save: _Save, size: int, started: float) -> None:
         """Report the commit and delete old checkpoints. A failure here is only a warning: the checkpoint is committed."""
@@ -342,19 +362,33 @@ class Checkpoints:
             raise Superseded(f"attempt {newest} has taken the run over from attempt {self.attempt}")
 
     def _give_up(self, save: _Save, reason: str) -> None:
-        if self.superseded:  # `tmp` may already belong to the newer attempt
+        shutil.rmtree(folders.unfinished(save.final, self._name), ignore_errors=True)
+        if self.superseded:
             return self._warn(f"the checkpoint of step {save.step} was not committed: {reason}")
-        shutil.rmtree(save.tmp, ignore_errors=True)
         older = self._committed_steps()
         self._warn(f"the checkpoint of step {save.step} could not be written: {reason}; training continues; " +
                    (f"the newest whole checkpoint is step {older[-1]}" if older else "there is no older checkpoint"))
 
     def _delete_old(self, newest: int) -> None:
-        """Delete the checkpoints that are not needed after `newest` was committed."""
-        folders.delete_leftovers(self.paths)
+        """Delete the checkpoints that are not needed any more. `newest` is the step of the newest one."""
+        folders.delete_leftovers(self.paths, self.attempt)
         # A checkpoint whose manifest cannot be read is neither counted nor deleted: somebody may want to look at it.
-        for step in retention.stale(folders.metrics(folders.manifests(self.paths)), self.config, newest):
+        for step in retention.stale(folders.metrics(self.paths), self.config, newest):
             folders.delete(self.paths, step)
+
+    # -- after a save, in the thread
+
+    def _write_evaluation(self, step: int, found: Evaluation) -> None:
+        folder = self.paths.checkpoint(step)
+        if not folder.exists():  # the save has failed
+            return
+        try:
+            self._check_fence()
+            evaluation.write(folder, step, found)
+            self._delete_old(step)
+        except Exception as error:
+            reason = error.message if isinstance(error, UserError) else error
+            self._warn(f"the evaluation of step {step} could not be added to its checkpoint: {reason}")
 
     def _warn(self, message: str) -> None:
         self.emit({"event": "note", "level": "warning", "message": message})

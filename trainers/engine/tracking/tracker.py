@@ -27,7 +27,7 @@ class NoTracker:
     def step(self, event: Mapping[str, Any]) -> None: ...
     def evaluation(self, step: int, total: int, metrics: Mapping[str, float]) -> None: ...
     def committed(self, step: int) -> None: ...
-    def before_checkpoint(self) -> None: ...
+    def flush(self) -> None: ...
     def end(self, state: str, step: int, total: int) -> None: ...
 
 
@@ -65,13 +65,13 @@ class Tracker(NoTracker):
         except OSError as error:
             raise TrainingError(f"{paths.metrics} cannot be written: {error.strerror}",
                                 f"fix the problem, then use `launch resume {paths.id}`") from error
-        self._wandb = self._start_wandb(config, step) if config.wandb.mode != "off" else None
+        self._wandb = self._start_wandb(config) if config.wandb.mode != "off" else None
         self._record(step=step, total=total, metrics=self.metrics)
 
-    def _start_wandb(self, config: RunConfig, step: int) -> WandbRun | None:
+    def _start_wandb(self, config: RunConfig) -> WandbRun | None:
         """Return the W&B run, or None after a warning if W&B cannot work (bad project name, folder that it cannot write)."""
         try:
-            return WandbRun(config, self.paths, step, self._file.kept, self.note)
+            return WandbRun(config, self.paths, self._file.kept, self.note)
         except Exception as error:
             self.note("warning", f"W&B cannot track this run ({' '.join(str(error).split())}); training continues without "
                                  "W&B, and metrics.jsonl has everything")
@@ -105,8 +105,8 @@ class Tracker(NoTracker):
         if self._wandb:
             self._wandb.log(row)
 
-    def before_checkpoint(self) -> None:
-        """Flush metrics.jsonl: all rows up to a checkpoint's step must be on disk before the checkpoint commits."""
+    def flush(self) -> None:
+        """Flush metrics.jsonl to disk. A checkpoint or an evaluation counts as done only after its rows are on disk."""
         self._file.flush(durable=True)
 
     def committed(self, step: int) -> None:

@@ -23,16 +23,15 @@ class WandbRun:
 
     W&B only appends: a step in its history cannot be removed, and `wandb sync` gives a repeated step a later number.
     Therefore a step that W&B has already is not logged again. Rows of metrics.jsonl that a killed attempt could not give to
-    W&B are logged when the run resumes.
+    W&B are logged when the run resumes. An evaluation whose step W&B has, without the evaluation, is logged with the next row.
     """
 
-    def __init__(self, config: RunConfig | SearchConfig, paths: RunPaths, step: int, rows: Iterable[Mapping[str, Any]],
+    def __init__(self, config: RunConfig | SearchConfig, paths: RunPaths, rows: Iterable[Mapping[str, Any]],
                  note: Callable[[str, str], None]):
         """Start or continue the W&B run, and log the rows that W&B does not have yet.
 
         Args:
-            step: the step from which the run starts or resumes.
-            rows: the rows of metrics.jsonl up to `step`.
+            rows: the rows of metrics.jsonl up to the step from which the run starts or resumes.
             note: called with (level, message): where the W&B page is, why the run is offline instead of online, or why W&B
                 failed.
 
@@ -51,10 +50,9 @@ class WandbRun:
         )
         self._note, self._broken = note, False
         self._stop_within_s = min(STOP_WITHIN_S, config.run.grace_s / 3)
-        self._resumed_at: int | None = None
         self._late: dict[str, Any] = {}  # an evaluation whose step is in W&B already; logged together with the next row
         settings = wandb.Settings(console="off", silent=True, init_timeout=ONLINE_WITHIN_S)
-        before = offline_step(paths.root)
+        before, self._evaluated = offline_steps(paths.root)
         offline = "not asked for"  # why the run is offline; empty if it is online
         if config.wandb.mode == "online":
             try:
@@ -70,11 +68,11 @@ class WandbRun:
             self._run = wandb.init(mode="offline", settings=settings, **common)
         self._wandb = wandb
         self._logged = max(before, self._run.step - 1)  # of an online run, _run.step - 1 is the server's last step
+        self._summary = {} if offline else dict(self._run.summary)  # the server's last value of each metric
         if self._run.url:
             note("info", f"W&B: {self._run.url}")
         for row in rows:
             self.log(row)
-        self._resumed_at = step
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Log a row of metrics.jsonl, unless W&B has its step already."""
@@ -83,8 +81,13 @@ class WandbRun:
         if row["step"] > self._logged:
             self._safely(lambda: self._run.log({**self._late, **values}, step=row["step"]))
             self._late = {}
-        elif row["step"] == self._resumed_at and row["split"] == "eval":
-            self._late = values
+        elif row["split"] == "eval":
+            self._late = {} if self._has_evaluation(row["step"], values) else values
+
+    def _has_evaluation(self, step: int, values: Mapping[str, Any]) -> bool:
+        """Return whether W&B has this evaluation from an earlier attempt. An evaluation that is repeated has the same values, so
+        online, where only the last values are known, equal values tell."""
+        return step <= self._evaluated or all(self._summary.get(name) == value for name, value in values.items())
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add a table to the next row that is logged. All `rows` have the same keys, the names of the columns."""
@@ -131,11 +134,18 @@ class WandbRun:
                                   "metrics.jsonl has everything")
 
 
-def offline_step(folder: Path) -> int:
-    """Return the last step in the offline W&B files of earlier attempts in a run directory; 0 if there are no steps."""
-    steps = (record.history.step.num for path in folder.glob("wandb/offline-run-*/*.wandb")
-             for record in offline_records(path) if record.WhichOneof("record_type") == "history")
-    return max(steps, default=0)
+def offline_steps(folder: Path) -> tuple[int, int]:
+    """Return the last step, and the last step with an evaluation, in the offline W&B files of earlier attempts in a run
+    directory. Both are 0 if there is no such step."""
+    last = evaluated = 0
+    for path in folder.glob("wandb/offline-run-*/*.wandb"):
+        for record in offline_records(path):
+            if record.WhichOneof("record_type") == "history":
+                step = record.history.step.num
+                last = max(last, step)
+                if any((item.key or item.nested_key[0]).startswith("eval/") for item in record.history.item):
+                    evaluated = max(evaluated, step)
+    return last, evaluated
 
 
 def offline_records(path: Path) -> Iterator[Any]:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import pickle
 import resource
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import wait_until
 from crashes import CRASH_CODE, crash_at, run_forked
 from ranks import Ranks, serve
 from saving import Run, bits, make, whole
 
-from trainers.checkpoints import manifest, tensor_files
+from trainers.checkpoints import evaluation, folders, manifest, tensor_files
+from trainers.checkpoints.evaluation import Evaluation
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 from trainers.engine.saving import storage
@@ -57,27 +61,99 @@ def test_a_commit_is_reported_with_its_size_and_times(run):
     [event] = run.events
     assert run.committed == [3]
     assert (event["event"], event["step"], event["path"]) == ("checkpoint", 3, str(run.paths.checkpoint(3)))
-    files = [path for path in run.paths.checkpoint(3).iterdir() if path.name != manifest.NAME]
+    files = [path for path in run.paths.checkpoint(3).iterdir() if path.name not in (manifest.NAME, evaluation.NAME)]
     assert event["bytes"] == sum(path.stat().st_size for path in files)
     assert 0 < event["stall_s"] and 0 < event["seconds"]
     content = manifest.read(run.paths.checkpoint(3), 3)
-    assert content["metrics"] == {"top1": 0.5, "loss": None} and content["world_size"] == 1
+    assert folders.metrics(run.paths) == {3: {"top1": 0.5, "loss": None}} and content["world_size"] == 1
     assert sorted(content["files"]) == sorted(path.name for path in files)
 
 
 def test_changes_after_save_do_not_reach_the_checkpoint(run, blocked):
     tensors = {"a": torch.randn(50), "b": torch.nn.Parameter(torch.randn(3, 4))}
-    state, metrics, before = {"step": 1}, {"top1": 0.5}, bits(tensors)
-    run.checkpoints.save(1, whole(tensors), state, metrics)
+    state, before = {"step": 1}, bits(tensors)
+    run.checkpoints.save(1, whole(tensors), state)
     for tensor in tensors.values():
         tensor.detach().zero_()
-    state["step"], metrics["top1"] = 99, 0.9
+    state["step"] = 99
     assert run.committed == []
     blocked.set()
     assert run.checkpoints.wait() is None
     reader, loaded = run.checkpoints.load(1)
     assert loaded == {"step": 1} and bits({name: reader.tensor(name) for name in before}) == before
-    assert manifest.read(run.paths.checkpoint(1), 1)["metrics"] == {"top1": 0.5}
+
+
+def test_an_evaluation_is_added_after_the_commit_and_decides_what_is_kept(tmp_path, blocked):
+    run = Run(tmp_path, keep_last=1, keep_best=1, metric="top1")
+    for step, top1 in [(1, 0.5), (2, 0.9), (3, 0.1)]:
+        run.checkpoints.save(step, whole(make(step)), {"step": step})
+        run.checkpoints.add_evaluation(step, Evaluation({"top1": top1, "loss": math.nan}, [0.9]))  # before the commit
+        blocked.set()
+    run.checkpoints.close()
+    assert run.committed == [1, 2, 3] and run.names() == ["step_2", "step_3"]
+    found = Run(tmp_path).checkpoints.evaluation(2)
+    assert found.metrics["top1"] == 0.9 and math.isnan(found.metrics["loss"]) and found.best == [0.9]
+    assert folders.metrics(run.paths) == {2: {"top1": 0.9, "loss": None}, 3: {"top1": 0.1, "loss": None}}
+
+
+def test_without_a_whole_evaluation_a_checkpoint_is_whole_but_not_evaluated(run):
+    assert run.save(1) is None and run.checkpoints.evaluation(1) is None
+    run.checkpoints.add_evaluation(1, Evaluation({"top1": 0.5}, []))
+    run.checkpoints.close()
+    file = run.paths.checkpoint(1) / evaluation.NAME
+    assert run.checkpoints.evaluation(1).metrics == {"top1": 0.5}
+    for what, content in damages(file):
+        damage(file, content)
+        assert run.checkpoints.evaluation(1) is None and folders.metrics(run.paths) == {1: {}}, what
+        assert run.checkpoints.newest() == 1
+
+
+def test_an_evaluation_of_a_superseded_attempt_or_of_a_failed_save_is_not_written(tmp_path, monkeypatch):
+    run = Run(tmp_path, attempt=1)
+    run.paths.attempt(1).mkdir(parents=True)
+    assert run.save(1) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write", full_disk)
+        assert "No space left" in run.save(2)
+    run.checkpoints.add_evaluation(2, Evaluation({}, []))
+    run.paths.attempt(2).mkdir()
+    run.checkpoints.add_evaluation(1, Evaluation({}, []))
+    run.checkpoints.close()
+    assert "evaluation of step 1 could not be added to its checkpoint: attempt 2 has taken the run over" in run.notes()[-1]
+    assert run.names() == ["step_1"] and run.checkpoints.evaluation(1) is None
+
+
+def test_two_attempts_never_write_into_one_folder(tmp_path, blocked):
+    """The newer attempt saves the same step while the older attempt, which is not known to be gone, still writes."""
+    old = Run(tmp_path, attempt=1)
+    old.paths.attempt(1).mkdir(parents=True)
+    old.checkpoints.save(5, whole({"x": torch.zeros(3)}), {"step": 5})
+    wait_until(lambda: old.paths.checkpoints.exists() and old.names() == ["step_5.1.tmp"], 20)
+    old.paths.attempt(2).mkdir()
+    new = Run(tmp_path, attempt=2)
+    new.checkpoints.save(5, whole(make(5)), {"step": 5})
+    wait_until(lambda: new.names() == ["step_5.1.tmp", "step_5.2.tmp"], 20)
+    blocked.set()
+    assert new.checkpoints.wait() is None and old.checkpoints.wait() is not None
+    assert new.names() == ["step_5"] and new.checkpoints.newest() == 5 and new.load(5) == bits(make(5))
+
+
+def test_a_commit_deletes_no_folder_of_a_newer_attempt(tmp_path):
+    run = Run(tmp_path, attempt=2)
+    for name in ("step_1.tmp", "step_1.1.tmp", "step_1.2.tmp", "step_1.3.tmp", "step_1.deleted.tmp", "step_1.0a9b.tmp"):
+        (run.paths.checkpoints / name).mkdir(parents=True)
+    run.save(4)
+    assert run.names() == ["step_1.3.tmp", "step_4"]
+
+
+def test_closing_waits_for_a_limited_time_only(run, blocked):
+    run.checkpoints.save(1, whole(make(1)), {"step": 1})
+    began = time.monotonic()
+    run.checkpoints.close(0.2)
+    assert 0.2 <= time.monotonic() - began < 20 and run.committed == []
+    threading.Timer(0.2, blocked.set).start()
+    run.checkpoints.close(60)
+    assert run.committed == [1]
 
 
 def test_host_buffers_are_used_again(run, monkeypatch):
@@ -96,9 +172,9 @@ def test_host_buffers_are_used_again(run, monkeypatch):
 
 
 def test_a_save_waits_for_the_previous_save(run, blocked):
-    run.checkpoints.save(1, whole(make(1)), {"step": 1}, {})
+    run.checkpoints.save(1, whole(make(1)), {"step": 1})
     threading.Timer(0.3, blocked.set).start()
-    run.checkpoints.save(2, whole(make(2)), {"step": 2}, {})
+    run.checkpoints.save(2, whole(make(2)), {"step": 2})
     assert run.committed == [1]
     run.checkpoints.close()
     assert run.committed == [1, 2] and run.events[1]["stall_s"] >= 0.2
@@ -296,7 +372,7 @@ def test_a_replaced_checkpoint_is_put_back_if_its_successor_was_not_committed(tm
     run, rename = Run(tmp_path), os.rename
 
     def fail(source, target):
-        return full_disk() if Path(source).name == "step_5.tmp" else rename(source, target)
+        return full_disk() if Path(source).suffix == ".tmp" else rename(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", fail)
@@ -472,7 +548,7 @@ def fail_on(world, root, rank, how):
 def save_and_reduce(world, root, count):
     run, total, reasons = Run(root, world), 0, []
     for step in (1, 2, 3):
-        run.checkpoints.save(step, whole(make(step)), {"step": step}, {})
+        run.checkpoints.save(step, whole(make(step)), {"step": step})
         total = 0
         for i in range(count):
             value = torch.tensor(i)

@@ -203,7 +203,7 @@ def test_one_rank_reads_the_parts_of_two_and_the_reverse(two, tmp_path, how):
 
 def save_parts(world, root, step, how):
     run = Run(root, world)
-    run.checkpoints.save(step, split(make(step), world.rank, world.size, how), {"step": step}, {})
+    run.checkpoints.save(step, split(make(step), world.rank, world.size, how), {"step": step})
     return run.checkpoints.wait()
 
 

@@ -54,7 +54,7 @@ def save(root: Path, models: dict[str, nn.Module], step: int = 3) -> Path:
     checkpoints = Checkpoints(RunPaths(root), ONE, schema.Checkpoint(keep_last=9), strategy="ddp", attempt=None,
                               emit=lambda event: None, on_commit=lambda step: None)
     more = {"optim/model/head.weight/exp_avg": Fragment.whole(torch.ones(3, 4))}
-    checkpoints.save(step, {**whole(models), **more}, {"step": step}, {})
+    checkpoints.save(step, {**whole(models), **more}, {"step": step})
     assert checkpoints.wait() is None
     checkpoints.close()
     return RunPaths(root).checkpoint(step)

@@ -1,0 +1,180 @@
+"""The order of saves and evaluations in the training loop, on one rank in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from saving import ONE
+from torch import nn
+
+from trainers.checkpoints import evaluation, folders, manifest
+from trainers.config.schema import RunConfig
+from trainers.contract.files import replace_json
+from trainers.contract.paths import RunPaths
+from trainers.engine import loop
+from trainers.engine.task import Loss, Task
+
+
+class Points:
+    def __len__(self):
+        return 64
+
+    def batch(self, share):
+        values = torch.from_numpy(share.indices).float()
+        return torch.stack([values.sin(), values.cos()], 1), (values % 3 == 0).long()
+
+
+class Toy(Task):
+    """`scores` gives the metric `top1` of each evaluation by number, from 0."""
+
+    scores = (0.3, 0.5, 0.4, 0.6, 0.1, 0.2)
+    fail_at: int | None = None  # the step whose report raises an error
+
+    def data(self, world):
+        return Points(), Points()
+
+    def model(self):
+        return nn.Linear(2, 2)
+
+    def loss(self, model, batch):
+        inputs, labels = batch
+        return Loss(nn.functional.cross_entropy(model(inputs), labels, reduction="sum"), len(labels))
+
+    def report(self, measured, figures):
+        metrics = super().report(measured, figures)
+        step = STEP_OF[metrics["loss"]] if metrics["loss"] in STEP_OF else None
+        if step is not None and step == type(self).fail_at:
+            raise ZeroDivisionError("the report fails")
+        return {**metrics, "top1": 0.0 if step is None else self.scores[step // 4 - 1]}
+
+
+STEP_OF: dict[float, int] = {}  # the step at which an evaluation gives this loss
+
+
+def config(**sections) -> RunConfig:
+    values = {"name": "toy", "task": "toy:Toy", "train": {"steps": 24, "batch_size": 16}, "optim": {"name": "sgd", "lr": 0.1},
+              "log": {"every": 1}, "eval": {"every": 4}, "checkpoint": {"every": 8, "metric": "top1", "keep_last": 1}}
+    return RunConfig.model_validate({**values, **{key: {**values[key], **more} for key, more in sections.items()}})
+
+
+def run(root: Path, attempt: int, **sections) -> int:
+    paths = RunPaths(root)
+    paths.attempt(attempt).mkdir(parents=True)
+    settings = config(**sections)
+    return loop.train(Toy(settings), settings, ONE, paths, attempt)
+
+
+def logged(root: Path) -> list[tuple]:
+    """Return what identifies a run: each row of metrics.jsonl without its times."""
+    rows = [json.loads(line) for line in RunPaths(root).metrics.read_text().splitlines()]
+    return [(row["step"], row["split"], row["loss"], row.get("top1"), row.get("grad_norm")) for row in rows]
+
+
+def kept(root: Path) -> dict[int, tuple]:
+    """Return the state and the evaluation of each checkpoint that is kept, by step."""
+    paths, found = RunPaths(root), {}
+    for step in paths.checkpoint_steps():
+        folder = paths.checkpoint(step)
+        manifest.verify(folder, step)
+        evaluated = evaluation.read(folder, step)
+        state = json.loads((folder / manifest.STATE).read_text())
+        found[step] = state, evaluated and (evaluated.metrics, evaluated.best)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a run that nothing has interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    assert run(root / "first", 1) == 0
+    STEP_OF.update({row[2]: row[0] for row in logged(root / "first") if row[1] == "eval"})
+    assert run(root / "run", 1) == 0
+    return root / "run"
+
+
+@pytest.fixture(autouse=True)
+def no_faults(monkeypatch):
+    monkeypatch.setattr(Toy, "fail_at", None)
+
+
+def test_best_checkpoints_are_kept_and_saved_where_no_save_is_due(whole):
+    assert [row[3] for row in logged(whole) if row[1] == "eval"] == list(Toy.scores)
+    states = kept(whole)
+    assert list(states) == [16, 24]  # 0.6 is the best; 24 is the last
+    assert states[16][1] == ({**states[16][1][0], "top1": 0.6}, [0.6]) and states[16][0]["best"] == [0.5]
+    assert states[24][1][1] == states[24][0]["best"] == [0.6]
+
+
+@pytest.mark.parametrize("step", [8, 24, 12])
+def test_a_report_that_fails_costs_no_step_that_was_saved(whole, tmp_path, monkeypatch, step):
+    """At steps 8 and 24 a save is due before the evaluation. At step 12 none is."""
+    every = {"checkpoint": {"every": "never"}} if step == 24 else {}
+    monkeypatch.setattr(Toy, "fail_at", step)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "run", 1, **every)
+    saved = {8: 8, 24: 24, 12: 8}[step]
+    assert max(RunPaths(tmp_path / "run").checkpoint_steps()) == saved
+    assert (kept(tmp_path / "run")[saved][1] is None) == (step == saved)
+    monkeypatch.setattr(Toy, "fail_at", None)
+    assert run(tmp_path / "run", 2, **every) == 0
+    assert logged(tmp_path / "run") == logged(whole)
+    assert kept(tmp_path / "run") == kept(whole)
+
+
+@pytest.mark.parametrize("cut", [4, 8, 16, 20])
+def test_an_evaluation_that_was_not_recorded_is_repeated_and_logged_once(whole, tmp_path, monkeypatch, cut):
+    """The attempt is cut off after the evaluation of step `cut`, before anything else is written. Steps 8 and 16 are saved
+    before the evaluation, step 4 would be saved as a new best, and step 20 is not saved."""
+    class CutOff(loop.Loop):
+        def _compare_with_best(self):
+            if self.step == cut:
+                self.checkpoints.close()  # what has begun ends, so that no thread runs into the next attempt
+                raise KeyboardInterrupt
+            super()._compare_with_best()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Loop", CutOff)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", 1)
+    assert run(tmp_path / "run", 2) == 0
+    assert logged(tmp_path / "run") == logged(whole)
+    assert kept(tmp_path / "run") == kept(whole)
+
+
+def test_checkpoints_of_older_versions_are_read(whole, tmp_path):
+    """Older versions kept `evaluated`, and what the evaluation has found, in state.json and in the manifest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Toy, "fail_at", 20)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "run", 1)
+    paths = RunPaths(tmp_path / "run")
+    for step in paths.checkpoint_steps():
+        folder = paths.checkpoint(step)
+        found = evaluation.read(folder, step)
+        state = json.loads((folder / manifest.STATE).read_text())
+        replace_json(folder / manifest.STATE, {**state, "evaluated": True, "metrics": found.metrics, "best": found.best})
+        (folder / evaluation.NAME).unlink()
+        content = manifest.read(folder, step)
+        entries = {**content.pop("files"), manifest.STATE: manifest.entry(folder / manifest.STATE)}
+        manifest.write(folder, entries=entries, metrics=found.metrics,
+                       **{key: value for key, value in content.items() if key != "format"})
+    assert {step: metrics["top1"] for step, metrics in folders.metrics(paths).items()} == {16: 0.6}
+    assert run(tmp_path / "run", 2) == 0
+    assert logged(tmp_path / "run") == logged(whole) and list(kept(tmp_path / "run")) == [16, 24]
+
+
+def test_the_evaluation_of_a_save_that_failed_is_lost_with_it(tmp_path, monkeypatch, whole):
+    write = manifest.write
+
+    def full_disk(folder, *, step, **about):
+        if step == 8:
+            raise OSError(28, os.strerror(28))
+        write(folder, step=step, **about)
+
+    monkeypatch.setattr(manifest, "write", full_disk)
+    assert run(tmp_path / "run", 1) == 0
+    assert logged(tmp_path / "run") == logged(whole) and list(kept(tmp_path / "run")) == [16, 24]
