@@ -96,10 +96,8 @@ def wanted_options(*names: str) -> Callable[[Callable], Callable]:
 
 def slurm_options(command: Callable) -> Callable:
     """The options of commands that may submit one run to SLURM."""
-    for option in (click.option("--follow", is_flag=True, help="On SLURM: wait, and print the log until the run ends."),
-                   click.option("--here", is_flag=True, help="Run in the current SLURM allocation (salloc), without a new job.")):
-        command = option(command)
-    return queue_options(command)
+    return queue_options(
+        click.option("--follow", is_flag=True, help="On SLURM: wait, and print the log until the run ends.")(command))
 
 
 def queue_options(command: Callable) -> Callable:

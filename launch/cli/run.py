@@ -53,6 +53,7 @@ def task_command(word: str, about: str, kind: type[click.Command] = click.Comman
     @spec_options
     @wanted_options("gpus", "procs", "nodes", "cpus")
     @slurm_options
+    @click.option("--here", is_flag=True, help="Run in the current SLURM allocation (salloc), without a new job.")
     @click.option("--debug", is_flag=True, help="Run one rank in this process, so that breakpoint() works.")
     @click.option("--dry-run", is_flag=True, help="Print what would run, and run nothing.")
     @json_option
@@ -99,7 +100,7 @@ def task_command(word: str, about: str, kind: type[click.Command] = click.Comman
 @json_option
 @click.option("--take-over", is_flag=True, help="Resume even if the record says that the run is running on another host.")
 def resume(word: str, root: Path, wanted: Wanted, json: bool, take_over: bool, slurm: bool, cluster_name: str | None,
-           time: str | None, after: str | None, here: bool, follow: bool, overrides: Sequence[str], strategy: str | None) -> int:
+           time: str | None, after: str | None, follow: bool, overrides: Sequence[str], strategy: str | None) -> int:
     """Continue a run from its last checkpoint.
 
     By default the run continues where it last ran: on this machine, or on the same cluster with the same options.
@@ -114,12 +115,10 @@ def resume(word: str, root: Path, wanted: Wanted, json: bool, take_over: bool, s
         if cluster.kind == "slurm":
             from launch.execute import on_slurm
 
-            if here:
-                raise UserError("`launch resume` submits a new job on SLURM", "leave out --here")
             changes = slurm or cluster_name or time or after or options
             return on_slurm.resume(run, request=request_of(cluster, root, time, after, options) if changes else None,
                                    wanted=wanted, spread=spread, json=json, show_log=show_log if follow else None)
-    only_on_slurm(nodes=wanted.nodes, time=time, after=after, here=here, follow=follow, **options)
+    only_on_slurm(nodes=wanted.nodes, time=time, after=after, follow=follow, **options)
     from launch.execute import local
 
     return local.resume(run, wanted=wanted, spread=spread, json=json, take_over=take_over)
@@ -135,7 +134,7 @@ def resume(word: str, root: Path, wanted: Wanted, json: bool, take_over: bool, s
 @runs_option
 @json_option
 def eval(word: str, root: Path, which: str | None, overrides: Sequence[str], data: str | None, wanted: Wanted, json: bool,
-         slurm: bool, cluster_name: str | None, time: str | None, after: str | None, here: bool, follow: bool) -> int:
+         slurm: bool, cluster_name: str | None, time: str | None, after: str | None, follow: bool) -> int:
     """Evaluate a checkpoint of a run, without training."""
     from launch.execute import evaluate
     from launch.records.read import find_run
@@ -144,11 +143,9 @@ def eval(word: str, root: Path, which: str | None, overrides: Sequence[str], dat
     words, options = sbatch_options([*overrides, *([f"{ALIASES['data']}={data}"] if data is not None else [])])
     cluster = cluster_of(slurm, cluster_name)
     if cluster.kind == "slurm":
-        if here:
-            raise UserError("`launch eval` submits a new job on SLURM", "leave out --here")
         return evaluate.submit(run, which=which, overrides=words, request=request_of(cluster, root, time, after, options),
                                wanted=wanted, json=json, show_log=show_log if follow else None)
-    only_on_slurm(nodes=wanted.nodes, time=time, after=after, here=here, follow=follow, **options)
+    only_on_slurm(nodes=wanted.nodes, time=time, after=after, follow=follow, **options)
     return evaluate.evaluate(run, which=which, overrides=words, wanted=wanted, json=json)
 
 

@@ -196,7 +196,7 @@ def execute(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, view: 
             outcome = _attempt(plan, paths, view, restarts)
         except OSError as error:
             raise UserError(f"attempt {plan.attempt} cannot run in {paths.root}: {error.strerror or error}",
-                            f"fix that, then `launch resume {paths.id}`") from error
+                            f"fix that, then `launch resume {command_name(paths)}`") from error
         failure = outcome.failure
         if failure and _worth_retrying(outcome, restarts, paths, plan.attempt):
             if retries_smaller(paths, plan.attempt):

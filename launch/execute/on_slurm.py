@@ -194,8 +194,8 @@ def jobs_of(run: Run) -> tuple[str, ...]:
     if job.get("kind") == "slurm" and (queued := slurm.queue(job["ids"])):
         return tuple(sorted(queued))
     raise UserError(f"run {run.id} is {state}: nothing to wait for",
-                    f"continue it with `launch resume {run.id}`" if job.get("kind") != "local" or state not in ACTIVE
-                    else "SLURM can only wait for SLURM's jobs")
+                    "SLURM can only wait for SLURM's jobs" if job.get("kind") == "local" and state in ACTIVE
+                    else f"continue it with `launch resume {command_name(run.paths)}`")
 
 
 def check(spec: Spec, request: Request, dry_run: bool) -> None:
@@ -252,8 +252,7 @@ def _run_in_allocation(plan: Plan, spec: Spec, request: Request, resources: Reso
             if select.select([stop.wakeup], [], [], 1.0)[0]:
                 stop.wakeup.recv(4096)
             while stop.received:
-                stop.received.pop()
-                asked = _stop(paths, srun, asked)
+                asked = _stop(paths, srun, asked, stop.received.pop())
     state = state_of(read_run(paths.root))
     if state == "submitted":  # srun has printed the reason
         shutil.rmtree(paths.root)
@@ -264,9 +263,14 @@ def _run_in_allocation(plan: Plan, spec: Spec, request: Request, resources: Reso
     return EXIT_CODES.get(state, exit_codes.FAILED)
 
 
-def _stop(paths: RunPaths, srun: subprocess.Popen, asked: bool) -> bool:
-    """Ask the job step to stop with a checkpoint. End a step that was `asked` before or has not started. Returns True."""
+def _stop(paths: RunPaths, srun: subprocess.Popen, asked: bool, number: int) -> bool:
+    """Ask the job step to stop with a checkpoint, because of signal `number`. End a step that was `asked` before or has not
+    started. Returns True."""
     step = read_json(paths.record)["job"]["ids"]
+    try:  # the node process sees only SIGTERM
+        replace_text(paths.stop_reason(max(paths.attempt_numbers(), default=0)), record.STOPPED_BY[signal.Signals(number).name])
+    except OSError:
+        pass
     if asked or not step:
         srun.send_signal(signal.SIGTERM)  # srun then kills the step
     else:

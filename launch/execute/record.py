@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from launch.plan.initial_weights import keep_checkpoint
 from launch.plan.plan import Plan
+from launch.records.naming import command_name
 from launch.records.process import alive, identity
 from launch.supervise.rank import Failure, Outcome
 from launch.supervise.terminal import View
@@ -26,6 +27,8 @@ STATES = {"finished": "finished", "failed": "failed", "preempted": "preempted", 
 EXIT_CODES: dict[Literal["finished", "failed", "preempted", "killed", "ended"], int] = {
     "finished": exit_codes.FINISHED, "failed": exit_codes.FAILED, "preempted": exit_codes.PREEMPTED, "killed": exit_codes.KILLED,
 }
+# Why an attempt was stopped, by the signal that this process got.
+STOPPED_BY = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGHUP": "its terminal was closed", "SIGUSR2": "SIGUSR2"}
 
 
 def exit_code(plan: Plan, outcome: Outcome) -> int:
@@ -123,7 +126,7 @@ def take_attempt(paths: RunPaths, number: int) -> None:
         shutil.rmtree(prepared, ignore_errors=True)
         if target.exists():
             raise UserError(f"attempt {number} of {paths.id} has just been started by another process",
-                            f"see `launch status {paths.id}`") from None
+                            f"see `launch status {command_name(paths)}`") from None
         raise UserError(f"{target} cannot be made: {error.strerror}", "make room there") from error
 
 
@@ -140,12 +143,14 @@ def never_started(paths: RunPaths, number: int, failure: Failure, **more: Any) -
 class RecordEnd(Protocol):
     """Records how an attempt ended."""
 
-    def __call__(self, outcome: Outcome, reason: str | None = None, retrying: bool = False) -> str:
+    def __call__(self, outcome: Outcome, reason: str | None = None, retrying: bool = False, again: bool = False) -> str:
         """Returns the attempt's state.
 
         Args:
-            reason: why the attempt was stopped.
+            reason: why the attempt was stopped; None: told from the signal.
             retrying: whether another attempt follows at once; the run then stays `running`.
+            again: whether the run is not over although the attempt has failed; the run is then `preempted`. It is never
+                `failed` in between: who follows the run would leave.
         """
 
 
@@ -173,16 +178,20 @@ def recorded(plan: Plan, paths: RunPaths, view: View, run_job: Mapping[str, Any]
     changed = {"job": dict(run_job)} if run_job else {}
     update_json(paths.record, state="running", attempt=plan.attempt, updated=utc_now(), **changed)
 
-    def ended(outcome: Outcome, reason: str | None = None, retrying: bool = False) -> str:
+    def ended(outcome: Outcome, reason: str | None = None, retrying: bool = False, again: bool = False) -> str:
         cancelled = outcome.signal is not None and paths.cancellation(plan.attempt).exists()
         state = "cancelled" if cancelled else STATES[outcome.kind]
+        run_state = "running" if retrying else "preempted" if again and state == "failed" else state
         failure = outcome.failure and outcome.failure.as_dict()
+        reason = reason or (STOPPED_BY.get(outcome.signal) if outcome.signal else None)
+        if outcome.kind == "killed":
+            reason = f"{reason} twice: stopped at once"
         changes = {"ended": utc_now(), "outcome": state, "exit_code": exit_code(plan, outcome), "failure": failure,
                    "reason": reason, "checkpoint_s": outcome.checkpoint_s}
         try:
             if next_attempt(paths) == plan.attempt + 1:  # else the records belong to a newer attempt
                 replace_json(paths.attempt_record(plan.attempt), {**attempt, **changes})
-                update_json(paths.record, state="running" if retrying else state, updated=utc_now())
+                update_json(paths.record, state=run_state, updated=utc_now())
         except OSError as error:
             view.notice(f"warning: the record of {paths.id} cannot be written: {error.strerror}")
         return state

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.records.naming import command_name
 from launch.records.process import alive
-from launch.records.read import attempt_record, element_of, read_sweep
+from launch.records.read import element_of, read_sweep
 from launch.records.run import Run, read_run
 from launch.records.state import ACTIVE, FINAL, NOT_SUBMITTED, Truth, local_state, on_slurm, state_of, true_states
 from trainers.contract.clock import utc_now
@@ -52,7 +53,7 @@ def cancel(run: Run, wait_s: float | None = None) -> str:
         raise UserError(f"run `{run.id}` is {state}, but no process has started it yet", "try again in a moment")
     if job["host"] != socket.gethostname():
         raise UserError(f"run `{run.id}` is running on host `{job['host']}`, but this host is `{socket.gethostname()}`",
-                        f"type `launch cancel {run.id}` on that host")
+                        f"type `launch cancel {command_name(run.paths)}` on that host")
     sweep = run.record.get("sweep")
     if sweep and state == "submitted":  # the run waits for its turn; the sweep's process reads its record before starting it
         return update_json(run.paths.record, state="cancelled", updated=utc_now())["state"]
@@ -202,7 +203,7 @@ def _end(runs: Sequence[Run], ids: set[str]) -> dict[str, str]:
 def _running_attempt(run: Run) -> int | None:
     """Return the number of the last attempt if its record does not say how it ended, else None."""
     number = max(run.paths.attempt_numbers(), default=None)
-    return number if number and attempt_record(run.paths, number)["outcome"] in ("running", "unreadable") else None
+    return number if number and run.attempt_record(number)["outcome"] in ("running", "unreadable") else None
 
 
 def _grace_s(run: Run) -> float:

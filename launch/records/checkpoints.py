@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.records.naming import command_name
 from launch.records.run import Run
 from launch.records.state import ACTIVE, true_states
 from trainers.checkpoints import evaluation, folders, manifest, retention
@@ -86,7 +87,7 @@ def prune(run: Run, keep_last: int | None, dry_run: bool) -> dict[str, Any]:
     [(_, truth)] = true_states([run])
     if truth.state in ACTIVE or truth.jobs:
         raise UserError(f"`{run.id}` is {truth.state}: it deletes its old checkpoints itself",
-                        f"wait until it has ended, or type `launch cancel {run.id}`")
+                        f"wait until it has ended, or type `launch cancel {command_name(run.paths)}`")
     config = settings(paths)
     if keep_last is not None:
         config = config.model_copy(update={"keep_last": keep_last})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import time
 from pathlib import Path
 
@@ -25,6 +26,6 @@ def short_path(path: Path) -> str:
 
 
 def command_name(paths: RunPaths) -> str:
-    """Return the name of a run for use in a command: its id if `launch` finds it by id, otherwise its path."""
+    """Return the name of a run for use in a shell command: its id if `launch` finds it by id, otherwise its path."""
     default = Path(os.environ.get("LAUNCH_RUNS", "runs")).absolute()
-    return paths.id if paths.root.parent == default else short_path(paths.root)
+    return shlex.quote(paths.id if paths.root.parent == default else short_path(paths.root))

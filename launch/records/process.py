@@ -27,6 +27,15 @@ def alive(pid: int, started: str) -> bool:
     return identity(pid) == started
 
 
+def stopped(pid: int) -> bool:
+    """Return whether the process stands still, because of SIGSTOP, Ctrl-Z or a debugger. Only Linux tells."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    except OSError:
+        return False
+
+
 @cache
 def _boot() -> str:
     with open("/proc/sys/kernel/random/boot_id") as file:

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from launch.cluster import reasons
 from launch.cluster.resources import node_of_rank
+from launch.records.life_sign import doubt
+from launch.records.naming import command_name
+from launch.records.process import stopped
 from launch.records.run import SWEEP, Run, read_record, read_run
 from launch.records.state import ACTIVE, NOT_SUBMITTED, Truth, local_state, on_slurm, true_states
+from trainers.checkpoints import folders
 from trainers.contract.clock import utc_at, utc_now
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json
@@ -168,21 +173,24 @@ def status(run: Run) -> dict[str, Any]:
     """
     [(run, truth)] = true_states([run])
     paths = run.paths
-    attempts = [attempt_record(paths, number) for number in paths.attempt_numbers()]
-    if attempts and attempts[-1]["outcome"] == "running" and truth.state not in ACTIVE:
+    attempts = [run.attempt_record(number) for number in paths.attempt_numbers()]
+    if attempts and attempts[-1]["outcome"] == "running" and (truth.state not in ACTIVE or truth.restarted):
         attempts[-1]["outcome"] = "lost"
+    going = attempts[-1] if attempts and attempts[-1]["outcome"] == "running" else None
     logs = paths.logs(attempts[-1]["attempt"]) if attempts else {}
     node_0 = [log.path for log in node_logs(run) if log.node == 0]
-    checkpoint = run.record.get("checkpoint")
+    newest = folders.newest(paths)  # the record may be older: its writer may have been killed after the commit
+    checkpoint = run.record.get("checkpoint") if newest is None else newest
     trained = [line for line in _tail(paths.metrics) if line.get("split") == "train"]
     return {
         **run.record,
         "state": truth.state,
-        "note": truth.note,
+        "note": truth.note or (_doubt(run, going) if going and truth.state == "running" else None),
+        "checkpoint": checkpoint,
         "queue": _queue(truth.jobs),
         "attempts": attempts,
         "failure": attempts[-1].get("failure") if attempts else None,
-        "slow": _slow(paths, attempts[-1]) if attempts and attempts[-1]["outcome"] == "running" else [],
+        "slow": _slow(paths, going) if going else [],
         "loss": trained[-1].get("loss") if trained else None,
         "rate": trained[-1].get("rate") if trained else None,
         "path": str(paths.root),
@@ -191,6 +199,15 @@ def status(run: Run) -> dict[str, Any]:
         "checkpoint_path": None if checkpoint is None else str(paths.checkpoint(checkpoint)),
         "next": _next(run, truth),
     }
+
+
+def _doubt(run: Run, attempt: Mapping[str, Any]) -> str | None:
+    """Return what speaks against an attempt that should be running; None if nothing does."""
+    job = run.record["job"] or {}
+    if job.get("kind") == "local" and job["host"] == socket.gethostname() and stopped(job["pid"]):
+        return (f"process {job['pid']} is stopped, by Ctrl-Z or SIGSTOP: `fg` in its terminal or `kill -CONT {job['pid']}` "
+                "continues it")
+    return doubt(run.paths, attempt["attempt"], attempt.get("nodes") or [attempt.get("host") or "its host"])
 
 
 def _slow(paths: RunPaths, attempt: dict[str, Any]) -> list[dict[str, Any]]:
@@ -280,14 +297,6 @@ def _folders(root: Path) -> list[str]:
                         "give the folder that holds runs: --runs DIR or LAUNCH_RUNS") from None
 
 
-def attempt_record(paths: RunPaths, number: int) -> dict[str, Any]:
-    """Return the record of an attempt. If it is missing or broken (a full disk), its `outcome` is `unreadable`."""
-    try:
-        return read_json(paths.attempt_record(number))
-    except (OSError, ValueError):
-        return {"attempt": number, "outcome": "unreadable", "failure": None}
-
-
 def _tail(file: Path) -> list[dict[str, Any]]:
     """Return the last objects of a JSON lines file. Broken lines are skipped: the last line may be half written."""
     try:
@@ -313,13 +322,14 @@ def _next(run: Run, truth: Truth) -> list[str]:
     """Return commands that the user may want to type now."""
     job = run.record.get("job") or {}
     active = truth.jobs or truth.unreachable or truth.state in ACTIVE and job and truth.note != NOT_SUBMITTED
+    name = command_name(run.paths)
     if truth.state == "finished":
         return []
     if active:
-        return [f"launch logs {run.id} --follow", f"launch cancel {run.id}"]
+        return [f"launch logs {name} --follow", f"launch cancel {name}"]
     if truth.state in ("failed", "lost"):
-        return [f"launch explain {run.id}", f"launch logs {run.id}", f"launch resume {run.id}"]
-    return [f"launch resume {run.id}"]
+        return [f"launch explain {name}", f"launch logs {name}", f"launch resume {name}"]
+    return [f"launch resume {name}"]
 
 
 def _changed(file: str) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.contract.errors import UserError
-from trainers.contract.files import check_format
+from trainers.contract.files import check_format, read_json
 from trainers.contract.paths import RunPaths
 
 SWEEP = "sweep.json"  # the file in a sweep's folder; sweeps and runs are in the same parent folder
@@ -25,6 +25,18 @@ class Run:
     @property
     def id(self) -> str:
         return self.paths.id
+
+    def submission(self, number: int) -> RunPaths:
+        """Return the paths of the folder that holds this submission: the run's, or its sweep's for an element of an array."""
+        sweep = self.record.get("sweep")
+        return RunPaths(self.paths.root.parent / sweep) if sweep and not self.paths.submission(number).exists() else self.paths
+
+    def attempt_record(self, number: int) -> dict[str, Any]:
+        """Return the record of an attempt. If it is missing or broken (a full disk), its `outcome` is `unreadable`."""
+        try:
+            return read_json(self.paths.attempt_record(number))
+        except (OSError, ValueError):
+            return {"attempt": number, "outcome": "unreadable", "failure": None}
 
     def reread(self) -> Run:
         """Return the run with its record read again."""

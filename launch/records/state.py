@@ -1,6 +1,7 @@
-"""The true state of runs. It comes from squeue, then from SLURM's memory of ended jobs, then from the run's own record.
+"""The true state of runs. It comes from squeue, then from SLURM's memory of ended jobs and what was seen of it
+earlier, then from the run's own record.
 
-None of the three is required.
+None of them is required.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.cluster import reasons
+from launch.records import verdicts
 from launch.records.process import alive
 from launch.records.run import Run
 from trainers.contract import exit_codes
@@ -26,6 +29,7 @@ FINAL = ("finished", "failed", "cancelled")
 GONE = {"CANCELLED": "cancelled", "FAILED": "failed", "OUT_OF_MEMORY": "failed", "TIMEOUT": "preempted",
         "DEADLINE": "preempted", "PREEMPTED": "preempted"}
 NOT_SUBMITTED = "its submission did not finish"
+STILL = ("SUSPENDED", "STOPPED")  # states of jobs whose processes stand still
 
 Stage = tuple[str, int, list[str]]  # a record's state, attempt and job ids: they show whether the record has changed
 
@@ -57,6 +61,7 @@ class Truth:
     jobs: tuple[Queued, ...] = ()     # the run's jobs that are waiting or running
     unreachable: bool = False               # whether SLURM could not be asked
     stale: bool = False               # whether the record changed after SLURM was asked; then `state` is the record's
+    restarted: bool = False           # whether a job has started that has recorded no attempt yet
 
 
 def state_of(run: Run) -> str:
@@ -117,16 +122,49 @@ def truth_of(run: Run, seen: SlurmAnswer) -> Truth:
         return Truth(recorded, f"job {foreign[0]} here is not this run's: the run was submitted to cluster `{job['cluster']}`",
                      unreachable=True)
     if not jobs:
-        return _gone(run, [seen.ended[id] for id in job["ids"] if id in seen.ended])
+        return _gone(run, list(verdicts.known(run, seen.ended).values()))
     if all(queued.waiting for queued in jobs):
         return Truth("submitted" if recorded == "submitted" else "preempted", None, jobs)
-    # The record says preempted, but a job runs: the next attempt is being started, unless the job is just ending.
-    starting = recorded == "preempted" and any(queued.state != "COMPLETING" for queued in jobs if not queued.waiting)
-    return Truth("running" if starting else recorded, None, jobs)
+    return _started(run, jobs)
 
 
 def _stage(record: Mapping[str, Any]) -> Stage:
     return record["state"], record["attempt"], record["job"]["ids"]
+
+
+def _started(run: Run, jobs: tuple[Queued, ...]) -> Truth:
+    """Return the state of a run that has a job which does not wait."""
+    recorded = run.record["state"]
+    job = next(job for job in jobs if not job.waiting)
+    last = run.attempt_record(max(run.paths.attempt_numbers(), default=0))
+    # An attempt begins after its job has started. A later start of the job belongs to the next attempt.
+    began = last.get("began")
+    restarted = job.state != "COMPLETING" and (recorded == "preempted" if began is None else
+                                               job.id != last.get("job") or (job.start or "") > began)
+    if job.state in STILL:
+        return Truth(recorded, f"SLURM has suspended job {job.id}: its ranks stand still until SLURM continues it", jobs)
+    if restarted:
+        return Truth("running", None, jobs, restarted=True)
+    if recorded == "preempted":
+        return Truth(recorded, _what_follows(run, last, job), jobs)
+    if job.state == "COMPLETING" and recorded == "running":
+        return Truth(recorded, f"job {job.id} is ending, and how its attempt ended is not recorded yet", jobs)
+    return Truth(recorded, None, jobs)
+
+
+def _what_follows(run: Run, last: Mapping[str, Any], job: Queued) -> str:
+    """Return what is known about the job of an attempt that has ended, until the job waits in the queue or is gone."""
+    if requeue_flag(run, last, "requeue").exists() or last.get("reason") == reasons.REQUEUED:
+        return f"job {job.id} is being requeued"
+    if last.get("reason") == reasons.CANCELLED:
+        return f"SLURM is ending job {job.id}"
+    return f"job {job.id} is ending; whether SLURM starts it again is not known yet"
+
+
+def requeue_flag(run: Run, attempt: Mapping[str, Any], kind: str) -> Path:
+    """Return a file of the job script of an attempt: "requeue" if the script will requeue the job, "again" once it does."""
+    folder = run.submission(attempt.get("submission", 1)).submission(attempt.get("submission", 1))
+    return folder / f"{kind}-{attempt.get('job')}-{attempt.get('restart', 0)}"
 
 
 def _gone(run: Run, ended: Sequence[Ended]) -> Truth:
@@ -134,7 +172,8 @@ def _gone(run: Run, ended: Sequence[Ended]) -> Truth:
     record = run.record
     note = "; ".join(map(_how_it_ended, ended)) or "SLURM no longer knows its job"
     if record["state"] == "preempted":  # the last attempt has recorded how it ended
-        if any(end.state == "CANCELLED" for end in ended):
+        last_reason = run.attempt_record(record["attempt"]).get("reason")
+        if any(end.state == "CANCELLED" for end in ended) or not ended and last_reason == reasons.CANCELLED:
             return Truth("cancelled", note)
         return Truth("preempted", note if ended and ended[-1].exit_code != exit_codes.PREEMPTED else None)
     if not ended:
@@ -148,9 +187,9 @@ def _gone(run: Run, ended: Sequence[Ended]) -> Truth:
 
 
 def _how_it_ended(end: Ended) -> str:
-    why = reasons.in_words(end.reason)
+    why = reasons.of_end(end.reason, end.signal)
     return (f"SLURM says that job {end.id} ended as {end.state}" + (f" on {end.node_list}" if end.node_list else "")
-            + (f": {why}" if why != end.reason and end.reason != "None" else ""))
+            + (f": {why}" if why else ""))
 
 
 def on_slurm(record: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from launch.records.naming import command_name
 from launch.records.run import Run
 from launch.records.state import ACTIVE, state_of
 from trainers.contract.errors import UserError
@@ -37,7 +38,7 @@ def sync(run: Run, say: Callable[[str], Any] = print) -> int:
     """
     if (state := state_of(run)) in ACTIVE:
         raise UserError(f"run `{run.id}` is {state}: its W&B folder is not complete",
-                        f"wait until it has ended, or type `launch cancel {run.id}`")
+                        f"wait until it has ended, or type `launch cancel {command_name(run.paths)}`")
     folders = sorted((run.paths.root / "wandb").glob("offline-run-*"))
     if not folders:
         raise UserError(f"run `{run.id}` has no offline W&B folder in `{run.paths.root / 'wandb'}`",

@@ -109,7 +109,7 @@ CAUSES = (
 )
 # What may help a job that waits, by SLURM's reason for the wait.
 WAITING = (
-    (r"JobHeldUser|JobHoldMaxRequeue|.*[Hh]eld$", ("scontrol release {jobs}", "lets the job start")),
+    (r"JobHeldUser|JobHoldMaxRequeue|.*\b[Hh]eld\b", ("scontrol release {jobs}", "lets the job start")),
     (r"Partition\w+Limit|BadConstraints|DependencyNeverSatisfied",
      ("launch cancel {run}", "this job will never start; then `{resume}` submits it again, with other options")),
     (r"ReqNodeNotAvail|NodeDown", ("sinfo -R", "shows which nodes are down, and why")),

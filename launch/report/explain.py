@@ -12,10 +12,11 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from launch.cluster import reasons
+from launch.records import verdicts
 from launch.records.read import node_logs, node_of, slow_words
 from launch.records.read import status as status_of
 from launch.records.run import Run
-from launch.records.state import ACTIVE
+from launch.records.state import ACTIVE, requeue_flag
 from launch.report.causes import CAUSES, GOING, RESUME, RESUME_AFTER_FIX, WAITING, Cause
 from trainers.contract.clock import local_time, seconds_between, utc_at, utc_now
 from trainers.contract.errors import UserError
@@ -54,16 +55,17 @@ def explain(run: Run) -> dict[str, Any]:
       "forgotten" (ids of jobs that SLURM does not know any more), "nodes" (of a lost attempt: the nodes that are down, and
       their states), "said" (SLURM's lines in the job's log), "queue" (as in `launch.records.read.status`)}
     - `attempts`: for each attempt {"attempt", "outcome", "why", "nodes", "job", "began", "ended", "seconds", "from_step",
-      "to_step", "kept" (what a stopped or cancelled attempt kept: "checkpoint", or "pieces" for a search), "next_step" (where
-      the next attempt continued), "lost_steps" (the steps that the next attempt repeated), "next_s" (seconds until the next
-      attempt started)}; unknown values are None
+      "to_step", "kept" (what a stopped or cancelled attempt kept: "checkpoint", or "pieces" for a search), "checkpoint" (the
+      step of the newest checkpoint at its end), "next_step" (where the next attempt continued), "lost_steps" (the steps that
+      the next attempt repeated), "next_s" (seconds until the next attempt started)}; unknown values are None
     - `next`: [{"command", "why"}, ...]
     """
     status = status_of(run)
-    attempts = _attempts(run.paths, status)
+    spec = _spec(run.paths)
+    attempts = _attempts(run.paths, status, "script" in spec)
     slurm = _slurm(run, status)
     cause = _cause(run, status, slurm)
-    facts = _facts(run, status, attempts, cause)
+    facts = _facts(run, status, spec, attempts, cause)
     kind = None
     if cause and (known := _match(_text(cause, slurm))):
         kind, match = known
@@ -101,14 +103,18 @@ def told(explanation: Mapping[str, Any]) -> str:
 # The attempts
 
 
-def _attempts(paths: RunPaths, status: Status) -> list[dict[str, Any]]:
-    """The `attempts` of `explain`."""
-    rows, kept = [], "checkpoint" if status["checkpoint"] is not None else "pieces" if paths.pieces.exists() else None
+def _attempts(paths: RunPaths, status: Status, script: bool) -> list[dict[str, Any]]:
+    """The `attempts` of `explain`. The steps of a script are not known, whatever its log looks like."""
+    rows, search = [], paths.pieces.exists()
     for record in status["attempts"]:
         number, log = record["attempt"], paths.log(record["attempt"], 0)
-        first, last = _steps(log)
+        newest = record is status["attempts"][-1]
+        first, last = (None, None) if script else _steps(log)
         if last is not None and number == status["attempt"]:
             last = max(last, status["step"] or 0)
+        checkpoint = record["kept"] if record.get("kept") is not None and not search else status["checkpoint"] if newest else None
+        kept = None if record["outcome"] not in ("preempted", "cancelled") else "pieces" if search else (
+            "checkpoint" if checkpoint is not None else None)
         running = record["outcome"] == "running"
         ended = record.get("ended") or (None if running else _changed(log))
         failure = record.get("failure")
@@ -116,7 +122,7 @@ def _attempts(paths: RunPaths, status: Status) -> list[dict[str, Any]]:
             "attempt": number, "outcome": record["outcome"], "why": _failure(failure) if failure else record.get("reason"),
             "nodes": record.get("nodes") or [], "job": record.get("job"), "began": record.get("began"), "ended": ended,
             "seconds": seconds_between(record.get("began"), ended), "from_step": first, "to_step": last,
-            "kept": kept if record["outcome"] in ("preempted", "cancelled") else None,
+            "kept": kept, "checkpoint": checkpoint,
             "next_step": None, "lost_steps": None, "next_s": None,
         })
     for row, later in zip(rows, rows[1:]):
@@ -147,7 +153,9 @@ def _outcome(row: Mapping[str, Any]) -> tuple[str, str]:
     """(how an attempt ended, what the attempt kept as the last part of the sentence), in words."""
     ended = ENDED.get(row["outcome"], row["outcome"])
     if row["outcome"] == "preempted" and row["kept"] == "checkpoint":
-        return f"{ended} with a checkpoint", ""
+        if row["to_step"] in (None, row["checkpoint"]):
+            return f"{ended} with a checkpoint", ""
+        return ended, f"; its newest checkpoint is of step {row['checkpoint']}"
     return ended, "; its finished pieces are kept" * (row["kept"] == "pieces")
 
 
@@ -179,9 +187,9 @@ def _slurm(run: Run, status: Status) -> dict[str, Any]:
 
     lines = [line for line in BY_SLURM.findall(_last_output(run, status)) if not NOISE.search(line)]
     report["said"] = list(dict.fromkeys(lines))[-SLURM_LINES:]
+    ended = verdicts.known(run, {})
     try:
-        ended = slurm.history(ids)
-        report["jobs"] = [{**asdict(ended[id]), "words": reasons.in_words(ended[id].reason)} for id in ids if id in ended]
+        ended = verdicts.known(run, slurm.history(ids))
         report["forgotten"] = [id for id in ids if id not in ended and id not in (status["queue"] or {"ids": ()})["ids"]]
         if attempts and attempts[-1]["outcome"] == "lost":
             states = slurm.node_states(attempts[-1].get("nodes") or ())
@@ -189,7 +197,18 @@ def _slurm(run: Run, status: Status) -> dict[str, Any]:
                                if not slurm.takes_jobs(state[0])}
     except UserError as error:
         report["problem"] = error.message
+    report["jobs"] = [{**asdict(end), "words": reasons.of_end(end.reason, end.signal)} for end in ended.values()]
     return report
+
+
+def _spec(paths: RunPaths) -> dict[str, Any]:
+    """The run's spec; empty if it cannot be read."""
+    from trainers.config import yaml12
+
+    try:
+        return yaml12.read(paths.spec.read_text(encoding="utf-8"), paths.spec.name).value or {}
+    except (OSError, ValueError, UserError):
+        return {}
 
 
 def _ids(status: Status) -> list[str]:
@@ -208,7 +227,7 @@ def _ended_job(job: Mapping[str, Any]) -> str:
     """How a job ended, in words."""
     line = f"job {job['id']} ended as {job['state']}" + (f" on {job['node_list']}" if job["node_list"] else "")
     line += f", exit code {job['exit_code']}" if job["exit_code"] else f", signal {job['signal']}" if job["signal"] else ""
-    return line + (f": {job['words']}" if job["words"] != job["reason"] and job["reason"] != "None" else "")
+    return line + (f": {job['words']}" if job["words"] else "")
 
 
 # The cause
@@ -228,7 +247,7 @@ def _cause(run: Run, status: Status, slurm: Mapping[str, Any]) -> dict[str, Any]
     attempt = attempts[-1]
     if attempt["outcome"] not in ("failed", "lost"):
         return None
-    failure = attempt.get("failure") or {"message": _unrecorded(slurm)}
+    failure = attempt.get("failure") or {"message": _unrecorded(run, attempt, slurm)}
     failure = _first(run.paths, attempt, failure) or failure
     rank = failure.get("rank")
     node = failure.get("node") or node_of(attempt, rank)
@@ -266,13 +285,21 @@ def _no_attempt(slurm: Mapping[str, Any]) -> str:
     if not slurm["jobs"]:
         return "its job ended before the first attempt started"
     job = slurm["jobs"][-1]
-    return f"{_ended_job({**job, 'reason': 'None'})}, before the first attempt started"
+    return f"{_ended_job({**job, 'words': ''})}, before the first attempt started"
 
 
-def _unrecorded(slurm: Mapping[str, Any]) -> str:
+def _unrecorded(run: Run, attempt: Mapping[str, Any], slurm: Mapping[str, Any]) -> str:
     """The message for an attempt that ended without a record of its failure."""
-    down = [f"node {node} is down ({state})" for node, state in slurm["nodes"].items()]
-    return ", ".join(down) or "its processes are gone, and the reason is not known"
+    if down := [f"node {node} is down ({state})" for node, state in slurm["nodes"].items()]:
+        return ", ".join(down)
+    nodes = attempt.get("nodes") or []
+    if attempt.get("job") and requeue_flag(run, attempt, "again").exists():  # as `record_lost_attempts` will record it
+        return f"the node process on {nodes[0] if nodes else attempt['host']} was killed"
+    said = reasons.of_stop("\n".join(slurm["said"]))
+    if said and said != reasons.REQUEUED:
+        return said
+    ended = next((job["words"] for job in reversed(slurm["jobs"]) if job["words"]), None)
+    return ended or "its processes are gone, and the reason is not known"
 
 
 def _job_log(run: Run, status: Status, node: str | None = None) -> dict[str, Any]:
@@ -326,7 +353,10 @@ def _sentence(run: Run, status: Status, attempts: Sequence[Mapping[str, Any]], c
             kept = status["checkpoint"]
             return state + where + (f", with a checkpoint of step {kept}" if kept is not None else "")
         case "preempted" if cause is None:
-            return f"stopped{where}{f' ({why})' if why else ''}; it does not continue by itself" + (f": {note}" if note else "")
+            stopped = f"stopped{where}{f' ({why})' if why else ''}"
+            if status["queue"]:  # the job of the attempt that has ended is still there
+                return f"{stopped}; {note}"
+            return f"{stopped}; it does not continue by itself" + (f": {note}" if note else "")
     if cause and cause["attempt"] is None:
         return f"{state} before its first attempt: {cause['meaning'] or why}"
     return f"{state}{where}: {why or note}"
@@ -340,9 +370,10 @@ def _waits(run: Run, status: Status) -> str:
     requeued = last and last.get("submission") == submission
     since = last.get("ended") if requeued else _changed(run.paths.submission(submission) / "submission.json")
     reason = reasons.in_words_with_code(queue["reason"])
+    start = None if reasons.HELD.match(queue["reason"]) else queue["start"]
     return ("waits in SLURM's queue" + (f" since {local_time(since)}" if since else "")
             + (f", at place {queue['position']} of {queue['of']}" if queue["position"] else "") + f": {reason}"
-            + (f"; SLURM expects it to start at {local_time(queue['start'])}" if queue["start"] else ""))
+            + (f"; SLURM expects it to start at {local_time(start)}" if start else ""))
 
 
 def _runs(run: Run, status: Status, last: Mapping[str, Any] | None) -> str:
@@ -352,7 +383,12 @@ def _runs(run: Run, status: Status, last: Mapping[str, Any] | None) -> str:
         last: the last of the `attempts` of `explain`.
     """
     if last is None or last["outcome"] != "running":
-        return f"attempt {last['attempt'] + 1 if last else 1} is being started"
+        number = 1 if last is None else last["attempt"] + (last["outcome"] != "unreadable")
+        queue = status["queue"]
+        since = queue["start"] if queue else status.get("updated")
+        where = f" on {', '.join(queue['nodes'])}" if queue else ""
+        return f"attempt {number} is being started{where}, since {local_time(since)}" + (
+            f"; {status['note']}" if status["note"] else "")
     log = run.paths.log(last["attempt"], 0)
     speed = SPEED.findall(_read(log, -END_BYTES))
     text = f"attempt {last['attempt']} " + ("has not reached its first step" if last["to_step"] is None else
@@ -369,19 +405,17 @@ def _runs(run: Run, status: Status, last: Mapping[str, Any] | None) -> str:
 # What to do
 
 
-def _facts(run: Run, status: Status, attempts: Sequence[Mapping[str, Any]], cause: Mapping[str, Any] | None
-           ) -> dict[str, str | None]:
+def _facts(run: Run, status: Status, spec: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]],
+           cause: Mapping[str, Any] | None) -> dict[str, str | None]:
     """The values for the templates in causes.py, by name; None where a value is not known or does not apply."""
     from launch.plan.submission import last_submission
     from launch.records.naming import command_name, short_path
-    from trainers.config import yaml12
 
     paths, on_slurm = run.paths, (status["job"] or {}).get("kind") == "slurm"
     try:
-        spec = yaml12.read(paths.spec.read_text(encoding="utf-8"), paths.spec.name).value or {}
         submission = last_submission(paths, status.get("sweep")) if on_slurm else None
-    except (OSError, ValueError, UserError):  # the explanation does without a broken spec or submission
-        spec, submission = {}, None
+    except (OSError, ValueError, UserError):  # the explanation does without a broken submission
+        submission = None
     started = next((attempt for attempt in reversed(status["attempts"]) if attempt.get("ranks")), None)
     ranks, option = (started["ranks"], "--gpus" if started["device"] == "cuda" else "--procs") if started else (0, "--procs")
     where = f" {option} {ranks}" if started else ""
@@ -394,14 +428,17 @@ def _facts(run: Run, status: Status, attempts: Sequence[Mapping[str, Any]], caus
     micro = given or samples if given != "auto" else 1  # `auto` tries smaller micro-batches by itself
     kept = status["checkpoint"]
     repeated = (attempts[-1]["to_step"] or 0) - kept if attempts and kept is not None else 0
-    name = shlex.quote(command_name(paths))
+    name = command_name(paths)
     return {
         "run": name, "resume": f"launch resume {name}", "folder": shlex.quote(short_path(paths.root)), "where": where,
         "onward": "it does the missing pieces; finished pieces are kept" if "search" in spec else
+                  "it starts the script again from its first line; the script loads its own checkpoints, if it keeps any"
+                  if "script" in spec else
                   "it has no checkpoint, and starts from the beginning" if kept is None else
                   f"it continues from its checkpoint of step {kept}"
                   + (f" ({repeated} steps are repeated)" if repeated > 0 else ""),
         "stop": "stops it; finished pieces are kept" if "search" in spec else
+                "stops it: its ranks get SIGTERM, and run.grace_s to save" if "script" in spec else
                 "stops it, with a checkpoint if it is running",
         "new": f"launch {shlex.quote(short_path(paths.spec))}" if train or "search" in spec else None,
         "plan": f"launch plan {shlex.quote(short_path(paths.spec))}" if train else None,
@@ -446,10 +483,11 @@ def _next(status: Status, cause: Mapping[str, Any] | None, kind: Cause | None, f
 
 def _steps_of(advice: Sequence[tuple[str, str]], facts: Mapping[str, str | None]) -> list[dict[str, str | None]]:
     """The commands of `advice` whose facts are all known, each once."""
-    reasons_by_command: dict[str, str | None] = {}
+    reasons_by_command: dict[str, str] = {}
     for template, why in advice:
-        if command := _filled(template, facts):
-            reasons_by_command.setdefault(command, _filled(why, facts))
+        command, reason = _filled(template, facts), _filled(why, facts)
+        if command and reason:
+            reasons_by_command.setdefault(command, reason)
     return [{"command": command, "why": why} for command, why in reasons_by_command.items()]
 
 

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster import reasons
+from launch.records.naming import command_name
 from launch.records.read import node_logs
 from launch.records.run import Run
 from launch.records.state import ACTIVE, SlurmAnswer, Truth, ask, truth_of
 from trainers.contract.errors import UserError
 
 POLL_S = 0.2
+QUIET_S = 1.0              # after so long without a line, say what is waited for
 ASK_S = {"running": 30.0}  # seconds between two questions to SLURM, by the recorded state of the run
 ASK_OFTEN_S = 5.0          # the same in any other state
+ASK_AGAIN_S = 1.0          # the same when the record has changed since the last answer
 
 
 def follow(run: Run, *, rank: int | None = None, attempt: int | None = None, node: int | None = None,
@@ -51,7 +54,7 @@ def follow(run: Run, *, rank: int | None = None, attempt: int | None = None, nod
 def lines(run: Run, *, rank: int | None = None, attempt: int | None = None, node: int | None = None,
           follow: bool = False) -> Iterator[dict[str, Any]]:
     """The lines that `follow` writes, as {"attempt", "rank", "line"}, or as {"job", "node", "line"} for a node process.
-    When the run waits in SLURM's queue, one {"attempt", "waiting": the reason} comes in between.
+    While nothing is printed, {"attempt", "waiting": what the run waits for} comes in between, whenever that changes.
 
     Raises:
         UserError: the attempt, rank or node does not exist, or `node` is given together with `rank` or `attempt`.
@@ -78,19 +81,21 @@ def lines(run: Run, *, rank: int | None = None, attempt: int | None = None, node
     while True:
         if number is not None:
             for line in _grow(run.paths.log(number, rank), partial(watch.working, number)):
-                yield {"attempt": number, "rank": rank, "line": line}
+                yield {"attempt": number, "rank": rank, "line": line} if line is not None else {
+                    "attempt": number, "waiting": f"attempt {number} has begun; rank {rank} has not printed anything yet"}
         if attempt is not None:
             return
-        reported = over = False
+        reported, over, since = None, False, time.monotonic()
         while True:
             # The state is read before the attempts: once the run has ended, it starts no other attempt.
             going = watch.going()
             later = [other for other in run.paths.attempt_numbers() if number is None or other > number]
             if later:
                 break
-            if not reported and (why := watch.waiting()):
-                reported = True
-                ended = f"attempt {number} ended: {watch.run.record['state']}; " if number else ""
+            why = watch.waiting() if going and time.monotonic() > since + QUIET_S else None
+            if why and why != reported:
+                ended = f"attempt {number} has ended; " if number and not reported else ""
+                reported = why
                 yield {"attempt": number, "waiting": ended + why}
             if not going and (over or not watch.follow):
                 return
@@ -115,23 +120,41 @@ class Watch:
         return truth.state in ACTIVE or bool(truth.jobs) or truth.stale
 
     def working(self, attempt: int) -> bool:
-        """Whether this attempt may still be running. False if nobody follows the run."""
+        """Whether this attempt may still be running. False if nobody follows the run.
+
+        An attempt has ended when its own record says so. The state of the run alone does not tell: at the beginning of an
+        attempt, it may still be that of the attempt before.
+        """
         if not self.follow or self.run.paths.attempt_numbers()[-1] > attempt:
             return False
-        return self._look().state in ACTIVE
+        outcome = self.run.attempt_record(attempt)["outcome"]
+        if outcome not in ("running", "unreadable"):
+            return False
+        truth = self._look()
+        if self.run.record["attempt"] < attempt:  # its process is about to write the run's record
+            return self.going()
+        return truth.state in ACTIVE
 
     def waiting(self) -> str | None:
-        """Why the run waits in SLURM's queue, or why that is not known; None if it does not wait. As of the last look."""
+        """What the run waits for, or why that is not known; None if there is nothing to say. As of the last look."""
         truth = self._truth
-        if truth and truth.unreachable:
-            return truth.note
-        if not truth or not truth.jobs or not all(job.waiting for job in truth.jobs):
+        if truth is None or truth.stale:
             return None
-        return f"waiting in the queue: {reasons.in_words_with_code(truth.jobs[0].reason)}"
+        if truth.note:
+            return truth.note
+        if not truth.jobs:
+            return "waiting for its turn" if truth.state == "submitted" else None
+        if all(job.waiting for job in truth.jobs):
+            return f"waiting in the queue: {reasons.in_words_with_code(truth.jobs[0].reason)}"
+        job = next(job for job in truth.jobs if not job.waiting)
+        number = max(self.run.paths.attempt_numbers(), default=0) + 1
+        return f"job {job.id} runs on {job.node_list}; attempt {number} is being started"
 
     def _look(self) -> Truth:
         self.run = self.run.reread()
-        if time.monotonic() > self._asked + ASK_S.get(self.run.record["state"], ASK_OFTEN_S):
+        passed_s = time.monotonic() - self._asked
+        changed = self._truth is not None and self._truth.stale and passed_s > ASK_AGAIN_S
+        if changed or passed_s > ASK_S.get(self.run.record["state"], ASK_OFTEN_S):
             self._seen, self._asked = ask([self.run.record]), time.monotonic()
             self.run = self.run.reread()  # a run that has ended meanwhile has said so in its record
         self._truth = truth_of(self.run, self._seen)
@@ -156,7 +179,8 @@ def _node_lines(run: Run, node: int, watch: Watch) -> Iterator[dict[str, Any]]:
                 return watch.going() and not any(other.node == node and other.path not in done for other in node_logs(run))
 
             for line in _grow(log.path, is_last):
-                yield {"job": log.job, "node": node, "line": line}
+                if line is not None:
+                    yield {"job": log.job, "node": node, "line": line}
         if not going:
             return
         time.sleep(POLL_S)
@@ -165,12 +189,16 @@ def _node_lines(run: Run, node: int, watch: Watch) -> Iterator[dict[str, Any]]:
 def _node_log_hint(run: Run) -> str:
     """The end of a hint that names a node's log, for a run without any rank's log."""
     logs = [log for log in node_logs(run) if log.path.stat().st_size]
-    return f"; its job printed something: `launch logs {run.id} --node {logs[-1].node}`" if logs else ""
+    return f"; its job printed something: `launch logs {command_name(run.paths)} --node {logs[-1].node}`" if logs else ""
 
 
-def _grow(file: Path, working: Callable[[], bool]) -> Iterator[str]:
-    """The lines of one log, also those that are written later, as long as `working` says that the writer runs."""
-    position, rest = 0, b""
+def _grow(file: Path, working: Callable[[], bool]) -> Iterator[str | None]:
+    """The lines of one log, also those that are written later, as long as `working` says that the writer runs.
+
+    One None comes before the first line if that line is late.
+    """
+    position, rest, silent_since = 0, b"", time.monotonic()
+    told = False
     while True:
         # Ask before reading. A writer that has ended writes nothing more, and this reading is the last.
         ended = not working()
@@ -182,6 +210,9 @@ def _grow(file: Path, working: Callable[[], bool]) -> Iterator[str]:
             if rest:
                 yield _decoded(rest)
             return
+        if not position and not told and time.monotonic() > silent_since + QUIET_S:
+            told = True
+            yield None
         if not data:
             time.sleep(POLL_S)
 

@@ -100,19 +100,25 @@ class LogFile:
     def __init__(self, path: Path, warn: Callable[[str], None]):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self._path, self._warn, self._unwritten, self._failing = path, warn, b"", False
+        self._path, self._warn, self._unwritten = path, warn, b""
+        self._why: str | None = None  # the error of the last write
 
     def write(self, data: bytes) -> None:
         self._unwritten += data
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[os.write(self._file, self._unwritten):]
-            self._failing = False
+            self._why = None
         except OSError as error:
             self._unwritten = self._unwritten[-self.KEPT_BYTES:]
-            if not self._failing:
+            if not self._why:
                 self._warn(f"{self._path} cannot be written: {error.strerror}; the run continues")
-            self._failing = True
+            self._why = error.strerror
+
+    @property
+    def problem(self) -> str | None:
+        """Why the last output is not in the file."""
+        return f"{self._path} cannot be written: {self._why}" if self._why else None
 
     def close(self) -> None:
         self.write(b"")
@@ -133,6 +139,7 @@ class Rank:
         self.code: int | None = None              # as of Popen.returncode: -N if signal N ended the process
         self.output_closed = False
         self.checkpoint_s: float | None = None    # duration of the slowest checkpoint
+        self.unsaved: str | None = None           # the warning about the last checkpoint, if it could not be written
         self._partial, self._partial_since = b"", 0.0
         beats: int | None = None
         self.page: memoryview | None = None
@@ -207,6 +214,9 @@ class Rank:
             self.error = event
         if event["event"] == "checkpoint":
             self.checkpoint_s = max(self.checkpoint_s or 0.0, event["seconds"] + event["stall_s"])
+            self.unsaved = None
+        if event["event"] == "note" and event.get("unsaved") is not None:
+            self.unsaved = event["message"]
         self.log.write(plain.encode() + b"\n")
         if self.rank == 0:
             self.view.event(event)
@@ -216,6 +226,11 @@ class Rank:
         self.log.write(raw + b"\n")
         if self.rank == 0:
             self.view.text(text)
+
+    @property
+    def problem(self) -> str | None:
+        """What goes wrong while the rank runs on: its checkpoints, or its log, cannot be written."""
+        return self.unsaved or self.log.problem
 
     def ended(self) -> bool:
         """Return whether the process has ended. The first time, read its last output."""

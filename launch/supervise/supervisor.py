@@ -15,6 +15,7 @@ import time
 from typing import Mapping
 
 from launch.plan.plan import Plan
+from launch.records.life_sign import LifeSign
 from launch.supervise.rank import PARTIAL_AFTER_S, Alone, Failure, Outcome, Peers, Rank
 from launch.supervise.signals import StopSignals, stop_signals
 from launch.supervise.terminal import View
@@ -59,7 +60,8 @@ def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address
                 ranks.append(Rank(plan, node, local_rank, address, port, more, paths, view, stdin))
                 selector.register(ranks[-1].pipe, selectors.EVENT_READ, ranks[-1])
             watchdog = Watchdog(plan, ranks, peers, node, paths.slow(plan.attempt))
-            outcome = _watch(plan, ranks, selector, stop, peers, kill_wait_s, view, watchdog)
+            sign = LifeSign(paths.life_sign(plan.attempt, node))
+            outcome = _watch(plan, ranks, selector, stop, peers, kill_wait_s, view, watchdog, sign)
             if all(rank.code is not None for rank in ranks):
                 finished = outcome.kind == "finished"
                 _wait_for_leftovers(ranks, plan.grace_s if finished else min(LEFTOVERS_GRACE_S, plan.grace_s), stop, view)
@@ -73,12 +75,13 @@ def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address
 
 
 def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop: StopSignals, peers: Peers,
-           kill_wait_s: float | None, view: View, watchdog: Watchdog) -> Outcome:
+           kill_wait_s: float | None, view: View, watchdog: Watchdog, sign: LifeSign) -> Outcome:
     failure: Failure | None = None  # the first one on this node
     stop_signal: int | None = None  # the signal that asked for a stop
     deadline: float | None = None   # when the ranks that still run are killed
     abrupt = False                  # a rank was stopped before it could handle the signal
     interrupted = False             # a script's ranks got SIGINT; SIGTERM is still to come
+    interrupts = 0                  # how often this process itself got SIGINT: every node of a job may get the same SIGINT
     overdue = False                 # ranks did not stop in time
     failed_elsewhere = False        # ranks of another node have failed
     warned = False                  # the user knows that run.grace_s or KillWait is too short
@@ -92,6 +95,7 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
                     selector.unregister(key.fileobj)
         for rank in ranks:
             rank.show_partial(PARTIAL_AFTER_S)
+        sign.turn(next((rank.problem for rank in ranks if rank.problem), None))
         slowest = max((rank.checkpoint_s for rank in ranks if rank.checkpoint_s is not None), default=None)
         if slowest is not None and not warned and (warning := _too_slow(slowest, plan, kill_wait_s)):
             warned = True
@@ -100,12 +104,13 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
         if stop_signal is None and any(rank.code in (-signal.SIGTERM, exit_codes.PREEMPTED) for rank in just_ended):
             time.sleep(0.5)  # SLURM signals ranks directly: the same signal to this process may arrive a moment later
         messages = peers.receive()
+        interrupts += stop.received.count(signal.SIGINT)
+        if interrupts > 1:
+            return Outcome("killed", signal="SIGINT", checkpoint_s=slowest)
         stop.received.extend(message["signal"] for message in messages if "signal" in message)
         # Handle signals before the ended ranks are judged: a rank that was ended by SLURM's signal has not failed.
         while stop.received:
             number = stop.received.pop(0)
-            if stop_signal is not None and number == signal.SIGINT:
-                return Outcome("killed", signal="SIGINT", checkpoint_s=slowest)
             if stop_signal is None:
                 stop_signal = number
                 how = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""

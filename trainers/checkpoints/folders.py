@@ -79,3 +79,14 @@ def delete(paths: RunPaths, step: int) -> None:
     renamed = unfinished(path, "deleted")
     os.rename(path, renamed)
     shutil.rmtree(renamed, ignore_errors=True)
+
+
+def newest(paths: RunPaths) -> int | None:
+    """Return the step of the newest checkpoint whose manifest can be read; None if there is none. No file is hashed."""
+    for step in reversed(paths.checkpoint_steps()):
+        try:
+            manifest.read(paths.checkpoint(step), step)
+        except manifest.Broken:
+            continue
+        return step
+    return None

@@ -11,7 +11,7 @@ separator of RFC 7464. Other output may stand between events. The node process r
 | step       | step, total, rate, unit, data_wait (share of time), eta_s, and what was measured: loss, lr |
 | eval       | step, total (null in `launch eval`), metrics                                               |
 | checkpoint | step, path, bytes, seconds, stall_s                                                        |
-| note       | level (`info` or `warning`), message                                                       |
+| note       | level (`info` or `warning`), message; unsaved, if the checkpoint of that step has failed   |
 | error      | message, hint, exit_code, retry (bool): a rank's last event, shown by the launcher         |
 | failure    | what attempt.json records about the first failed rank: from the launcher, for `--json`     |
 | end        | state (`finished` or `preempted`), step, total, metrics, checkpoint; of a search also unit |

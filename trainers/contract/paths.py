@@ -34,6 +34,11 @@ class RunPaths:
         return self.root / "run.json"
 
     @property
+    def slurm(self) -> Path:
+        """How the run's jobs ended, as SLURM said while it still remembered them."""
+        return self.root / "slurm.json"
+
+    @property
     def micro_batch(self) -> Path:
         """For `train.micro_batch_size=auto`: which sizes did not fit, and in which attempt."""
         return self.root / "micro_batch.json"
@@ -136,6 +141,14 @@ class RunPaths:
     def cancellation(self, number: int) -> Path:
         """A file that exists if somebody asked to cancel this attempt."""
         return self.attempt(number) / "cancelled"
+
+    def stop_reason(self, number: int) -> Path:
+        """Why this attempt was asked to stop, in words, where the process that asked knows it better than the ranks' node."""
+        return self.attempt(number) / "stopped"
+
+    def life_sign(self, number: int, node: int) -> Path:
+        """A file that the process which supervises the ranks of a node overwrites every few seconds."""
+        return self.attempt(number) / "alive" / f"{node}.json"
 
     def plan(self, number: int) -> Path:
         return self.attempt(number) / "plan"

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from launch.cluster import reasons
 from launch.execute.node.exclusion import down_nodes
 from launch.execute.node.place import Place
 from launch.plan.plan import Plan
@@ -19,7 +20,8 @@ from trainers.contract.files import read_json, replace_json
 from trainers.contract.paths import RunPaths
 
 COLLECT_S = 60.0     # the time, after the grace, in which the other nodes must report how their ranks ended
-REASONS = {"SIGUSR2": "time limit", "SIGTERM": "requeued, preempted or cancelled by SLURM"}
+REASONS = {"SIGUSR2": "time limit", "SIGTERM": "SIGTERM; SLURM has not said why"}
+LOG_END_BYTES = 64 * 1024  # read from the end of the job's log
 CAUSES = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL")  # a rank that has only lost its peers is not ended by these signals
 
 
@@ -56,11 +58,33 @@ def joint_outcome(mine: Outcome, group: NodeGroup, plan: Plan, hosts: list[str])
     return Outcome("finished" if kinds == {"finished"} else "preempted", None, signal_name, mine.checkpoint_s)
 
 
-def stop_reason(outcome: Outcome, down: Mapping[str, str]) -> str | None:
-    """Why the attempt was stopped, as far as its signal and the nodes that are `down` tell."""
+def stop_reason(outcome: Outcome, down: Mapping[str, str], asked: Path, job_log: Path, attempt: int) -> str | None:
+    """Why the attempt was stopped.
+
+    Args:
+        down: the nodes that are down, and why.
+        asked: a file in which whoever asked for the stop may have given the reason.
+        job_log: SLURM writes into it why it stops the job.
+    """
     if down:
         return ", ".join(f"node {node} went down ({why})" for node, why in down.items())
-    return REASONS.get(outcome.signal) if outcome.signal else None
+    if outcome.signal is None:
+        return None
+    if outcome.signal == "SIGTERM":
+        said = _read(asked) or reasons.of_stop(_read(job_log).rpartition(f"attempt {attempt} of ")[2])
+        if said:
+            return said
+    return REASONS.get(outcome.signal, outcome.signal)
+
+
+def _read(file: Path) -> str:
+    """The end of a text file; "" if it cannot be read."""
+    try:
+        with open(file, "rb") as opened:
+            opened.seek(max(0, opened.seek(0, 2) - LOG_END_BYTES))
+            return opened.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def count_failures(paths: RunPaths, submission: Submission) -> int:

@@ -57,9 +57,14 @@ def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup
                 retryable = failure is not None and (smaller or failure.retry and failures <= submission.max_restarts)
                 signals = {outcome.signal, *(signal.Signals(number).name for number in stop.received)} - {None}
                 retry_here = retryable and not signals and group.complete
+                # The run is not over if its job will start again, or if the next job of its chain will continue the run. After
+                # SIGTERM, SLURM decides whether the job starts again, and SLURM's decision is not known here: if a retry may
+                # succeed and the cluster allows requeueing, assume that the job will start again.
+                again = retryable and (signals <= {"SIGUSR2"} or "SIGTERM" in signals and submission.cluster.requeue)
                 if _superseded(paths, number):
                     return _give_way(paths, number, group, requeue_flag, view)
-                state = ended(outcome, stop_reason(outcome, down), retry_here)
+                job_log = requeue_flag.parent / f"{place.job}_0_log.out"
+                state = ended(outcome, stop_reason(outcome, down, paths.stop_reason(number), job_log, number), retry_here, again)
         except (OSError, UserError) as error:
             if _superseded(paths, number):
                 return _give_way(paths, number, group, requeue_flag, view)
@@ -80,11 +85,6 @@ def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup
             # At the time limit the requeue is our task. Whoever sent SIGTERM has already decided what follows.
             requeue = state == "preempted" and outcome.signal == "SIGUSR2"
         set_flag(requeue_flag, requeue)
-        # The run is not over if its job will start again, or if the next job of its chain will continue the run. After
-        # SIGTERM, SLURM decides whether the job starts again, and SLURM's decision is not known here: if a retry may succeed
-        # and the cluster allows requeueing, assume that the job will start again.
-        if failure and state != "cancelled" and (requeue or retryable and "SIGTERM" in signals and submission.cluster.requeue):
-            update_json(paths.record, state="preempted")
         if down and state == "preempted":
             exclude(Path(requeue_flag.parent), place, list(down), requeued=True)
         view.notice(f"run {paths.id}: {state}" + ("; the job is requeued" if requeue and submission.cluster.requeue else ""))

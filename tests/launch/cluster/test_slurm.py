@@ -114,7 +114,9 @@ def test_lists_of_nodes_are_expanded(node_list, names):
     ("BeginTime", "two minutes"), ("ReqNodeNotAvail, UnavailableNodes:n2", "down, draining or reserved"),
     ("QOSMaxGRESPerUser", "allows one user"), ("QOSMaxGRESPerJob", "allows one job"), ("QOSGrpGRES", "at once"),
     ("AssocGrpCpuLimit", "at once"), ("AssocMaxJobsLimit", "allows one user"), ("QOSMinGRES", "less than its QOS"),
-    ("job requeued in held state", "scontrol release"), ("PartitionTimeLimit", "this time limit"),
+    ("job requeued in held state", "it was requeued and put on hold"), ("launch failed requeued held", "could not start it"),
+    ("JobHoldMaxRequeue", "too many failed starts"), ("JobHeldAdmin", "by an administrator"),
+    ("PartitionTimeLimit", "this time limit"),
     ("SomethingNew", "SomethingNew"),
 ])
 def test_reasons_in_plain_words(reason, plain):
@@ -127,6 +129,24 @@ def test_reasons_in_plain_words(reason, plain):
 ])
 def test_slurms_own_word_follows_in_brackets_if_there_is_one(reason, text):
     assert reasons.in_words_with_code(reason) == text
+
+
+@pytest.mark.parametrize("end, text", [
+    ("ON n1 CANCELLED AT 2026-01-02T00:00:00 DUE TO PREEMPTION ***", "preempted: another job took its nodes"),
+    ("ON n1 CANCELLED AT 2026-01-02T00:00:00 ***", "cancelled with scancel"),
+    ("ON n1 CANCELLED AT 2026-01-02T00:00:00 DUE TO JOB REQUEUE ***", "requeued with scontrol"),
+    ("ON n1 CANCELLED AT 2026-01-02T00:00:00 DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***", "a node failed"),
+    ("ON n1 CANCELLED AT 2026-01-02T00:00:00 DUE TO SOMETHING NEW ***", "stopped by SLURM: something new"),
+    ("ON n1", None),
+])
+def test_the_reason_of_a_stop_is_read_from_the_jobs_log(end, text):
+    assert reasons.of_stop(f"attempt 1\nslurmstepd-n1: error: *** STEP 7.0 {end}\nsrun: forcing job termination\n") == text
+
+
+def test_a_job_script_that_a_signal_ended_did_not_fail_to_start():
+    assert reasons.of_end("JobLaunchFailure", 15) == "SIGTERM ended the job's script"
+    assert reasons.of_end("JobLaunchFailure", 53).startswith("a node could not start it")
+    assert reasons.of_end("NonZeroExitCode", None) == reasons.of_end("None", 9) == ""
 
 
 def test_jobs_get_the_users_environment_without_foreign_variables():

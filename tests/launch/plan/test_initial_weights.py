@@ -209,7 +209,6 @@ def test_settings_for_training_do_not_stop_an_evaluation(paths, root):
     (["blobs-1", "name=x"], "`name` cannot be overridden in an evaluation", "override data"),
     (["blobs-1", "eval.bach_size=3"], "`eval.bach_size` is not a key of this spec", "did you mean `eval.batch_size`?"),
     (["script-1"], "run script-1 has no checkpoints: scripts and searches save", "give the path of a safetensors file"),
-    (["blobs-1", "--here", "--slurm"], "`launch eval` submits a new job on SLURM", "leave out --here"),
     (["blobs-1", "--time", "4h"], "`--time` is for SLURM", "add --slurm"),
 ])
 def test_a_wrong_evaluation_is_refused_and_nothing_is_written(paths, root, capsys, words, error, hint):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -137,7 +138,8 @@ def test_a_run_is_lost_if_its_process_on_this_host_is_gone(tmp_path, gone):
     assert state("submitted", None) == "submitted"
 
 
-def test_status_gathers_everything_that_is_known(tmp_path, gone):
+def test_status_gathers_everything_that_is_known(tmp_path, gone, monkeypatch):
+    monkeypatch.setenv("LAUNCH_RUNS", str(tmp_path))
     paths = make_run(tmp_path, state="running", job=job_of(gone), attempt=2)
     make_attempt(paths, 1, outcome="preempted", exit_code=75)
     make_attempt(paths, 2, failure=LAST)
@@ -158,6 +160,14 @@ def test_status_gathers_everything_that_is_known(tmp_path, gone):
     for text in ("lost", "120/1000", "rank 1 was ended by SIGKILL: killed", "was memory short?", "took 10:00",
                  "launch resume cifar10-1", str(paths.checkpoint(100)), "top1 0.5"):
         assert text in shown
+
+
+def test_the_commands_of_status_work_for_a_run_in_another_folder(tmp_path, monkeypatch):
+    make_run(tmp_path / "other runs", state="failed")
+    monkeypatch.chdir(tmp_path)
+    commands = runs.status(runs.find_run(tmp_path / "other runs", "cifar10-1"))["next"]
+    assert commands[2] == "launch resume 'other runs/cifar10-1'"
+    assert runs.find_run(tmp_path / "runs", shlex.split(commands[2])[2]).id == "cifar10-1"
 
 
 def test_status_of_a_run_that_has_written_only_its_record(tmp_path):

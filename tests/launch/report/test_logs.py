@@ -4,9 +4,11 @@ import os
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
+from launch.cluster import slurm
 from launch.records.process import identity
 from launch.records.run import read_run
 from launch.report import logs
@@ -123,6 +125,62 @@ def test_follow_continues_when_another_attempt_comes_after_a_failed_one(run, mon
     append(run, 1, 0, "one\n")
     logs.follow(run, follow=True, write=write)
     assert "".join(output) == "one\n--- attempt 2 ---\ntwo\n" and False in looks[:2]
+
+
+def test_follow_shows_an_attempt_that_begins_while_slurms_last_answer_says_that_the_job_waits(run, monkeypatch):
+    """An attempt begins with its folder. Its record comes later, and the run's record after that."""
+    monkeypatch.setattr(logs, "POLL_S", 0.01)
+    monkeypatch.setattr(logs, "QUIET_S", 0.0)
+    waiting = slurm.Queued("7", "PENDING", "Priority", None, 1, 1, "", "main", None, None)
+    monkeypatch.setattr(slurm, "queue", lambda ids: {"7": waiting})
+    job = {"kind": "slurm", "cluster": "c", "ids": ["7"], "submission": 1}
+    update_json(run.paths.record, state="preempted", attempt=1, job=job)
+    append(run, 1, 0, "one\n")
+    replace_json(run.paths.attempt_record(1), {"attempt": 1, "outcome": "preempted", "job": "7"})
+    output = []
+
+    def node():
+        while "waiting in the queue" not in "".join(output):
+            time.sleep(0.005)
+        run.paths.attempt(2).mkdir()
+        time.sleep(0.1)
+        replace_json(run.paths.attempt_record(2), {"attempt": 2, "outcome": "running", "job": "7"})
+        time.sleep(0.1)
+        update_json(run.paths.record, state="running", attempt=2)
+        append(run, 2, 0, "two\n")
+        time.sleep(0.1)
+        append(run, 2, 0, "finished\n")
+        replace_json(run.paths.attempt_record(2), {"attempt": 2, "outcome": "finished", "job": "7"})
+        update_json(run.paths.record, state="finished")
+
+    thread = threading.Thread(target=node)
+    thread.start()
+    logs.follow(run, follow=True, write=output.append)
+    thread.join()
+    assert "".join(output).splitlines() == [
+        "one", "--- attempt 1 has ended; waiting in the queue: jobs of higher priority come first (Priority) ---",
+        "--- attempt 2 has begun; rank 0 has not printed anything yet ---", "--- attempt 2 ---", "two", "finished"]
+
+
+def test_follow_says_each_thing_that_it_waits_for(run, monkeypatch):
+    monkeypatch.setattr(logs, "POLL_S", 0.01)
+    monkeypatch.setattr(logs, "ASK_OFTEN_S", 0.0)
+    monkeypatch.setattr(logs, "QUIET_S", 0.0)
+    job = slurm.Queued("7", "PENDING", "Resources", None, 1, 1, "", "main", None, None)
+    answers = [job, replace(job, state="RUNNING", node_list="n1"), None]
+    monkeypatch.setattr(slurm, "queue", lambda ids: {"7": answers[0]} if answers[0] else {})
+    monkeypatch.setattr(slurm, "history", lambda ids: {})
+    update_json(run.paths.record, state="submitted", attempt=0,
+                job={"kind": "slurm", "cluster": "c", "ids": ["7"], "submission": 1})
+    output = []
+
+    def write(text):
+        output.append(text)
+        del answers[0]
+
+    logs.follow(run, follow=True, write=write)
+    assert output == ["--- waiting in the queue: it waits for nodes, cores or GPUs to become free (Resources) ---\n",
+                      "--- job 7 runs on n1; attempt 1 is being started ---\n"]
 
 
 def test_follow_of_an_ended_run_prints_the_log_and_ends(run):

@@ -367,7 +367,8 @@ class Checkpoints:
             return self._warn(f"the checkpoint of step {save.step} was not committed: {reason}")
         older = self._committed_steps()
         self._warn(f"the checkpoint of step {save.step} could not be written: {reason}; training continues; " +
-                   (f"the newest whole checkpoint is step {older[-1]}" if older else "there is no older checkpoint"))
+                   (f"the newest whole checkpoint is step {older[-1]}" if older else "there is no older checkpoint"),
+                   unsaved=save.step)
 
     def _delete_old(self, newest: int) -> None:
         """Delete the checkpoints that are not needed any more. `newest` is the step of the newest one."""
@@ -390,8 +391,8 @@ class Checkpoints:
             reason = error.message if isinstance(error, UserError) else error
             self._warn(f"the evaluation of step {step} could not be added to its checkpoint: {reason}")
 
-    def _warn(self, message: str) -> None:
-        self.emit({"event": "note", "level": "warning", "message": message})
+    def _warn(self, message: str, **more: int) -> None:
+        self.emit({"event": "note", "level": "warning", "message": message, **more})
 
 
 def _copy(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
