@@ -69,7 +69,7 @@ def rank(module: str) -> int | None:
     part = rest.partition(".")[0]
     if package == "trainers":
         part = {"forest": "forest and data", "data": "forest and data", **dict.fromkeys(TASKS, "tasks"),
-                **dict.fromkeys(("run", "probe", "prefetch", "trial"), "run")}.get(part, part)
+                **dict.fromkeys(("run", "probe", "prefetch", "trial", "accelerate_env"), "run")}.get(part, part)
     order = LAUNCH if package == "launch" else TRAINERS
     return len(order) - order.index(part) if part in order else None
 

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
-@pytest.mark.parametrize("name", ["deepspeed", "submitit", "wandb", "scikit-learn"])
+@pytest.mark.parametrize("name", ["accelerate", "deepspeed", "submitit", "wandb", "scikit-learn"])
 def test_a_library_whose_private_parts_are_used_has_an_upper_bound(name: str) -> None:
     (need,) = re.findall(rf'^ *"({name}[^"]*)"', PYPROJECT.read_text(), re.MULTILINE)
     bounds = {specifier.operator for specifier in Requirement(need).specifier}
@@ -36,6 +36,17 @@ def test_submitit_renders_a_job_script() -> None:
     for line in ("#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --signal=USR2@90"):
         assert line in script.splitlines(), f"submitit's script has no line `{line}` any more"
     assert re.search(r"^srun .*--mpi=none run$", script, re.MULTILINE), "submitit's script does not end with srun any more"
+
+
+def test_accelerate_computes_the_environment_of_a_script() -> None:
+    """trainers/accelerate_env.py does what accelerate's `launch_command` does before it starts a script."""
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    assert list(inspect.signature(launch._validate_launch_command).parameters) == ["args"]
+    assert hasattr(launch, "launch_command_parser")
+    for prepare in (prepare_deepspeed_cmd_env, prepare_multi_gpu_env):
+        assert list(inspect.signature(prepare).parameters) == ["args"], f"accelerate's `{prepare.__name__}` takes other arguments"
 
 
 def test_wandb_keeps_its_file_format(tmp_path: Path) -> None:

@@ -118,6 +118,8 @@ def spec_options(command: Callable) -> Callable:
                                 help="A YAML file of values that override the task's values."),
                    click.option("--strategy", metavar="WORD",
                                 help="Short for train.strategy=WORD: ddp, fsdp, zero1, zero2 or zero3."),
+                   click.option("--accelerate-config", type=click.Path(), metavar="FILE",
+                                help="For scripts: a config file of accelerate's. accelerate.KEY=VALUE overrides its keys."),
                    click.option("--wandb", metavar="MODE", help="Short for wandb.mode=MODE: online, offline or off."),
                    click.option("--from", metavar="RUN|PATH", help="Short for init.source=RUN|PATH: start from these weights."),
                    data_option):
@@ -204,13 +206,14 @@ def only_on_slurm(**options: Any) -> None:
 
 
 def load(context: click.Context, task: str, config: str | None, overrides: Sequence[str], cluster: ClusterConfig,
-         **aliases: str | None) -> specs.Spec:
+         accelerate_config: str | None = None, **aliases: str | None) -> specs.Spec:
     """The spec of a task, a spec file or a script.
 
     Args:
         task: the word on the command line: a built-in task's name or a file.
         config: the file of `--config`.
         overrides: key=value words.
+        accelerate_config: the file of `--accelerate-config`.
         aliases: the values of options that are short for a key, by their names in ALIASES.
 
     Raises:
@@ -223,10 +226,13 @@ def load(context: click.Context, task: str, config: str | None, overrides: Seque
         raise no_such(task, list(specs.tasks()))
     if not module and not is_script(task):
         refuse_script_args(context, task)
+        if accelerate_config is not None:
+            raise UserError(f"`--accelerate-config` is for scripts, and `{task}` is not a script", "use train.KEY=VALUE")
         return specs.load_spec(task, overrides, cluster=cluster, environment=os.environ, config_file=config)
     if config is not None:
         raise UserError(f"`--config` is for tasks; `{task}` is a script", "give the keys as key=value")
-    return specs.script_spec(task, context.obj.script_args or [], overrides, cluster=cluster, module=module)
+    return specs.script_spec(task, context.obj.script_args or [], overrides, cluster=cluster, module=module,
+                             accelerate_file=accelerate_config and os.path.expanduser(accelerate_config))
 
 
 def is_module(word: str) -> bool:

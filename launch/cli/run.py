@@ -162,7 +162,7 @@ def eval(word: str, root: Path, which: str | None, overrides: Sequence[str], dat
 @click.pass_context
 def sweep(context: click.Context, task: str | None, root: Path, wanted: Wanted, slurm: bool, cluster_name: str | None,
           time: str | None, after: str | None, parallel: int | None, again: str | None, dry_run: bool, json: bool,
-          overrides: Sequence[str], config: str | None, **aliases: str | None) -> int:
+          overrides: Sequence[str], config: str | None, accelerate_config: str | None, **aliases: str | None) -> int:
     """Run a task or a script once for each point of a grid.
 
     For example, key=a,b,c other=x,y makes six runs. On SLURM the runs are one job array. On this machine they run one
@@ -177,7 +177,7 @@ def sweep(context: click.Context, task: str | None, root: Path, wanted: Wanted, 
     if again:
         from launch.records.read import read_sweep
 
-        if words or config or dry_run or context.obj.script_args is not None:
+        if words or config or accelerate_config or dry_run or context.obj.script_args is not None:
             raise UserError("--resume continues a sweep as it was started, and takes no task and no keys",
                             f"launch sweep --resume {again}")
         last_job = read_sweep(root, again)["job"]
@@ -199,9 +199,9 @@ def sweep(context: click.Context, task: str | None, root: Path, wanted: Wanted, 
         root = root_of(context, root, cluster)
     else:
         only_on_slurm(nodes=wanted.nodes, time=time, after=after, **options)
-    return sweeps.start(words=words, load=lambda words: load(context, task, config, words, cluster), root=root.absolute(),
-                        request=request_of(cluster, root, time, after, options), wanted=wanted, parallel=parallel,
-                        dry_run=dry_run, json=json)
+    return sweeps.start(words=words, load=lambda words: load(context, task, config, words, cluster, accelerate_config),
+                        root=root.absolute(), request=request_of(cluster, root, time, after, options), wanted=wanted,
+                        parallel=parallel, dry_run=dry_run, json=json)
 
 
 def _warn_of_environment(cluster: ClusterConfig) -> None:

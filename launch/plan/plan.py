@@ -12,9 +12,11 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.cluster.config import ClusterConfig
 from launch.cluster.resources import Resources
+from launch.plan import accelerate
 from launch.plan.job_script import Job
 from launch.plan.spec import Spec, Weights
 from trainers.config import compatibility
@@ -127,12 +129,23 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
         start_python = ("-P", "-u", "-m", config.module) if config.module else ("-u", config.script)
         command = (python, *start_python, *config.args)
         program = [*(["-m", config.module] if config.module else [config.script]), *config.args]
+        accelerate.check_device(config, resources)
+        if config.deepspeed is not None:
+            name = RunPaths(Path()).plan(attempt) / "deepspeed.json"
+            files[str(name)] = json.dumps(config.deepspeed, indent=1) + "\n"
+            env[accelerate.DEEPSPEED_FILE] = str(folder / name)
     accelerate_yaml = RunPaths(Path()).plan(attempt) / "accelerate.yaml"
     if isinstance(config, RunConfig) and config.train.strategy in compatibility.ZERO and not config.eval.only:
         settings = deepspeed_config(config, resources.ranks, config.optim.clip_norm)
         files[str(RunPaths(Path()).plan(attempt) / "deepspeed.json")] = json.dumps(settings, indent=1) + "\n"
     if resources.device == "cuda":
-        files[str(accelerate_yaml)] = _accelerate_yaml(resources)
+        # The training loop of a task does autocast itself, and shards its models itself.
+        values: dict[str, Any] = {"distributed_type": "MULTI_GPU", "mixed_precision": "no"}
+        if isinstance(config, ScriptConfig):
+            values = accelerate.settings(config)
+        if isinstance(config, ScriptConfig) and config.deepspeed is not None:
+            values["deepspeed_config"] = {**values["deepspeed_config"], "deepspeed_config_file": env[accelerate.DEEPSPEED_FILE]}
+        files[str(accelerate_yaml)] = accelerate.config_file(values, resources.ranks, resources.nodes)
         start = ["accelerate", "launch", "--config_file", str(folder / accelerate_yaml)]
         each_node = ["--machine_rank", "NODE", "--main_process_ip", "HEAD", "--main_process_port", "PORT"]
     else:
@@ -184,6 +197,8 @@ def _rank_environment(config: RunConfig | SearchConfig | ScriptConfig, resources
     }
     if not isinstance(config, ScriptConfig):
         env |= {"LAUNCH_EVENTS": "1", "PYTHONUNBUFFERED": "1"}
+    if isinstance(config, ScriptConfig):
+        env |= config.accelerate_env
     if resources.nodes == 1:
         env["GLOO_SOCKET_IFNAME"] = "lo"  # otherwise gloo looks up the host's name, which may have no address
     if resources.device == "cpu" or not isinstance(config, ScriptConfig):
@@ -191,22 +206,3 @@ def _rank_environment(config: RunConfig | SearchConfig | ScriptConfig, resources
     if resources.device == "cuda" and isinstance(config, RunConfig) and config.train.deterministic:
         env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # otherwise cuBLAS may sum in a different order each time
     return env
-
-
-def _accelerate_yaml(resources: Resources) -> str:
-    values = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "MULTI_GPU" if resources.ranks > 1 else "NO",
-        "num_machines": resources.nodes,
-        "num_processes": resources.ranks,
-        "machine_rank": 0,
-        "mixed_precision": "no",  # the training loop does autocast itself
-        "use_cpu": False,
-        "main_training_function": "main",
-        "rdzv_backend": "static",
-        "same_network": True,
-    }
-    # JSON scalars are YAML.
-    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
-
-

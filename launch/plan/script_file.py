@@ -34,11 +34,12 @@ def check_keys(word: str, keys: Iterable[str], args: Sequence[str], known: Conta
     Raises:
         UserError: only tasks have such a key, or the script's options are given twice.
     """
-    from trainers.config.schema import RunConfig
+    from trainers.config.schema import RunConfig, ScriptTrain
 
     for key in keys:
-        section = key.partition(".")[0]
-        if section in RunConfig.model_fields and section not in known:
+        section, _, rest = key.partition(".")
+        only_tasks = section not in known if section != "train" else rest not in ScriptTrain.model_fields
+        if section in RunConfig.model_fields and only_tasks:
             raise UserError(f"`{key}` is a key of tasks, and `{word}` is a script", INSTEAD.get(section, OPTIONS.format(word)))
         if key == "args" and args:
             raise UserError("the script's options are given twice: as `args` and after `--`", "keep one")

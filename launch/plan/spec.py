@@ -102,15 +102,18 @@ def load_spec(word: str | Path, overrides: Sequence[str] = (), *, cluster: Clust
 
 
 def script_spec(word: str | Path, args: Sequence[str] = (), overrides: Sequence[str] = (), *, cluster: ClusterConfig,
-                module: bool = False) -> Spec:
+                module: bool = False, accelerate_file: str | Path | None = None) -> Spec:
     """Return the spec of a user's own script or module. Only the `run` keys of the cluster's defaults apply.
 
     Args:
         word: the script's file, or with `module` the name of a module.
+        accelerate_file: a config file of accelerate's, whose keys come below those of `overrides`.
 
     Raises:
-        UserError: the script does not exist or is no Python script, there is no such module, or an override is wrong.
+        UserError: the script does not exist or is no Python script, there is no such module, an override is wrong, or
+            accelerate does not take its settings.
     """
+    from launch.plan import accelerate
     from launch.plan.script_file import check_keys, check_script, find_module
     from trainers.config.schema import ScriptConfig
 
@@ -131,8 +134,13 @@ def script_spec(word: str | Path, args: Sequence[str] = (), overrides: Sequence[
         given = {("name",): (_name(path), "default"), ("script",): (str(path.absolute()), "command line")}
     if args:
         given["args",] = list(args), "command line"
-    defaults = [{key: value for key, value in layer.items() if key[0] == "run"} for layer in _cluster(cluster)]
-    return _spec(ScriptConfig, _merge([given, *defaults, _command_line(overrides)]))
+    layers = [{key: value for key, value in layer.items() if key[0] == "run"} for layer in _cluster(cluster)]
+    if accelerate_file is not None:
+        layers.append({("accelerate", *key): value for key, value in _file(Path(accelerate_file), str(accelerate_file)).items()})
+    accelerate.check_words(overrides)
+    spec = _spec(ScriptConfig, _merge([given, *layers, _command_line(overrides)]))
+    assert isinstance(spec.config, ScriptConfig)
+    return with_values(spec, accelerate.resolve(spec.config)) if accelerate.has_settings(spec.config) else spec
 
 
 def spec_of(paths: RunPaths) -> Spec:
@@ -158,7 +166,7 @@ def with_strategy(spec: Spec, words: Sequence[str]) -> Spec:
         UserError: a word sets a key that cannot change when a run is resumed, or its value is wrong.
     """
     for word in words:
-        if word.partition("=")[0] not in [f"train.{key}" for key in STRATEGY_KEYS] or "train" not in spec.values:
+        if word.partition("=")[0] not in [f"train.{key}" for key in STRATEGY_KEYS] or not hasattr(spec.config, "model"):
             raise UserError(f"`{word}` cannot be set: a run's spec never changes",
                             "start a new run for that; resume takes sbatch.KEY=VALUE, --strategy, train.offload and "
                             "train.checkpoint_activations")

@@ -323,12 +323,23 @@ class SearchConfig(TaskConfig):
     run: Run = Run()
 
 
+class ScriptTrain(Section):
+    """Settings for scripts that use accelerate. Other scripts do not see them."""
+
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] | None = None
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] | None = None
+
+
 class ScriptConfig(Section):
     """A run of a user's own script."""
 
     name: Name = Field(description="the first part of the run's id")
     script: str = Field(description="absolute path of the script, or of the module's file")
     module: str | None = Field(None, description="name of the module to run as `python -m` does; null: run the file")
-    path: str | None = Field(None, description="folder that comes first on sys.path, for a module")
+    path: str | None = Field(None, description="folder that comes first on PYTHONPATH; null: none")
     args: list[str] = []
+    train: ScriptTrain = ScriptTrain()
+    accelerate: dict[str, Any] = Field(default_factory=dict, description="keys of accelerate's config file")
+    accelerate_env: dict[str, str] = Field(default_factory=dict, description="the variables that accelerate sets from these")
+    deepspeed: dict[str, Any] | None = Field(None, description="the content of the file `deepspeed_config_file`")
     run: Run = Run()
