@@ -422,7 +422,7 @@ def _facts(run: Run, status: Status, spec: Mapping[str, Any], attempts: Sequence
     if submission:
         ranks, option = submission.resources.ranks, "--gpus" if submission.resources.gpus else "--procs"
         where = f" {option} {ranks} --nodes {submission.resources.nodes} --cluster {shlex.quote(submission.cluster.name)}"
-    train = spec.get("train") or {}
+    train = {} if "script" in spec else spec.get("train") or {}
     samples = train["batch_size"] // ranks if train and ranks else 1  # of a batch, per rank
     given = train.get("micro_batch_size")
     micro = given or samples if given != "auto" else 1  # `auto` tries smaller micro-batches by itself

@@ -16,6 +16,7 @@ from launch.records.life_sign import LifeSign
 from launch.records.run import read_run
 from launch.records.state import state_of, true_states
 from launch.report.explain import explain
+from trainers.contract.clock import utc_now
 from trainers.contract.files import read_json, replace_json, update_json
 
 JOB = {"kind": "slurm", "cluster": "c", "ids": ["7"], "submission": 1}
@@ -30,7 +31,7 @@ ENDED = slurm.Ended("7", "CANCELLED", None, None, "None", "n1", "2026-01-02T00:0
 def make(tmp_path, monkeypatch):
     """A function that makes a run with one attempt on SLURM, and says what SLURM answers from then on."""
     def make(state, attempt=None, queued=None, ended=None, checkpoint=None):
-        paths = make_run(tmp_path / "runs/r-1", state=state, job=JOB, checkpoint=checkpoint)
+        paths = make_run(tmp_path / "runs/r-1", state=state, job=JOB, checkpoint=checkpoint, updated=utc_now())
         if attempt is not None:
             paths.attempt(1).mkdir(parents=True)
             replace_json(paths.attempt_record(1), {**ATTEMPT, **attempt})
