@@ -163,13 +163,13 @@ def request_of(cluster: ClusterConfig, root: Path, time: str | None, after: str 
             seconds(time)
         except ValueError as error:
             raise UserError(f"--time is `{time}`, which {error}") from None
-    jobs: tuple[str, ...] = ()
-    if after:
-        from launch.execute.on_slurm import jobs_of
-        from launch.records.read import find_run
+    if not after:
+        return Request(cluster, time, options)
+    from launch.execute.on_slurm import jobs_of
+    from launch.records.read import find_run
 
-        jobs = jobs_of(find_run(root, after))
-    return Request(cluster, time, options, jobs)
+    run = find_run(root, after)
+    return Request(cluster, time, options, jobs_of(run), str(run.paths.root.resolve()))
 
 
 def sbatch_options(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

@@ -92,7 +92,7 @@ def task_command(word: str, about: str, kind: type[click.Command] = click.Comman
 
 @command
 @run_argument
-@click.argument("overrides", nargs=-1, metavar="[sbatch.KEY=VALUE]...")
+@click.argument("overrides", nargs=-1, metavar="[run.KEY=VALUE] [sbatch.KEY=VALUE]...")
 @click.option("--strategy", metavar="WORD", help="Use this strategy from now on: ddp, fsdp, zero1, zero2 or zero3.")
 @wanted_options("gpus", "procs", "nodes", "cpus")
 @slurm_options

@@ -252,6 +252,20 @@ def takes_jobs(state: str) -> bool:
     return not state.upper().startswith(DOWN + CLOSED)
 
 
+def time_left_s(job: str) -> int | None:
+    """Return the seconds until a running job's time limit; None if the job has no limit or does not run.
+
+    Raises:
+        UserError: see `call`.
+    """
+    from launch.cluster.times import seconds
+
+    left = _squeue(f"--jobs={job}", "-o", "%L").strip()
+    if not re.fullmatch(r"[\d:-]+", left):  # UNLIMITED, or nothing
+        return None
+    return seconds(left) if re.search("[1-9]", left) else 0
+
+
 def kill_wait_s() -> float:
     """Return the seconds from SLURM's SIGTERM to its SIGKILL.
 

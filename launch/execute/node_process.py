@@ -13,23 +13,31 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
+from launch.cluster import slurm
 from launch.execute import record
 from launch.execute.node.exclusion import exclude
 from launch.execute.node.follow import follow
-from launch.execute.node.forensics import count_failures, record_lost_attempts
-from launch.execute.node.lead import end_chain, job_fields, lead, record_failed_start, set_flag
+from launch.execute.node.forensics import REASONS, count_failures, record_lost_attempts, record_silent_head
+from launch.execute.node.lead import RECORD_S, end_chain, failed_start, job_fields, lead, set_flag
+from launch.execute.node.patience import OutOfPatience, Patience
 from launch.execute.node.place import Place, hosts_of
-from launch.plan.submission import read_submission
+from launch.plan.job_script import REQUEUE, warning_s
+from launch.plan.submission import Submission, read_submission
+from launch.supervise.group import NodeGroup
+from launch.supervise.rank import Outcome
 from launch.supervise.rendezvous import NotConnected, meet
 from launch.supervise.signals import StopSignals, stop_signals
 from launch.supervise.terminal import make_view
+from trainers.config.spec import read_run
 from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, update_json
 from trainers.contract.paths import RunPaths
 
+CHECK_S = 30.0  # SLURM sends its signal up to this much earlier, because it checks time limits only so often
 FINAL = ("finished", "cancelled")
 
 
@@ -55,44 +63,83 @@ def run_node(folder: Path, stop: StopSignals) -> int:
         view.notice(f"run {paths.id} is {state}: nothing to do")
         # Jobs that wait for this run (`--after`) start only if this job succeeds.
         return exit_codes.FINISHED if state == "finished" else exit_codes.FAILED
-    if place.node == 0:
-        record_lost_attempts(paths, place, folder)
-        # This flag counts if this process is killed before it can decide.
-        set_flag(requeue_flag, count_failures(paths, submission) < submission.max_restarts)
-    try:
-        group = meet(folder, name, place.node, place.nodes, submission.cluster.interface, lambda: bool(stop.received))
-    except (NotConnected, OSError) as error:
-        view.notice(f"error: {error}")
-        if place.node == 0:
-            # No requeue, unless the code below decides otherwise. That code is not reached if the record cannot be written (a
-            # full disk), and then a requeue would not help.
-            set_flag(requeue_flag, False)
-        if place.node == 0 and not stop.received:
-            number = record.next_attempt(paths)
-            record.take_attempt(paths, number)
-            record_failed_start(paths, number, str(error), retry=True, **job_fields(submission, place))
-        if place.node == 0:
-            requeue = signal.SIGUSR2 in stop.received or (
-                not stop.received and count_failures(paths, submission) <= submission.max_restarts)
-            set_flag(requeue_flag, requeue)
-            if requeue:
-                update_json(paths.record, state="preempted")  # the run is not over
-            elif not submission.cluster.requeue and not stop.received:
-                return end_chain(paths, place, exit_codes.FAILED)
-        return exit_codes.FAILED
+    patience = Patience(stop, view.notice)
     try:
         if place.node == 0:
-            return lead(submission, place, paths, group, requeue_flag, stop, view)
-        return follow(submission, place, paths, group, stop, view)
+            patience(lambda: record_lost_attempts(paths, place, folder))
+            # This flag counts if this process is killed before it can decide.
+            set_flag(requeue_flag, count_failures(paths, submission) < submission.max_restarts)
+        try:
+            group = meet(folder, name, place.node, place.nodes, submission.cluster.interface, lambda: bool(stop.received),
+                         patience)
+        except OutOfPatience:
+            raise
+        except (NotConnected, OSError) as error:
+            view.notice(f"error: {error}")
+            if place.node != 0:
+                return exit_codes.FAILED
+            return _not_connected(submission, place, paths, requeue_flag, stop, patience, str(error))
+        patience.beat = group.beat
+        try:
+            if place.node != 0:
+                return follow(submission, place, paths, group, stop, view)
+            if not submission.here and _warned(place, paths):
+                stop.received.append(signal.SIGUSR2)
+            return lead(submission, place, paths, group, requeue_flag, stop, patience, view)
+        finally:
+            if not group.complete:  # every process that is left does this, because the head may be gone
+                _report_lost(folder, place, paths, group)
+            group.close()
+    except OutOfPatience:
+        # The record still says that the attempt runs. The head of the next job corrects it.
+        view.notice(f"the records of {paths.id} could not be written before the job must end")
+        requeue = signal.SIGUSR2 in stop.received and submission.cluster.requeue and not submission.here
+        set_flag(requeue_flag, requeue)
+        return REQUEUE if requeue else exit_codes.PREEMPTED
     except Exception:
-        if place.node == 0:  # a full disk, or a bug of ours: after a requeue it would happen again
+        if place.node == 0:  # a bug of ours, or the run's folder is gone: after a requeue it would happen again
             set_flag(requeue_flag, False)
         raise
-    finally:
-        if not group.complete:  # every process that is left does this, because the head may be gone
-            hosts = hosts_of(place)
-            exclude(folder, place, [hosts[node] for node, link in group.links.items() if not link.open])
-        group.close()
+
+
+def _not_connected(submission: Submission, place: Place, paths: RunPaths, requeue_flag: Path, stop: StopSignals,
+                   patience: Patience, message: str) -> int:
+    """Record, on the head, an attempt that could not start, and decide what follows. Returns the exit code."""
+    number, job = record.next_attempt(paths), job_fields(submission, place)
+    if signal.SIGUSR2 in stop.received:
+        outcome = Outcome("preempted", signal="SIGUSR2")
+    elif stop.received:
+        return exit_codes.FAILED  # whoever sent the signal has decided what follows
+    else:
+        outcome = Outcome("failed", failed_start(number, message, retry=True))
+    patience.hurry(RECORD_S)
+    patience(lambda: record.take_attempt(paths, number))
+    patience(lambda: record.never_started(paths, number, outcome, REASONS["SIGUSR2"] if outcome.signal else None, **job))
+    requeue = outcome.failure is None or count_failures(paths, submission) <= submission.max_restarts
+    set_flag(requeue_flag, requeue)
+    if requeue:
+        patience(lambda: update_json(paths.record, state="preempted"))  # the run is not over
+    elif not submission.cluster.requeue:
+        return end_chain(paths, place, exit_codes.FAILED)
+    return REQUEUE if requeue and submission.cluster.requeue and not submission.here else exit_codes.FAILED
+
+
+def _warned(place: Place, paths: RunPaths) -> bool:
+    """Whether SLURM may have sent its signal before the time limit already: `setup:` may have taken long."""
+    try:
+        left_s = slurm.time_left_s(place.job)
+        return left_s is not None and left_s <= warning_s(read_run(paths).run.grace_s) + CHECK_S
+    except UserError:
+        return False
+
+
+def _report_lost(folder: Path, place: Place, paths: RunPaths, group: NodeGroup) -> None:
+    """Exclude the nodes whose processes are lost, and write the record in place of a head that was silent."""
+    hosts = hosts_of(place)
+    if place.node != 0 and group.links[0].silent:
+        with suppress(OSError):
+            record_silent_head(paths, hosts[0])
+    exclude(folder, place, [hosts[node] for node, link in group.links.items() if not link.open])
 
 
 def run() -> None:
@@ -102,6 +149,9 @@ def run() -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         code = error.exit_code
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = exit_codes.FAILED
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -19,7 +19,7 @@ from typing import Any
 from launch.cluster import slurm
 from launch.cluster.config import load_cluster
 from launch.cluster.resources import Resources, Wanted, resources_of
-from launch.execute import record, snapshot
+from launch.execute import after, record, snapshot
 from launch.execute.prefetch import missing, prefetch
 from launch.execute.renewal import renew, resources_again, say_cluster_changes, survey
 from launch.execute.submission_plan import code_of, describe_code, make_submission
@@ -151,6 +151,7 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, spread: Sequenc
         raise
     update_json(paths.record, updated=utc_now(),
                 job={"kind": "slurm", "cluster": request.cluster.name, "ids": ids, "submission": number})
+    after.follow(paths, ids)
     release(ids)
     _print_submitted(paths, ids, request, resources, json)
     return _follow(paths, show_log)

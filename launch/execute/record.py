@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,7 +14,7 @@ from launch.plan.initial_weights import keep_checkpoint
 from launch.plan.plan import Plan
 from launch.records.naming import command_name
 from launch.records.process import alive, identity
-from launch.supervise.rank import Failure, Outcome
+from launch.supervise.rank import Outcome
 from launch.supervise.terminal import View
 from trainers.contract import exit_codes
 from trainers.contract.clock import utc_now
@@ -89,6 +89,13 @@ def next_attempt(paths: RunPaths) -> int:
     return max(paths.attempt_numbers(), default=0) + 1
 
 
+def kept(paths: RunPaths) -> int | None:
+    """What the run would continue from: the step of its newest checkpoint, or the number of a search's finished pieces."""
+    if paths.pieces.is_dir():
+        return len(list(paths.pieces.glob("*.json")))
+    return max(paths.checkpoint_steps(), default=None)
+
+
 def runs_here(paths: RunPaths, number: int) -> bool:
     """Whether a process of this host runs this attempt, or has taken the attempt and is about to write its record."""
     try:
@@ -130,14 +137,16 @@ def take_attempt(paths: RunPaths, number: int) -> None:
         raise UserError(f"{target} cannot be made: {error.strerror}", "make room there") from error
 
 
-def never_started(paths: RunPaths, number: int, failure: Failure, **more: Any) -> None:
-    """Record that the ranks of an attempt, taken already, could not be started, and that the run has failed."""
+def never_started(paths: RunPaths, number: int, outcome: Outcome, reason: str | None = None, **more: Any) -> None:
+    """Record the end of an attempt, taken already, whose ranks were not started."""
+    state = STATES[outcome.kind]
     replace_json(paths.attempt_record(number), {
         "format": FORMAT, "attempt": number, **this_process(), "process_started": identity(os.getpid()), **more,
-        "began": utc_now(), "ended": utc_now(), "outcome": "failed", "exit_code": EXIT_CODES["failed"],
-        "failure": failure.as_dict(), "reason": None, "checkpoint_s": None,
+        "began": utc_now(), "ended": utc_now(), "outcome": state, "exit_code": EXIT_CODES[outcome.kind],
+        "failure": outcome.failure and outcome.failure.as_dict(), "reason": reason, "signal": outcome.signal,
+        "checkpoint_s": None, "kept_before": kept(paths), "kept": kept(paths),
     })
-    update_json(paths.record, state="failed", attempt=number, updated=utc_now())
+    update_json(paths.record, state=state, attempt=number, updated=utc_now())
 
 
 class RecordEnd(Protocol):
@@ -155,28 +164,35 @@ class RecordEnd(Protocol):
 
 
 @contextmanager
-def recorded(plan: Plan, paths: RunPaths, view: View, run_job: Mapping[str, Any] | None = None, **more: Any
+def recorded(plan: Plan, paths: RunPaths, view: View, run_job: Mapping[str, Any] | None = None,
+             write: Callable[[Callable[[], None]], None] = lambda write: write(), delay: str | None = None, **more: Any
              ) -> Iterator[RecordEnd]:
     """Write an attempt's files and its record, and give a function that records how the attempt ended.
 
     Args:
         run_job: the new `job` in run.json; None keeps the present one (of a SLURM job).
+        write: calls a function that writes files; it may call the function again if that raises OSError.
+        delay: what delayed the attempt.
         more: further keys of attempt.json.
     """
-    for name, text in plan.files.items():
-        path = paths.root / name
-        if not path.exists():  # run.yaml never changes
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(path, text)
     attempt: dict[str, Any] = {
         "format": FORMAT, "attempt": plan.attempt, **this_process(), "process_started": identity(os.getpid()), "cwd": plan.cwd,
         "device": plan.resources.device, "ranks": plan.resources.ranks, "threads": plan.resources.threads, **more,
         "began": utc_now(), "ended": None, "outcome": "running", "exit_code": None, "failure": None,
-        "reason": None, "checkpoint_s": None,
+        "reason": delay, "signal": None, "checkpoint_s": None, "kept_before": kept(paths), "kept": None,
     }
-    replace_json(paths.attempt_record(plan.attempt), attempt)
-    changed = {"job": dict(run_job)} if run_job else {}
-    update_json(paths.record, state="running", attempt=plan.attempt, updated=utc_now(), **changed)
+
+    def began() -> None:
+        for name, text in plan.files.items():
+            path = paths.root / name
+            if not path.exists():  # run.yaml never changes
+                path.parent.mkdir(parents=True, exist_ok=True)
+                replace_text(path, text)
+        replace_json(paths.attempt_record(plan.attempt), attempt)
+        changed = {"job": dict(run_job)} if run_job else {}
+        update_json(paths.record, state="running", attempt=plan.attempt, updated=utc_now(), **changed)
+
+    write(began)
 
     def ended(outcome: Outcome, reason: str | None = None, retrying: bool = False, again: bool = False) -> str:
         cancelled = outcome.signal is not None and paths.cancellation(plan.attempt).exists()
@@ -187,11 +203,16 @@ def recorded(plan: Plan, paths: RunPaths, view: View, run_job: Mapping[str, Any]
         if outcome.kind == "killed":
             reason = f"{reason} twice: stopped at once"
         changes = {"ended": utc_now(), "outcome": state, "exit_code": exit_code(plan, outcome), "failure": failure,
-                   "reason": reason, "checkpoint_s": outcome.checkpoint_s}
-        try:
+                   "reason": "; ".join(filter(None, (reason, outcome.note, delay))) or None, "signal": outcome.signal,
+                   "checkpoint_s": outcome.checkpoint_s, "kept": kept(paths)}
+
+        def put() -> None:
             if next_attempt(paths) == plan.attempt + 1:  # else the records belong to a newer attempt
                 replace_json(paths.attempt_record(plan.attempt), {**attempt, **changes})
                 update_json(paths.record, state=run_state, updated=utc_now())
+
+        try:
+            write(put)
         except OSError as error:
             view.notice(f"warning: the record of {paths.id} cannot be written: {error.strerror}")
         return state

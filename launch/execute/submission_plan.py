@@ -73,7 +73,7 @@ def make_submission(run_id: str, spec: Spec, request: Request, resources: Resour
     spec, own = as_copied(spec, copy)
     paths, python = RunPaths(runs / run_id), request.cluster.python or sys.executable
     submission = Submission(number, [str(paths.root)], request.cluster, resources, python, str(cwd),
-                            spec.config.run.max_restarts, request.time, dict(request.options), here)
+                            spec.config.run.max_restarts, request.time, dict(request.options), request.after_run, here)
     folder = paths.submission(number)
     job = make_job(request, resources, name=run_id, folder=str(folder), python=python, grace_s=spec.config.run.grace_s,
                    code=own)

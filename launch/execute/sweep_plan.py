@@ -98,7 +98,7 @@ def make_sweep(sweep_id: str, points: Sequence[Mapping[str, Any]], specs: Mappin
     python = (not local and cluster.python) or sys.executable
     first, array = next(iter(specs.values())), None
     submission = Submission(number, [str(root / point["run"]) for point in points], cluster, resources, python, str(cwd),
-                            first.config.run.max_restarts, request.time, dict(request.options))
+                            first.config.run.max_restarts, request.time, dict(request.options), request.after_run)
     if parallel and (local or not cluster.requeue):
         raise UserError("--max-parallel is for arrays on SLURM", "on this machine runs go one after another" if local else
                         f"cluster `{cluster.name}` forbids requeueing, so each run has its own jobs")

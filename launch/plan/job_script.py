@@ -13,11 +13,16 @@ from launch.cluster.config import ClusterConfig
 from launch.cluster.resources import Resources
 from launch.cluster.times import seconds, slurm_time
 from trainers.contract.errors import UserError
+from trainers.contract.exit_codes import PREEMPTED
 
 Option = str | int | bool
 
 PERCENT = "\ue000"  # stands for a % in the folder's name while submitit replaces %t and %j everywhere in the path
 AFTER_GRACE_S = 45  # SLURM checks time limits every 30 s; writing records and requeueing take a moment more
+LEFT_BEHIND_S = 30  # after the first node process has ended, srun kills the others, which may be stopped, after this time
+REQUEUE = 76        # exit code of a head whose job must be requeued
+UNHEARD = 140       # srun's exit code if SIGUSR2, the signal before the time limit, ended a node process that was just starting
+REFUSALS = 20       # the batch shell believes that SLURM never requeues the job after so many refusals
 
 # Options of sbatch that users cannot set, each with a hint: what to use instead.
 FORBIDDEN_OPTIONS = {
@@ -42,6 +47,7 @@ class Request:
     time: str | None = None             # the time limit; None: the cluster's
     options: Mapping[str, Option] = field(default_factory=dict)  # for sbatch; override the cluster's `sbatch`
     after: Sequence[str] = ()           # job ids of an earlier run; one of them must finish first (they are one chain)
+    after_run: str | None = None        # the folder of that run, absolute
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def make_job(request: Request, resources: Resources, *, name: str, folder: str, 
         raise UserError(f"the run directory's path {folder!r} contains a character that srun cannot handle: a backslash, a "
                         "line break, a control character or certain uses of %",
                         "choose another folder with --runs DIR or LAUNCH_RUNS")
-    time_s, lead_s = seconds(str(options["time"])), ceil(grace_s) + AFTER_GRACE_S
+    time_s, lead_s = seconds(str(options["time"])), warning_s(grace_s)
     if time_s <= lead_s:
         raise UserError(f"the time limit is {time_s} s, but the last {lead_s} s are reserved for the final checkpoint "
                         f"(run.grace_s is {grace_s:g})", "give a longer --time, or a shorter run.grace_s")
@@ -116,6 +122,11 @@ def make_job(request: Request, resources: Resources, *, name: str, folder: str, 
     return Job(folder, script.replace(PERCENT, "%%") + "\n", links, tuple(elements) if elements else None)
 
 
+def warning_s(grace_s: float) -> int:
+    """Return how many seconds before the time limit SLURM must send SIGUSR2."""
+    return ceil(grace_s) + AFTER_GRACE_S
+
+
 def node_process(cluster: ClusterConfig, python: str, folder: str) -> list[str]:
     """Return the command that srun starts once on each node."""
     return [*cluster.prefix, python, "-P", "-u", "-m", "launch.execute.node_process", folder]
@@ -132,7 +143,8 @@ def srun_args(cluster: ClusterConfig, resources: Resources, here: bool = False) 
     """
     cores = None if here else _cpus_per_node(cluster, resources)
     return [f"--nodes={resources.nodes}", "--ntasks-per-node=1", *([f"--cpus-per-task={cores}"] if cores else []),
-            *(["--overlap"] if here else []), "--cpu-bind=none", "--mpi=none", "--kill-on-bad-exit=0", "--export=ALL",
+            *(["--overlap"] if here else []), "--cpu-bind=none", "--mpi=none", "--kill-on-bad-exit=0", f"--wait={LEFT_BEHIND_S}",
+            "--export=ALL",
             *cluster.srun]
 
 
@@ -162,12 +174,21 @@ def _sbatch_options(request: Request, resources: Resources) -> dict[str, Option]
         asked["requeue"] = True
     else:
         asked["no-requeue"] = True
-    after = ["?".join(f"afterok:{job}" for job in request.after)] if request.after else []
-    if after or "dependency" in given:
-        asked["dependency"] = ",".join([*after, *([str(given.pop("dependency"))] if "dependency" in given else [])])
+    if request.after or "dependency" in given:
+        asked["dependency"] = dependency(request.after, given.pop("dependency", None))
     if "gres" in given and "gres" in asked:
         given["gres"] = f"{asked['gres']},{given['gres']}"
     return {key: value for key, value in {**asked, **given}.items() if value is not None}
+
+
+def dependency(after: Sequence[str], own: Option | None) -> str:
+    """Return the value of sbatch's option `dependency`.
+
+    Args:
+        after: job ids; one of these jobs must succeed.
+        own: the user's own value.
+    """
+    return ",".join([*(["?".join(f"afterok:{job}" for job in after)] if after else []), *([str(own)] if own is not None else [])])
 
 
 def _gpus(cluster: ClusterConfig, count: int) -> dict[str, str]:
@@ -204,24 +225,35 @@ def _teardown(folder: str, requeue: bool) -> list[str]:
     """Return the shell lines that run after the last node process has ended, whatever its exit code."""
     if not requeue:
         return ['exit "$?"']
+    folder = shlex.quote(folder)
     return [
         "code=$?",
         'job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"',
         'name="$job-${SLURM_RESTART_COUNT:-0}"',
-        f'if [ -e {shlex.quote(folder)}/"requeue-$name" ]; then',
-        # The requeue also sends signals to this shell. Nodes can be excluded only when the job is back in the queue.
+        # The flag is for a head that was killed, the exit code for a head that could not write the flag.
+        f'if [ "$code" -eq {REQUEUE} ] || [ "$code" -eq {UNHEARD} ] || [ -e {folder}/"requeue-$name" ]; then',
+        # The requeue also sends signals to this shell, and so does the time limit. Try until SLURM kills this shell.
         "    trap '' TERM CONT",
-        "    for pause in 0 2 4 8 8; do",  # SLURM's controller may not answer for a moment
-        '        sleep "$pause"',
-        '        shown="$(scontrol show job "$job")" || continue',
+        "    pause=1 refused=0",
+        "    while :; do",
+        '        if said="$(scontrol show job "$job" 2>&1)"; then',
         # Do nothing if SLURM has restarted the job elsewhere: this shell may outlive its node's slurmd.
-        '        case "$shown" in *" Restarts=${SLURM_RESTART_COUNT:-0} "*) ;; *) break ;; esac',
-        f'        touch {shlex.quote(folder)}/"again-$name"',
-        '        scontrol requeue "$job" || continue',
-        f'        [ -s {shlex.quote(folder)}/"exclude-$job" ] && '
-        f'scontrol update JobId="$job" ExcNodeList="$(cat {shlex.quote(folder)}/"exclude-$job")"',
-        "        break",
+        '            case "$said" in *" Restarts=${SLURM_RESTART_COUNT:-0} "*) ;; *) break ;; esac',
+        f'            touch {folder}/"again-$name-$code"',  # a full disk takes a name, but no text
+        '            if said="$(scontrol requeue "$job" 2>&1)"; then',
+        # Nodes can be excluded only when the job is back in the queue.
+        f'                [ -s {folder}/"exclude-$job" ] && '
+        f'scontrol update JobId="$job" ExcNodeList="$(cat {folder}/"exclude-$job")"',
+        "                break",
+        "            fi",
+        "            refused=$((refused + 1))",
+        "        fi",
+        f'        if [ "$refused" -ge {REFUSALS} ]; then echo "job $job cannot be requeued: $said"; break; fi',
+        '        echo "job $job cannot be requeued yet: $said; trying again in $pause s"',
+        '        sleep "$pause"',
+        '        [ "$pause" -ge 16 ] || pause=$((2 * pause))',
         "    done",
+        f'    [ "$code" -ne {REQUEUE} ] || code={PREEMPTED}',
         "fi",
         'exit "$code"',
     ]

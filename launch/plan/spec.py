@@ -158,20 +158,23 @@ STRATEGY_KEYS = ("strategy", "offload", "checkpoint_activations")  # keys of `tr
 
 
 def with_strategy(spec: Spec, words: Sequence[str]) -> Spec:
-    """Return the spec of a run that continues with another strategy, offload or activation checkpointing.
+    """Return the spec of a run that continues with another strategy, offload or activation checkpointing, or other limits.
 
     The text of run.yaml stays the same: the changes go into a separate file, see `record_strategy`.
 
     Raises:
         UserError: a word sets a key that cannot change when a run is resumed, or its value is wrong.
     """
+    trains = hasattr(spec.config, "model")  # a script has settings for accelerate under `train`
+    allowed = [f"train.{key}" for key in STRATEGY_KEYS if trains]
     for word in words:
-        if word.partition("=")[0] not in [f"train.{key}" for key in STRATEGY_KEYS] or not hasattr(spec.config, "model"):
+        key = word.partition("=")[0]
+        if key not in allowed and not key.startswith("run."):
             raise UserError(f"`{word}` cannot be set: a run's spec never changes",
-                            "start a new run for that; resume takes sbatch.KEY=VALUE, --strategy, train.offload and "
-                            "train.checkpoint_activations")
+                            "start a new run for that; resume takes run.KEY=VALUE, sbatch.KEY=VALUE, --strategy, train.offload "
+                            "and train.checkpoint_activations")
     changed = with_overrides(spec, words)
-    if not changed.values["train"]["strategy"].startswith("zero"):
+    if trains and not changed.values["train"]["strategy"].startswith("zero"):
         changed = with_values(changed, {"train": {**changed.values["train"], "deepspeed": {}}})
     return replace(changed, text=spec.text)
 
@@ -182,7 +185,9 @@ def record_strategy(paths: RunPaths, spec: Spec) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    replace_json(paths.spread, {key: spec.values["train"][key] for key in (*STRATEGY_KEYS, "deepspeed")})
+    train = spec.values["train"] if hasattr(spec.config, "model") else None
+    changes = {"train": {key: train[key] for key in (*STRATEGY_KEYS, "deepspeed")}} if train else {}
+    replace_json(paths.spread, {**changes, "run": spec.values["run"]})
 
 
 def with_values(spec: Spec, changes: Mapping[str, Any]) -> Spec:

@@ -30,6 +30,7 @@ class Submission:
     max_restarts: int           # new attempts after failures, in all jobs of this submission together
     time: str | None            # the time limit that the user asked for; None: the cluster's
     options: dict[str, Any]     # options for sbatch; they override the cluster's
+    after: str | None = None    # the folder of the run that must finish first, absolute
     here: bool = False          # whether the run uses an allocation that the user made
 
     def text(self) -> str:

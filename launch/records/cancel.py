@@ -18,7 +18,7 @@ from launch.records.run import Run, read_run
 from launch.records.state import ACTIVE, FINAL, NOT_SUBMITTED, Truth, local_state, on_slurm, state_of, true_states
 from trainers.contract.clock import utc_now
 from trainers.contract.errors import UserError
-from trainers.contract.files import update_json
+from trainers.contract.files import read_json, update_json
 from trainers.contract.paths import RunPaths
 
 if TYPE_CHECKING:
@@ -208,6 +208,10 @@ def _running_attempt(run: Run) -> int | None:
 
 def _grace_s(run: Run) -> float:
     """Return run.grace_s of the run's spec. A regular expression is enough, because launch itself writes run.yaml."""
+    try:  # a resumption may have changed it
+        return float(read_json(run.paths.spread)["run"]["grace_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
     try:
         match = re.search(r"^\s+grace_s:\s*([\d.]+)", run.paths.spec.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:

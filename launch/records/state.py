@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from launch.cluster import reasons
 from launch.records import verdicts
+from launch.records.naming import command_name
 from launch.records.process import alive
-from launch.records.run import Run
+from launch.records.run import Run, read_run
 from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
+from trainers.contract.files import read_json
+from trainers.contract.paths import RunPaths
 
 if TYPE_CHECKING:  # `slurm` is imported only where SLURM is asked
     from launch.cluster.slurm import Ended, Queued
@@ -124,8 +127,38 @@ def truth_of(run: Run, seen: SlurmAnswer) -> Truth:
     if not jobs:
         return _gone(run, list(verdicts.known(run, seen.ended).values()))
     if all(queued.waiting for queued in jobs):
-        return Truth("submitted" if recorded == "submitted" else "preempted", None, jobs)
+        never = any(queued.reason == "DependencyNeverSatisfied" for queued in jobs)
+        return Truth("submitted" if recorded == "submitted" else "preempted", _waits_in_vain(run) if never else None, jobs)
     return _started(run, jobs)
+
+
+def waits_for(run: Run) -> RunPaths | None:
+    """Return the run that must finish before this one starts (`--after`), as the run's last submission says."""
+    number, sweep = run.record["job"]["submission"], run.record.get("sweep")
+    for paths in (run.paths, *([RunPaths(run.paths.root.parent / sweep)] if sweep else [])):
+        try:
+            after = read_json(paths.submission(number) / "submission.json").get("after")
+        except (OSError, ValueError):
+            continue
+        return RunPaths(Path(after)) if after else None
+    return None
+
+
+def _waits_in_vain(run: Run) -> str | None:
+    """Return what became of the run for which this one waits, although no job of that run can finish it."""
+    after = waits_for(run)
+    if after is None:
+        return None
+    try:
+        state = read_run(after.root).record["state"]
+    except UserError:
+        return f"it waits for run {after.id}, whose folder cannot be read"
+    name = command_name(after)
+    if state == "finished":
+        return (f"it waits for a job of run {after.id}, which has finished without that job: `launch cancel {run.id}`, then "
+                f"`launch resume {run.id}`")
+    how = f"is {state}" if state in FINAL else "has stopped"
+    return f"it waits for run {after.id}, which {how}: it starts if `launch resume {name}` finishes that run"
 
 
 def _stage(record: Mapping[str, Any]) -> Stage:

@@ -38,8 +38,7 @@ CAUSES = (
           (("launch logs {run} --rank K", "shows the stack of rank K; the log of every rank has one"), RESUME, ELSEWHERE,
            ("{new} run.hang_s={hang_s}{where}", "a new run with a longer limit, if the rank was only slow"))),
     Cause(r"did not stop within ([\d.]+) s of \w+", "a step and a checkpoint took longer than run.grace_s ({0} s)",
-          (RESUME, ("{new} run.grace_s={grace_s}{where}", "a new run with a longer limit; `defaults: {{run: {{grace_s: "
-                                                          "{grace_s}}}}}` in a cluster's file sets it for all runs there"))),
+          (("{resume} run.grace_s={grace_s}", "with a longer limit: {onward}"), RESUME)),
     Cause(r"ran out of memory with a micro-batch of (\d+)", "the memory of the GPU, or of the CPU rank, was too small for a "
           "micro-batch of {0}", (*LESS, ("{plan}{where}", "shows what fits in memory"))),
     Cause(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED", "the GPU's memory was full", LESS),
@@ -84,6 +83,13 @@ CAUSES = (
     Cause(r"DUE TO TIME LIMIT|state (?:TIMEOUT|DEADLINE)", "the job reached its time limit before it wrote a last checkpoint",
           (("{resume} --time {time}", "with more time: {onward}"),)),
     Cause(r"DUE TO PREEMPTION|state PREEMPTED", "another job took its nodes", (RESUME,)),
+    Cause(r"node process on (\S+(?:, \S+)*) gave no sign of life",
+          "launch's own process on that node was stopped (by SIGSTOP or a debugger), or its host does not answer",
+          (RESUME, ELSEWHERE)),
+    Cause(r"(\d+) attempts in a row ended at the time limit", "the time limit is too short for this run: it starts again and "
+          "again and gets no further",
+          (("{resume} --time {time}", "with more time: {onward}"),
+           ("{resume} run.grace_s={grace_s}", "with more time for the last checkpoint, if that took too long"))),
     Cause(r"node process on (\S+(?:, \S+)*) (?:is gone|are gone|was killed)",
           "something killed launch's own process on that node: the kernel when memory ran out, a person, or a failing node",
           (RESUME, MEMORY, ELSEWHERE)),
@@ -110,8 +116,9 @@ CAUSES = (
 # What may help a job that waits, by SLURM's reason for the wait.
 WAITING = (
     (r"JobHeldUser|JobHoldMaxRequeue|.*\b[Hh]eld\b", ("scontrol release {jobs}", "lets the job start")),
+    (r"DependencyNeverSatisfied", ("launch resume {after}", "continues the run for which this one waits; this one then follows")),
     (r"Partition\w+Limit|BadConstraints|DependencyNeverSatisfied",
-     ("launch cancel {run}", "this job will never start; then `{resume}` submits it again, with other options")),
+     ("launch cancel {run}", "this job cannot start as it is; then `{resume}` submits it again, with other options")),
     (r"ReqNodeNotAvail|NodeDown", ("sinfo -R", "shows which nodes are down, and why")),
 )
 # For a run that continues by itself.

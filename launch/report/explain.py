@@ -16,10 +16,11 @@ from launch.records import verdicts
 from launch.records.read import node_logs, node_of, slow_words
 from launch.records.read import status as status_of
 from launch.records.run import Run
-from launch.records.state import ACTIVE, requeue_flag
+from launch.records.state import ACTIVE, requeue_flag, waits_for
 from launch.report.causes import CAUSES, GOING, RESUME, RESUME_AFTER_FIX, WAITING, Cause
 from trainers.contract.clock import local_time, seconds_between, utc_at, utc_now
 from trainers.contract.errors import UserError
+from trainers.contract.files import read_json
 from trainers.contract.paths import RunPaths
 from trainers.contract.text import duration, last_traceback
 
@@ -202,11 +203,14 @@ def _slurm(run: Run, status: Status) -> dict[str, Any]:
 
 
 def _spec(paths: RunPaths) -> dict[str, Any]:
-    """The run's spec; empty if it cannot be read."""
+    """The run's spec, with the limits that a resumption has changed; empty if it cannot be read."""
     from trainers.config import yaml12
 
     try:
-        return yaml12.read(paths.spec.read_text(encoding="utf-8"), paths.spec.name).value or {}
+        spec = yaml12.read(paths.spec.read_text(encoding="utf-8"), paths.spec.name).value or {}
+        if paths.spread.exists():
+            spec["run"] = {**spec.get("run", {}), **read_json(paths.spread).get("run", {})}
+        return spec
     except (OSError, ValueError, UserError):
         return {}
 
@@ -369,7 +373,7 @@ def _waits(run: Run, status: Status) -> str:
     last = status["attempts"][-1] if status["attempts"] else {}
     requeued = last and last.get("submission") == submission
     since = last.get("ended") if requeued else _changed(run.paths.submission(submission) / "submission.json")
-    reason = reasons.in_words_with_code(queue["reason"])
+    reason = status["note"] or reasons.in_words_with_code(queue["reason"])
     start = None if reasons.HELD.match(queue["reason"]) else queue["start"]
     return ("waits in SLURM's queue" + (f" since {local_time(since)}" if since else "")
             + (f", at place {queue['position']} of {queue['of']}" if queue["position"] else "") + f": {reason}"
@@ -412,6 +416,7 @@ def _facts(run: Run, status: Status, spec: Mapping[str, Any], attempts: Sequence
     from launch.records.naming import command_name, short_path
 
     paths, on_slurm = run.paths, (status["job"] or {}).get("kind") == "slurm"
+    after = waits_for(run) if on_slurm else None
     try:
         submission = last_submission(paths, status.get("sweep")) if on_slurm else None
     except (OSError, ValueError, UserError):  # the explanation does without a broken submission
@@ -450,7 +455,7 @@ def _facts(run: Run, status: Status, spec: Mapping[str, Any], attempts: Sequence
         "cluster": shlex.quote(submission.cluster.name) if submission else None,
         "node": cause["node"] if cause and on_slurm else None,
         "memory": _more_memory(run, status) if submission else None, "time": _more_time(submission) if submission else None,
-        "jobs": " ".join(_ids(status)),
+        "jobs": " ".join(_ids(status)), "after": shlex.quote(command_name(after)) if after else None,
     }
 
 

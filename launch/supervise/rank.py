@@ -61,6 +61,7 @@ class Outcome:
     failure: Failure | None = None
     signal: str | None = None           # the signal that asked for the stop
     checkpoint_s: float | None = None   # duration of the slowest checkpoint
+    note: str | None = None             # what went wrong although the attempt did not fail
 
 
 class Peers(Protocol):
@@ -71,6 +72,9 @@ class Peers(Protocol):
 
     def send(self, message: Mapping[str, Any], /) -> None:
         """Send a message to all of them."""
+
+    def beat(self) -> None:
+        """Tell them that this process is alive, if it is time to. `receive` does so too."""
 
     def receive(self) -> list[dict[str, Any]]:
         """Return the messages that have arrived since the last call.
@@ -87,6 +91,8 @@ class Alone:
         return []
 
     def send(self, message: Mapping[str, Any], /) -> None: ...
+
+    def beat(self) -> None: ...
 
     def receive(self) -> list[dict[str, Any]]:
         return []

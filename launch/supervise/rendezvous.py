@@ -1,8 +1,7 @@
-"""The connections between the node processes of one job: lines of JSON over TCP, between the head and every other node.
+"""How the node processes of one job connect to each other.
 
 The head is the process of node 0. It writes the address on which it listens, and a secret token, into the job's folder,
-on storage that all nodes share. A process that connects must send the token. From then on, the death of a process is
-noticed at once, by its closed connection, and not after a timeout.
+on storage that all nodes share. A process that connects must send the token.
 """
 
 from __future__ import annotations
@@ -13,16 +12,17 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from trainers.contract.files import read_json, replace_json, replace_text
+from launch.supervise.group import Link, NodeGroup
+from trainers.contract.files import read_json, replace_json, replace_text, temporary_path
 
 MEETING_S = 300.0   # until all node processes must be connected: modules load slowly from a cluster's file system
 CONNECT_S = 5.0
 POLL_S = 0.2
+PROBE_S = 30.0      # between two checks of a waiting process whether the folder can be written
 HELLO_BYTES = 4096  # the longest first line of a connection
 KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}  # a host is lost after a minute without an answer
 
@@ -31,104 +31,9 @@ class NotConnected(Exception):
     """Not all node processes have connected."""
 
 
-@dataclass
-class Link:
-    """One connection; each message is one line."""
-
-    socket: socket.socket
-    open: bool = True
-    _partial: bytes = b""
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message. To a closed connection, send nothing."""
-        if self.open:
-            try:
-                self.socket.sendall(json.dumps(message).encode() + b"\n")
-            except OSError:
-                pass  # the next `receive` finds the connection closed
-
-    def close(self) -> None:
-        """Close the connection from this side."""
-        self.open = False
-        self.socket.close()
-
-    def receive(self) -> list[dict[str, Any]]:
-        """Return the messages that have arrived. Afterwards, `open` tells whether more can arrive."""
-        while self.open:
-            try:
-                data = self.socket.recv(1 << 16, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                break
-            except OSError:
-                data = b""
-            self.open = bool(data)
-            self._partial += data
-        *lines, self._partial = self._partial.split(b"\n")
-        return [json.loads(line) for line in lines]
-
-
-@dataclass
-class NodeGroup:
-    """The connected node processes of one job, as one of them sees the others.
-
-    The head has a link to each other node. Each other node has one link, to the head.
-    """
-
-    node: int                  # this process's node; 0 is the head
-    address: str               # the head's address, as the other nodes reach it; rank 0's store listens there
-    interface: str | None      # this node's network interface to the other nodes; None: not known
-    links: dict[int, Link] = field(default_factory=dict)       # by node
-    received: list[dict[str, Any]] = field(default_factory=list)   # the other nodes' messages since this attempt began
-    _kept: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def complete(self) -> bool:
-        """Whether all links are still open."""
-        return all(link.open for link in self.links.values())
-
-    def sockets(self) -> list[socket.socket]:
-        """Return the sockets on which messages of the other nodes arrive."""
-        return [link.socket for link in self.links.values() if link.open]
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message over all links: from the head to all nodes, from another node to the head."""
-        for link in self.links.values():
-            link.send({**message, "node": self.node})
-
-    def receive(self) -> list[dict[str, Any]]:
-        """Return the messages that have arrived since the last call; the messages of one node are in order.
-
-        A node process that is gone adds {"lost": True, "node": its node}. The head forwards failures, signals and losses to
-        the other nodes.
-        """
-        messages, self._kept = self._kept, []
-        for node, link in self.links.items():
-            if not link.open:
-                continue
-            arrived = link.receive()
-            if not link.open:
-                arrived.append({"lost": True, "node": node})
-            for message in arrived:
-                if self.node == 0 and message.keys() & {"failure", "lost", "signal"}:
-                    for other, other_link in self.links.items():
-                        if other != node:
-                            other_link.send(message)
-            messages += arrived
-        # "pace" and "hung" messages arrive all the time, and nobody needs them later.
-        self.received += [message for message in messages if not message.keys() & {"pace", "hung"}]
-        return messages
-
-    def put_back(self, messages: list[dict[str, Any]]) -> None:
-        """Put back messages that arrived too early. The next call of `receive` returns them first."""
-        self._kept = messages
-
-    def close(self) -> None:
-        for link in self.links.values():
-            link.socket.close()
-
-
 def meet(folder: Path, name: str, node: int, nodes: int, interface: str | None = None,
-         stopped: Callable[[], bool] = lambda: False) -> NodeGroup:
+         stopped: Callable[[], bool] = lambda: False, write: Callable[[Callable[[], None]], None] = lambda write: write()
+         ) -> NodeGroup:
     """Connect the node processes of all `nodes` nodes. Each of them calls this function, with the same `name`.
 
     Args:
@@ -137,6 +42,7 @@ def meet(folder: Path, name: str, node: int, nodes: int, interface: str | None =
         node: the number of this node, from 0.
         interface: the network interface between nodes; None: any that works.
         stopped: is called again and again; True stops the waiting.
+        write: calls a function that writes a file; it may call the function again if that raises OSError.
 
     Raises:
         NotConnected: a node process did not connect in time, could not connect, or the waiting was stopped.
@@ -144,7 +50,6 @@ def meet(folder: Path, name: str, node: int, nodes: int, interface: str | None =
     """
     if nodes == 1:
         return NodeGroup(0, "127.0.0.1", "lo")
-    deadline = time.monotonic() + MEETING_S
     file, absent = folder / f"meeting-{name}.json", f"absent-{name}-"
 
     def given_up() -> bool:
@@ -157,19 +62,25 @@ def meet(folder: Path, name: str, node: int, nodes: int, interface: str | None =
 
     try:
         if node == 0:
-            return _accept_all(file, nodes, interface, deadline, given_up)
-        return _connect(file, node, interface, deadline, given_up)
+            return _accept_all(file, nodes, interface, given_up, write)
+        return _connect(file, node, interface, given_up)
     except (NotConnected, OSError) as error:
-        if not stopped() and not any(path.name.startswith(absent) for path in folder.iterdir()):
-            replace_text(folder / f"{absent}{node}.txt", str(error))  # the other nodes need not wait until the deadline
+        with suppress(OSError):
+            if not stopped() and not any(path.name.startswith(absent) for path in folder.iterdir()):
+                replace_text(folder / f"{absent}{node}.txt", str(error))  # the other nodes need not wait until the deadline
         raise
 
 
-def _connect(file: Path, node: int, interface: str | None, deadline: float, given_up: Callable[[], bool]) -> NodeGroup:
+def _connect(file: Path, node: int, interface: str | None, given_up: Callable[[], bool]) -> NodeGroup:
     """Connect to the head, on any other node."""
     if interface is not None:
         _addresses(interface)  # raises NotConnected at once if this host does not have the interface
+    deadline, probe = time.monotonic() + MEETING_S, time.monotonic() + PROBE_S
     while time.monotonic() < deadline and not given_up():
+        if time.monotonic() > probe:
+            probe = time.monotonic() + PROBE_S
+            if not _writable(file.parent):  # the head waits until it can write the file
+                deadline = time.monotonic() + MEETING_S
         try:
             meeting = read_json(file)
         except (OSError, ValueError):
@@ -180,7 +91,19 @@ def _connect(file: Path, node: int, interface: str | None, deadline: float, give
     raise NotConnected("the head node's process could not be reached")
 
 
-def _accept_all(file: Path, nodes: int, interface: str | None, deadline: float, given_up: Callable[[], bool]) -> NodeGroup:
+def _writable(folder: Path) -> bool:
+    """Return whether a file can be written in the folder."""
+    probe = temporary_path(folder / "probe")
+    try:
+        replace_text(probe, "x")
+        probe.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def _accept_all(file: Path, nodes: int, interface: str | None, given_up: Callable[[], bool],
+                write: Callable[[Callable[[], None]], None]) -> NodeGroup:
     """Wait for the connections of all other nodes, on the head."""
     token = secrets.token_hex(16)
     addresses = _addresses(interface)
@@ -192,9 +115,10 @@ def _accept_all(file: Path, nodes: int, interface: str | None, deadline: float, 
         listener.settimeout(POLL_S)
         umask = os.umask(0o077)  # only this user may read the token
         try:
-            replace_json(file, {"addresses": addresses, "port": listener.getsockname()[1], "token": token})
+            write(lambda: replace_json(file, {"addresses": addresses, "port": listener.getsockname()[1], "token": token}))
         finally:
             os.umask(umask)
+        deadline = time.monotonic() + MEETING_S
         while missing := [other for other in range(1, nodes) if other not in group.links]:
             try:
                 if time.monotonic() > deadline or given_up():

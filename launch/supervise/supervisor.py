@@ -64,7 +64,8 @@ def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address
             outcome = _watch(plan, ranks, selector, stop, peers, kill_wait_s, view, watchdog, sign)
             if all(rank.code is not None for rank in ranks):
                 finished = outcome.kind == "finished"
-                _wait_for_leftovers(ranks, plan.grace_s if finished else min(LEFTOVERS_GRACE_S, plan.grace_s), stop, view)
+                _wait_for_leftovers(ranks, plan.grace_s if finished else min(LEFTOVERS_GRACE_S, plan.grace_s), stop, view,
+                                    peers)
             return outcome
         finally:
             for rank in ranks:
@@ -155,12 +156,11 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
         if not running:
             break
     name = signal.Signals(stop_signal).name if stop_signal is not None else None
-    if failure is None and overdue:
-        # The last rank may have ended by itself just before it was to be killed.
-        late = next((rank for rank in ranks if rank.code == -signal.SIGKILL), None)
-        if late is not None:
-            failure = Failure(late.rank, None, "SIGKILL", f"rank {late.rank} did not stop within {plan.grace_s:g} s of {name} "
-                              "and was killed", "raise run.grace_s if a checkpoint takes that long", None, False)
+    # The last rank may have ended by itself just before it was to be killed.
+    late = next((rank for rank in ranks if rank.code == -signal.SIGKILL), None) if overdue else None
+    # Ranks that were too slow to stop have not failed: the run continues from its newest checkpoint.
+    note = None if late is None else (f"rank {late.rank} did not stop within {plan.grace_s:g} s (run.grace_s) of {name} and "
+                                      "was killed")
     if failure is not None:
         return Outcome("failed", failure, name, slowest)
     if failed_elsewhere:
@@ -169,10 +169,10 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
     # after it has saved its state.
     finished = (all(rank.code == exit_codes.FINISHED for rank in ranks)
                 and (stop_signal is None or plan.batch is not None))
-    return Outcome("finished" if finished else "preempted", None, name, slowest)
+    return Outcome("finished" if finished else "preempted", None, name, slowest, note)
 
 
-def _wait_for_leftovers(ranks: list[Rank], limit_s: float, stop: StopSignals, view: View) -> None:
+def _wait_for_leftovers(ranks: list[Rank], limit_s: float, stop: StopSignals, view: View, peers: Peers) -> None:
     """Let processes that the ranks have started (an upload, W&B's writer) finish, for at most `limit_s` seconds.
 
     The caller then kills the processes that are left. A stop signal ends the wait.
@@ -190,6 +190,7 @@ def _wait_for_leftovers(ranks: list[Rank], limit_s: float, stop: StopSignals, vi
             view.notice(f"waiting up to {limit_s:g} s (run.grace_s) for processes that ranks have started; Ctrl-C ends the wait")
         for rank in ranks:
             rank.read_all()
+        peers.beat()
         time.sleep(0.05)
 
 

@@ -63,14 +63,22 @@ def test_the_next_job_continues_after_a_time_limit(slurm, chain_launch):
     assert_never_ran(slurm, jobs[2:])
 
 
-def test_a_failed_run_ends_its_chain_and_runs_that_wait_for_it_never_start(slurm, chain_launch):
-    write(chain_launch.folder, "import time\ntime.sleep(1)\nraise ValueError('for good')\n")
+def test_a_failed_run_ends_its_chain_and_a_run_that_waits_for_it_starts_once_it_has_been_resumed_and_has_finished(
+        slurm, chain_launch):
+    write(chain_launch.folder, "import os, time\ntime.sleep(1)\nif not os.path.exists('fixed'): raise ValueError('for good')\n")
     run, jobs = submit(chain_launch, "work.py", "--procs", 1, "run.max_restarts=0")
     after, (later, *_) = submit(chain_launch, "work.py", "--procs", 1, "--after", run.name)
     wait_for_end(run, "failed")
     assert_never_ran(slurm, jobs[1:])
     wait_until(lambda: slurm.job(later)["Reason"] == "DependencyNeverSatisfied")
     assert record(after)["attempt"] == 0
+    assert f"it waits for run {run.name}, which is failed" in chain_launch("runs").stdout
+    (chain_launch.folder / "fixed").touch()
+    resumed = chain_launch("resume", run.name)
+    assert resumed.returncode == 0 and f"job {later} of {after.name} waits for job " in resumed.stderr
+    wait_for_end(after)
+    assert attempt(run, 2)["outcome"] == "finished" and attempt(after, 1)["job"] == later
+    assert attempt(after, 1)["began"] >= attempt(run, 2)["ended"]
 
 
 def test_cancel_ends_the_whole_chain(slurm, chain_launch):

@@ -25,7 +25,7 @@ class RunPaths:
 
     @property
     def spread(self) -> Path:
-        """Keys of `train` that a resumption has changed: how the models are distributed, which changes no result."""
+        """Keys that a resumption has changed, by section: how the models are distributed, and limits. They change no result."""
         return self.root / "spread.json"
 
     @property

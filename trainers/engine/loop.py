@@ -349,9 +349,12 @@ class Loop:
     def _stop(self) -> int:
         """Save and close before the last step, because a signal asked to stop. Return the exit code."""
         self._save()
-        self._wait_for_commit(f"stopped at step {self.step}, but the checkpoint of this step could not be written",
-                              f"make room on the disk, then use `launch resume {self.paths.id}`: it continues from the "
-                              "checkpoint before")
+        if reason := self.checkpoints.wait():
+            if self.checkpoints.superseded:
+                raise self._superseded()
+            # A stop is no failure. A job that is requeued at its time limit may find room on the disk when it starts again.
+            self.tracker.note("warning", f"stopped at step {self.step}, but the checkpoint of this step could not be written: "
+                              f"{reason}; the run continues from the checkpoint before")
         self._close("preempted")
         return exit_codes.PREEMPTED
 

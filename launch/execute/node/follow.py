@@ -6,10 +6,10 @@ import select
 from dataclasses import asdict
 from typing import Any
 
-from launch.execute.node.place import Place, kill_wait_s, node_variables
+from launch.execute.node.place import Place, kill_wait_s, node_variables, silence_s
 from launch.plan.submission import Submission, plan_of
+from launch.supervise.group import NodeGroup
 from launch.supervise.rank import Failure, Outcome
-from launch.supervise.rendezvous import NodeGroup
 from launch.supervise.signals import StopSignals
 from launch.supervise.supervisor import supervise
 from launch.supervise.terminal import View
@@ -28,6 +28,7 @@ def follow(submission: Submission, place: Place, paths: RunPaths, group: NodeGro
         if "begin" not in order:
             return exit_codes.FAILED
         plan = plan_of(submission, paths, order["begin"])
+        group.silence_s = silence_s(plan)
         try:
             outcome = supervise(plan, paths, view, node=place.node, address=group.address, port=order["port"], peers=group,
                                 stop=stop, more=node_variables(group), kill_wait_s=kill_wait_s())
@@ -48,5 +49,6 @@ def _next_order(group: NodeGroup, view: View) -> dict[str, Any]:
                 group.put_back(messages[index + 1:])
                 return message
         if not group.complete:
-            view.notice("the head node's process is gone")
+            view.notice("the head node's process "
+                        + ("gives no sign of life" if any(link.silent for link in group.links.values()) else "is gone"))
             return {}

@@ -11,27 +11,38 @@ from typing import Any
 from launch.cluster import reasons
 from launch.execute.node.exclusion import down_nodes
 from launch.execute.node.place import Place
+from launch.plan.job_script import REQUEUE
 from launch.plan.plan import Plan
 from launch.plan.submission import Submission
+from launch.supervise.group import NodeGroup
 from launch.supervise.rank import Failure, Outcome
-from launch.supervise.rendezvous import NodeGroup
 from trainers.config.micro_batch import retries_smaller
-from trainers.contract.files import read_json, replace_json
+from trainers.contract.clock import utc_now
+from trainers.contract.files import read_json, replace_json, update_json
 from trainers.contract.paths import RunPaths
 
 COLLECT_S = 60.0     # the time, after the grace, in which the other nodes must report how their ranks ended
+SILENT = "gave no sign of life"
 REASONS = {"SIGUSR2": "time limit", "SIGTERM": "SIGTERM; SLURM has not said why"}
 LOG_END_BYTES = 64 * 1024  # read from the end of the job's log
 CAUSES = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL")  # a rank that has only lost its peers is not ended by these signals
 
 
 def joint_outcome(mine: Outcome, group: NodeGroup, plan: Plan, hosts: list[str]) -> Outcome:
-    """Wait for the other nodes' outcomes, and join them with the head's own (`mine`) into the attempt's outcome."""
-    deadline = time.monotonic() + plan.grace_s + COLLECT_S
+    """Wait for the other nodes' outcomes, and join them with the head's own (`mine`) into the attempt's outcome.
+
+    The ranks of a script may work much longer on one node than on another: as long as nothing has failed and nobody has asked
+    for a stop, the head waits for every node process that gives signs of life.
+    """
+    deadline = None
     while True:
         outcomes = {0: mine, **{word["node"]: Outcome(**word["ended"]) for word in group.received if "ended" in word}}
         waited_for = [node for node, link in group.links.items() if link.open and node not in outcomes]
-        if not waited_for or time.monotonic() > deadline:
+        ending = plan.batch is not None or any(outcome.kind != "finished" for outcome in outcomes.values()) or any(
+            word.keys() & {"failure", "lost", "signal"} for word in group.received)
+        if deadline is None and ending:
+            deadline = time.monotonic() + plan.grace_s + COLLECT_S
+        if not waited_for or deadline is not None and time.monotonic() > deadline:
             break
         select.select(group.sockets(), [], [], 0.2)
         group.receive()
@@ -44,9 +55,12 @@ def joint_outcome(mine: Outcome, group: NodeGroup, plan: Plan, hosts: list[str])
         for node in silent:  # a process that hangs counts as gone
             group.links[node].close()
         names = ", ".join(hosts[node] for node in silent)
-        failure = Failure(None, None, None, f"the node process on {names} {'is' if len(silent) == 1 else 'are'} gone",
-                          "its node failed, or the process was killed by a user, or by the kernel when memory ran out",
-                          None, True, names)
+        if all(group.links[node].silent for node in silent):
+            failure = Failure(None, None, None, f"the node process on {names} {SILENT}", None, None, True, names)
+        else:
+            failure = Failure(None, None, None, f"the node process on {names} {'is' if len(silent) == 1 else 'are'} gone",
+                              "its node failed, or the process was killed by a user, or by the kernel when memory ran out",
+                              None, True, names)
         return Outcome("failed", failure, signal_name, mine.checkpoint_s)
     if failures:
         # The first failure counts. But a rank that was killed is likelier to be the cause than a rank that lost a peer.
@@ -55,7 +69,8 @@ def joint_outcome(mine: Outcome, group: NodeGroup, plan: Plan, hosts: list[str])
             node = plan.resources.node_of(failure.rank)
         return Outcome("failed", Failure(**{**failure.as_dict(), "node": hosts[node]}), signal_name, mine.checkpoint_s)
     kinds = {outcome.kind for outcome in outcomes.values()}
-    return Outcome("finished" if kinds == {"finished"} else "preempted", None, signal_name, mine.checkpoint_s)
+    note = next((outcome.note for outcome in outcomes.values() if outcome.note), None)
+    return Outcome("finished" if kinds == {"finished"} else "preempted", None, signal_name, mine.checkpoint_s, note)
 
 
 def stop_reason(outcome: Outcome, down: Mapping[str, str], asked: Path, job_log: Path, attempt: int) -> str | None:
@@ -98,27 +113,49 @@ def count_failures(paths: RunPaths, submission: Submission) -> int:
         counts = attempt["outcome"] == "failed" or attempt["outcome"] == "lost" and attempt["failure"]["retry"]
         return counts and attempt.get("submission") == submission.number
 
-    return sum(failed(_attempt(paths, number)) and not retries_smaller(paths, number) for number in paths.attempt_numbers())
+    return sum(failed(attempt_of(paths, number)) and not retries_smaller(paths, number) for number in paths.attempt_numbers())
 
 
 def record_lost_attempts(paths: RunPaths, place: Place, folder: Path) -> None:
     """Record what is known about attempts whose end nobody has recorded."""
     # The batch shell makes this file when it requeues the job, so it was still running when the node process ended.
-    shell_survived = (folder / f"again-{place.job}-{place.restart - 1}").exists()
+    code = next((file.name.rpartition("-")[2] for file in folder.glob(f"again-{place.job}-{place.restart - 1}-*")), None)
+    shell_survived, unrecorded = code is not None, code == str(REQUEUE)
     for number in paths.attempt_numbers():
-        attempt = _attempt(paths, number)
+        attempt = attempt_of(paths, number)
         if attempt is None or attempt["outcome"] != "running" and not _died_with_node(attempt):
             continue
         nodes = attempt.get("nodes", [])
         down = down_nodes(nodes)
         if down:
             message = ", ".join(f"node {node} went down ({why})" for node, why in down.items())
+        elif unrecorded:
+            message = "it stopped at the time limit, but its record could not be written"
         elif shell_survived:
             message = f"the node process on {nodes[0] if nodes else attempt['host']} was killed"
         else:
             message = "SLURM ended the job before its ranks had stopped (a node failed, or the grace was too short)"
-        failure = Failure(None, None, None, message, None, None, shell_survived and not down, next(iter(down), None))
+        retry = shell_survived and not down and not unrecorded
+        failure = Failure(None, None, None, message, None, None, retry, next(iter(down), None))
         replace_json(paths.attempt_record(number), {**attempt, "outcome": "lost", "failure": failure.as_dict()})
+
+
+def record_silent_head(paths: RunPaths, host: str) -> None:
+    """Record, on another node, that the head's process gave no sign of life, so that the attempt has ended.
+
+    srun then kills that process, and the batch shell requeues the job. If the process wakes up before that, it writes the
+    same: it has lost the other node processes.
+
+    Raises:
+        OSError: the record cannot be written.
+    """
+    number = max(paths.attempt_numbers(), default=0)
+    attempt = attempt_of(paths, number)
+    if attempt and attempt["outcome"] == "running":
+        failure = Failure(None, None, None, f"the node process on {host} {SILENT}", None, None, True, host)
+        replace_json(paths.attempt_record(number), {**attempt, "ended": utc_now(), "outcome": "lost",
+                                                    "failure": failure.as_dict()})
+        update_json(paths.record, state="preempted", updated=utc_now())
 
 
 def _died_with_node(attempt: Mapping[str, Any]) -> bool:
@@ -131,7 +168,8 @@ def _died_with_node(attempt: Mapping[str, Any]) -> bool:
         down_nodes(failure["node"].split(", ")))
 
 
-def _attempt(paths: RunPaths, number: int) -> dict[str, Any] | None:
+def attempt_of(paths: RunPaths, number: int) -> dict[str, Any] | None:
+    """The record of an attempt; None if it cannot be read."""
     try:
         return read_json(paths.attempt_record(number))
     except (OSError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ from launch.cluster import slurm
 from launch.execute import record
 from launch.execute.node.exclusion import down_nodes, exclude
 from launch.execute.node.forensics import count_failures, joint_outcome, stop_reason
-from launch.execute.node.place import Place, hosts_of, kill_wait_s, node_variables
+from launch.execute.node.patience import OutOfPatience, Patience
+from launch.execute.node.place import Place, hosts_of, kill_wait_s, node_variables, silence_s
+from launch.execute.node.progress import stuck
+from launch.plan.job_script import REQUEUE, UNHEARD
 from launch.plan.submission import Submission, plan_of
+from launch.supervise.group import NodeGroup
 from launch.supervise.port import reserved_port
 from launch.supervise.rank import Failure, Outcome
-from launch.supervise.rendezvous import NodeGroup
 from launch.supervise.signals import StopSignals
 from launch.supervise.supervisor import supervise
 from launch.supervise.terminal import View
@@ -24,30 +28,37 @@ from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, update_json
 from trainers.contract.paths import RunPaths
 
+RECORD_S = 20.0  # for writing records after the job was asked to end
+
 
 def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup, requeue_flag: Path, stop: StopSignals,
-         view: View) -> int:
+         patience: Patience, view: View) -> int:
     """Run attempts on all nodes of the job until the run ends or the job must be requeued. Returns the exit code.
 
     Args:
         requeue_flag: a file; while it exists, the batch shell requeues the job at its end.
+        patience: writes the records.
+
+    Raises:
+        OutOfPatience: the job must end before a record could be written.
     """
     hosts = hosts_of(place)
     if submission.here:
         update_json(paths.record, job={**read_json(paths.record)["job"], "ids": [place.job]})
     job = job_fields(submission, place)
     while True:
-        number = record.next_attempt(paths)
-        record.take_attempt(paths, number)
+        number = patience(lambda: _take_next(paths))
         try:
             plan = plan_of(submission, paths, number)
-            with record.recorded(plan, paths, view, **job) as ended, reserved_port() as port:
+            group.silence_s = silence_s(plan)
+            recorded = record.recorded(plan, paths, view, write=patience, delay=patience.story, **job)
+            with recorded as ended, reserved_port() as port:
                 group.received.clear()
                 group.send({"begin": number, "port": port})
                 view.notice(f"attempt {number} of {paths.id} on {', '.join(hosts)}: {plan.resources.ranks} rank(s)")
                 mine = supervise(plan, paths, view, address=group.address, port=port, peers=group, stop=stop,
                                  more=node_variables(group), kill_wait_s=kill_wait_s())
-                outcome = joint_outcome(mine, group, plan, hosts)
+                outcome = stuck(paths, submission, plan, joint_outcome(mine, group, plan, hosts))
                 code = record.exit_code(plan, outcome)
                 failure = outcome.failure
                 down = down_nodes(hosts) if outcome.signal == "SIGTERM" else {}
@@ -63,14 +74,19 @@ def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup
                 again = retryable and (signals <= {"SIGUSR2"} or "SIGTERM" in signals and submission.cluster.requeue)
                 if _superseded(paths, number):
                     return _give_way(paths, number, group, requeue_flag, view)
+                if signals:  # the job ends soon
+                    patience.hurry(RECORD_S)
                 job_log = requeue_flag.parent / f"{place.job}_0_log.out"
                 state = ended(outcome, stop_reason(outcome, down, paths.stop_reason(number), job_log, number), retry_here, again)
+        except OutOfPatience:
+            raise
         except (OSError, UserError) as error:
             if _superseded(paths, number):
                 return _give_way(paths, number, group, requeue_flag, view)
             message, hint = (error.message, error.hint) if isinstance(error, UserError) else (str(error), None)
-            failure = record_failed_start(paths, number, message, hint, **job)
+            failure = failed_start(number, message, hint)
             outcome, state, down, code = Outcome("failed", failure), "failed", {}, exit_codes.FAILED
+            patience(lambda: record.never_started(paths, number, outcome, **job))
             failures, retryable, retry_here, signals = count_failures(paths, submission), False, False, set()
         if failure:
             view.event({"event": "failure", **failure.as_dict()})
@@ -90,8 +106,19 @@ def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup
         view.notice(f"run {paths.id}: {state}" + ("; the job is requeued" if requeue and submission.cluster.requeue else ""))
         if not requeue and not submission.cluster.requeue and state != "preempted":
             code = end_chain(paths, place, code)
+        if requeue and submission.cluster.requeue and not submission.here:
+            code = REQUEUE
+        elif code in (REQUEUE, UNHEARD):  # a script's own exit code: the batch shell must not take it for ours
+            code = exit_codes.FAILED
         group.send({"end": code})
         return code
+
+
+def _take_next(paths: RunPaths) -> int:
+    """Take the run's next attempt. Returns its number."""
+    number = record.next_attempt(paths)
+    record.take_attempt(paths, number)
+    return number
 
 
 def _superseded(paths: RunPaths, number: int) -> bool:
@@ -126,14 +153,14 @@ def job_fields(submission: Submission, place: Place) -> dict[str, Any]:
     return {"job": place.job, "restart": place.restart, "nodes": hosts_of(place), "submission": submission.number}
 
 
-def record_failed_start(paths: RunPaths, number: int, message: str, hint: str | None = None, retry: bool = False, **job: Any
-                        ) -> Failure:
-    """Record an attempt whose ranks could not be started. `job` holds its `job_fields`."""
-    failure = Failure(None, None, None, f"attempt {number} could not start: {message}", hint, None, retry)
-    record.never_started(paths, number, failure, **job)
-    return failure
+def failed_start(number: int, message: str, hint: str | None = None, retry: bool = False) -> Failure:
+    """The failure of an attempt whose ranks could not be started."""
+    return Failure(None, None, None, f"attempt {number} could not start: {message}", hint, None, retry)
 
 
 def set_flag(file: Path, present: bool) -> None:
-    """Make the file, or delete it."""
-    file.touch() if present else file.unlink(missing_ok=True)
+    """Make the file, or delete it. On a full disk the exit code of the head must do."""
+    try:
+        file.touch() if present else file.unlink(missing_ok=True)
+    except OSError as error:
+        print(f"warning: {file} cannot be changed: {error.strerror}", file=sys.stderr)

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launch.cluster import slurm
-from launch.supervise.rendezvous import NodeGroup
+from launch.plan.plan import Plan
+from launch.supervise.group import SILENCE_S, NodeGroup
 from trainers.contract.errors import UserError
+
+LEAST_SILENCE_S = 30.0  # a node process may have to wait for SLURM, or for a slow disk
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ def node_variables(group: NodeGroup) -> dict[str, str]:
     By default gloo uses the address of the host's name, which other nodes may be unable to reach.
     """
     return {"GLOO_SOCKET_IFNAME": group.interface} if group.interface else {}
+
+
+def silence_s(plan: Plan) -> float:
+    """For how many seconds a node process may send nothing in this attempt, before it counts as lost."""
+    return SILENCE_S if plan.hang_s is None else max(LEAST_SILENCE_S, plan.hang_s)
 
 
 def kill_wait_s() -> float | None:

@@ -68,6 +68,13 @@ def test_nodes_that_a_job_excludes(output):
     assert slurm.excluded("7") == []
 
 
+@pytest.mark.parametrize("text, seconds", [("1:23", 83), ("1-00:00:05", 86405), ("2:00:00", 7200), ("0:00", 0),
+                                           ("UNLIMITED", None), ("INVALID", None), ("", None)])
+def test_the_time_that_is_left(output, text, seconds):
+    output["squeue"] = f"{text}\n"
+    assert slurm.time_left_s("9_3") == seconds
+
+
 def test_history_from_accounting(output):
     output["squeue"] = ""
     output["sacct"] = SACCT

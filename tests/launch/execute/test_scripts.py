@@ -117,9 +117,18 @@ def test_ranks_that_do_not_stop_are_killed_after_the_grace(launch):
     wait_until(lambda: any(p.read_text() for p in launch.folder.glob("runs/*/attempts/1/logs/0.log")), process=process)
     began = time.monotonic()
     process.terminate()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and 0.9 < time.monotonic() - began < 60
-    assert "did not stop within 1 s of SIGTERM" in err
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and 0.9 < time.monotonic() - began < 60
+    run = launch.run()
+    assert "rank 0 did not stop within 1 s (run.grace_s) of SIGTERM and was killed" in out
+    assert record(run)["state"] == "preempted" and attempt(run, 1)["reason"].endswith("and was killed")
+    resumed = launch.start("resume", run.name, "run.grace_s=2", "run.max_restarts=1")
+    wait_until(lambda: any(p.read_text() for p in run.glob("attempts/2/logs/0.log")), process=resumed)
+    resumed.terminate()
+    out, _ = resumed.communicate(timeout=60)
+    assert resumed.returncode == 75 and "within 2 s" in out
+    refused = launch("resume", run.name, "run.grace=2")
+    assert refused.returncode == 2 and "run.grace_s" in refused.stderr
 
 
 def test_restarts_are_counted_and_resume_resets_the_count(launch):

@@ -46,8 +46,8 @@ def test_the_whole_script():
                "output": "/runs/r/s/1/%j_0_log.out"}
     assert options(made) == expected
     assert command(made) == ["srun", "--unbuffered", "--output", "/runs/r/s/1/%j_%t_log.out", "--nodes=2", "--ntasks-per-node=1",
-                             "--cpus-per-task=48", "--cpu-bind=none", "--mpi=none", "--kill-on-bad-exit=0", "--export=ALL",
-                             "/venv/python", "-P", "-u", "-m", "launch.execute.node_process", "/runs/r/s/1"]
+                             "--cpus-per-task=48", "--cpu-bind=none", "--mpi=none", "--kill-on-bad-exit=0", "--wait=30",
+                             "--export=ALL", "/venv/python", "-P", "-u", "-m", "launch.execute.node_process", "/runs/r/s/1"]
     lines = made.script.splitlines()
     start = lines.index("export SLURM_EXPORT_ENV=ALL")
     assert lines[start + 1:start + 4] == ["export LAUNCH_DATA='/a b'", "module load cuda",
@@ -167,28 +167,66 @@ def test_in_a_users_allocation_all_cores_are_used():
     assert not [word for word in words if word.startswith("--cpus-per-task")]
 
 
-@pytest.mark.parametrize("code", [0, 1, 75])
-@pytest.mark.parametrize("marked, restarts, requeued", [(True, 2, True), (False, 2, False), (True, 3, False)])
-def test_the_batch_shell_requeues_a_marked_job(tmp_path: Path, code, marked, restarts, requeued):
-    """Scripts replace srun and scontrol, and the folder has a hostile name. A job that SLURM itself has restarted is left
-    alone."""
+@pytest.fixture
+def batch_shell(tmp_path: Path):
+    """A function that runs a job's script, with scripts in place of srun, scontrol and sleep, in a folder with a hostile name.
+
+    It returns the exit code, the standard output, the calls of scontrol that change something, and the folder.
+    """
     folder, programs = tmp_path / "it's a $(touch hacked)", tmp_path / "bin"
     for path in (folder, programs):
         path.mkdir()
-    (programs / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
-    (programs / "scontrol").write_text(f'#!/bin/sh\n[ "$1" = show ] && echo "JobId=9 Restarts={restarts} BatchFlag=1" && exit\n'
-                                       f'echo "$@" >> {tmp_path}/calls\n')
-    for program in programs.iterdir():
-        program.chmod(0o755)
-    (folder / "exclude-9_3").write_text("n1,n4")
-    if marked:
-        (folder / "requeue-9_3-2").touch()
-    script = tmp_path / "job.sh"
-    script.write_text(job(folder=str(folder)).script)
-    env = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3",
-           "SLURM_RESTART_COUNT": "2"}
-    done = subprocess.run(["bash", script], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=20)
-    assert done.returncode == code and done.stderr == ""
-    calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+
+    def run(code: int, scontrol: str, marked: bool = True) -> tuple[int, str, list[str], Path]:
+        (programs / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
+        (programs / "sleep").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/pauses\n')
+        (programs / "scontrol").write_text(f"#!/bin/sh\ncd {tmp_path}\n{scontrol}\n"
+                                           'if [ "$1" = show ]; then echo "JobId=9 Restarts=${restarts:-2} BatchFlag=1"\n'
+                                           'else echo "$@" >> calls; fi\n')
+        for program in programs.iterdir():
+            program.chmod(0o755)
+        (folder / "exclude-9_3").write_text("n1,n4")
+        if marked:
+            (folder / "requeue-9_3-2").touch()
+        script = tmp_path / "job.sh"
+        script.write_text(job(folder=str(folder)).script)
+        env = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3",
+               "SLURM_RESTART_COUNT": "2"}
+        done = subprocess.run(["bash", script], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+        assert done.stderr == "" and not (tmp_path / "hacked").exists()
+        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+        return done.returncode, done.stdout, calls, folder
+
+    return run
+
+
+@pytest.mark.parametrize("code", [0, 1, 75])
+@pytest.mark.parametrize("marked, restarts, requeued", [(True, 2, True), (False, 2, False), (True, 3, False)])
+def test_the_batch_shell_requeues_a_marked_job(batch_shell, code, marked, restarts, requeued):
+    """A job that SLURM itself has restarted is left alone."""
+    exit_code, _, calls, folder = batch_shell(code, f"restarts={restarts}", marked)
+    assert exit_code == code
     assert ("requeue 9_3" in calls) == ("update JobId=9_3 ExcNodeList=n1,n4" in calls) == requeued
-    assert (folder / "again-9_3-2").exists() == requeued and not (tmp_path / "hacked").exists()
+    assert (folder / f"again-9_3-2-{code}").exists() == requeued
+
+
+@pytest.mark.parametrize("code, shown", [(76, 75), (140, 140)])
+def test_the_batch_shell_requeues_a_job_whose_head_says_so_or_was_ended_by_the_warning_as_it_started(batch_shell, code, shown):
+    """The head may be unable to write the flag: a full disk."""
+    exit_code, _, calls, _ = batch_shell(code, "", marked=False)
+    assert exit_code == shown and calls[0] == "requeue 9_3"
+
+
+def test_the_batch_shell_requeues_the_job_once_slurms_controller_answers_again(batch_shell, tmp_path):
+    away = 'echo x >> tries\n[ $(wc -l < tries) -gt 40 ] || { echo "Unable to contact slurm controller" >&2; exit 1; }'
+    exit_code, out, calls, _ = batch_shell(75, away)
+    pauses = [int(line) for line in (tmp_path / "pauses").read_text().splitlines()]
+    assert exit_code == 75 and calls[0] == "requeue 9_3" and len(pauses) == 40
+    assert pauses[:6] == [1, 2, 4, 8, 16, 16] and set(pauses[5:]) == {16}
+    assert "job 9_3 cannot be requeued yet: Unable to contact slurm controller; trying again in 1 s" in out
+
+
+def test_the_batch_shell_gives_up_if_slurm_refuses_to_requeue_the_job(batch_shell):
+    exit_code, out, calls, _ = batch_shell(75, '[ "$1" = show ] || { echo "Requested operation is presently disabled"; exit 1; }')
+    assert exit_code == 75 and calls == []
+    assert out.splitlines()[-1] == "job 9_3 cannot be requeued: Requested operation is presently disabled"

@@ -13,8 +13,9 @@ from launch.plan import spec as specs
 from launch.plan.spec import Spec, load_spec, schema, script_spec, show
 from trainers.config import yaml12
 from trainers.config.schema import RunConfig
-from trainers.config.spec import read_spec, resolve
+from trainers.config.spec import read_run, read_spec, resolve
 from trainers.contract.errors import UserError
+from trainers.contract.paths import RunPaths
 
 HERE = ClusterConfig(name="here")
 TASK = """\
@@ -396,6 +397,35 @@ def test_a_script(folder: Path) -> None:
     for path, overrides in (("none.py", []), (".", []), ("my train.py", ["optim.lr=1"])):
         with pytest.raises(UserError):
             script_spec(path, [], overrides, cluster=cluster)
+
+
+# Changes when a run is resumed
+
+
+def test_the_limits_of_a_run_may_change_when_it_is_resumed(folder: Path) -> None:
+    paths = RunPaths(folder / "run-1")
+    paths.root.mkdir()
+    (folder / "a.py").write_text("")
+    for spec in (load(), script_spec("a.py", cluster=HERE)):
+        paths.spread.unlink(missing_ok=True)
+        paths.spec.write_text(spec.text)
+        changed = specs.with_strategy(specs.spec_of(paths), ["run.grace_s=5", "run.max_restarts=2"])
+        specs.record_strategy(paths, changed)
+        again = specs.spec_of(paths)
+        assert (again.config.run.grace_s, again.config.run.max_restarts) == (5, 2) and again.text == spec.text
+        specs.record_strategy(paths, specs.with_strategy(again, ["run.grace_s=7"]))
+        assert (read_run(paths).run.grace_s, read_run(paths).run.max_restarts) == (7, 2)
+        for word in ("optim.lr=1", "name=other", "run.grace=5", "run.grace_s=soon"):
+            with pytest.raises(UserError):
+                specs.with_strategy(again, [word])
+
+
+def test_a_strategy_that_an_older_version_has_recorded_still_counts(folder: Path) -> None:
+    paths = RunPaths(folder / "run-1")
+    paths.root.mkdir()
+    paths.spec.write_text(load().text)
+    paths.spread.write_text('{"strategy": "fsdp", "offload": "none", "checkpoint_activations": true, "deepspeed": {}}')
+    assert (read_run(paths).train.strategy, read_run(paths).train.checkpoint_activations) == ("fsdp", True)
 
 
 # Clusters

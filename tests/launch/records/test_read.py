@@ -19,6 +19,7 @@ from launch.records.cancel import cancel, cancel_sweep
 from launch.records.process import alive, identity
 from launch.records.run import read_run
 from launch.records.state import state_of
+from launch.report.explain import explain
 from launch.report.tables import details, table
 from trainers.contract.clock import utc_now
 from trainers.contract.errors import UserError
@@ -414,3 +415,30 @@ def test_an_attempt_without_a_recorded_end_is_shown_as_lost(tmp_path, gone):
     status = runs.status(runs.find_run(tmp_path, "cifar10-1"))
     assert status["attempts"][0]["outcome"] == "lost"
     assert "lost, 2 rank(s) on cpu, job 7 on n1, n2" in details(status)
+
+
+@pytest.mark.parametrize("state, note", [
+    ("failed", "it waits for run a-1, which is failed: it starts if `launch resume {a}` finishes that run"),
+    ("cancelled", "it waits for run a-1, which is cancelled: it starts if `launch resume {a}` finishes that run"),
+    ("preempted", "it waits for run a-1, which has stopped: it starts if `launch resume {a}` finishes that run"),
+    ("finished", "it waits for a job of run a-1, which has finished without that job: `launch cancel b-1`, then "
+                 "`launch resume b-1`"),
+    (None, "it waits for run a-1, whose folder cannot be read"),
+])
+def test_a_run_that_waits_in_vain_for_another_run_says_so(tmp_path, monkeypatch, state, note):
+    """Every reader says it: `runs`, `status` and `explain`."""
+    monkeypatch.setenv("LAUNCH_RUNS", str(tmp_path))
+    after = make_run(tmp_path, "a-1", state) if state else RunPaths(tmp_path / "a-1")
+    paths = make_run(tmp_path, "b-1", "submitted", attempt=0, step=0, checkpoint=None, job=job_at("7"))
+    paths.submission(1).mkdir(parents=True)
+    replace_json(paths.submission(1) / "submission.json", {"after": str(after.root)})
+    waiting = slurm.Queued("7", "PENDING", "DependencyNeverSatisfied", None, 1, 1, "", "main", None, None)
+    monkeypatch.setattr(slurm, "queue", lambda ids=None: {"7": waiting})
+    monkeypatch.setattr(slurm, "history", lambda ids: {})
+    monkeypatch.setattr(slurm, "position", lambda job: (1, 1))
+    note = note.format(a="a-1")
+    assert state_of(read_run(paths.root)) == "submitted"
+    assert note in table(runs.list_runs(tmp_path)) and runs.status(read_run(paths.root))["note"] == note
+    explanation = explain(read_run(paths.root))
+    assert note in explanation["sentence"]
+    assert [step["command"] for step in explanation["next"]][:2] == ["launch resume a-1", "launch cancel b-1"]

@@ -227,7 +227,9 @@ def test_a_known_traceback_is_explained(make, last, meaning, command):
     ("update `main`, step 3: the gradient of `0.weight` is not finite", "training diverged, and would diverge again",
      "launch runs/bert-1/run.yaml optim.lr=0.01 --procs 4"),
     ("rank 1 did not stop within 60 s of SIGTERM and was killed", "a step and a checkpoint took longer than run.grace_s (60 s)",
-     "launch resume bert-1"),
+     "launch resume bert-1 run.grace_s=180"),
+    ("2 attempts in a row ended at the time limit", "the time limit is too short for this run: it starts again and again and "
+     "gets no further", "launch resume bert-1 run.grace_s=180"),
     ("rank 1 needs GPU 1; torch 2.15.0 sees 1", "torch sees 1 GPU(s) on that machine, fewer than the run was given",
      "nvidia-smi"),
 ])

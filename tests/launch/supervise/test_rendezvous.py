@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 from conftest import wait_until
 
+from launch.supervise import group as group_module
 from launch.supervise import rendezvous
-from launch.supervise.rendezvous import Link, NodeGroup, NotConnected, meet
+from launch.supervise.group import Link, NodeGroup
+from launch.supervise.rendezvous import NotConnected, meet
 
 
 @pytest.fixture
@@ -254,3 +256,43 @@ def test_a_killed_process_is_noticed_at_once(start, tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         began = time.monotonic()
         assert hear(group, 1) == [{"lost": True, "node": 1}] and time.monotonic() - began < 20
+
+
+def test_a_process_that_sends_nothing_is_lost_after_a_limit_and_one_that_is_alive_is_not(four, monkeypatch):
+    """Three of the four processes call `receive` as always; the fourth is stopped, and its connection stays open."""
+    monkeypatch.setattr(group_module, "BEAT_S", 0.05)
+    head, *others = four
+    for group in four:
+        group.silence_s = 0.6
+    began, heard = time.monotonic(), [[], []]
+    while not all(heard):
+        assert time.monotonic() - began < 30
+        head.receive()
+        for messages, other in zip(heard, others):
+            messages += other.receive()
+        time.sleep(0.02)
+    assert heard == [[{"lost": True, "node": 3}]] * 2
+    assert [(link.open, link.silent) for link in head.links.values()] == [(True, False), (True, False), (False, True)]
+
+
+def test_time_in_which_this_process_itself_was_stopped_is_no_silence(four, monkeypatch):
+    monkeypatch.setattr(group_module, "LOOK_S", 0.05)
+    head, other, *_ = four
+    head.silence_s = 0.3
+    head.receive()
+    time.sleep(0.6)
+    assert head.receive() == [] and head.complete
+
+
+def test_a_process_waits_for_its_head_as_long_as_the_folder_cannot_be_written(start, tmp_path, monkeypatch):
+    """The head itself waits until it can write its address."""
+    monkeypatch.setattr(rendezvous, "MEETING_S", 1.0)
+    monkeypatch.setattr(rendezvous, "PROBE_S", 0.1)
+    full = True
+    monkeypatch.setattr(rendezvous, "_writable", lambda folder: not full)
+    (other,) = start([1], 2)
+    time.sleep(2.0)
+    assert not other.done()
+    full = False
+    with pytest.raises(NotConnected, match="could not be reached"):
+        other.result(timeout=60)
