@@ -47,6 +47,7 @@ class Plan:
     grace_s: float
     hang_s: float | None      # seconds that a rank may be silent; None: no limit, as for scripts
     start_s: float | None     # the same limit while the rank rests: see trainers/contract/heartbeat.py
+    report_s: float | None    # the same limit while a task's report runs
     weights: Weights | None = None  # the weights that the run starts from
     job: Job | None = None    # the submission to SLURM; None: the plan submits nothing
     path: str | None = None   # the folder that comes first on PYTHONPATH, if any
@@ -163,7 +164,8 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
         command=command, cwd=str(cwd), env=env, files=files,
         equivalent=shlex.join(["env", *(f"{k}={v}" for k, v in by_hand.items()), *start, *program]),
         max_restarts=config.run.max_restarts, grace_s=config.run.grace_s,
-        hang_s=getattr(config.run, "hang_s", None), start_s=getattr(config.run, "start_s", None), weights=spec.weights, job=job,
+        hang_s=getattr(config.run, "hang_s", None), start_s=getattr(config.run, "start_s", None),
+        report_s=config.eval.report_s if isinstance(config, RunConfig) else None, weights=spec.weights, job=job,
         path=config.path if isinstance(config, ScriptConfig) else None,
     )
 

@@ -452,6 +452,7 @@ def _facts(run: Run, status: Status, spec: Mapping[str, Any], attempts: Sequence
         "lower": f"{spec['optim']['lr'] / 3:.2g}" if train else None,
         "grace_s": str(round(3 * spec["run"]["grace_s"])) if "run" in spec else None,
         "hang_s": f"{3 * spec['run']['hang_s']:g}" if (spec.get("run") or {}).get("hang_s") else None,
+        "report_s": f"{3 * spec['eval']['report_s']:g}" if (spec.get("eval") or {}).get("report_s") else None,
         "cluster": shlex.quote(submission.cluster.name) if submission else None,
         "node": cause["node"] if cause and on_slurm else None,
         "memory": _more_memory(run, status) if submission else None, "time": _more_time(submission) if submission else None,

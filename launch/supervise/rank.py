@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Literal, Mapping, Protocol
@@ -239,10 +240,16 @@ class Rank:
         return self.unsaved or self.log.problem
 
     def ended(self) -> bool:
-        """Return whether the process has ended. The first time, read its last output."""
-        if self.code is None and (code := self.process.poll()) is not None:
-            self.code = code
-            self.read_all()
+        """Return whether the process has ended. The first time, read its last output.
+
+        The process stays a zombie until `close`: meanwhile the kernel gives its number to no other process, so that a signal to
+        its group cannot reach strangers.
+        """
+        if self.code is None:
+            end = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if end is not None:
+                self.code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+                self.read_all()
         return self.code is not None
 
     def completed(self, stop_asked: bool) -> bool:
@@ -284,15 +291,10 @@ class Rank:
         except (ProcessLookupError, PermissionError):
             pass
 
-    def leftovers(self) -> list[str]:
-        """Return the processes of the rank's process group that still run, each as its id and its command."""
-        try:
-            os.killpg(self.process.pid, 0)
-        except (ProcessLookupError, PermissionError):
-            return []
-        return processes_of_group(self.process.pid)
-
     def close(self) -> None:
+        """Kill what is left of the process group, and release everything."""
+        self.kill()
+        self.process.wait()
         self.read_all()
         os.close(self.pipe)
         self.log.close()
@@ -316,15 +318,15 @@ class Rank:
                        None, trace, not REPEATS.match(last))
 
 
-def processes_of_group(group: int) -> list[str]:
-    """Return the processes of a process group that are not zombies, each as its id and its command."""
-    found = []
+def processes_of_groups(groups: Collection[int]) -> dict[int, list[str]]:
+    """Return the processes of these process groups that are not zombies, each as its id and its command, by group."""
+    found: dict[int, list[str]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             state, _, of_group, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(of_group) == group and state != "Z":
+            if int(of_group) in groups and state != "Z":
                 words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                found.append(f"{folder.name} ({words[:COMMAND_CHARS]})")
+                found.setdefault(int(of_group), []).append(f"{folder.name} ({words[:COMMAND_CHARS]})")
         except (OSError, ValueError):  # the process has ended
             continue
     return found

@@ -16,7 +16,7 @@ from typing import Mapping
 
 from launch.plan.plan import Plan
 from launch.records.life_sign import LifeSign
-from launch.supervise.rank import PARTIAL_AFTER_S, Alone, Failure, Outcome, Peers, Rank
+from launch.supervise.rank import PARTIAL_AFTER_S, Alone, Failure, Outcome, Peers, Rank, processes_of_groups
 from launch.supervise.signals import StopSignals, stop_signals
 from launch.supervise.terminal import View
 from launch.supervise.watchdog import Watchdog
@@ -71,7 +71,6 @@ def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address
             for rank in ranks:
                 rank.kill()
             for rank in ranks:
-                rank.process.wait()
                 rank.close()
 
 
@@ -178,10 +177,12 @@ def _wait_for_leftovers(ranks: list[Rank], limit_s: float, stop: StopSignals, vi
     The caller then kills the processes that are left. A stop signal ends the wait.
     """
     began, told = time.monotonic(), False
-    while left := {rank.rank: processes for rank in ranks if (processes := rank.leftovers())}:
+    rank_of_group = {rank.process.pid: rank.rank for rank in ranks}
+    while left := processes_of_groups(rank_of_group.keys()):
         waited_s = time.monotonic() - began
         if waited_s >= limit_s or stop.received:
-            for number, processes in left.items():
+            for group, processes in left.items():
+                number = rank_of_group[group]
                 view.notice(f"rank {number} has ended, and processes that it started are killed after {waited_s:.0f} s: "
                             f"{', '.join(processes)}; run.grace_s says how long they may run after a rank that has finished")
             return

@@ -1,7 +1,8 @@
 """Find ranks that hang, and ranks that are slower than the others, by their signs of life (trainers/contract/heartbeat.py).
 
 If one rank hangs, all other ranks wait for it. So a run counts as hung when all ranks on all nodes have been silent for
-longer than they may be: for `run.hang_s`, or for `run.start_s` while a rank rests. A run also counts as hung when one
+longer than they may be: for `run.hang_s`, or for `run.start_s` while a rank rests, or for `eval.report_s` while its task
+reports. A run also counts as hung when one
 rank's process has been stopped (SIGSTOP) for `run.hang_s`. Then the ranks of each node write their stacks, and the head
 compares the reports of all nodes to find the rank that is to blame. Time during which this process or the machine was
 stopped does not count.
@@ -56,6 +57,7 @@ class Sign:
     over: bool         # whether the rank has been silent for longer than it may be
     state: str         # the state of its process, as proc(5) names it; "" if not known
     stack: str | None  # the stack of its main thread, the innermost call last
+    resting: int = 0   # whether the rank rests, and how: see trainers/contract/heartbeat.py
 
     @property
     def stopped(self) -> bool:
@@ -105,7 +107,7 @@ class Watched:
         """Return the rank's state for a report, without the stack."""
         return Sign(self.rank.rank, self.page[heartbeat.STEP], self.page[heartbeat.BEATS],
                     round(max(self.silent_s, self.stopped_s), 1),
-                    limits.over(self), self.state, None)
+                    limits.over(self), self.state, None, self.page[heartbeat.RESTING])
 
     def steps(self) -> int:
         """Return how many steps the rank has completed since the last call of `pace`."""
@@ -127,11 +129,13 @@ class Limits:
     """For how many seconds a rank may be silent."""
 
     hang_s: float
-    start_s: float | None  # while the rank rests; None: without limit
+    start_s: float | None   # while the rank rests; None: without limit
+    report_s: float | None  # while its task reports; None: without limit
 
     def over(self, watched: Watched) -> bool:
         """Return whether a rank has been silent for longer than it may be."""
-        limit_s = self.start_s if watched.page[heartbeat.RESTING] else self.hang_s
+        at_rest = {heartbeat.REST: self.start_s, heartbeat.REPORT: self.report_s}
+        limit_s = at_rest.get(watched.page[heartbeat.RESTING], self.hang_s)
         return limit_s is not None and watched.silent_s >= limit_s
 
 
@@ -148,7 +152,7 @@ class Watchdog:
 
     def __init__(self, plan: Plan, ranks: Sequence[Rank], peers: Peers, node: int, slow_file: Path):
         self.ranks = [Watched(rank, rank.page) for rank in ranks if rank.page is not None]
-        self.limits = Limits(plan.hang_s, plan.start_s) if plan.hang_s else None
+        self.limits = Limits(plan.hang_s, plan.start_s, plan.report_s) if plan.hang_s else None
         self.peers, self.node, self.nodes = peers, node, plan.resources.nodes
         self.look_s = min(LOOK_S, plan.hang_s / 10) if plan.hang_s else LOOK_S
         self.looked_at = self.measured_at = time.monotonic()
@@ -247,13 +251,13 @@ class Watchdog:
             return None
         signs = [sign for node in sorted(self.signs) for sign in self.signs[node]]
         if signs and (all(sign.over for sign in signs) or any(sign.stopped for sign in signs)):
-            return blamed(signs, self.limits.hang_s)
+            return blamed(signs, self.limits)
         self.mine, self.signs = None, {}  # a rank gave a sign of life after all
         self.hung[0] = ""
         return None
 
 
-def blamed(signs: Sequence[Sign], hang_s: float) -> Hang:
+def blamed(signs: Sequence[Sign], limits: Limits) -> Hang:
     """Return the hang, with the rank that the other ranks most likely wait for.
 
     That is a stopped rank, if there is one; otherwise the rank with the fewest beats; among several of those, a rank that
@@ -277,8 +281,13 @@ def blamed(signs: Sequence[Sign], hang_s: float) -> Hang:
     else:
         why = "the reason is not known"
     where = f"after step {first.step}" if first.step else "before its first step was done"
-    return Hang(first.rank, f"rank {first.rank} hung {where}: silent for {first.silent_s:.3g} s; {why}",
-                f"the logs of the ranks hold their stacks; run.hang_s is {hang_s:g} s", first.stack)
+    limit = f"run.hang_s is {limits.hang_s:g} s"
+    if not first.stopped and first.resting == heartbeat.REPORT:
+        where, limit = f"{where}, in its report", f"eval.report_s is {limits.report_s:g} s"
+    elif not first.stopped and first.resting == heartbeat.REST and limits.start_s is not None:
+        limit = f"run.start_s is {limits.start_s:g} s"
+    return Hang(first.rank, f"rank {first.rank} hung {where}: silent for {round(first.silent_s, 1):g} s; {why}",
+                f"the logs of the ranks hold their stacks; {limit}", first.stack)
 
 
 class SlowRanks:

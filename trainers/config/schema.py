@@ -180,6 +180,9 @@ class Eval(Section):
     batch_size: PositiveInt | None = Field(
         None, description="number of samples that one rank evaluates at a time; null: 4 x the micro-batch size"
     )
+    report_s: PositiveFloat | None = Field(
+        1800.0, description="like run.hang_s, but while the task's `report` computes metrics or draws figures; null: never"
+    )
     only: bool = Field(False, description="evaluate the weights of init.source once and do not train, as `launch eval` does")
 
 
@@ -250,7 +253,7 @@ class WatchedRun(Run):
         300.0, description="seconds without progress after which a rank counts as hung and the attempt fails; null: never"
     )
     start_s: PositiveFloat | None = Field(
-        None, description="like hang_s, but before a rank's first step and during reports, which may take long; null: never"
+        None, description="like hang_s, but before a rank's first step and at the end of a run, which may take long; null: never"
     )
 
 

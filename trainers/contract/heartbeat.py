@@ -12,7 +12,8 @@ A long silence is not always a hang. While a rank rests, another time limit appl
 
 - until its first step has ended: imports, downloads and compilation may take long
 - in its first micro-batch of an evaluation, which may be compiled too
-- after a call of `rest`: for a task's report, and at the end of the run
+- after a call of `rest`: at the end of the run
+- after a call of `report`: while the task computes its metrics or draws its figures; this has a limit of its own
 
 While a checkpoint is written, bytes that the rank reads or writes count as beats.
 """
@@ -41,7 +42,9 @@ READY, BEATS, RESTING, SAVING, STEP, STEPS, WALL_NS, WORK_NS, DATA_NS, ENDED = r
 #          it waited for other ranks. Meaningless where the main thread waits for a GPU, because that wait keeps the CPU busy
 # DATA_NS: the part of WALL_NS in which the main thread made batches
 # ENDED:   1 once the rank has done its work and chosen its exit code itself
+# RESTING: 0, or one of the two kinds of rest
 BYTES = 8 * 10
+REST, REPORT = 1, 2
 
 _page: memoryview | array = array("q", bytes(BYTES))
 _known: set[str] = set()      # kinds of work that this process has done before: nothing is left to compile for them
@@ -64,7 +67,7 @@ def new_page() -> tuple[int, memoryview]:
             descriptor = os.dup(file.fileno())
     os.ftruncate(descriptor, BYTES)
     page = memoryview(mmap.mmap(descriptor, BYTES)).cast("q")
-    page[RESTING] = 1
+    page[RESTING] = REST
     return descriptor, page
 
 
@@ -98,7 +101,12 @@ def done(kind: str) -> None:
 
 def rest() -> None:
     """Say that the work up to the next beat may take long."""
-    _page[RESTING] = 1
+    _page[RESTING] = REST
+
+
+def report() -> None:
+    """Say that the work up to the next beat is a task's report."""
+    _page[RESTING] = REPORT
 
 
 def end() -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
+import threading
+from typing import Any
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+SET_DEATH_SIGNAL = 1  # of prctl
 
 _received: list[int] = []
 _holding = False
@@ -16,8 +22,10 @@ class Stopped(BaseException):
 
 def listen() -> None:
     """Handle stop signals from now on: the first one raises Stopped. After `hold`, signals are only recorded."""
+    before = {number: signal.getsignal(number) for number in STOP}
     for number in STOP:
         signal.signal(number, _on_signal)
+    _free_children(before)
 
 
 def hold() -> None:
@@ -40,3 +48,39 @@ def _on_signal(number: int, frame: object) -> None:
     _received.append(number)
     if not _holding and len(_received) == 1:
         raise Stopped
+
+
+def _free_children(handlers: dict[signal.Signals, Any]) -> None:
+    """Give `handlers` to children that this process makes by fork, and let them die with this process.
+
+    A child that inherited the rank's handlers would ignore `terminate`, and its parent would wait for the child for ever. Signals
+    are blocked during the fork, so that a signal cannot reach the child before the child has its handlers.
+
+    The kernel kills a child when the thread that forked it ends. So only children of the main thread die with the rank. The
+    supervisor kills the others. A child that will execute another program (W&B's writer) keeps the time that the supervisor
+    gives it. Children of children, such as a daemon that a child starts, are left to the supervisor, too.
+    """
+    rank, main = os.getpid(), threading.get_ident()
+    prctl = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else None
+    forking = threading.local()
+    is_rank = True
+
+    def block() -> None:
+        forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, forking.mask)
+
+    def in_child() -> None:
+        nonlocal is_rank
+        made_by_rank, is_rank = is_rank, False
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        executes = sys._getframe(1).f_globals.get("__name__") in ("subprocess", "os")  # with preexec_fn, or by os.spawn
+        if prctl is not None and made_by_rank and threading.get_ident() == main and not executes:
+            prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != rank:  # the rank has ended before prctl
+                os._exit(1)
+        unblock()
+
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=in_child)

@@ -50,7 +50,7 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
     note("info", f"evaluating {weights}: {world.size} rank(s) on {world.device.type}, {config.train.precision}, "
          f"{setup.parameters:,} parameters, {len(setup.eval_set):,} samples")
     measured = evaluate(task, setup.models, setup.eval_set, config, world, setup.stopping)
-    heartbeat.rest()
+    heartbeat.report()
     if measured is not None:
         metrics = plain_metrics(task.report(measured, None))
         if world.main:

@@ -229,7 +229,7 @@ class Loop:
             measured = evaluate(self.task, models, self.eval_set, self.config, self.world, self.stopping)
             if measured is None:
                 return False
-            heartbeat.rest()
+            heartbeat.report()
             self.metrics = plain_metrics(self.task.report(measured, None))
             self.measured = measured
             self.tracker.evaluation(self.step, self.total, self.metrics)
@@ -341,7 +341,7 @@ class Loop:
         self._save()
         self._wait_for_commit(f"training reached step {self.step}, but its last checkpoint could not be written",
                               f"make room on the disk, then use `launch resume {self.paths.id}`")
-        heartbeat.rest()
+        heartbeat.report()
         self._draw_figures()  # after the commit: drawing cannot lose the checkpoint
         self._close("finished")
         return exit_codes.FINISHED

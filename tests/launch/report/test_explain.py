@@ -12,8 +12,9 @@ from launch.records.read import status
 from launch.records.run import read_run
 from launch.report.explain import explain, told
 from launch.report.tables import details
-from launch.supervise.watchdog import Sign, blamed
+from launch.supervise.watchdog import Limits, Sign, blamed
 from trainers.contract.files import read_json, replace_json
+from trainers.contract.heartbeat import REPORT
 from trainers.contract.paths import RunPaths
 
 SPEC = """\
@@ -238,18 +239,23 @@ def test_a_known_message_is_explained(make, message, meaning, command):
     assert found["cause"]["meaning"] == meaning and commands(found)[0] == command and found["cause"]["hint"] == "its own"
 
 
-@pytest.mark.parametrize("state, meaning, command", [
-    ("T", "its process was stopped (by SIGSTOP or a debugger) and not continued", "launch resume bert-1"),
-    ("D", "a file system does not answer", "launch resume bert-1"),
-    ("S", "it made no progress for longer than run.hang_s; its stack shows where it was", "launch logs bert-1 --rank K"),
+@pytest.mark.parametrize("state, resting, meaning, command, key", [
+    ("T", 0, "its process was stopped (by SIGSTOP or a debugger) and not continued", "launch resume bert-1", None),
+    ("D", 0, "a file system does not answer", "launch resume bert-1", None),
+    ("S", 0, "it made no progress for longer than run.hang_s; its stack shows where it was", "launch logs bert-1 --rank K",
+     "run.hang_s=900"),
+    ("S", REPORT, "the task's `report` took longer than eval.report_s; its stack shows where it was",
+     "launch logs bert-1 --rank K", "eval.report_s=5400"),
 ])
-def test_a_hang_is_explained(make, state, meaning, command):
-    hang = blamed([Sign(0, 7, 100, 320.0, True, "S", None), Sign(1, 7, 99, 320.0, True, state, None)], 300.0)
+def test_a_hang_is_explained(make, state, resting, meaning, command, key):
+    hang = blamed([Sign(0, 7, 100, 320.0, True, "S", None), Sign(1, 7, 99, 320.0, True, state, None, resting)],
+                  Limits(300.0, None, 1800.0))
     found = make("failed", ("failed", failure(hang.rank, None, message=hang.message, hint=hang.hint, traceback="Stack (")),
-                 spec=SPEC.replace("grace_s: 60.0", "grace_s: 60.0, hang_s: 300.0"))
+                 spec=SPEC.replace("grace_s: 60.0", "grace_s: 60.0, hang_s: 300.0") + "eval: {report_s: 1800.0}\n")
     assert found["sentence"] == f"failed in attempt 1: {hang.message}" and hang.message.startswith("rank 1 hung after step 7")
     assert found["cause"]["meaning"] == meaning and commands(found)[0] == command
-    assert ("launch runs/bert-1/run.yaml run.hang_s=900 --procs 4" in commands(found)) == (state == "S")
+    longer = [line for line in commands(found) if "_s=" in line]
+    assert longer == ([f"launch runs/bert-1/run.yaml {key} --procs 4"] if key else [])
 
 
 def test_a_slow_rank_is_named(make):

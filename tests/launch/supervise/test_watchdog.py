@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from launch.supervise import watchdog
-from launch.supervise.watchdog import ANSWER_S, STACKS_S, Pace, Sign, Watchdog, blamed, slow_ranks
+from launch.supervise.watchdog import ANSWER_S, STACKS_S, Limits, Pace, Sign, Watchdog, blamed, slow_ranks
 from trainers.contract.files import read_json
-from trainers.contract.heartbeat import BEATS, READY, RESTING, SAVING, STACKS, STEP, STEPS, WALL_NS, WORK_NS, new_page
+from trainers.contract.heartbeat import BEATS, READY, REPORT, RESTING, SAVING, STACKS, STEP, STEPS, WALL_NS, WORK_NS, new_page
 
 STACK = ["Thread 0x01 (most recent call first):", '  File "pool.py", line 1 in wait', "",
          "Current thread 0x02 (most recent call first):", '  File "task.py", line 9 in loss', '  File "loop.py", line 5 in run']
@@ -35,12 +35,12 @@ class Rank:
 class World:
     """Nodes with two ranks each. Messages of a node reach the head; messages of the head reach all other nodes."""
 
-    def __init__(self, monkeypatch, folder, nodes, hang_s=60.0, start_s=None):
+    def __init__(self, monkeypatch, folder, nodes, hang_s=60.0, start_s=None, report_s=None):
         self.now, self.states, self.moved = 1000.0, defaultdict(lambda: "S"), defaultdict(bytes)
         monkeypatch.setattr(watchdog.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(watchdog, "_state", lambda pid: self.states[pid])
         monkeypatch.setattr(watchdog, "_io_counters", lambda pid: self.moved[pid])
-        plan = SimpleNamespace(hang_s=hang_s, start_s=start_s,
+        plan = SimpleNamespace(hang_s=hang_s, start_s=start_s, report_s=report_s,
                                resources=SimpleNamespace(nodes=nodes, ranks=2 * nodes, device="cpu"))
         self.ranks = [Rank(number) for number in range(2 * nodes)]
         self.inbox = [[] for _ in range(nodes)]
@@ -112,6 +112,18 @@ def test_a_rank_that_rests_has_its_own_limit(make_world):
         assert bool(world.pass_s(10)) == hangs
 
 
+def test_a_report_has_its_own_limit_which_the_error_names(make_world):
+    world = make_world(1, start_s=10_000.0, report_s=1800.0)
+    for rank in world.ranks:
+        rank.page[STEP] = 20
+    world.ranks[1].page[RESTING] = REPORT
+    world.ranks[0].page[BEATS] = 1  # rank 0 has done its report, and waits for rank 1
+    assert world.pass_s(1799) is None
+    hang = world.pass_s(10)
+    assert hang.rank == 1 and "rank 1 hung after step 20, in its report: silent for 1800 s" in hang.message
+    assert hang.hint.endswith("eval.report_s is 1800 s")
+
+
 def test_a_stopped_rank_hangs_even_while_all_ranks_rest(make_world):
     world = make_world(2)
     for rank in world.ranks:
@@ -177,7 +189,7 @@ def sign(rank, beats=10, state="S"):
     ([sign(0)], 0, "the reason is not known"),
 ])
 def test_which_rank_is_to_blame(signs, rank, reason):
-    hang = blamed(signs, 60.0)
+    hang = blamed(signs, Limits(60.0, None, None))
     assert hang.rank == rank and reason in hang.message
 
 
