@@ -18,7 +18,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from launch.execute.sweep_plan import (
     sweep_json,
 )
 from launch.plan.grid import grid
-from launch.plan.initial_weights import warn_of_broken, with_weights
+from launch.plan.initial_weights import find_weights, warn_of_broken, with_weights
 from launch.plan.job_script import Request
 from launch.plan.spec import Spec, spec_of
 from launch.plan.submission import last_submission, plan_of
@@ -79,7 +79,8 @@ def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], reques
         UserError: the user must fix something; nothing was written or submitted.
     """
     grid_points, local = grid(words), request.cluster.kind == "local"
-    specs = load_specs(grid_points, lambda words: with_weights(load(words), root))
+    find = cache(find_weights)  # checking a checkpoint reads all of it
+    specs = load_specs(grid_points, lambda words: with_weights(load(words), root, find))
     warn_of_broken(specs)
     resources = resources_of(specs[0].config, request.cluster, wanted)
     for point, spec in zip(grid_points, specs):

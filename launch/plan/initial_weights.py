@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +22,11 @@ from trainers.contract.paths import RunPaths
 HINT = "give a run (RUN, RUN@best, RUN@STEP), a checkpoint folder, or a safetensors file or folder"
 
 
-def with_weights(spec: Spec, root: Path) -> Spec:
+def with_weights(spec: Spec, root: Path, find: Callable[[str, Path], Weights] | None = None) -> Spec:
     """Return the spec with `init.source` replaced by the path that it names at present, and with the weights of that path.
+
+    Args:
+        find: used in place of `find_weights`.
 
     Raises:
         UserError: there are no such weights.
@@ -31,7 +34,7 @@ def with_weights(spec: Spec, root: Path) -> Spec:
     init = getattr(spec.config, "init", None)
     if init is None or init.source is None or spec.weights is not None:
         return spec
-    weights = find_weights(init.source, root)
+    weights = (find or find_weights)(init.source, root)
     changed = with_values(spec, {"init": {**spec.values["init"], "source": weights.path}})
     return replace(changed, weights=weights)
 
@@ -61,7 +64,7 @@ def find_weights(word: str, root: Path) -> Weights:
 
 
 def weights_of(paths: RunPaths, which: str | None) -> Weights:
-    """Return the weights of a run's checkpoint; `which` is as in `launch.records.checkpoints.choose`.
+    """Return the weights of a run's checkpoint; `which` is as in `launch.records.checkpoints.choose`. Reads the whole checkpoint.
 
     Raises:
         UserError: the run writes no checkpoints, or has no such checkpoint that is whole.
@@ -89,7 +92,7 @@ def _weights_at(path: Path) -> Weights:
     if (path / manifest.NAME).exists():
         try:
             step = read_json(path / manifest.NAME)["step"]
-            content = manifest.read(path, step)
+            content = manifest.verify(path, step)
         except (manifest.Broken, OSError, ValueError, KeyError, TypeError) as problem:
             raise UserError(f"the checkpoint `{path}` is broken: {problem}", HINT) from None
         run = path.parent.parent if path.parent == RunPaths(path.parent.parent).checkpoints else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,15 +149,13 @@ class Choice:
         return [f"the checkpoint of step {step} is broken ({problem}): passed over" for step, problem in self.passed_over.items()]
 
 
-def choose(paths: RunPaths, which: str | None, check: Callable[[Path, int], Any] = manifest.verify_sizes) -> Choice:
-    """Choose a whole checkpoint of a run.
+def choose(paths: RunPaths, which: str | None) -> Choice:
+    """Choose a whole checkpoint of a run. Reads all files of the checkpoint, which finds any changed byte.
 
     Broken checkpoints are passed over, except when `which` is a step.
 
     Args:
         which: `newest` or None; `best` by the run's `checkpoint.metric` (of equal ones the newer); or a step.
-        check: raises `manifest.Broken` for a checkpoint that is not whole. `manifest.verify_sizes` looks at the manifest and the
-            file sizes, `manifest.verify` reads all files.
 
     Raises:
         UserError: there is no such checkpoint, or no such checkpoint is whole.
@@ -175,10 +172,13 @@ def choose(paths: RunPaths, which: str | None, check: Callable[[Path, int], Any]
         raise UserError(f"`{which}` is not a checkpoint of a run", f"give `newest`, `best` or a step: {_listed(steps)}")
     for step in steps:
         try:
-            check(paths.checkpoint(step), step)
+            manifest.verify(paths.checkpoint(step), step)
             return Choice(step, passed_over)
         except manifest.Broken as error:
-            passed_over[step] = str(error)
+            if paths.checkpoint(step).exists():
+                passed_over[step] = str(error)
+    if not passed_over:
+        raise UserError(f"`{paths.id}` has just deleted the checkpoint", "try again: the run has a newer checkpoint")
     step, problem = max(passed_over.items())
     verify_hint = f"`launch checkpoint verify {paths.id}` checks all of them"
     newest_hint = "use `newest` for the newest whole checkpoint"

@@ -9,7 +9,6 @@ from typing import Any
 from launch.records.checkpoints import choose
 from launch.records.run import Run
 from trainers.checkpoints import export as engine
-from trainers.checkpoints import manifest
 from trainers.contract.errors import UserError
 from trainers.contract.text import size
 
@@ -32,7 +31,7 @@ def export(run: Run, *, which: str | None, to: str, output: Path | None) -> dict
     Raises:
         UserError: there is no such checkpoint, it is broken, a model has no such layout, or the output cannot be written.
     """
-    choice = choose(run.paths, which, manifest.verify)
+    choice = choose(run.paths, which)
     step = choice.step
     checkpoint = run.paths.checkpoint(step)
     try:

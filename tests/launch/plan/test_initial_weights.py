@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import BLOBS
+from made import flip
 
 from launch.cli.main import main
 from launch.cluster.config import load_cluster
@@ -77,6 +78,23 @@ def test_a_run_or_its_checkpoint(paths, root, word, step):
     assert (found.path, found.run, found.step) == (str(paths.checkpoint(step)), "blobs-1", step)
     warnings = ["the checkpoint of step 40 is broken (0.safetensors has 7 bytes, not 18): passed over"]
     assert list(found.warnings) == (warnings if "10" not in word and "step_20" not in word else [])
+
+
+@pytest.mark.parametrize("word, broken, step", [("blobs", 30, 20), ("blobs@best", 20, 10)])
+def test_a_checkpoint_with_a_flipped_byte_is_passed_over(paths, root, capsys, word, broken, step):
+    """The sizes of its files are right."""
+    flip(paths.checkpoint(broken) / "0.safetensors")
+    found = find_weights(word, root)
+    assert found.step == step and "0.safetensors has changed since it was written (sha256)): passed over" in found.warnings[-1]
+    spec = evaluation_spec(read_run(paths.root), word.partition("@")[2] or None, [])
+    assert spec.weights.step == step and spec.weights.warnings == found.warnings
+    assert f"checkpoint of step {broken} of `blobs-1` is broken: 0.safetensors has changed" in refused(root, f"blobs@{broken}")
+    assert "is broken: 0.safetensors has changed" in refused(root, str(paths.checkpoint(broken)))
+    capsys.readouterr()
+    assert main(["sweep", str(BLOBS), "--from", word, "train.seed=1,2", "--procs", "1", "--dry-run", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert [plan["weights"]["step"] for plan in json.loads(printed.out)["plans"]] == [step, step]
+    assert printed.err.count(f"step {broken} is broken") == 1
 
 
 def test_files_and_folders(paths, root, tmp_path):
