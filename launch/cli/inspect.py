@@ -295,12 +295,13 @@ def checkpoint_command(function: Callable) -> click.Command:
 @json_option
 def list_checkpoints(word: str, root: Path, json: bool) -> None:
     """List the checkpoints of a run. Reads only their manifests."""
-    from launch.records.checkpoints import listing
+    from launch.records.checkpoints import listing, settings
     from launch.records.read import find_run
     from launch.report.checkpoints import table
 
-    rows = listing(find_run(root, word).paths)
-    print_json(rows) if json else print(table(rows))
+    paths = find_run(root, word).paths
+    rows = listing(paths)
+    print_json(rows) if json else print(table(rows, settings(paths).best_by))
 
 
 @checkpoint_command

@@ -11,8 +11,8 @@ from trainers.contract.text import size
 COLUMNS = ("STEP", "WHEN", "SIZE", "STRATEGY", "RANKS", "KEPT AS", "METRICS")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows of `launch.records.checkpoints.listing` as a table."""
+def table(rows: list[dict[str, Any]], best_by: str | None) -> str:
+    """The rows of `launch.records.checkpoints.listing` as a table, and below it what makes a checkpoint one of the best."""
     from launch.report.columns import columns
 
     if not rows:
@@ -25,7 +25,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         metrics = f"broken: {row['problem']}" if row["problem"] else metrics_line(brief(row["metrics"]))
         cells.append((str(row["step"]), local_time(row["created"]), size(row["bytes"]), row["strategy"], str(row["world_size"]),
                       ", ".join(row["kept"]) or "-", metrics))
-    return columns(cells)
+    return columns(cells) + (f"\nbest by {best_by}" if best_by else "")
 
 
 def pruned(result: dict[str, Any]) -> str:

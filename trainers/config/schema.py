@@ -231,6 +231,13 @@ class Checkpoint(Section):
                              "lower values are better")
         return self
 
+    @property
+    def best_by(self) -> str | None:
+        """What makes a checkpoint one of the best, in words; None if none is kept for being good."""
+        if self.metric is None or not self.keep_best:
+            return None
+        return f"{self.metric} ({'highest' if self.mode == 'max' else 'lowest'})"
+
 
 class Wandb(Section):
     mode: Literal["online", "offline", "off"] = "off"

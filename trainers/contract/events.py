@@ -6,7 +6,8 @@ separator of RFC 7464. Other output may stand between events. The node process r
 
 | event      | keys besides `event`                                                                       |
 |------------|--------------------------------------------------------------------------------------------|
-| start      | step, total, world_size, device, precision, parameters, samples, resumed (bool)            |
+| start      | step, total, world_size, device, precision, parameters, samples, resumed (bool), best_by   |
+|            | (what makes a checkpoint one of the best, in words, or null)                               |
 |            | of a search, whose steps are fits: step, total, about (a text), resumed                    |
 | step       | step, total, rate, unit, data_wait (share of time), eta_s, and what was measured: loss, lr |
 | eval       | step, total (null in `launch eval`), metrics                                               |
@@ -64,7 +65,7 @@ def line(event: Mapping[str, Any]) -> str:
             verb = "resuming at" if event["resumed"] else "training from"
             return (f"{verb} step {event['step']} of {event['total']}: {event['world_size']} rank(s) on "
                     f"{event['device']}, {event['precision']}, {event['parameters']:,} parameters, "
-                    f"{event['samples']:,} samples")
+                    f"{event['samples']:,} samples" + (f", best by {event['best_by']}" if event.get("best_by") else ""))
         case "step":
             if event["unit"] == "fits":
                 return f"fit {event['step']}/{event['total']}  {speed(event)}  eta {duration(event['eta_s'])}"

@@ -168,7 +168,7 @@ class Loop:
             "event": "start", "step": self.step, "total": self.total, "world_size": self.world.size,
             "device": self.world.device.type, "precision": self.config.train.precision,
             "parameters": self.parameters,
-            "samples": len(self.train_set), "resumed": newest is not None,
+            "samples": len(self.train_set), "best_by": self.config.checkpoint.best_by, "resumed": newest is not None,
         })
         if init_note:
             self.tracker.note("info", init_note)

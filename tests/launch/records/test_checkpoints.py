@@ -35,7 +35,8 @@ def test_list(paths, capsys):
     assert main(["checkpoint", "list", "r-1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["STEP", "WHEN", "SIZE", "STRATEGY", "RANKS", "KEPT", "AS", "METRICS"]
-    assert [line.split()[0] for line in lines[1:]] == ["50", "40", "30", "20", "10"]
+    assert [line.split()[0] for line in lines[1:]] == ["50", "40", "30", "20", "10", "best"]
+    assert lines[-1] == "best by f1 (highest)"
     assert "zero3" in lines[1] and "last" in lines[1] and lines[1].endswith("f1 0.7") and "every" in lines[2]
     assert "index.json has 3 bytes" in lines[3] and "best" in lines[4] and "broken: manifest.json" in lines[5]
     assert main(["checkpoint", "list", "r-1", "--json"]) == 0

@@ -22,5 +22,7 @@ def test_the_mode_follows_the_metric_unless_the_spec_gives_it():
     assert Checkpoint(metric="loss", mode="max").mode == "max"
     assert Checkpoint(metric="closeness", mode="min").mode == "min"
     assert Checkpoint().mode is None
+    assert Checkpoint(metric="loss").best_by == "loss (lowest)" and Checkpoint(metric="top1").best_by == "top1 (highest)"
+    assert Checkpoint().best_by is None and Checkpoint(metric="loss", keep_best=0).best_by is None
     with pytest.raises(ValidationError, match="checkpoint.mode must be max or min: the name `closeness` does not tell"):
         Checkpoint(metric="closeness")

@@ -178,3 +178,8 @@ def test_the_evaluation_of_a_save_that_failed_is_lost_with_it(tmp_path, monkeypa
     monkeypatch.setattr(manifest, "write", full_disk)
     assert run(tmp_path / "run", 1) == 0
     assert logged(tmp_path / "run") == logged(whole) and list(kept(tmp_path / "run")) == [16, 24]
+
+
+def test_the_first_line_says_which_checkpoints_are_the_best(tmp_path, capsys):
+    assert run(tmp_path / "run", 1, train={"steps": 1}) == 0
+    assert ", 64 samples, best by top1 (highest)\n" in capsys.readouterr().out
