@@ -89,6 +89,9 @@ class Train(Section):
         "none", description="what to keep in host memory: optimizer states (zero1, zero2, zero3), or parameters too (zero3, fsdp)"
     )
     checkpoint_activations: bool = Field(False, description="compute each block again in the backward pass, to save memory")
+    sync_batchnorm: bool = Field(
+        False, description="BatchNorm uses the statistics of the micro-batches of all ranks; false: each rank of its own"
+    )
     deepspeed: Annotated[dict[str, Any], BeforeValidator(_json_file)] = Field(
         default_factory=dict, description="for zero1, zero2 and zero3: your own DeepSpeed settings, merged over launch's; an "
                                           "object, or the path of a JSON file"

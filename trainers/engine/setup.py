@@ -12,6 +12,7 @@ from trainers.config import compatibility
 from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
 from trainers.engine.batches.sampling import derive_seed
+from trainers.engine.parallel.batch_norm import synchronize
 from trainers.engine.parallel.blocks import blocks
 from trainers.engine.parallel.strategy import Strategy, make_strategy
 from trainers.engine.precision import set_deterministic, set_precision
@@ -62,6 +63,8 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
         raise UserError("`train.checkpoint_activations` is true, but the model has no blocks to compute again",
                         "put the model's blocks in a ModuleList, name their classes in `_no_split_modules`, or use "
                         "train.checkpoint_activations=false")
+    if train.sync_batchnorm and world.size > 1:
+        models = {name: synchronize(model, world.device) for name, model in models.items()}
     return Setup(strategy, stopping, train_set, eval_set, {name: strategy.place(model) for name, model in models.items()},
                  tensors, parameters)
 
