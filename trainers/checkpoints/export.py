@@ -110,10 +110,24 @@ def to_huggingface(model: Model, layout: Path, folder: Path, metadata: Mapping[s
                 replace_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
             for name in given:
                 shutil.copyfile(layout / name, temporary / name)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(temporary, folder)
+            _replace_folder(folder, temporary)
         flush_folder(folder.parent)
     return size
+
+
+def _replace_folder(folder: Path, new: Path) -> None:
+    """Rename `new` to `folder`. An older folder is deleted only after that; if the rename fails, the older folder stays."""
+    if not folder.exists():
+        os.rename(new, folder)
+        return
+    old = temporary_path(folder)
+    os.rename(folder, old)
+    try:
+        os.rename(new, folder)
+    except BaseException:
+        os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _shards(layouts: Mapping[str, Layout]) -> list[dict[str, Layout]]:

@@ -51,7 +51,25 @@ def evaluate(task: Task, models: Mapping[str, nn.Module], dataset: Dataset, conf
     finally:
         for name, model in models.items():
             model.train(training[name])
-    return {name: _sum_over_ranks(total, world) / _sum_over_ranks(count, world) for name, (total, count) in sums.items()}
+    _check_equal_measures(sums, world)
+    # Ranks may have the names in different orders, but every rank must reduce the same measure at the same time.
+    means = {name: _sum_over_ranks(sums[name][0], world) / _sum_over_ranks(sums[name][1], world) for name in sorted(sums)}
+    return {name: means[name] for name in sums}
+
+
+def _check_equal_measures(sums: Mapping[str, tuple[Tensor, Tensor]], world: World) -> None:
+    """Raise a UserError on every rank if ranks have measures of other names or shapes than rank 0."""
+    if world.size == 1:
+        return
+    own = {name: (tuple(total.shape), tuple(count.shape)) for name, (total, count) in sums.items()}
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, own)
+    for rank, other in enumerate(gathered):
+        if other != gathered[0]:
+            names = sorted(name for name in {*other, *gathered[0]} if other.get(name) != gathered[0].get(name))
+            raise UserError(f"the measures of rank {rank} differ from those of rank 0: `{names[0]}` is missing on one of them, "
+                            "or has another shape",
+                            "return the same names with the same shapes for every batch, also for a batch without samples")
 
 
 def plain_metrics(reported: Mapping[str, Any]) -> dict[str, float]:

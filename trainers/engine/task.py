@@ -153,7 +153,7 @@ class Task:
         """Return (sum, count) of each measure over one evaluation batch. The default measures the loss.
 
         Runs without gradients, under autocast, with the model in evaluation mode. All batches on all ranks return the same
-        names, in the same order and with the same shapes. A batch may have no samples: then the sums and counts are 0.
+        names, with the same shapes. A batch may have no samples: then the sums and counts are 0.
         """
         total, count = self.loss(model, batch)
         return {"loss": (total, count)}

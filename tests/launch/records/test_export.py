@@ -173,6 +173,26 @@ def test_hugging_faces_layout(paths, capsys, monkeypatch):
     assert "holds other files: out" in capsys.readouterr().err and paths.record.exists()
 
 
+@pytest.mark.parametrize("failing", [1, 2, None])
+def test_an_older_export_stays_until_the_new_one_is_in_its_place(paths, monkeypatch, failing):
+    """`failing`: which rename fails: of the older folder, or of the new one."""
+    describe(paths)
+    assert main(["export", "r-1", "--to", "huggingface", "-o", "out", "--step", "10"]) == 0
+    renames, rename = [], os.rename
+
+    def fail(source, target):
+        renames.append(target)
+        if len(renames) == failing:
+            raise OSError(13, "Permission denied")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        assert main(["export", "r-1", "--to", "huggingface", "-o", "out"]) == (2 if failing else 0)
+    assert equal(load_file("out/model.safetensors"), model(10 if failing else 30))
+    assert sorted(os.listdir()) == ["out", "runs"]
+
+
 def test_all_models_need_the_layout(paths, capsys):
     make_checkpoint(paths, 40, command_name("critic", model(1)) | command_name("generator", model(2)))
     describe(paths, "critic")
