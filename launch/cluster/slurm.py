@@ -1,4 +1,4 @@
-"""SLURM's own commands: the only file that calls squeue, sacct, scontrol, sinfo, scancel and sbatch.
+"""SLURM's own commands: what they print, as data.
 
 Ids have SLURM's form: "101" is a job, "101_3" an element of a job array, "101.0" a job step.
 """
@@ -7,20 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import product
 
+from launch.cluster.slurm_command import call
 from trainers.contract.errors import UserError
 
-# Variables that SLURM's commands read, or that an enclosing job, torchrun, accelerate or a run has set. A job must not
-# inherit them.
-DROPPED = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SQUEUE|SINFO|SCANCEL|SACCT|SCONTROL|PMI|PMIX|TORCHELASTIC|SUBMITIT)_"
-                     r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_(ADDR|PORT)$"
-                     r"|(CUDA|ROCR|HIP)_VISIBLE_DEVICES$|GPU_DEVICE_ORDINAL$|ZE_AFFINITY_MASK$"
-                     r"|LAUNCH_(RUN_DIR|ATTEMPT|EVENTS)$")
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 UNDER_WAY = {*WAITING, "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT",
              "RESIZING"}
@@ -29,6 +23,9 @@ UNDER_WAY = {*WAITING, "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STO
 DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "NO_RESPOND", "UNKNOWN")
 CLOSED = ("DRAIN", "MAINT")
 IDS_PER_CALL = 5000  # one argument of a command may have 128 KiB
+# What squeue prints of a job: as long as the value is, each value followed by |.
+FIELDS = ("JobArrayID:|,State:|,exit_code:|,StartTime:|,EndTime:|,PriorityLong:|,NumNodes:|,NodeList:|,Partition:|,"
+          "SubmitTime:|,Reason:|,Command:")
 
 
 @dataclass(frozen=True)
@@ -86,51 +83,8 @@ class Partition:
         return self.state == "up"
 
 
-def environment(env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment for SLURM's commands: `env` without the variables that would change them unexpectedly.
-
-    sbatch passes its environment on to the job.
-    """
-    return {key: value for key, value in env.items() if (value if key == "SLURM_CONF" else not DROPPED.match(key))}
-
-
-def call(*words: str, timeout_s: float = 30, check: bool = True, stdin: str | None = None) -> str:
-    """Run a command of SLURM and return what it prints.
-
-    Args:
-        words: the command and its arguments.
-        check: whether to raise if the command fails.
-        stdin: text for the command's standard input.
-
-    Raises:
-        UserError: the command is not installed, did not answer in time, or failed (the error quotes its output).
-    """
-    env = environment()
-    conf = env.get("SLURM_CONF")
-    if conf and not os.path.exists(conf):  # SLURM's commands would wait a minute for the file
-        raise UserError(f"SLURM_CONF is `{conf}`, but this file does not exist", "set it to an existing file, or unset it")
-    if words[0] != "sbatch":  # sbatch passes its environment on to the job
-        env["LC_ALL"] = "C"
-    try:
-        done = subprocess.run(words, env=env, input=stdin, stdin=subprocess.DEVNULL if stdin is None else None,
-                              capture_output=True, encoding="utf-8", errors="surrogateescape", timeout=timeout_s)
-    except FileNotFoundError:
-        raise UserError(f"there is no SLURM here: `{words[0]}` is not installed",
-                        "use a host that has SLURM's commands, such as the cluster's login node") from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"`{words[0]}` did not answer within {timeout_s:g} s",
-                        "SLURM's controller may be busy or down (`scontrol ping`): try again later") from None
-    if check and done.returncode:
-        complaint = (_complaint(words[0], done.stderr) or _complaint(words[0], done.stdout)
-                     or f"exit code {done.returncode}")
-        raise UserError(f"`{words[0]}` failed: {complaint}", _hint(complaint))
-    return done.stdout
-
-
 def queue(ids: Iterable[str] | None = None) -> dict[str, Queued]:
     """Return the jobs that wait or run, by id. Each element of a job array counts as a job.
-
-    squeue is called once for every 5000 jobs, and again for every 5000 job steps among the ids.
 
     Args:
         ids: return only these; None: return all of this user.
@@ -139,15 +93,32 @@ def queue(ids: Iterable[str] | None = None) -> dict[str, Queued]:
         UserError: see `call`.
     """
     if ids is None:
-        return {job.id: job for job in _queued([f"--user={os.getuid()}"])}
+        return {job.id: job for job in _jobs_of_squeue(f"--user={os.getuid()}") if isinstance(job, Queued)}
+    return look(ids, ended=False)[0]
+
+
+def look(ids: Iterable[str], ended: bool = True) -> tuple[dict[str, Queued], dict[str, Ended]]:
+    """Return the jobs among `ids` that wait or run, and those that have ended and that SLURM's controller still remembers.
+
+    squeue is called once for every 5000 jobs, and again for every 5000 job steps among the ids.
+
+    Args:
+        ended: whether to ask for jobs that have ended.
+
+    Raises:
+        UserError: see `call`.
+    """
     wanted = set(ids)
     steps = {id for id in wanted if "." in id}
-    jobs = [job for chunk in _chunks(_jobs(wanted - steps)) for job in _queued([f"--jobs={chunk}"])]
+    states = ["--states=all"] if ended else []
+    found = {job.id: job for chunk in _chunks(_jobs(wanted - steps)) for job in _jobs_of_squeue(*states, f"--jobs={chunk}")
+             if job.id in wanted}
     for chunk in _chunks(sorted(steps)):
         for line in _squeue("--steps=" + chunk, "-o", "%i|%S|%P|%N").splitlines():
             id, start, partition, nodes = line.split("|")
-            jobs.append(Queued(id, "RUNNING", "None", _time(start), 0, len(expand(nodes)), nodes, partition, None, None))
-    return {job.id: job for job in jobs if job.id in wanted}
+            found[id] = Queued(id, "RUNNING", "None", _time(start), 0, len(expand(nodes)), nodes, partition, None, None)
+    return ({id: job for id, job in found.items() if isinstance(job, Queued) and id in wanted},
+            {id: job for id, job in found.items() if isinstance(job, Ended)})
 
 
 def history(ids: Iterable[str]) -> dict[str, Ended]:
@@ -160,11 +131,14 @@ def history(ids: Iterable[str]) -> dict[str, Ended]:
         UserError: SLURM's controller does not answer.
     """
     wanted = set(ids)
-    found = {ended.id: ended for chunk in _chunks(_jobs(id for id in wanted if "." not in id)) for ended in _remembered(chunk)
-             if ended.id in wanted}
-    for chunk in _chunks(_jobs(wanted - found.keys())):
-        found |= {ended.id: ended for ended in _accounted(chunk) if ended.id in wanted - found.keys()}
-    return found
+    found = look(id for id in wanted if "." not in id)[1]
+    return found | accounted(wanted - found.keys())
+
+
+def accounted(ids: Iterable[str]) -> dict[str, Ended]:
+    """Return the jobs among `ids` that have ended according to SLURM's accounting; none if the cluster has no accounting."""
+    wanted = set(ids)
+    return {ended.id: ended for chunk in _chunks(_jobs(wanted)) for ended in _accounted(chunk) if ended.id in wanted}
 
 
 def position(job: Queued) -> tuple[int, int]:
@@ -335,23 +309,17 @@ def _squeue(*options: str) -> str:
         raise
 
 
-def _queued(options: list[str]) -> Iterator[Queued]:
-    for line in _squeue("--array", *options, "-o", "%i|%T|%S|%Q|%D|%N|%P|%V|%r|%o").splitlines():
-        id, state, start, priority, nodes, node_list, partition, submitted, rest = line.split("|", 8)
-        reason, _, script = rest.partition("|")  # the script comes last: a path may hold any character but a line end
+def _jobs_of_squeue(*options: str) -> Iterator[Queued | Ended]:
+    # squeue and not scontrol: one call of squeue covers all jobs.
+    for line in _squeue("--array", *options, "-O", FIELDS).splitlines():
+        # The script comes last: a path may hold any character but a line end.
+        id, state, status, start, end, priority, nodes, node_list, partition, submitted, reason, script = line.split("|", 11)
         if state in UNDER_WAY:
             yield Queued(id, state, reason, _time(start), int(priority), int(nodes), node_list, partition,
                          None if script == "(null)" else script, _time(submitted))
-
-
-def _remembered(ids: str) -> Iterator[Ended]:
-    # squeue and not scontrol: one call of squeue covers all jobs.
-    fields = "JobArrayID:|,State:|,exit_code:|,EndTime:|,NodeList:|,Reason:"
-    for line in _squeue("--array", "--states=all", f"--jobs={ids}", "-O", fields).splitlines():
-        id, state, status, end, nodes, reason = line.split("|", 5)
-        if state not in UNDER_WAY:
+        else:
             code, signal = divmod(int(status), 256)
-            yield Ended(id, state, *_exit(code, signal % 128), reason, nodes, _time(end))
+            yield Ended(id, state, *_exit(code, signal % 128), reason, node_list, _time(end))
 
 
 def _accounted(ids: str) -> Iterator[Ended]:
@@ -395,17 +363,3 @@ def _time(text: str) -> str | None:
         return datetime.fromisoformat(text).astimezone(UTC).isoformat(timespec="seconds")
     except ValueError:
         return None
-
-
-def _complaint(program: str, text: str) -> str:
-    """Return the last lines of a command's error output, as one line, without the command's name in front of each."""
-    lines = [re.sub(rf"^{program}: (error: |fatal: )?", "", line.strip()) for line in text.splitlines()]
-    return "; ".join(list(dict.fromkeys(line for line in lines if line))[-3:])
-
-
-def _hint(complaint: str) -> str | None:
-    if re.search(r"configuration source|configuration file|slurm\.conf", complaint):
-        return "check that SLURM_CONF is right and that this host belongs to a cluster: SLURM's commands find none"
-    if re.search(r"[Uu]nable to contact|Connection refused|[Tt]imed out|Zero Bytes", complaint):
-        return "SLURM's controller may be down (`scontrol ping`): try again later"
-    return None

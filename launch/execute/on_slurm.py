@@ -19,6 +19,7 @@ from typing import Any
 from launch.cluster import slurm
 from launch.cluster.config import load_cluster
 from launch.cluster.resources import Resources, Wanted, resources_of
+from launch.cluster.slurm_command import environment
 from launch.execute import after, record, snapshot
 from launch.execute.prefetch import missing, prefetch
 from launch.execute.renewal import renew, resources_again, say_cluster_changes, survey
@@ -247,7 +248,7 @@ def _run_in_allocation(plan: Plan, spec: Spec, request: Request, resources: Reso
     with stop_signals() as stop:
         # In a new session, so that srun does not see the terminal's Ctrl-C.
         srun = subprocess.Popen(["bash", "-c", "\n".join(lines)], start_new_session=True, stdin=subprocess.DEVNULL,
-                                env={**slurm.environment(), "SLURM_JOB_ID": allocation})
+                                env={**environment(), "SLURM_JOB_ID": allocation})
         asked = False
         while srun.poll() is None:
             if select.select([stop.wakeup], [], [], 1.0)[0]:

@@ -7,12 +7,15 @@ import os
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import inf
 from pathlib import Path
 
 from launch.cluster import slurm
 from launch.cluster.resources import Resources
+from launch.cluster.slurm_command import FINAL, TRIES
 from launch.cluster.times import seconds, slurm_time
 from launch.execute import record
 from launch.execute.submission_plan import take_code
@@ -64,7 +67,11 @@ def withdraw(jobs: Iterable[Job]) -> None:
 
 def release(ids: Sequence[str]) -> None:
     """Release jobs that were submitted on hold. From now on the jobs write the run's record. Raises: UserError."""
-    slurm.call("scontrol", "release", ",".join(ids))
+    try:
+        slurm.call("scontrol", "release", ",".join(ids))
+    except UserError as error:
+        if not re.search("no longer pending|already finished", error.message):  # an earlier try has released the job
+            raise
 
 
 def hand_over(job: Job, files: Mapping[str, str], root: Path) -> list[str]:
@@ -92,22 +99,51 @@ def hand_over(job: Job, files: Mapping[str, str], root: Path) -> list[str]:
         for _ in range(job.links):
             # Depend on every earlier job: a cancelled job also counts as "not ok" and would start the chain.
             dependency = [f"--dependency=afternotok:{':'.join(ids)}", "--kill-on-invalid-dep=yes"] if ids else []
-            output = _sbatch(job, *job.command[:-1], *dependency, job.command[-1])
-            # In a federation the name of the cluster follows the id. At some sites sbatch prints a greeting before it.
-            if not (matches := re.findall(r"^(\d+)(?:;.*)?$", output, re.MULTILINE)):
-                raise UserError(f"sbatch gave no job id; it said: {output.strip()}", "is `sbatch` here SLURM's own?")
-            ids.append(matches[-1])
+            ids.append(_submit_once(job, dependency, ids))
     except BaseException:
         withdraw([job])
         raise
     return ids
 
 
+def _submit_once(job: Job, dependency: Sequence[str], before: Sequence[str]) -> str:
+    """Submit a job, and return its id. If sbatch fails without a refusal, look in the queue before trying again.
+
+    sbatch may fail although SLURM has accepted the job. The path of its script, which no other job has, identifies the job.
+
+    Args:
+        before: ids of jobs with the same script that are submitted already.
+
+    Raises:
+        UserError: SLURM refuses the job, or does not answer.
+    """
+    for tries in range(1, TRIES + 1):
+        try:
+            output = _sbatch(job, *job.command[:-1], *dependency, job.command[-1])
+        except UserError as error:
+            if FINAL.search(error.message):
+                raise
+            time.sleep(tries)  # SLURM may be about to accept the job
+            found = [id for id, queued in slurm.queue().items() if queued.script == job.file and id not in before]
+            if not found and tries < TRIES and "did not answer" not in error.message:
+                continue
+            if len(found) != 1:
+                raise
+            return found[0]
+        # In a federation the name of the cluster follows the id. At some sites sbatch prints a greeting before it.
+        if not (matches := re.findall(r"^(\d+)(?:;.*)?$", output, re.MULTILINE)):
+            raise UserError(f"sbatch gave no job id; it said: {output.strip()}", "is `sbatch` here SLURM's own?")
+        return matches[-1]
+    raise AssertionError("the last try returns or raises")
+
+
 def try_out(job: Job, resources: Resources) -> None:
     """Check that SLURM could run this job, without submitting it. Raises: UserError."""
-    _sbatch(job, "sbatch", "--test-only", stdin=job.script)
+    with ThreadPoolExecutor() as pool:  # each command may take long: ask at the same time
+        asked = pool.submit(_partitions_of, job)
+        _sbatch(job, "sbatch", "--test-only", stdin=job.script)
     # SLURM (22.05) accepts a job that is too long or too large for its partition, and lets it wait for ever.
-    if not (partitions := _partitions_of(job)):
+    if not (partitions := asked.result()):
         return
     time_s = seconds(_options(job)["time"])
     longest = max(partitions, key=lambda partition: partition.time_s or inf)

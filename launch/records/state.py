@@ -101,9 +101,10 @@ def ask(records: Sequence[Mapping[str, Any]]) -> SlurmAnswer:
 
     stages = {record["id"]: _stage(record) for record in asked}
     try:
-        queued = slurm.queue(id for record in asked for id in record["job"]["ids"])
-        gone = [id for record in asked if not queued.keys() & set(record["job"]["ids"]) for id in record["job"]["ids"]]
-        return SlurmAnswer(stages, queued, slurm.history(gone) if gone else {})
+        queued, ended = slurm.look(id for record in asked for id in record["job"]["ids"])
+        gone = {id for record in asked if not queued.keys() & set(record["job"]["ids"]) for id in record["job"]["ids"]}
+        forgotten = gone - ended.keys()
+        return SlurmAnswer(stages, queued, ended | slurm.accounted(forgotten) if forgotten else ended)
     except UserError as error:
         return SlurmAnswer(stages, problem=error.message)
 

@@ -137,7 +137,7 @@ def test_a_state_comes_from_the_queue_then_from_ended_jobs_then_from_the_record(
         "killed": "cancelled", "dropped": "cancelled", "silent": "lost", "stopped": "preempted", "unlucky": "preempted",
         "forgotten": "lost",
         "marked": "cancelled", "over": "failed", "chain": "preempted", "another": "running"}
-    assert calls == {"squeue": 2, "sacct": 1}, "one squeue for queued jobs, one for ended jobs, one sacct for the rest"
+    assert calls == {"squeue": 1, "sacct": 1}, "one squeue for queued and ended jobs, one sacct for the rest"
     assert rows["working"]["step"] == 10
     assert "ended as FAILED on n" in rows["failed"]["note"] and "ended as FAILED on n" in rows["unlucky"]["note"]
     assert "note" not in rows["stopped"], "exit code 75 is how a preempted run ends"

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from launch.cluster import reasons, slurm
+from launch.cluster import reasons, slurm, slurm_command
+from launch.cluster.slurm_command import environment
 from trainers.contract.errors import UserError
 
 SACCT = """\
@@ -22,9 +23,13 @@ SACCT = """\
 6_1.batch|FAILED|1:0|2026-11-24T02:46:36|n1|
 """
 SQUEUE = """\
-114_1|PENDING|N/A|4294901646|1||main|2026-11-24T02:11:28|JobArrayTaskLimit|/tmp/s.sh
-116|PENDING|2026-11-24T02:41:28|4294901644|3||main|2026-11-24T02:11:28|Resources|(null)
-112|RUNNING|2026-11-24T02:11:28|4294901648|2|n[1-2]|main|2026-11-24T02:11:27|None|/tmp/a b|c 中文/s.sh
+114_1|PENDING|0|N/A|N/A|4294901646|1||main|2026-11-24T02:11:28|JobArrayTaskLimit|/tmp/s.sh
+116|PENDING|0|2026-11-24T02:41:28|N/A|4294901644|3||main|2026-11-24T02:11:28|Resources|(null)
+112|RUNNING|0|2026-11-24T02:11:28|2026-11-25T02:11:28|4294901648|2|n[1-2]|main|2026-11-24T02:11:27|None|/tmp/a b|c 中文/s.sh
+"""
+ENDED = """\
+121|FAILED|768|2026-11-24T02:11:50|2026-11-24T02:11:54|1|1|n1|main|2026-11-24T02:11:49|NonZeroExitCode|/tmp/s.sh
+122|FAILED|9|2026-11-24T02:11:50|2026-11-24T02:11:54|1|1|n1|main|2026-11-24T02:11:49|None|/tmp/s.sh
 """
 
 
@@ -87,10 +92,18 @@ def test_history_from_accounting(output):
 
 
 def test_the_controller_overrides_accounting(output):
-    output["squeue"] = "121|FAILED|768|2026-11-24T02:11:54|n1|NonZeroExitCode\n122|FAILED|9|2026-11-24T02:11:54|n1|None\n"
+    output["squeue"] = ENDED
     output["sacct"] = "121|COMPLETED|0:0|2020-01-01T00:00:00|n9|None\n"
     ended = slurm.history(["121", "122"])
     assert [(end.exit_code, end.signal, end.nodes) for end in ended.values()] == [(3, None, ["n1"]), (None, 9, ["n1"])]
+
+
+def test_one_call_tells_which_jobs_wait_and_which_have_ended(monkeypatch):
+    asked = []
+    monkeypatch.setattr(slurm, "call", lambda *words, **_: asked.append(words) or SQUEUE + ENDED)
+    queued, ended = slurm.look(["116", "121", "122", "999"])
+    assert (list(queued), list(ended)) == (["116"], ["121", "122"]) and len(asked) == 1
+    assert ended["121"].ended is not None
 
 
 def test_partitions_with_different_nodes(output):
@@ -163,7 +176,7 @@ def test_jobs_get_the_users_environment_without_foreign_variables():
                "SINFO_FORMAT", "SACCT_FORMAT", "SCANCEL_STATE", "CUDA_VISIBLE_DEVICES", "RANK", "LOCAL_RANK", "WORLD_SIZE",
                "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "LAUNCH_RUN_DIR", "LAUNCH_ATTEMPT", "PMIX_RANK",
                "SUBMITIT_PREEMPT_SIGNAL"]
-    assert slurm.environment({**own, **dict.fromkeys(foreign, "x")}) == own
+    assert environment({**own, **dict.fromkeys(foreign, "x")}) == own
 
 
 def test_a_command_that_fails_says_why(monkeypatch, tmp_path):
@@ -182,3 +195,60 @@ def test_a_command_that_fails_says_why(monkeypatch, tmp_path):
         slurm.call("squeue")
     assert caught.value.message == "`squeue` failed: one; Unable to contact slurm controller"
     assert "scontrol ping" in caught.value.hint
+
+
+@pytest.fixture
+def program(monkeypatch, tmp_path):
+    """Put a command on PATH. It fails by its first `failures` calls, and counts its calls in a file."""
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(slurm_command.time, "sleep", lambda _: None)
+
+    def make(name, failures=0, complaint="Socket timed out on send/recv operation", answer="echo 7", pause_s=0.0):
+        (tmp_path / name).write_text(f"""#!/bin/sh
+echo x >> {tmp_path}/calls
+sleep {pause_s}
+[ $(wc -l < {tmp_path}/calls) -gt {failures} ] || {{ echo "{name}: error: {complaint}" >&2; exit 1; }}
+{answer}
+""")
+        (tmp_path / name).chmod(0o755)
+        return lambda: len((tmp_path / "calls").read_text().splitlines())
+
+    return make
+
+
+@pytest.mark.parametrize("words", [["squeue"], ["scontrol", "show", "config"], ["scontrol", "release", "7"], ["scancel", "7"],
+                                   ["sbatch", "--test-only"]])
+def test_a_command_that_can_be_repeated_is_tried_again(program, words):
+    calls = program(words[0], failures=2)
+    assert slurm.call(*words) == "7\n" and calls() == 3
+
+
+@pytest.mark.parametrize("words, complaint", [
+    (["sbatch", "job.sh"], "Socket timed out"), (["scancel", "--signal=TERM", "7"], "Socket timed out"),
+    (["scontrol", "requeue", "7"], "Socket timed out"), (["squeue"], "Invalid job id specified"),
+    (["sacct"], "Slurm accounting storage is disabled"),
+], ids=str)
+def test_a_command_is_not_repeated_if_it_would_do_harm_or_cannot_help(program, words, complaint):
+    calls = program(words[0], failures=2, complaint=complaint)
+    with pytest.raises(UserError, match=complaint):
+        slurm.call(*words)
+    assert calls() == 1
+
+
+def test_a_command_that_keeps_failing_is_given_up(program):
+    calls = program("squeue", failures=9)
+    with pytest.raises(UserError, match="Socket timed out"):
+        slurm.call("squeue")
+    assert calls() == 3
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_person_who_waits_is_told_what_for(program, monkeypatch, capsys, terminal):
+    program("squeue", pause_s=0.3)
+    monkeypatch.setattr(slurm_command, "SAY_AFTER_S", 0.1)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    assert slurm.call("squeue", stdin="text" * 50_000) == "7\n"
+    assert capsys.readouterr().err == ("waiting for squeue ...\n" if terminal else "")
+    with pytest.raises(UserError, match="did not answer within 0.2 s"):
+        slurm.call("squeue", timeout_s=0.2)

@@ -270,6 +270,7 @@ def test_a_cancel_that_fails_leaves_no_marker_of_a_cancellation(tmp_path, monkey
             raise UserError("`scancel` failed")
 
     monkeypatch.setattr(slurm, "queue", lambda ids=None: {"7": queued("7", "RUNNING")})
+    monkeypatch.setattr(slurm, "look", lambda ids: ({"7": queued("7", "RUNNING")}, {}))
     monkeypatch.setattr(slurm, "cancel", refuse)
     with pytest.raises(UserError, match="scancel"):
         cancel(runs.find_run(tmp_path, "far"))
@@ -345,12 +346,12 @@ def test_the_true_state_from_the_queue_then_the_history_then_the_record(tmp_path
     paths = make_run(tmp_path, state=recorded, checkpoint=checkpoint, job=job_at("7", "8", "9"), updated=utc_now())
     asked = []
 
-    def queue(ids):
+    def look(ids):
         asked.extend(ids)
-        return {job.id: job for job in found if isinstance(job, slurm.Queued)}
+        return tuple({job.id: job for job in found if isinstance(job, kind)} for kind in (slurm.Queued, slurm.Ended))
 
-    monkeypatch.setattr(slurm, "queue", queue)
-    monkeypatch.setattr(slurm, "history", lambda ids: {job.id: job for job in found if isinstance(job, slurm.Ended)})
+    monkeypatch.setattr(slurm, "look", look)
+    monkeypatch.setattr(slurm, "accounted", lambda ids: {})
     run = read_run(paths.root)
     assert state_of(run) == true
     assert asked == ([] if recorded in truth.FINAL else ["7", "8", "9"])
@@ -373,12 +374,12 @@ def test_a_record_that_changes_while_slurm_is_asked_counts(tmp_path, monkeypatch
     """The job is gone from the queue because the run has just ended."""
     paths = make_run(tmp_path, state="running", job=job_at("7"))
 
-    def queue(ids):
+    def look(ids):
         replace_json(paths.record, {**read_run(paths.root).record, "state": "finished"})
-        return {}
+        return {}, {}
 
-    monkeypatch.setattr(slurm, "queue", queue)
-    monkeypatch.setattr(slurm, "history", lambda ids: {})
+    monkeypatch.setattr(slurm, "look", look)
+    monkeypatch.setattr(slurm, "accounted", lambda ids: {})
     assert state_of(read_run(paths.root)) == "finished"
 
 
