@@ -20,7 +20,7 @@ from launch.cli.run import COMMANDS as RUNNING
 from launch.cli.run import task_command
 from launch.plan import spec as specs
 from trainers.contract import exit_codes
-from trainers.contract.errors import UserError
+from trainers.contract.errors import UserError, system_error
 
 MODULE = "Run a module of your own, as `python -m` does. Words after `--` are its arguments."
 EXAMPLES = """\b
@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader closed the pipe, as in `launch runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.FAILED
+    except OSError as error:
+        return _fail(system_error(error), exit_codes.USER_ERROR, settings.verbose)
     except Exception as error:
         hint = None if settings.verbose else "add --verbose to see the traceback"
         return _fail(UserError(f"{type(error).__name__}: {error}", hint), exit_codes.FAILED, settings.verbose)

@@ -18,7 +18,7 @@ from launch.supervise.rank import Outcome
 from launch.supervise.terminal import View
 from trainers.contract import exit_codes
 from trainers.contract.clock import utc_now
-from trainers.contract.errors import UserError
+from trainers.contract.errors import UserError, system_error
 from trainers.contract.files import FORMAT, read_json, replace_json, replace_text, temporary_path, update_json
 from trainers.contract.paths import RunPaths
 
@@ -134,7 +134,7 @@ def take_attempt(paths: RunPaths, number: int) -> None:
         if target.exists():
             raise UserError(f"attempt {number} of {paths.id} has just been started by another process",
                             f"see `launch status {command_name(paths)}`") from None
-        raise UserError(f"{target} cannot be made: {error.strerror}", "make room there") from error
+        raise UserError(f"{target} cannot be made: {error.strerror}", system_error(error).hint) from error
 
 
 def never_started(paths: RunPaths, number: int, outcome: Outcome, reason: str | None = None, **more: Any) -> None:

@@ -23,7 +23,7 @@ from launch.plan.job_script import Job
 from launch.plan.plan import Plan
 from launch.plan.spec import Spec
 from trainers.contract.clock import utc_now
-from trainers.contract.errors import UserError
+from trainers.contract.errors import UserError, system_error
 from trainers.contract.files import replace_text, update_json
 from trainers.contract.paths import RunPaths
 
@@ -93,7 +93,7 @@ def hand_over(job: Job, files: Mapping[str, str], root: Path) -> list[str]:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, text)
     except OSError as error:
-        raise UserError(f"{root} cannot be written: {error.strerror}", "make room there") from error
+        raise UserError(f"{root} cannot be written: {error.strerror}", system_error(error).hint) from error
     ids: list[str] = []
     try:
         for _ in range(job.links):

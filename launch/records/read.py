@@ -22,7 +22,7 @@ from launch.records.run import SWEEP, Run, read_record, read_run
 from launch.records.state import ACTIVE, NOT_SUBMITTED, Truth, local_state, on_slurm, true_states
 from trainers.checkpoints import folders
 from trainers.contract.clock import utc_at, utc_now
-from trainers.contract.errors import UserError
+from trainers.contract.errors import UserError, system_error
 from trainers.contract.files import read_json
 from trainers.contract.paths import RunPaths
 from trainers.contract.text import either
@@ -285,16 +285,21 @@ def _folders(root: Path) -> list[str]:
     """Return the names of the folders in `root`, sorted; none if `root` does not exist.
 
     Raises:
-        UserError: `root` is not a folder.
+        UserError: `root` is not a folder, or cannot be read.
     """
     try:
         with os.scandir(root) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir())
     except FileNotFoundError:
+        if root.is_symlink():  # on a disk that is not mounted, for instance: the runs are not gone
+            raise UserError(f"`{root}` is a link to `{os.readlink(root)}`, which does not exist",
+                            "mount that disk, or give the folder that holds runs: --runs DIR or LAUNCH_RUNS") from None
         return []
     except NotADirectoryError:
         raise UserError(f"`{root}` is not a folder",
                         "give the folder that holds runs: --runs DIR or LAUNCH_RUNS") from None
+    except OSError as error:
+        raise system_error(error) from error
 
 
 def _tail(file: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from trainers.contract import exit_codes
 
 
@@ -30,6 +32,29 @@ class TrainingError(UserError):
     """
 
     exit_code = exit_codes.FAILED
+
+
+# What to do about an error of the operating system.
+HINTS = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "another user may own it: ask the owner, or change its permissions"),
+    errno.EROFS: "it is on a file system that is mounted read-only: use another place",
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "your disk quota is used up: free some space",
+    errno.EMFILE: "raise the limit of open files: `ulimit -n 4096`",
+    errno.ENFILE: "this host has too many open files: close some programs",
+    errno.EAGAIN: "this user has too many processes: see `ulimit -u`, and the limit of the container",
+    errno.ENOMEM: "this host has too little free memory",
+    errno.ELOOP: "a symbolic link points to itself: remove it",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ESTALE: "the network file system has lost the file: try again",
+    errno.EIO: "the disk or the network file system is damaged or gone: ask whoever runs it",
+}
+
+
+def system_error(error: OSError) -> UserError:
+    """Return an error of the operating system in words: the file, what is wrong, and what to do."""
+    file = f"`{error.filename}`: " if error.filename else ""
+    return UserError(f"{file}{error.strerror or error}", HINTS.get(error.errno or 0))
 
 
 class OutOfMemory(TrainingError):

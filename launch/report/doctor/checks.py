@@ -132,7 +132,7 @@ def fits(version: str | None, need: Requirement) -> bool:
 
 
 def _folder(cluster: ClusterConfig, runs: Path) -> Iterator[Check]:
-    existing = next(path for path in (runs, *runs.parents) if path.exists())
+    existing = next(path for path in (runs, *runs.parents) if os.path.lexists(path))  # a broken link is not skipped
     try:
         with tempfile.NamedTemporaryFile(dir=existing):
             pass

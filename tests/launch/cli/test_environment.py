@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pwd
@@ -86,6 +87,36 @@ def test_a_package_on_pythonpath_does_not_hide_launchs_own(folder: Path) -> None
     ran = shell("launch show my.yaml && launch tasks && launch train.py --procs 1", folder, PYTHONPATH=str(folder / "src"))
     assert (ran.returncode, ran.stderr) == (0, b"")
     assert f"mine 1 {folder}/src\n" in ran.stdout.decode()
+
+
+def test_a_folder_of_runs_that_cannot_be_used_is_an_error(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / "gone").symlink_to("/nonexistent/disk")
+    (folder / "loop").symlink_to("loop")
+    (folder / "file").touch()
+    for name, message in (("gone", "error: `gone` is a link to `/nonexistent/disk`, which does not exist\nhint: mount that disk"),
+                          ("loop", "error: `loop`: Too many levels of symbolic links\nhint: a symbolic link points to itself"),
+                          ("file", "error: `file` is not a folder\n")):
+        assert main(["runs", "--runs", name]) == 2
+        assert capsys.readouterr().err.startswith(message)
+        assert main(["doctor", "--runs", name]) == 1
+        assert f"error    runs        cannot write to {folder}/{name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error, message", [
+    (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/a/run.json"),
+     "error: `/a/run.json`: Permission denied\nhint: another user may own it: ask the owner, or change its permissions\n"),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+     "error: No space left on device\nhint: the disk is full: free some space\n"),
+    (OSError("odd"), "error: odd\n"),
+])
+def test_an_error_of_the_system_names_the_file_and_the_remedy(error: OSError, message: str, monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture) -> None:
+    def fails(**_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("launch.execute.local.start", fails)
+    assert main(["my.yaml"]) == 2
+    assert capsys.readouterr().err == message
 
 
 def test_a_working_folder_that_was_deleted_is_an_error(folder: Path) -> None:
