@@ -3,12 +3,11 @@
     python -P -m trainers.trial
 
 A trial needs torchrun's environment and LAUNCH_RUN_DIR, as any rank does. It imports nothing else from this package. Each probe
-prints its result as a line of JSON on standard output: {"probe": name, "ok": whether it passed, "said": what it found}.
+prints its result as a line on standard output: its name, `ok` or `failed`, and what it found.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -84,7 +83,7 @@ def main() -> int:
             result, ok = probe(), True
         except Exception as error:
             result, ok = " ".join(f"{type(error).__name__}: {error}".split()), False
-        print(json.dumps({"probe": name, "ok": ok, "said": result}), flush=True)
+        print(f"{name} {'ok' if ok else 'failed'}: {result}", flush=True)
         if not ok:
             time.sleep(OTHERS_S)
             return 1

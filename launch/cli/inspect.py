@@ -237,11 +237,15 @@ def cancel(word: str, root: Path, json: bool) -> None:
     sweep = find_sweep(root, word)
     # Only a sweep's full id means the sweep: the beginning of its id may also name one of its runs.
     whole_sweep = sweep is not None and sweep.name == Path(word).name
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     if whole_sweep:
-        rows = cancel_sweep(root, word)
+        rows = cancel_sweep(root, word, say=say)
     else:
         run = find_run(root, word)
-        rows = [{"id": run.id, "state": stop(run)}]
+        rows = [{"id": run.id, "state": stop(run, say=say)}]
     if json:
         return print_json(rows if whole_sweep else rows[0])
     for row in rows:

@@ -170,7 +170,7 @@ def run_attempts(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, v
         if outcome.failure:
             view.event({"event": "failure", **outcome.failure.as_dict()})
         else:
-            for line in _ending(outcome, paths, time.monotonic() - began):
+            for line in _ending(outcome, paths, time.monotonic() - began, script=plan_of(number).batch is None):
                 view.notice(line)
     finally:
         view.close()
@@ -285,14 +285,19 @@ def _in_process(plan: Plan) -> int:
     return 0
 
 
-def _ending(outcome: Outcome, paths: RunPaths, seconds: float) -> list[str]:
-    """Lines for the user about a run that did not fail: what it has written, or how to continue it."""
+def _ending(outcome: Outcome, paths: RunPaths, seconds: float, script: bool) -> list[str]:
+    """Lines for the user about a run that did not fail: what it has written, or how to continue it.
+
+    The steps and checkpoints of a script are not known.
+    """
     record = read_json(paths.record)
     if outcome.kind == "finished":
         checkpoint = [paths.checkpoint(record["checkpoint"])] if record["checkpoint"] is not None else []
         files = [*(("model", path) for path in (*checkpoint, paths.model)), ("table", paths.results),
                  *(("figure", path) for path in sorted(paths.figures.glob("*.png")))]
         return [*(f"{what:<8}{short_path(path)}" for what, path in files if path.exists()), f"took    {duration(seconds)}"]
+    if script:
+        return [f"stopped; `launch resume {command_name(paths)}` starts the script again from its first line"]
     advice = f"continue with `launch resume {command_name(paths)}`"
     if paths.pieces.is_dir():  # a search
         return [f"stopped after {record['step']} of {record['total']} fits, which are kept; {advice}"]

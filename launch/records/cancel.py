@@ -7,7 +7,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,15 +24,17 @@ from trainers.contract.paths import RunPaths
 if TYPE_CHECKING:
     from launch.cluster.slurm import Queued
 
+QUIET_S = 2.0          # after so long, say what a cancellation waits for
 BEYOND_GRACE_S = 15.0  # how much longer than run.grace_s a cancelled run on SLURM may take
 
 
-def cancel(run: Run, wait_s: float | None = None) -> str:
+def cancel(run: Run, wait_s: float | None = None, say: Callable[[str], object] = lambda text: None) -> str:
     """Ask a run to write a checkpoint and stop, and wait until it has stopped.
 
     Args:
         wait_s: how many seconds to wait; by default 90. On SLURM, the default is the run's grace period plus
             `BEYOND_GRACE_S`, and a job that still runs after the wait is ended.
+        say: is called with what the wait is for, if the wait takes longer than `QUIET_S`.
 
     Returns:
         The run's state after the wait, with an explanation if the run has not stopped.
@@ -42,7 +44,7 @@ def cancel(run: Run, wait_s: float | None = None) -> str:
     """
     if on_slurm(run.record):
         [(run, truth)] = looked = true_states([run])
-        states = _cancel_on_slurm(looked, wait_s)
+        states = _cancel_on_slurm(looked, wait_s, say)
         if not states:
             raise _nothing_to_cancel(run, truth.state)
         return states[run.id]
@@ -69,15 +71,20 @@ def cancel(run: Run, wait_s: float | None = None) -> str:
         raise UserError(f"process {job['pid']} of run `{run.id}` belongs to another user",
                         "ask that user to cancel the run") from None
     wait_s = 90.0 if wait_s is None else wait_s
-    deadline = time.monotonic() + wait_s
+    began, told = time.monotonic(), False
     while alive(job["pid"], job["started"]) and not (sweep and run.reread().record["state"] in FINAL):
-        if time.monotonic() > deadline:
+        passed_s = time.monotonic() - began
+        if passed_s > QUIET_S and not told:
+            told = True
+            say(_waits_for([run], wait_s))
+        if passed_s > wait_s:
             return f"{state} (asked to stop, but process {job['pid']} still runs after {wait_s:.0f} s)"
         time.sleep(0.05)
     return state_of(run.reread())
 
 
-def cancel_sweep(root: Path, sweep: str, wait_s: float | None = None) -> list[dict[str, str]]:
+def cancel_sweep(root: Path, sweep: str, wait_s: float | None = None, say: Callable[[str], object] = lambda text: None
+                 ) -> list[dict[str, str]]:
     """Cancel all runs of a sweep that are waiting or running. Runs on SLURM are cancelled together.
 
     Returns:
@@ -90,17 +97,18 @@ def cancel_sweep(root: Path, sweep: str, wait_s: float | None = None) -> list[di
     folder = Path(record["path"])
     looked = true_states([read_run(folder.parent / point["run"]) for point in record["points"]
                    if RunPaths(folder.parent / point["run"]).record.exists()])
-    states = _cancel_on_slurm([(run, truth) for run, truth in looked if on_slurm(run.record)], wait_s)
+    states = _cancel_on_slurm([(run, truth) for run, truth in looked if on_slurm(run.record)], wait_s, say)
     local = [run for run, truth in looked if truth.state in ACTIVE and not on_slurm(run.record)]
     # Cancel the waiting runs first: otherwise the next one starts when the running one ends.
-    states |= {run.id: cancel(run, wait_s) for run in sorted(local, key=lambda run: run.record["state"] != "submitted")}
+    states |= {run.id: cancel(run, wait_s, say) for run in sorted(local, key=lambda run: run.record["state"] != "submitted")}
     if not states:
         raise UserError(f"no run of sweep `{folder.name}` is waiting or running: there is nothing to cancel",
                         f"see `launch runs --sweep {folder.name}`")
     return [{"id": run.id, "state": states.get(run.id, truth.state)} for run, truth in looked]
 
 
-def _cancel_on_slurm(looked: Sequence[tuple[Run, Truth]], wait_s: float | None) -> dict[str, str]:
+def _cancel_on_slurm(looked: Sequence[tuple[Run, Truth]], wait_s: float | None, say: Callable[[str], object]
+                     ) -> dict[str, str]:
     """Cancel the runs that have a job, or whose submission did not finish. Return each one's state by its id.
 
     Raises:
@@ -149,7 +157,7 @@ def _cancel_on_slurm(looked: Sequence[tuple[Run, Truth]], wait_s: float | None) 
         raise
     if running:
         working = [run for run in stopping if run.id in attempts]
-        _wait_for(working, running, max(map(_grace_s, working)) + BEYOND_GRACE_S if wait_s is None else wait_s)
+        _wait_for(working, running, max(map(_grace_s, working)) + BEYOND_GRACE_S if wait_s is None else wait_s, say)
         slurm.cancel(running)
     return _end(stopping, waiting | running)
 
@@ -161,12 +169,22 @@ def _jobs_by_script(run: Run, queue: Sequence[Queued]) -> tuple[Queued, ...]:
         f"/{run.id}/" in job.script or sweep and f"/{sweep}/" in job.script and job.id.endswith(f"_{element}")))
 
 
-def _wait_for(runs: Sequence[Run], ids: set[str], wait_s: float) -> None:
+def _waits_for(runs: Sequence[Run], wait_s: float) -> str:
+    """What a cancellation waits for, in words."""
+    name = f"run `{runs[0].id}`" if len(runs) == 1 else f"{len(runs)} runs"
+    return f"waiting up to {wait_s:.0f} s for {name} to end the present step and save"
+
+
+def _wait_for(runs: Sequence[Run], ids: set[str], wait_s: float, say: Callable[[str], object]) -> None:
     """Wait until the runs have ended by their records, or their jobs are gone, or `wait_s` seconds have passed."""
     from launch.cluster import slurm
 
     start = asked = time.monotonic()
+    told = False
     while time.monotonic() < start + wait_s and any(run.reread().record["state"] in ACTIVE for run in runs):
+        if not told and time.monotonic() > start + QUIET_S:
+            told = True
+            say(_waits_for(runs, wait_s))
         if time.monotonic() > asked + 5:
             asked = time.monotonic()
             if not slurm.queue(ids):

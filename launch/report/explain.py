@@ -75,7 +75,7 @@ def explain(run: Run) -> dict[str, Any]:
             cause["hint"] = None
     elif cause and status["state"] in ACTIVE:  # nothing failed: the first attempt has not started yet
         cause = None
-    sentence = _sentence(run, status, attempts, cause)
+    sentence = _sentence(run, status, attempts, cause, "script" in spec)
     return {"id": run.id, **{key: status[key] for key in ("state", "step", "total", "note")}, "sentence": sentence,
             "cause": cause, "slurm": slurm, "attempts": attempts, "next": _next(status, cause, kind, facts)}
 
@@ -333,7 +333,8 @@ def _match(text: str) -> tuple[Cause, re.Match[str]] | None:
 # The sentence
 
 
-def _sentence(run: Run, status: Status, attempts: Sequence[Mapping[str, Any]], cause: Mapping[str, Any] | None) -> str:
+def _sentence(run: Run, status: Status, attempts: Sequence[Mapping[str, Any]], cause: Mapping[str, Any] | None, script: bool
+              ) -> str:
     """The state of the run and the reason for it, in one sentence."""
     state, note, last = status["state"], status["note"], attempts[-1] if attempts else None
     where = "" if last is None or last["to_step"] is None else f" at step {last['to_step']}"
@@ -348,7 +349,7 @@ def _sentence(run: Run, status: Status, attempts: Sequence[Mapping[str, Any]], c
         case "finished":
             return state + where
         case "running":
-            return _runs(run, status, last)
+            return _runs(run, status, last, script)
         case "submitted":
             queue = status["queue"]
             job = f"job {', '.join(queue['ids'])} has started on {', '.join(queue['nodes'])}" if queue else "it is submitted"
@@ -380,7 +381,7 @@ def _waits(run: Run, status: Status) -> str:
             + (f"; SLURM expects it to start at {local_time(start)}" if start else ""))
 
 
-def _runs(run: Run, status: Status, last: Mapping[str, Any] | None) -> str:
+def _runs(run: Run, status: Status, last: Mapping[str, Any] | None, script: bool) -> str:
     """How far a running run is, and whether it is slow or silent, in words.
 
     Args:
@@ -395,9 +396,12 @@ def _runs(run: Run, status: Status, last: Mapping[str, Any] | None) -> str:
             f"; {status['note']}" if status["note"] else "")
     log = run.paths.log(last["attempt"], 0)
     speed = SPEED.findall(_read(log, -END_BYTES))
-    text = f"attempt {last['attempt']} " + ("has not reached its first step" if last["to_step"] is None else
-                                            f"is at step {last['to_step']} of {status['total'] or '?'}")
-    text += f", {speed[-1][0]}, with {speed[-1][1]} to go" if speed else ""
+    if script:
+        text = f"attempt {last['attempt']} runs the script"
+    else:
+        text = f"attempt {last['attempt']} " + ("has not reached its first step" if last["to_step"] is None else
+                                                f"is at step {last['to_step']} of {status['total'] or '?'}")
+        text += f", {speed[-1][0]}, with {speed[-1][1]} to go" if speed else ""
     silent_s = seconds_between(_changed(log), utc_now()) or 0
     if status["note"]:
         return f"{text}; {status['note']}"

@@ -59,7 +59,7 @@ def _comparison(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 def details(status: dict[str, Any]) -> str:
     """The result of `launch.records.read.status` as text for a person."""
-    progress = _step(status)
+    progress = _step(status).strip("-")
     if status["loss"] is not None:
         progress += f", loss {number(status['loss'])}"
     queue, job = status["queue"], status["job"]
@@ -146,15 +146,17 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _step(row: dict[str, Any]) -> str:
-    if row["step"] is None:
+    if row["step"] is None or not (row["step"] or row.get("total")):  # before the first step, and of a script: not known
         return "-"
     return f"{row['step']}/{row['total']}" if row.get("total") else str(row["step"])
 
 
 def _attempt(attempt: dict[str, Any]) -> str:
-    text = attempt["outcome"]
-    code = (attempt.get("failure") or {}).get("exit_code")  # of the rank that failed; with several ranks, the command's is 1
-    if (code := attempt.get("exit_code") if code is None else code) is not None:
+    text, failure = attempt["outcome"], attempt.get("failure") or {}
+    code = failure.get("exit_code")  # of the rank that failed; with several ranks, the command's is 1
+    if failure.get("signal"):
+        text += f", {'a rank' if failure.get('rank') is None else 'rank ' + str(failure['rank'])} ended by {failure['signal']}"
+    elif (code := attempt.get("exit_code") if code is None else code) is not None:
         text += f", exit code {code}"
     if attempt.get("ranks"):
         text += f", {attempt['ranks']} rank(s) on {attempt['device']}, "

@@ -101,6 +101,8 @@ def test_the_node_whose_torch_is_broken_is_named(examine, slurm_launch):
     assert summary.what == "failed on n2" and f"launch explain {run}" in summary.fix
     status = slurm_launch("status", run)
     assert "failed" in status.stdout
+    explained = slurm_launch("explain", run).stdout
+    assert ": rank 1 on node n2 ended with exit code 1: torch failed: ImportError: libcudart" in explained
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide a folder from a node")

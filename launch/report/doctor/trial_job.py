@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import shlex
@@ -221,11 +220,7 @@ def _read(file: Path) -> str:
 
 
 def _findings(log: Path) -> Iterator[dict[str, Any]]:
-    """The findings of trainers/trial.py in the log of a rank: lines of JSON as {"probe", "ok", "said"}."""
+    """The findings of trainers/trial.py in the log of a rank, as {"probe", "ok", "said"}."""
     for text in _read(log).splitlines():
-        try:
-            finding = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(finding, dict) and "probe" in finding:
-            yield finding
+        if match := re.fullmatch(r"(\S+) (ok|failed): (.*)", text):
+            yield {"probe": match[1], "ok": match[2] == "ok", "said": match[3]}

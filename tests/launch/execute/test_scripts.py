@@ -263,7 +263,7 @@ def test_a_rank_that_saves_has_the_whole_grace_although_another_rank_is_gone(lau
     wait_until(lambda: sum(bool(p.read_text()) for p in launch.folder.glob("runs/*/attempts/1/logs/*.log")) == 2)
     process.terminate()
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 75 and "saved" in out
+    assert process.returncode == 75 and "saved" in out and "starts the script again from its first line" in out
 
 
 def test_megabytes_without_a_line_end_become_a_short_error(launch):

@@ -223,12 +223,15 @@ def test_cancel_writes_the_reason_before_it_sends_the_signal(tmp_path, node):
     assert not paths.cancellation(1).exists()
 
 
-def test_cancel_does_not_wait_for_ever(tmp_path, node):
+def test_cancel_does_not_wait_for_ever_and_says_what_it_waits_for(tmp_path, node, monkeypatch):
     paths = make_run(tmp_path, state="running", attempt=2)
     make_attempt(paths, 2)
     process = node(paths, "deaf")
     replace_json(paths.record, {**read_run(paths.root).record, "job": job_of(process.pid)})
-    state = cancel(runs.find_run(tmp_path, "cifar10-1"), wait_s=0.2)
+    monkeypatch.setattr("launch.records.cancel.QUIET_S", 0.0)
+    said = []
+    state = cancel(runs.find_run(tmp_path, "cifar10-1"), wait_s=0.2, say=said.append)
+    assert said == ["waiting up to 0 s for run `cifar10-1` to end the present step and save"]
     assert re.match(r"running \(.*still runs after 0 s\)", state)
 
 
@@ -443,3 +446,16 @@ def test_a_run_that_waits_in_vain_for_another_run_says_so(tmp_path, monkeypatch,
     explanation = explain(read_run(paths.root))
     assert note in explanation["sentence"]
     assert [step["command"] for step in explanation["next"]][:2] == ["launch resume a-1", "launch cancel b-1"]
+
+
+def test_an_attempt_names_the_signal_that_ended_its_rank(tmp_path):
+    paths = make_run(tmp_path, state="failed")
+    make_attempt(paths, 1, failure=LAST)
+    assert "failed, rank 1 ended by SIGKILL, 2 rank(s)" in details(runs.status(runs.find_run(tmp_path, "cifar10-1")))
+
+
+def test_no_step_is_shown_where_none_is_known(tmp_path):
+    """Of a script, for example: its record says step 0, of an unknown total."""
+    make_run(tmp_path, state="running", step=0, total=None, metrics={})
+    shown = details(runs.status(runs.find_run(tmp_path, "cifar10-1")))
+    assert "\nstep" not in shown and table(runs.list_runs(tmp_path), width=100).splitlines()[1].split()[3] == "-"

@@ -289,6 +289,37 @@ def test_advice_that_does_not_apply_is_left_out(make):
     assert found["cause"]["meaning"] == "the GPU's memory was full" and commands(found) == ["launch resume bert-1"]
 
 
+SCRIPT = "name: train\nscript: /x/train.py\n"
+
+
+def test_nothing_is_said_about_the_steps_and_checkpoints_of_a_script(make):
+    """What the script prints may look like the lines of a task."""
+    logs = {(1, 0): "training from step 0 of 100:\nstep 7/100\n"}
+    found = make("preempted", ("preempted", {"reason": "time limit"}), logs=logs, spec=SCRIPT, total=None)
+    assert found["sentence"] == "stopped in attempt 1 (time limit); it does not continue by itself"
+    assert found["next"][0]["why"].startswith("it starts the script again from its first line")
+    paths = RunPaths(Path("runs/bert-1").absolute())
+    replace_json(paths.record, {**read_json(paths.record), "state": "running"})
+    replace_json(paths.attempt_record(1), {**read_json(paths.attempt_record(1)), "outcome": "running"})
+    assert explain(read_run(paths.root))["sentence"] == "attempt 1 runs the script; nothing is wrong"
+
+
+@pytest.mark.parametrize("kept, words", [
+    (61, "stopped with a checkpoint after 0:50 at step 61: Ctrl-C twice: stopped at once"),
+    (50, "stopped after 0:50 at step 61: Ctrl-C twice: stopped at once; its newest checkpoint is of step 50"),
+])
+def test_an_attempt_that_was_stopped_at_once_kept_an_older_checkpoint(make, kept, words):
+    logs = {(1, 0): "training from step 0 of 100:\nstep 61/100  loss 1\n"}
+    found = make("preempted", ("preempted", {"reason": "Ctrl-C twice: stopped at once"}), logs=logs, checkpoint=kept)
+    assert f"\nattempt 1   {words}\n" in told(found)
+
+
+def test_advice_is_given_only_with_a_reason_that_is_known(make):
+    """The reason to resume after a missing module names the cluster's file. A local run has no cluster."""
+    found = make("failed", ("failed", failure(message="execve(): /x/python: No such file or directory")))
+    assert all(step["why"] for step in found["next"]) and "None" not in told(found)
+
+
 def test_slurms_lines_are_those_of_the_last_attempt(make, tmp_path):
     """The first attempt was preempted; the last attempt ran out of memory."""
     job = {"kind": "slurm", "cluster": "here", "ids": ["101"], "submission": 1}
