@@ -302,9 +302,10 @@ def _ending(outcome: Outcome, paths: RunPaths, seconds: float, script: bool) -> 
     if paths.pieces.is_dir():  # a search
         return [f"stopped after {record['step']} of {record['total']} fits, which are kept; {advice}"]
     kept = f", checkpoint {record['checkpoint']}" if record["checkpoint"] is not None else ", without a checkpoint"
+    where = "at once" if outcome.kind == "killed" else f"at step {record['step']}"  # a killed rank has not said its last step
     late = [f"warning: {outcome.note}; raise it if a checkpoint takes longer: `launch resume {command_name(paths)} "
             "run.grace_s=SECONDS`"] if outcome.note else []
-    return [*late, f"stopped at step {record['step']}{kept}; {advice}"]
+    return [*late, f"stopped {where}{kept}; {advice}"]
 
 
 def _print_failure(failure: Failure, paths: RunPaths) -> None:

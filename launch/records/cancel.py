@@ -64,6 +64,7 @@ def cancel(run: Run, wait_s: float | None = None, say: Callable[[str], object] =
     run.paths.cancellation(attempt).touch()
     try:
         os.kill(job["pid"], signal.SIGTERM)
+        os.kill(job["pid"], signal.SIGCONT)  # a process that Ctrl-Z has stopped would not see SIGTERM
     except ProcessLookupError:
         pass  # the process has just ended
     except PermissionError:

@@ -15,11 +15,21 @@ def columns(rows: Sequence[tuple[str, ...]], width: int | None = None) -> str:
 
     Without `width`, lines are cut at $COLUMNS or at the width of the terminal. Output to a file or a pipe is not cut.
     """
-    if width is None and "COLUMNS" not in os.environ and not sys.stdout.isatty():
-        width = sys.maxsize
-    width = width or shutil.get_terminal_size().columns
+    width = terminal_width() if width is None else width
     widths = [max(map(cell_len, column)) for column in zip(*rows)]
     return "\n".join(cut("  ".join(map(set_cell_size, row, widths)).rstrip(), width) for row in rows)
+
+
+def terminal_width() -> int:
+    """$COLUMNS, or the width of the terminal; without a limit if the output goes to a file or a pipe."""
+    if "COLUMNS" not in os.environ and not sys.stdout.isatty():
+        return sys.maxsize
+    return shutil.get_terminal_size().columns
+
+
+def too_wide(rows: Sequence[tuple[str, ...]], width: int) -> bool:
+    """Whether `columns` would cut a line."""
+    return sum(max(map(cell_len, column)) + 2 for column in zip(*rows)) - 2 > width
 
 
 def cut(text: str, width: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +14,8 @@ from trainers.contract.events import brief, metrics_line
 from trainers.contract.text import duration, number
 
 COLUMNS = ("RUN", "TASK", "STATE", "STEP", "UPDATED", "METRICS")
+LEAST_METRICS = 16  # cells for metrics beside the other values of a run
+MOST_ID = 28      # cells for an id on a narrow terminal: a short name, the time and the random part
 VALUE_WIDTH = 20  # cells for a value that a sweep varies, so that a long path leaves room for the metrics
 
 
@@ -27,15 +30,46 @@ def table(rows: Sequence[dict[str, Any]], width: int | None = None) -> str:
     """
     if not rows:
         return "no runs"
-    cells = _comparison(rows) if "overrides" in rows[0] else [COLUMNS, *(_cells(row) for row in rows)]
     ids_by_note: dict[str, list[str]] = {}
     for row in rows:
         if row.get("note"):
             ids_by_note.setdefault(row["note"], []).append(row["id"])
     notes = [f"note: {ids[0] if len(ids) == 1 else f'{len(ids)} runs'}: {note}" for note, ids in ids_by_note.items()]
-    from launch.report.columns import columns
+    from launch.report.columns import columns, terminal_width
 
-    return "\n".join([columns(cells, width), *notes])
+    width = terminal_width() if width is None else width
+    shown = columns(_comparison(rows), width) if "overrides" in rows[0] else _list(rows, width)
+    return "\n".join([shown, *notes])
+
+
+def _list(rows: Sequence[dict[str, Any]], width: int) -> str:
+    """One line per run. Where lines would be too wide, the task is left out. If that leaves too little room for metrics, they
+    follow on a line of their own. A long id comes on a line of its own too: the state of every run stays visible."""
+    from launch.report.columns import columns, cut, too_wide
+
+    cells = [COLUMNS, *(_cells(row) for row in rows)]
+    if not too_wide(cells, width):
+        return columns(cells, width)
+    room = max(MOST_ID, width // 2)
+    narrow = [("" if len(id) > room else id, *values) for id, _, *values, _ in cells]
+    beside = width - max(map(len, columns(narrow, sys.maxsize).splitlines())) - 2
+    if beside >= LEAST_METRICS:
+        narrow = [(*row, _fitting(metrics, beside)) for row, (*_, metrics) in zip(narrow, cells)]
+    lines = columns(narrow, width)
+    shown = []
+    for line, (id, *_, metrics) in zip(lines.splitlines(), cells):
+        shown += [cut(id, width)] * (len(id) > room) + [line]
+        if beside < LEAST_METRICS and metrics and id != COLUMNS[0]:
+            shown.append("  " + cut(metrics, width - 2))
+    return "\n".join(shown)
+
+
+def _fitting(metrics: str, width: int) -> str:
+    """As many whole metrics of a line as fit."""
+    shown = metrics.split("  ")
+    while len(shown) > 1 and len("  ".join(shown)) > width:
+        shown = [*shown[:-2], "…"] if shown[-1] == "…" else [*shown[:-1], "…"]
+    return "  ".join(shown)
 
 
 def _comparison(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -74,7 +108,7 @@ def details(status: dict[str, Any]) -> str:
         "step": progress,
         "speed": f"{status['rate']:,.0f} samples or tokens per second" if status["rate"] and status["state"] == "running" else "",
         "slow": "; ".join(map(slow_words, status["slow"])),
-        "metrics": metrics_line(status["metrics"] or {}),
+        "metrics": _metrics(status["metrics"] or {}),
         "process": f"{job['pid']} on {job['host']}" if job and "pid" in job and status["state"] in ACTIVE else "",
         "weights": _weights(status.get("init")),
         "created": f"{local_time(status['created'])} ({_ago(status['created'])})",
@@ -98,6 +132,12 @@ def details(status: dict[str, Any]) -> str:
         lines += [f"{'next' if first else '':<12}{command}"
                   for first, command in zip([True] + [False] * len(status["next"]), status["next"])]
     return "\n".join(lines)
+
+
+def _metrics(metrics: dict[str, Any]) -> str:
+    """The metrics, without those of single parts, such as `class/ship`: these are only counted."""
+    left_out = len(metrics) - len(brief(metrics))
+    return metrics_line(brief(metrics)) + (f"  and {left_out} more, of single parts: see metrics.jsonl" if left_out else "")
 
 
 def _weights(init: dict[str, Any] | None) -> str:
@@ -141,7 +181,7 @@ def _start(queue: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    metrics = row.get("problem") or metrics_line(row.get("metrics") or {})
+    metrics = row.get("problem") or metrics_line(brief(row.get("metrics") or {}))
     return row["id"], row["task"] or "-", row["state"], _step(row), _ago(row.get("updated")), metrics
 
 

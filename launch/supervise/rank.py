@@ -20,7 +20,7 @@ from launch.plan.plan import Plan
 from launch.supervise.terminal import View
 from trainers.contract import events, exit_codes, heartbeat
 from trainers.contract.paths import RunPaths
-from trainers.contract.text import last_traceback
+from trainers.contract.text import last_state, last_traceback, whole_characters
 
 PARTIAL_AFTER_S = 0.5  # an unfinished line is shown after this time
 READ_BYTES = 1 << 16
@@ -196,12 +196,19 @@ class Rank:
         """Show a line that has had no line end for `older_than_s` seconds, such as the line of a progress bar."""
         waiting = self._partial and time.monotonic() - self._partial_since >= older_than_s
         if waiting and events.SEPARATOR.encode() not in self._partial:
-            text = self._partial.decode(errors="replace")
-            self.tail.append(text[:LINE_CHARS])
-            self.log.write(self._partial)
+            raw, self._partial = whole_characters(self._partial) if older_than_s else (self._partial, b"")
+            text = raw.decode(errors="replace")
+            self.tail.append(last_state(text)[:LINE_CHARS])
+            self._log(raw, b"")
             if self.rank == 0:
-                self.view.text(text)
-            self._partial = b""
+                self.view.partial(text)
+            self._partial_since = time.monotonic()
+
+    def _log(self, raw: bytes, end: bytes) -> None:
+        """Write to the log. Of a line that was overwritten with carriage returns, only the last state stays."""
+        if b"\r" in raw:
+            raw = b"\r" * raw.startswith(b"\r") + last_state(raw.decode(errors="replace")).encode()
+        self.log.write(raw + end)
 
     def _handle_line(self, raw: bytes) -> None:
         text = raw.decode(errors="replace")
@@ -229,8 +236,8 @@ class Rank:
             self.view.event(event)
 
     def _handle_text(self, raw: bytes, text: str) -> None:
-        self.tail.append(text[:LINE_CHARS])
-        self.log.write(raw + b"\n")
+        self.tail.append(last_state(text)[:LINE_CHARS])
+        self._log(raw, b"\n")
         if self.rank == 0:
             self.view.text(text)
 
@@ -276,11 +283,11 @@ class Rank:
             except ProcessLookupError:
                 pass
 
-    def interrupt(self) -> None:
-        """Send SIGINT to the process and all other processes of its group, as Ctrl-C in a terminal does."""
+    def send_group(self, number: int) -> None:
+        """Send a signal to the process and all other processes of its group, as Ctrl-C in a terminal does."""
         if self.code is None:
             try:
-                os.killpg(self.process.pid, signal.SIGINT)
+                os.killpg(self.process.pid, number)
             except (ProcessLookupError, PermissionError):
                 pass
 

@@ -20,20 +20,24 @@ class StopSignals:
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopSignals]:
+def stop_signals(pausing: bool = False) -> Iterator[StopSignals]:
     """Record stop signals until the block ends.
 
     A handler only records its signal. A stop signal and the end of a child both wake the loop. A signal that this process
     was started to ignore (nohup) stays ignored.
+
+    Args:
+        pausing: also record SIGTSTP (Ctrl-Z). The loop then stops this process itself, after its ranks.
     """
+    signals = (*STOP_SIGNALS, *((signal.SIGTSTP,) if pausing else ()))
     received: list[int] = []
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.setblocking(False)
-    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGCHLD)}
+    before = {number: signal.getsignal(number) for number in (*signals, signal.SIGCHLD)}
     wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     try:
-        for number in STOP_SIGNALS:
+        for number in signals:
             if before[number] is not signal.SIG_IGN:
                 signal.signal(number, lambda n, frame: received.append(n))
         signal.signal(signal.SIGCHLD, lambda n, frame: None)

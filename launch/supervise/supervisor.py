@@ -8,6 +8,7 @@ file itself, so that a full disk stops no rank.
 
 from __future__ import annotations
 
+import os
 import selectors
 import signal
 import subprocess
@@ -47,7 +48,7 @@ def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address
         OSError: a rank could not be started, or its log could not be opened.
     """
     if stop is None:
-        with stop_signals() as stop:
+        with stop_signals(pausing=True) as stop:
             return supervise(plan, paths, view, node=node, address=address, port=port, peers=peers, more=more,
                              kill_wait_s=kill_wait_s, stop=stop, stdin=stdin)
     ranks: list[Rank] = []
@@ -104,6 +105,10 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
         if stop_signal is None and any(rank.code in (-signal.SIGTERM, exit_codes.PREEMPTED) for rank in just_ended):
             time.sleep(0.5)  # SLURM signals ranks directly: the same signal to this process may arrive a moment later
         messages = peers.receive()
+        if signal.SIGTSTP in stop.received:
+            stop.received[:] = [number for number in stop.received if number != signal.SIGTSTP]
+            paused_s = _pause(ranks)
+            deadline = deadline and deadline + paused_s
         interrupts += stop.received.count(signal.SIGINT)
         if interrupts > 1:
             return Outcome("killed", signal="SIGINT", checkpoint_s=slowest)
@@ -120,7 +125,7 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
                 # A script may catch KeyboardInterrupt to save. The ranks of a task handle all signals alike.
                 interrupted = number == signal.SIGINT and plan.batch is None
                 for rank in ranks:
-                    rank.interrupt() if interrupted else rank.send(signal.SIGTERM)
+                    rank.send_group(signal.SIGINT) if interrupted else rank.send(signal.SIGTERM)
                 deadline = deadline or time.monotonic() + plan.grace_s
         if not failed_elsewhere and any("failure" in message or "lost" in message for message in messages):
             failed_elsewhere = True
@@ -169,6 +174,20 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
     finished = (all(rank.code == exit_codes.FINISHED for rank in ranks)
                 and (stop_signal is None or plan.batch is not None))
     return Outcome("finished" if finished else "preempted", None, name, slowest, note)
+
+
+def _pause(ranks: list[Rank]) -> float:
+    """Stop the ranks and this process, as Ctrl-Z asks, until this process is continued (`fg`). Return how long that took.
+
+    The terminal stops only this process: each rank leads a session of its own.
+    """
+    for rank in ranks:
+        rank.send_group(signal.SIGSTOP)
+    began = time.monotonic()
+    os.kill(os.getpid(), signal.SIGSTOP)
+    for rank in ranks:
+        rank.send_group(signal.SIGCONT)
+    return time.monotonic() - began
 
 
 def _wait_for_leftovers(ranks: list[Rank], limit_s: float, stop: StopSignals, view: View, peers: Peers) -> None:

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 from trainers.contract.events import line as plain_line
 from trainers.contract.events import speed
 from trainers.contract.streams import take_any_text
-from trainers.contract.text import duration, number
+from trainers.contract.text import duration, last_state, number
 
 if TYPE_CHECKING:  # rich is imported only when something is drawn
     from rich.live import Live
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # rich is imported only when something is drawn
     from rich.text import Text
 
 DRAW_EVERY_S = 0.05
+BAR_EVERY_S = 30.0  # between two states of a script's own progress bar in a pipe
 
 
 class View(Protocol):
@@ -32,6 +33,9 @@ class View(Protocol):
 
     def text(self, line: str) -> None:
         """Show a line of rank 0's output that is not an event. The line has no line end."""
+
+    def partial(self, text: str) -> None:
+        """Show a part of a line of rank 0's output that has no line end yet, such as the line of a progress bar."""
 
     def notice(self, message: str) -> None:
         """Show a message of the launcher."""
@@ -115,13 +119,20 @@ class PlainView:
 
     def __init__(self, outlet: Outlet):
         self._outlet = outlet
+        self._bar_at = float("-inf")  # when an unfinished line with carriage returns was shown last
 
     def event(self, event: dict[str, Any]) -> None:
         if event["event"] not in FOR_PROGRAMS:
             self._outlet.line(event_line(event))
 
     def text(self, line: str) -> None:
-        self._outlet.line(line)
+        self._outlet.line(last_state(line))
+
+    def partial(self, text: str) -> None:
+        """Show a progress bar, which may be redrawn for hours, only now and then."""
+        if "\r" not in text or time.monotonic() > self._bar_at + BAR_EVERY_S:
+            self._bar_at = time.monotonic()
+            self.text(text)
 
     def notice(self, message: str) -> None:
         self._outlet.line(message)
@@ -135,25 +146,20 @@ class NoticeView(PlainView):
 
     def event(self, event: dict[str, Any]) -> None: ...
     def text(self, line: str) -> None: ...
+    def partial(self, text: str) -> None: ...
 
 
-class JsonView:
+class JsonView(PlainView):
     """Shows one JSON object per line: the events, {"event": "text", "line"} and {"event": "notice", "message"}."""
-
-    def __init__(self, outlet: Outlet):
-        self._outlet = outlet
 
     def event(self, event: dict[str, Any]) -> None:
         self._outlet.line(strict_json(event))
 
     def text(self, line: str) -> None:
-        self._outlet.line(strict_json({"event": "text", "line": line}))
+        self._outlet.line(strict_json({"event": "text", "line": last_state(line)}))
 
     def notice(self, message: str) -> None:
         self._outlet.line(strict_json({"event": "notice", "message": message}))
-
-    def close(self) -> None:
-        self._outlet.flush()
 
 
 class RichView:
@@ -167,6 +173,7 @@ class RichView:
         self._live: Live | None = None
         self._drawn_at = 0.0
         self._progress = Progress()
+        self._unfinished = ""  # what was shown of the present line of output
 
     def event(self, event: dict[str, Any]) -> None:
         match event["event"]:
@@ -185,16 +192,35 @@ class RichView:
         self._above(event_line(event))
 
     def text(self, line: str) -> None:
-        self._above(line)
+        if self._live:
+            line, self._unfinished = self._unfinished + line, ""
+            self._above(line)
+        else:  # the terminal shows what a script prints as without `launch`
+            self._unfinished = ""
+            self._outlet.line(line)
+
+    def partial(self, text: str) -> None:
+        if self._live:  # the part would damage the progress line: it is shown with the rest of its line
+            self._unfinished = last_state(self._unfinished + text)
+        else:
+            self._unfinished = text
+            self._outlet.write(text)
+            self._outlet.flush()
 
     def notice(self, message: str) -> None:
         self._above(message)
 
     def close(self) -> None:
         if self._live:
-            self._live.transient = not self._progress.shown
-            self._live.stop()
-            self._live = None
+            if self._unfinished:
+                self.text("")
+            live, self._live = self._live, None
+            live.transient = True
+            live.stop()
+            if self._progress.shown and self._progress.stepped:  # no `end` event came: the last step stays as a plain line
+                self._outlet.line(event_line(self._progress.event))
+        elif self._unfinished:
+            self._outlet.line("")
         self._outlet.flush()
 
     def _open(self, event: dict[str, Any]) -> None:
@@ -204,6 +230,9 @@ class RichView:
         self._progress = Progress()
         self._progress.take({"step": event.get("step", 0), "total": event.get("total")})
         if self._live is None:
+            if self._unfinished:
+                self._unfinished = ""
+                self._outlet.line("")
             console = Console(file=self._outlet,  # type: ignore[arg-type]  # rich uses only what Outlet has
                               force_terminal=True, highlight=False, markup=False, emoji=False)
             self._live = Live(get_renderable=lambda: self._progress, console=console, auto_refresh=False,
@@ -214,7 +243,8 @@ class RichView:
 
     def _above(self, line: str) -> None:
         if self._live is None:
-            self._outlet.line(line)
+            self._outlet.line("\n" * bool(self._unfinished) + line)
+            self._unfinished = ""
             return
         from rich.text import Text
 
@@ -230,8 +260,9 @@ class Progress:
 
     def __init__(self) -> None:
         self.shown = True
+        self.stepped = False
         self._began = time.monotonic()
-        self._event: dict[str, Any] = {"step": 0, "total": None}
+        self.event: dict[str, Any] = {"step": 0, "total": None}
 
     def take(self, event: dict[str, Any]) -> bool:
         """Show this `step` event from now on. Return False if it cannot be drawn: a user's script may print anything."""
@@ -239,18 +270,24 @@ class Progress:
             self._parts(event)
         except (KeyError, TypeError, ValueError):
             return False
-        self._event = event
+        self.event, self.stepped = event, event.get("event") == "step"
         return True
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         if not self.shown:
             return
+        from rich.progress_bar import ProgressBar
         from rich.segment import Segment
 
         for part in self.draw(options.max_width - 1):  # the last column stays free: some terminals wrap there
+            if console.no_color and isinstance(part, ProgressBar):  # rich tells the parts of a bar apart only by colours
+                width = part.width or 0
+                done = round(width * part.completed / (part.total or 1))
+                yield Segment("#" * done + "-" * (width - done))
+                continue
             segments = list(console.render(part, options))
             yield from segments
-            # Without colours, rich draws no rest of a bar: the text after the bar would move with each step.
+            # rich draws no rest of a bar on some terminals: the text after the bar would move with each step.
             yield Segment(" " * ((getattr(part, "width", None) or 0) - sum(segment.cell_length for segment in segments)))
 
     def draw(self, width: int) -> list[Text | ProgressBar]:
@@ -259,7 +296,7 @@ class Progress:
         from rich.progress_bar import ProgressBar
         from rich.text import Text
 
-        parts, total = self._parts(self._event), self._event["total"]
+        parts, total = self._parts(self.event), self.event["total"]
         gap = 2 if width >= 100 else 1
         chosen, room = {0}, width - cell_len(" ".join(parts[0][1:]))
         if total:
@@ -275,7 +312,7 @@ class Progress:
             _, label, value = parts[index]
             text.append(" " * gap if index else "").append(f"{label} " if label else "", style="dim").append(value)
             if index == 0 and total and room >= 0:
-                bar = ProgressBar(total=total, completed=self._event["step"], width=min(self.LEAST_BAR + room, 40),
+                bar = ProgressBar(total=total, completed=self.event["step"], width=min(self.LEAST_BAR + room, 40),
                                   style="bright_black", complete_style="green", finished_style="green")
                 line += [text.append(" " * gap), bar]
                 text = Text(no_wrap=True, overflow="crop", end="")

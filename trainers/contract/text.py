@@ -14,6 +14,23 @@ def either(words: Iterable[object]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+def last_state(line: str) -> str:
+    """Return what a terminal shows of a line that was overwritten with carriage returns, as progress bars do."""
+    return next((part for part in reversed(line.split("\r")) if part.strip()), "") if "\r" in line else line
+
+
+def whole_characters(data: bytes) -> tuple[bytes, bytes]:
+    """Split UTF-8 after the last whole character: (whole characters, the beginning of the next one)."""
+    for length in range(1, min(4, len(data)) + 1):
+        first = data[-length]
+        if first >= 0xC0:  # the first byte of a character of 2 to 4 bytes
+            whole = (2 if first < 0xE0 else 3 if first < 0xF0 else 4) <= length
+            return (data, b"") if whole else (data[:-length], data[-length:])
+        if first < 0x80:
+            break
+    return data, b""
+
+
 def last_traceback(text: str, to_end: bool = False) -> str | None:
     """Return the last Python traceback in a text; None if there is none. torch's prefix of each line is removed.
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import alive, attempt, ranks_of, record, wait_until
 
+from launch.records.process import stopped
+
 
 def script(folder: Path, text: str, name: str = "work.py") -> Path:
     path = folder / name
@@ -97,6 +99,27 @@ def test_nohup_is_respected(launch):
     assert process.returncode == 0
 
 
+def test_ctrl_z_stops_the_ranks_too_until_the_run_is_continued_or_cancelled(launch):
+    script(launch.folder, "import time; print('up', flush=True); time.sleep(600)")
+    process = launch.start("work.py", "--procs", 2)
+    ranks = wait_until(lambda: len(ranks_of(process.pid)) == 2 and ranks_of(process.pid), process=process)
+    wait_until(lambda: sum(bool(p.read_text()) for p in launch.folder.glob("runs/*/attempts/1/logs/*.log")) == 2)
+
+    def all_stopped() -> list[bool]:
+        return [stopped(pid) for pid in (process.pid, *ranks)]
+
+    process.send_signal(signal.SIGTSTP)
+    wait_until(lambda: all(all_stopped()), timeout_s=20)
+    assert f"process {process.pid} is stopped, by Ctrl-Z or SIGSTOP" in launch("status", launch.run().name).stdout
+    process.send_signal(signal.SIGCONT)
+    wait_until(lambda: not any(all_stopped()), timeout_s=20)
+    process.send_signal(signal.SIGTSTP)
+    wait_until(lambda: all(all_stopped()), timeout_s=20)
+    assert launch("cancel", launch.run().name).stdout.endswith(": cancelled\n")
+    process.communicate(timeout=60)
+    assert not any(map(alive, ranks))
+
+
 def test_a_second_ctrl_c_stops_at_once(launch):
     script(launch.folder, "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
            "print('up', flush=True); time.sleep(600)")
@@ -108,6 +131,7 @@ def test_a_second_ctrl_c_stops_at_once(launch):
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Ctrl-C again stops at once" in out
+    assert attempt(launch.run(), 1)["reason"] == "Ctrl-C twice: stopped at once"
 
 
 def test_ranks_that_do_not_stop_are_killed_after_the_grace(launch):

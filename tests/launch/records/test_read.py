@@ -296,12 +296,31 @@ def test_a_cancel_that_fails_leaves_no_marker_of_a_cancellation(tmp_path, monkey
 def test_the_table_fits_and_is_aligned(tmp_path):
     make_run(tmp_path, "a", task="语料", metrics={"top1": 0.25, "loss": 1.5, "another": 2.0, "and": 0.125})
     make_run(tmp_path, "cifar10-20260102-030405-ab12", total=None)
-    shown = table(runs.list_runs(tmp_path), width=80).splitlines()
-    assert len(shown) == 3 and max(map(len, shown)) <= 80
+    shown = table(runs.list_runs(tmp_path), width=86).splitlines()
+    assert len(shown) == 3 and max(map(len, shown)) <= 86
     assert "120/1000" in "".join(shown) and "top1 0.25" in "".join(shown)
     column = shown[0].index("STATE")
     assert [line.index("finished") + 2 * ("语料" in line) for line in shown[1:]] == [column, column]
     assert table([]) == "no runs"
+
+
+def test_a_narrow_table_keeps_states_and_metrics(tmp_path):
+    """Also beside a run with a long name."""
+    make_run(tmp_path, "cifar10-20260102-030405-ab12", metrics={"loss": 0.1466, "top1": 0.986, "class/ship": 0.5}, total=None)
+    make_run(tmp_path, "a_very_long_name_of_a_task_of_somebody-20260102-030405-ab12", state="failed", metrics={"loss": 1.0})
+    for width, metrics in ((60, "loss 0.1466  top1 0.986"), (80, "loss 0.1466  …")):
+        shown = table(runs.list_runs(tmp_path), width=width).splitlines()
+        assert max(map(len, shown)) <= width
+        for text in ("finished", "failed", "120/1000", metrics, "_somebody-20260102-030405-ab12"):
+            assert any(text in line for line in shown), (width, text)
+        assert "class/ship" not in "".join(shown)
+    assert len(table(runs.list_runs(tmp_path), width=200).splitlines()) == 3
+
+
+def test_metrics_of_single_parts_are_only_counted(tmp_path):
+    make_run(tmp_path, metrics={"top1": 0.5, **{f"class/{i}": 0.1 for i in range(10)}})
+    shown = details(runs.status(runs.find_run(tmp_path, "cifar10-1")))
+    assert "metrics     top1 0.5  and 10 more, of single parts: see metrics.jsonl\n" in shown
 
 
 # On SLURM. The output of its commands is made up here; tests/slurm/test_reading.py asks a real cluster.

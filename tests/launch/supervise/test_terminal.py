@@ -3,8 +3,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+from json import loads
 
 import pytest
 from rich.cells import cell_len
@@ -110,13 +112,62 @@ def test_steps_move_the_bar_and_everything_else_is_printed_above_it(terminal):
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor must be visible again"
 
 
+def test_a_progress_bar_of_a_script_is_redrawn_on_its_line(terminal):
+    """The terminal gets what it would get without `launch`."""
+    view = make_view(False, terminal)
+    for text in ("  0%|  |", "\r 50%|█ |", "\r100%|██|"):
+        view.partial(text)
+    view.text(" done")
+    view.partial("\r 10%|")
+    view.notice("from the launcher")
+    view.partial("next? ")
+    view.close()
+    assert terminal.getvalue() == "  0%|  |\r 50%|█ |\r100%|██| done\n\r 10%|\nfrom the launcher\nnext? \n"
+
+
+def test_a_progress_bar_of_a_task_becomes_one_line_above_the_progress_line(terminal):
+    view = make_view(False, terminal)
+    view.event(START)
+    mark = len(terminal.getvalue())
+    for text in ("  0%|  |", "\r 50%|█ |", "\r100%|██|"):
+        view.partial(text)
+    assert terminal.getvalue()[mark:] == ""
+    view.text("")
+    view.close()
+    assert "100%|██|\n" in terminal.getvalue() and "50%" not in terminal.getvalue()
+
+
+@pytest.mark.parametrize("json", [False, True])
+def test_a_progress_bar_in_a_pipe_is_shown_now_and_then_by_its_last_state(json):
+    stream = io.StringIO()
+    view = make_view(json, stream)
+    for i in range(10):
+        view.partial(f"\r{i}%")
+    view.text("\r100%\r")
+    view.partial("a prompt: ")
+    view.close()
+    lines = [loads(line)["line"] if json else line for line in stream.getvalue().splitlines()]
+    assert lines == ["0%", "100%", "a prompt: "]
+
+
+def test_without_colours_the_parts_of_the_bar_differ(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    progress = Progress()
+    progress.take(STEP)
+    console = Console(width=60, force_terminal=True, file=io.StringIO())
+    console.print(progress)
+    line = console.file.getvalue()
+    assert re.search(r" #{2,}-{6,} ", line) and "━" not in line, line
+
+
 def test_the_last_step_stays_visible_without_an_end_event(terminal):
     view = make_view(False, terminal)
     view.event(START)
     view.event(STEP)
     mark = len(terminal.getvalue())
     view.close()
-    assert "250/1000" in terminal.getvalue()[mark:]
+    shown = terminal.getvalue()[mark:]
+    assert shown.endswith("eta 2:12\n") and "\nstep" not in shown, "as a plain line in place of the bar"
 
 
 @pytest.mark.parametrize("width", [5, 10, 24, 49, 79, 119, 200])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trainers.contract.clock import local_time, seconds_between, utc_at
-from trainers.contract.text import either, last_traceback
+from trainers.contract.text import either, last_state, last_traceback, whole_characters
 
 TRACE = """\
 Traceback (most recent call last):
@@ -13,6 +13,20 @@ Traceback (most recent call last):
     main()
 ValueError: two
 lines"""
+
+
+@pytest.mark.parametrize("line, state", [("a", "a"), ("1%\r2%", "2%"), ("1%\r2%\r  \r", "2%"), ("x\r", "x"), ("\r\r", "")])
+def test_the_last_state_of_an_overwritten_line(line, state):
+    assert last_state(line) == state
+
+
+def test_a_character_is_never_cut():
+    text = "aé中🙂"
+    data = text.encode()
+    for length in range(len(data) + 1):
+        whole, rest = whole_characters(data[:length])
+        assert whole + rest == data[:length] and text.startswith(whole.decode()) and len(rest) < 4
+    assert whole_characters(b"\xff") == (b"", b"\xff") and whole_characters(b"x\x80\x80\x80\x80")[1] == b""
 
 
 @pytest.mark.parametrize("words, text", [(["a"], "a"), (["a", "b"], "a or b"), (["a", 2, "c"], "a, 2 or c")])
