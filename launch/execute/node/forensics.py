@@ -51,6 +51,7 @@ def joint_outcome(mine: Outcome, group: NodeGroup, plan: Plan, hosts: list[str])
         failures.insert(0, (0, mine.failure))
     silent = [node for node in range(len(hosts)) if node not in outcomes]
     signal_name = next((outcome.signal for outcome in outcomes.values() if outcome.signal), None)
+    slowest = max((outcome.checkpoint_s for outcome in outcomes.values() if outcome.checkpoint_s is not None), default=None)
     if silent:
         for node in silent:  # a process that hangs counts as gone
             group.links[node].close()
@@ -61,16 +62,16 @@ def joint_outcome(mine: Outcome, group: NodeGroup, plan: Plan, hosts: list[str])
             failure = Failure(None, None, None, f"the node process on {names} {'is' if len(silent) == 1 else 'are'} gone",
                               "its node failed, or the process was killed by a user, or by the kernel when memory ran out",
                               None, True, names)
-        return Outcome("failed", failure, signal_name, mine.checkpoint_s)
+        return Outcome("failed", failure, signal_name, slowest)
     if failures:
         # The first failure counts. But a rank that was killed is likelier to be the cause than a rank that lost a peer.
         node, failure = min(failures, key=lambda report: report[1].signal not in CAUSES and report[1].hint is None)
         if failure.rank is not None:  # the head reports ranks that hang, which may be on another node
             node = plan.resources.node_of(failure.rank)
-        return Outcome("failed", Failure(**{**failure.as_dict(), "node": hosts[node]}), signal_name, mine.checkpoint_s)
+        return Outcome("failed", Failure(**{**failure.as_dict(), "node": hosts[node]}), signal_name, slowest)
     kinds = {outcome.kind for outcome in outcomes.values()}
     note = next((outcome.note for outcome in outcomes.values() if outcome.note), None)
-    return Outcome("finished" if kinds == {"finished"} else "preempted", None, signal_name, mine.checkpoint_s, note)
+    return Outcome("finished" if kinds == {"finished"} else "preempted", None, signal_name, slowest, note)
 
 
 def stop_reason(outcome: Outcome, down: Mapping[str, str], asked: Path, job_log: Path, attempt: int) -> str | None:
