@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from trainers.config.schema import ScriptConfig, TaskConfig
 
 
+USUAL_GPUS = 8  # so many GPUs are asked for on one node if it is not known how many a node has
+
+
 @dataclass(frozen=True)
 class Resources:
     """What a run gets."""
@@ -96,12 +99,13 @@ def _uuids(root: Path) -> list[str]:
     return uuids if len(uuids) == len(texts) else []
 
 
-def resources_of(config: TaskConfig | ScriptConfig, cluster: ClusterConfig, wanted: Wanted, threads: int | None = None
-                 ) -> Resources:
+def resources_of(config: TaskConfig | ScriptConfig, cluster: ClusterConfig, wanted: Wanted, threads: int | None = None,
+                 partition: str | None = None) -> Resources:
     """Return what a run of this config gets on this cluster, which may be this machine.
 
     Args:
         threads: CPU threads of a rank, on this machine; None: the rank's share of the cores.
+        partition: on SLURM; None: the cluster's.
 
     Raises:
         UserError: the cluster or the machine does not have what the command asks for.
@@ -115,7 +119,7 @@ def resources_of(config: TaskConfig | ScriptConfig, cluster: ClusterConfig, want
                         "use --procs N for N CPU ranks" if cluster.kind == "local" else
                         "set `cpus_per_gpu` or `cpus_per_rank` in the cluster's file")
     if cluster.kind == "slurm":
-        return slurm_resources(cluster, wanted)
+        return slurm_resources(_with_gpus_per_node(cluster, wanted, partition), wanted)
     return local_resources(wanted, threads=threads)
 
 
@@ -141,6 +145,23 @@ def local_resources(wanted: Wanted, env: Mapping[str, str] = os.environ, threads
         raise UserError(f"--gpus {gpus} was asked for, but this machine has {visible} NVIDIA GPU(s){masked}",
                         f"use --procs {gpus} for {gpus} CPU rank(s)" + (f", or --gpus {visible}" if visible else ""))
     return Resources("cuda", gpus, threads=threads or _threads(gpus, env))
+
+
+def _with_gpus_per_node(cluster: ClusterConfig, wanted: Wanted, partition: str | None = None) -> ClusterConfig:
+    """The cluster with `gpus_per_node` as sinfo tells it, if the cluster's file does not say it and the run depends on it."""
+    depends = wanted.nodes is None and (wanted.gpus or 1) > 1 or wanted.nodes is not None and wanted.gpus is None
+    if cluster.gpus_per_node or wanted.procs is not None or cluster.device == "cpu" or not depends:
+        return cluster
+    from launch.cluster import slurm
+
+    try:
+        partitions = slurm.partitions()
+    except UserError:  # there is no SLURM here, or it does not answer
+        return cluster
+    names = str(partition or cluster.sbatch.get("partition") or cluster.partition or "").split(",")
+    counts = [count for part in partitions if part.name in names or names == [""] and part.default
+              for kind, count in part.gpus.items() if cluster.gpu_type in (None, kind) or not kind]
+    return cluster.model_copy(update={"gpus_per_node": max(counts, default=None)})
 
 
 def slurm_resources(cluster: ClusterConfig, wanted: Wanted) -> Resources:
@@ -172,6 +193,9 @@ def slurm_resources(cluster: ClusterConfig, wanted: Wanted) -> Resources:
                             "does not say how large a node is", f"add --{option}, or set `{field}` in that file")
         count = nodes * per_node
     count = count or 1
+    if option == "gpus" and nodes is None and per_node is None and count > USUAL_GPUS:
+        raise UserError(f"--gpus {count}: the file of cluster `{cluster.name}` does not say how many GPUs a node has",
+                        "set `gpus_per_node` in that file, or add --nodes N")
     if nodes is None:
         nodes = 1 if per_node is None else _fewest_nodes(count, per_node)
     if count % nodes:
@@ -197,7 +221,7 @@ def planned_resources(cluster: ClusterConfig, wanted: Wanted) -> Resources:
         UserError: the run does not fit the cluster as the cluster's file describes it.
     """
     if cluster.kind == "slurm":
-        return slurm_resources(cluster, wanted)
+        return slurm_resources(_with_gpus_per_node(cluster, wanted), wanted)
     return local_resources(wanted) if wanted.gpus is None else Resources("cuda", wanted.gpus)
 
 
@@ -223,9 +247,13 @@ def search_resources(cluster: ClusterConfig, wanted: Wanted, env: Mapping[str, s
         raise UserError(f"--nodes {nodes}, but cluster `{cluster.name}` has {cluster.max_nodes}",
                         f"use --nodes {cluster.max_nodes}")
     whole = cluster.cpus_per_node // (ranks // nodes) if cluster.cpus_per_node else 0
+    if cluster.cpus_per_node and not whole:
+        raise UserError(f"--procs {ranks} on {nodes} node(s) is {ranks // nodes} ranks on a node, but a node of cluster "
+                        f"`{cluster.name}` has {cluster.cpus_per_node} cores",
+                        f"use --procs {nodes * cluster.cpus_per_node} or fewer, or more --nodes")
     if cpus is not None and whole and cpus > whole:
         raise UserError(f"--cpus {cpus} for each of {ranks // nodes} rank(s) on a node, but a node of cluster `{cluster.name}` "
-                        f"has {cluster.cpus_per_node} cores", f"use --cpus {whole}" if whole else "use fewer --procs")
+                        f"has {cluster.cpus_per_node} cores", f"use --cpus {whole}")
     if cpus is None and not whole:
         raise UserError(f"the file of cluster `{cluster.name}` does not say how many cores a node has",
                         "add --cpus N, or set `cpus_per_node` in that file")

@@ -59,7 +59,7 @@ def start(*, spec: Spec, root: Path, request: Request, wanted: Wanted, dry_run: 
     Raises:
         UserError: the user must fix something; nothing was written or submitted.
     """
-    resources = resources_of(spec.config, request.cluster, wanted)
+    resources = resources_of(spec.config, request.cluster, wanted, partition=request.partition)
     spec = with_weights(spec, root)
     warn_of_broken([spec])
     check(spec, request, dry_run)
@@ -122,7 +122,7 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, spread: Sequenc
     else:
         if not wanted and not isinstance(spec.config, SearchConfig):
             wanted = Wanted(gpus=1)
-        resources = resources_of(spec.config, request.cluster, wanted)
+        resources = resources_of(spec.config, request.cluster, wanted, partition=request.partition)
     check(spec, request, dry_run=False)
     code, in_use = _code_home(paths, sweep)
     specs, copy = ([], snapshot.load(code)) if in_use else survey([spec], code)

@@ -82,7 +82,7 @@ def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], reques
     find = cache(find_weights)  # checking a checkpoint reads all of it
     specs = load_specs(grid_points, lambda words: with_weights(load(words), root, find))
     warn_of_broken(specs)
-    resources = resources_of(specs[0].config, request.cluster, wanted)
+    resources = resources_of(specs[0].config, request.cluster, wanted, partition=request.partition)
     for point, spec in zip(grid_points, specs):
         with at_point(point.overrides):
             check(spec, request, dry_run)
@@ -323,7 +323,7 @@ def resume(root: Path, word: str, *, request: Request | None, wanted: Wanted, pa
     local = request.cluster.kind == "local"
     specs = {element: spec_of(run.paths) for element, run in to_resume.items()}
     first = next(iter(specs.values()))
-    resources = (resources_of(first.config, request.cluster, wanted) if wanted
+    resources = (resources_of(first.config, request.cluster, wanted, partition=request.partition) if wanted
                  else renewal.resources_again(first, before.resources, before.cluster, request.cluster))
     for element, spec in specs.items():
         with at_point(points[element]["overrides"]):

@@ -49,6 +49,12 @@ class Request:
     after: Sequence[str] = ()           # job ids of an earlier run; one of them must finish first (they are one chain)
     after_run: str | None = None        # the folder of that run, absolute
 
+    @property
+    def partition(self) -> str | None:
+        """The partition that the command line names."""
+        given = self.options.get("partition")
+        return str(given) if given else None
+
 
 @dataclass(frozen=True)
 class Job:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from launch.cluster import slurm
 from launch.cluster.config import ClusterConfig
-from launch.cluster.resources import Resources, Wanted, slurm_resources
+from launch.cluster.resources import Resources, Wanted, resources_of, search_resources, slurm_resources
+from trainers.config.schema import ScriptConfig
 from trainers.contract.errors import UserError
 
 EIGHT = {"gpus_per_node": 8, "cpus_per_gpu": 6}
@@ -30,7 +32,7 @@ def resources(cluster: dict, gpus: int | None = None, procs: int | None = None, 
     (EIGHT, {"procs": 4}, Resources("cpu", 4, 1, 1)),                   # CPU ranks also on a cluster with GPUs
     ({**EIGHT, "cpus_per_node": 32, "cpus_per_rank": 2}, {"procs": 24}, Resources("cpu", 24, 2, 2)),
     ({}, {}, Resources("cuda", 1, 1, 1, 1)),                            # nothing is known about the cluster
-    ({}, {"gpus": 100}, Resources("cuda", 100, 1, 1, 100)),             # SLURM decides
+    ({}, {"gpus": 8}, Resources("cuda", 8, 1, 1, 8)),             # SLURM decides
     ({}, {"gpus": 100, "nodes": 4}, Resources("cuda", 100, 4, 1, 100)),
     (STAND_IN, {"gpus": 16}, Resources("cpu", 16, 2, 6, 16)),
     (STAND_IN, {}, Resources("cpu", 1, 1, 6, 1)),
@@ -58,6 +60,8 @@ def test_what_a_run_gets(cluster, wanted, expected):
     ({**CORES, "max_nodes": 2}, {"procs": 12},
      "--procs 12 needs 3 nodes, but cluster `lab` has 2, each with 4 ranks\nhint: use --procs 8 or fewer"),
     ({"max_nodes": 2}, {"gpus": 3, "nodes": 3}, "--gpus 3 needs 3 nodes, but cluster `lab` has 2"),
+    ({}, {"gpus": 9}, "--gpus 9: the file of cluster `lab` does not say how many GPUs a node has\n"
+                      "hint: set `gpus_per_node` in that file, or add --nodes N"),
     ({}, {"nodes": 2}, "--nodes 2 without --gpus asks for whole nodes, but the file of cluster `lab` does not say how "
                        "large a node is\nhint: add --gpus, or set `gpus_per_node` in that file"),
     ({"device": "cpu"}, {"nodes": 2}, "how large a node is\nhint: add --procs, or set `cpus_per_node` in that file"),
@@ -74,3 +78,44 @@ def test_gpus_on_a_cluster_without_gpus_are_refused():
         resources({"device": "cpu"}, gpus=2)
     assert error.value.hint == "use --procs 2, or set `gpus_per_node` in the file"
     assert resources({"device": "cpu"}, procs=2).device == "cpu" and resources(STAND_IN, gpus=2).gpus == 2
+
+
+SINFO = ("gpu*|up|1-00:00:00|3|16|64000|gpu:a100:4,gpu:v100:2\n" "big|up|1-00:00:00|3|16|64000|gpu:h100:16\n"
+         "cpu|up|1-00:00:00|3|16|64000|(null)\n")
+
+
+@pytest.mark.parametrize("cluster, partition, wanted, expected", [
+    ({}, None, {"gpus": 8}, (8, 2)), ({}, None, {"gpus": 4}, (4, 1)), ({}, None, {"nodes": 2}, (8, 2)),
+    ({"gpu_type": "v100"}, None, {"gpus": 8}, (8, 4)), ({"partition": "big"}, None, {"gpus": 16}, (16, 1)),
+    ({}, "big", {"gpus": 32}, (32, 2)), ({"partition": "gpu,big"}, None, {"gpus": 16}, (16, 1)),
+    ({}, None, {"gpus": 16, "nodes": 2}, (16, 2)),  # the command counts, and SLURM refuses what it cannot do
+    ({"partition": "cpu"}, None, {"gpus": 8}, (8, 1)), ({"gpus_per_node": 2}, None, {"gpus": 8}, (8, 4)),
+])
+def test_sinfo_tells_how_many_gpus_a_node_has(monkeypatch, cluster, partition, wanted, expected):
+    monkeypatch.setattr(slurm, "call", lambda *words, **_: SINFO)
+    config = ClusterConfig(name="lab", kind="slurm", **cluster)
+    result = resources_of(ScriptConfig(name="s", script="s.py"), config, Wanted(**wanted), partition=partition)
+    assert (result.gpus, result.nodes) == expected
+
+
+def test_sinfo_is_not_asked_for_nothing(monkeypatch):
+    def call(*words, **_):
+        raise AssertionError(words)
+
+    monkeypatch.setattr(slurm, "call", call)
+    for cluster, wanted in (({}, {}), ({}, {"gpus": 1}), ({}, {"procs": 8}), ({"gpus_per_node": 4}, {"gpus": 8})):
+        resources_of(ScriptConfig(name="s", script="s.py"), ClusterConfig(name="lab", kind="slurm", **cluster), Wanted(**wanted))
+
+
+def test_without_sinfo_up_to_eight_gpus_are_one_node(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    config, script = ClusterConfig(name="lab", kind="slurm"), ScriptConfig(name="s", script="s.py")
+    assert resources_of(script, config, Wanted(gpus=8)).nodes == 1
+    assert resources_of(script, config, Wanted(gpus=16, nodes=2)).nodes == 2
+    with pytest.raises(UserError, match="gpus_per_node"):
+        resources_of(script, config, Wanted(gpus=16))
+
+
+def test_a_search_with_more_ranks_than_cores_is_refused():
+    with pytest.raises(UserError, match="8 ranks on a node, but a node of cluster `lab` has 4 cores\nhint: use --procs 4 or fewer"):
+        search_resources(ClusterConfig(name="lab", kind="slurm", cpus_per_node=4), Wanted(procs=8, nodes=1))
