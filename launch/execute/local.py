@@ -21,6 +21,7 @@ from typing import Any, Callable
 from launch.cluster.config import ClusterConfig, load_cluster
 from launch.cluster.resources import Resources, Wanted, resources_of
 from launch.execute import record, renewal
+from launch.execute.copies import adopt
 from launch.execute.record import EXIT_CODES, local_job, recorded, take_attempt
 from launch.execute.submission_plan import describe_code
 from launch.plan.initial_weights import warn_of_broken, with_weights
@@ -79,6 +80,7 @@ def resume(run: Run, *, wanted: Wanted, spread: Sequence[str] = (), json: bool, 
         UserError: the run is running, or its record cannot be read.
     """
     paths, view = run.paths, make_view(json)
+    adopt(run)
     # The number is read before the state: two processes that see the same state also get the same number, and only
     # one of them can take the attempt.
     number = record.next_attempt(paths)

@@ -21,6 +21,7 @@ from launch.cluster.config import load_cluster
 from launch.cluster.resources import Resources, Wanted, resources_of
 from launch.cluster.slurm_command import environment
 from launch.execute import after, record, snapshot
+from launch.execute.copies import adopt
 from launch.execute.prefetch import missing, prefetch
 from launch.execute.renewal import renew, resources_again, say_cluster_changes, survey
 from launch.execute.submission_plan import code_of, describe_code, make_submission
@@ -86,6 +87,7 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, spread: Sequenc
         UserError: the run is running or in the queue, or its spec cannot be read.
     """
     paths, sweep = run.paths, run.record.get("sweep")
+    adopt(run)
     # The number is read before the state: two processes that see the same state also get the same number, and only
     # one of them can make the submission's folder.
     number = next_submission(paths, sweep)

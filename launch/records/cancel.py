@@ -101,7 +101,13 @@ def cancel_sweep(root: Path, sweep: str, wait_s: float | None = None, say: Calla
     states = _cancel_on_slurm([(run, truth) for run, truth in looked if on_slurm(run.record)], wait_s, say)
     local = [run for run, truth in looked if truth.state in ACTIVE and not on_slurm(run.record)]
     # Cancel the waiting runs first: otherwise the next one starts when the running one ends.
-    states |= {run.id: cancel(run, wait_s, say) for run in sorted(local, key=lambda run: run.record["state"] != "submitted")}
+    for run in sorted(local, key=lambda run: run.record["state"] != "submitted"):
+        try:
+            states[run.id] = cancel(run, wait_s, say)
+        except UserError:  # the run has ended meanwhile; the others must be cancelled all the same
+            states[run.id] = state_of(run.reread())
+            if states[run.id] in ACTIVE:
+                raise
     if not states:
         raise UserError(f"no run of sweep `{folder.name}` is waiting or running: there is nothing to cancel",
                         f"see `launch runs --sweep {folder.name}`")

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -65,10 +66,29 @@ def find_run(root: Path, word: str) -> Run:
         more = f" and {len(matches) - 6} more" if len(matches) > 6 else ""
         raise UserError(f"{len(matches)} runs have an id that starts with `{word}`: {', '.join(matches[-6:])}{more}",
                         "give more of the id")
+    for id, job in _jobs_without_folder(root).items():
+        if id.startswith(word):
+            raise UserError(f"there is no run `{id}` in `{root}`: its folder was deleted or moved, but SLURM has its job {job}",
+                            f"end the job with `scancel {job}`, or give the path of the folder")
     near = difflib.get_close_matches(word, ids, n=3, cutoff=0.4)
     raise UserError(f"there is no run `{word}` in `{root}`",
                     f"did you mean {either(near)}?" if near
                     else "see `launch runs`; for runs in another folder use --runs DIR or LAUNCH_RUNS")
+
+
+def _jobs_without_folder(root: Path) -> dict[str, str]:
+    """Return the ids of the user's jobs whose run has no folder in `root` any more, by the run's id; none without SLURM."""
+    if not shutil.which("squeue"):
+        return {}
+    from launch.cluster import slurm
+
+    try:
+        queue = slurm.queue()
+    except UserError:
+        return {}
+    scripts = {id: re.fullmatch(rf"{re.escape(str(root))}/([^/]+)/submissions/\d+/job\.sh", job.script or "")
+               for id, job in queue.items()}
+    return {match[1]: id for id, match in scripts.items() if match and not RunPaths(root / match[1]).record.exists()}
 
 
 def find_sweep(root: Path, word: str) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,4 +74,23 @@ def read_record(file: Path | str) -> dict[str, Any]:
     if not isinstance(record, dict) or any(record.get(key) is None for key in REQUIRED_KEYS):
         raise ValueError(f"it is not the record of a run, which has the keys {', '.join(REQUIRED_KEYS)}")
     check_format(record)
-    return record
+    return record if record["id"] == os.path.basename(os.path.dirname(file)) else _if_copied(record, file)
+
+
+def _if_copied(record: dict[str, Any], file: Path | str) -> dict[str, Any]:
+    """Return the record of a run whose folder has another name than its id.
+
+    The run has been renamed, and keeps its id, by which W&B knows it. But if the folder with the old name is still there, the
+    folder is a copy (`cp -r runs/A runs/B`): a run of its own, to which the jobs and processes of the original do not belong.
+    """
+    folder = os.path.dirname(os.path.abspath(file))
+    original = os.path.join(os.path.dirname(folder), str(record["id"]), os.path.basename(file))
+    try:
+        with open(original, "rb") as opened:
+            same = json.loads(opened.read()).get("created") == record["created"]
+    except (OSError, ValueError, AttributeError):
+        return record
+    if not same:
+        return record
+    stopped = "preempted" if record["state"] in ("submitted", "running") else record["state"]
+    return {**record, "id": os.path.basename(folder), "copy_of": record["id"], "state": stopped, "job": None, "sweep": None}

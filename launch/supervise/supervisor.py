@@ -13,6 +13,7 @@ import selectors
 import signal
 import subprocess
 import time
+from pathlib import Path
 from typing import Mapping
 
 from launch.plan.plan import Plan
@@ -25,6 +26,7 @@ from trainers.contract import exit_codes
 from trainers.contract.paths import RunPaths
 
 FAILURE_GRACE_S = 5.0    # for ranks that have lost another rank: most of them hang in a collective operation
+GONE_S = 5.0             # the run's folder counts as gone if it was missing for so long: shared storage may fail for a moment
 LEFTOVERS_GRACE_S = 3.0  # for processes that ranks of a run that has not finished have started
 
 
@@ -86,6 +88,8 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
     overdue = False                 # ranks did not stop in time
     failed_elsewhere = False        # ranks of another node have failed
     warned = False                  # the user knows that run.grace_s or KillWait is too short
+    seen_at = time.monotonic()      # when the folder of the attempt was there last
+    folder = RunPaths(Path(plan.folder)).attempt(plan.attempt)
     while True:
         for key, _ in selector.select(0.2 if deadline is None else max(0.0, min(0.2, deadline - time.monotonic()))):
             if key.fileobj is stop.wakeup:
@@ -149,6 +153,14 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
             failure = Failure(hang.rank, None, None, hang.message, hang.hint, hang.stack, True)
             deadline = _end_others(ranks, plan)
             peers.send({"failure": failure.as_dict()})
+        if failure is None and folder.exists():
+            seen_at = time.monotonic()
+        elif failure is None and time.monotonic() > seen_at + GONE_S:
+            failure = Failure(None, None, None, f"the run's folder {plan.folder} was deleted or moved while the run used it",
+                              "start a new run; or move the folder back, then use `launch resume`", None, False)
+            peers.send({"failure": failure.as_dict()})
+            for rank in ranks:  # at once: a rank that stops with a checkpoint would make the folder again
+                rank.kill()
         running = [rank for rank in ranks if rank.code is None]
         if deadline is not None and time.monotonic() >= deadline and running and not overdue:
             if interrupted and not (failure or failed_elsewhere):

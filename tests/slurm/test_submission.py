@@ -486,6 +486,18 @@ def test_resume_after_a_fix_uses_the_code_and_the_clusters_file_as_they_are(slur
     assert "a mistake" in next(run.glob("code-until-attempt-1/*/mine.py")).read_text()
 
 
+def test_a_job_whose_run_folder_was_deleted_is_named_and_ends(slurm, slurm_launch):
+    write(slurm_launch.folder, "import os, shutil, time\ntime.sleep(2)\nif os.environ['RANK'] == '0':\n"
+                               "    shutil.rmtree(os.environ['LAUNCH_RUN_DIR'])\ntime.sleep(60)\n")
+    run, (job,) = submit(slurm_launch, "work.py", "--procs", 2, "--nodes", 2)
+    wait_until(lambda: not run.exists())
+    for command in ("status", "cancel"):
+        done = slurm_launch(command, run.name)
+        assert done.returncode == 2 and f"its folder was deleted or moved, but SLURM has its job {job}" in done.stderr
+        assert f"scancel {job}" in done.stderr
+    assert slurm.wait(job)["JobState"] == "FAILED" and not run.exists()
+
+
 @pytest.mark.parametrize("files, args, error", [
     ({"assets/api_credentials.txt": "x"}, [], "git tracks a file that would not be copied with the code: "),
     ({"assets/api_credentials.txt": "x"}, ["run.include=[assets]"], None),

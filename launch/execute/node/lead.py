@@ -128,7 +128,9 @@ def _superseded(paths: RunPaths, number: int) -> bool:
 
 def _give_way(paths: RunPaths, number: int, group: NodeGroup, requeue_flag: Path, view: View) -> int:
     """End a process that outlived its job: SLURM has restarted the job elsewhere, so this process decides nothing more."""
-    view.notice(f"attempt {number} of {paths.id} has been taken over by a newer one")
+    gone = not paths.root.exists()
+    view.notice(f"the folder of run {paths.id} was deleted or moved while the run used it: {paths.root}" if gone else
+                f"attempt {number} of {paths.id} has been taken over by a newer one")
     set_flag(requeue_flag, False)
     group.send({"end": exit_codes.FAILED})
     return exit_codes.FAILED

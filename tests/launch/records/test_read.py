@@ -251,6 +251,23 @@ def test_cancel_of_a_local_sweep_cancels_the_waiting_runs_first(tmp_path, node):
     process.wait(10)
 
 
+def test_a_run_that_ends_meanwhile_does_not_keep_a_sweep_from_being_cancelled(tmp_path, monkeypatch):
+    for id in ("s-0", "s-1"):
+        make_run(tmp_path, id, state="submitted", attempt=0, sweep="s", job=job_of(os.getpid()))
+    (tmp_path / "s").mkdir()
+    replace_json(tmp_path / "s" / "sweep.json", {"id": "s", "points": [{"run": f"s-{i}", "overrides": []} for i in (0, 1)]})
+
+    def ends(run, *_):
+        file = run.paths.record
+        if run.id == "s-0":
+            replace_json(file, {**read_json(file), "state": "finished"})
+            raise UserError("nothing to cancel")
+        return "cancelled"
+
+    monkeypatch.setattr("launch.records.cancel.cancel", ends)
+    assert [row["state"] for row in cancel_sweep(tmp_path, "s")] == ["finished", "cancelled"]
+
+
 def test_cancel_refuses_runs_that_are_not_running_on_this_host(tmp_path, gone):
     make_run(tmp_path, "done")
     make_run(tmp_path, "lost", state="running", job=job_of(gone))
@@ -452,12 +469,12 @@ def test_a_run_that_waits_in_vain_for_another_run_says_so(tmp_path, monkeypatch,
     """Every reader says it: `runs`, `status` and `explain`."""
     monkeypatch.setenv("LAUNCH_RUNS", str(tmp_path))
     after = make_run(tmp_path, "a-1", state) if state else RunPaths(tmp_path / "a-1")
-    paths = make_run(tmp_path, "b-1", "submitted", attempt=0, step=0, checkpoint=None, job=job_at("7"))
+    paths = make_run(tmp_path, "b-1", "submitted", attempt=0, step=0, checkpoint=None, job=job_at("7"),
+                     updated=utc_now())
     paths.submission(1).mkdir(parents=True)
     replace_json(paths.submission(1) / "submission.json", {"after": str(after.root)})
     waiting = slurm.Queued("7", "PENDING", "DependencyNeverSatisfied", None, 1, 1, "", "main", None, None)
-    monkeypatch.setattr(slurm, "queue", lambda ids=None: {"7": waiting})
-    monkeypatch.setattr(slurm, "history", lambda ids: {})
+    monkeypatch.setattr(slurm, "look", lambda ids, ended=True: ({"7": waiting}, {}))
     monkeypatch.setattr(slurm, "position", lambda job: (1, 1))
     note = note.format(a="a-1")
     assert state_of(read_run(paths.root)) == "submitted"

@@ -39,8 +39,11 @@ def make(tmp_path, monkeypatch):
         return paths
 
     def answer(queued=None, ended=None):
-        monkeypatch.setattr(slurm, "queue", lambda ids: {"7": replace(QUEUED, **queued)} if queued is not None else {})
-        monkeypatch.setattr(slurm, "history", lambda ids: {"7": replace(ENDED, **ended)} if ended is not None else {})
+        in_queue = {"7": replace(QUEUED, **queued)} if queued is not None else {}
+        gone = {"7": replace(ENDED, **ended)} if ended is not None else {}
+        monkeypatch.setattr(slurm, "queue", lambda ids: in_queue)
+        monkeypatch.setattr(slurm, "look", lambda ids, ended=True: (in_queue, gone))
+        monkeypatch.setattr(slurm, "accounted", lambda ids: {})
 
     make.answer = answer
     return make

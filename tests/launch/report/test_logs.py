@@ -132,7 +132,7 @@ def test_follow_shows_an_attempt_that_begins_while_slurms_last_answer_says_that_
     monkeypatch.setattr(logs, "POLL_S", 0.01)
     monkeypatch.setattr(logs, "QUIET_S", 0.0)
     waiting = slurm.Queued("7", "PENDING", "Priority", None, 1, 1, "", "main", None, None)
-    monkeypatch.setattr(slurm, "queue", lambda ids: {"7": waiting})
+    monkeypatch.setattr(slurm, "look", lambda ids, ended=True: ({"7": waiting}, {}))
     job = {"kind": "slurm", "cluster": "c", "ids": ["7"], "submission": 1}
     update_json(run.paths.record, state="preempted", attempt=1, job=job)
     append(run, 1, 0, "one\n")
@@ -168,8 +168,8 @@ def test_follow_says_each_thing_that_it_waits_for(run, monkeypatch):
     monkeypatch.setattr(logs, "QUIET_S", 0.0)
     job = slurm.Queued("7", "PENDING", "Resources", None, 1, 1, "", "main", None, None)
     answers = [job, replace(job, state="RUNNING", node_list="n1"), None]
-    monkeypatch.setattr(slurm, "queue", lambda ids: {"7": answers[0]} if answers[0] else {})
-    monkeypatch.setattr(slurm, "history", lambda ids: {})
+    monkeypatch.setattr(slurm, "look", lambda ids, ended=True: ({"7": answers[0]} if answers[0] else {}, {}))
+    monkeypatch.setattr(slurm, "accounted", lambda ids: {})
     update_json(run.paths.record, state="submitted", attempt=0,
                 job={"kind": "slurm", "cluster": "c", "ids": ["7"], "submission": 1})
     output = []

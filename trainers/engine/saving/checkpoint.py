@@ -312,7 +312,8 @@ class Checkpoints:
         tmp = folders.unfinished(save.final, self._name)
         if tmp.exists():
             shutil.rmtree(tmp)
-        tmp.mkdir(parents=True)
+        tmp.parent.mkdir(exist_ok=True)  # not its parents: a run whose folder was deleted must not make it again
+        tmp.mkdir()
         files.flush_folder(self.paths.root)
         return tmp
 

@@ -1,0 +1,80 @@
+"""Run folders that are copied, renamed or deleted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from launch.cluster.config import ClusterConfig
+from launch.cluster.resources import Wanted
+from launch.execute.copies import adopt
+from launch.execute.local import resume
+from launch.plan.spec import script_spec, spec_of
+from launch.records.process import identity
+from launch.records.read import list_runs
+from launch.records.run import read_run
+from launch.records.state import state_of
+from launch.supervise import supervisor
+from trainers.contract.files import read_json, replace_json, replace_text
+
+RECORD = {"id": "a", "task": "t", "state": "running", "step": 5, "total": None, "attempt": 1, "sweep": None, "metrics": {},
+          "checkpoint": None, "created": "2026-01-01T00:00:00+00:00", "updated": "2026-01-01T00:00:00+00:00",
+          "job": {"kind": "slurm", "cluster": "c", "ids": ["7"], "submission": 1}}
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    """The folder of a run that is running: this process runs its attempt."""
+    folder = tmp_path / "runs/a"
+    (folder / "attempts/1").mkdir(parents=True)
+    (folder / "code/proj").mkdir(parents=True)
+    (folder / "code/proj/train.py").write_text("print('done')\n")
+    spec = script_spec(str(folder / "code/proj/train.py"), [], [], cluster=ClusterConfig(name="c"))
+    replace_text(folder / "run.yaml", spec.text)
+    replace_json(folder / "run.json", RECORD)
+    replace_json(folder / "attempts/1/attempt.json", {
+        "attempt": 1, "outcome": "running", "host": socket.gethostname(), "pid": os.getpid(), "cwd": str(tmp_path),
+        "device": "cpu", "ranks": 1, "process_started": identity(os.getpid())})
+    return folder
+
+
+def test_jobs_and_processes_of_the_original_do_not_belong_to_a_copy(original: Path) -> None:
+    copy = Path(shutil.copytree(original, original.with_name("b")))
+    run = read_run(copy)
+    assert (run.record["id"], run.record["copy_of"], run.record["job"], state_of(run)) == ("b", "a", None, "preempted")
+    assert {row["id"] for row in list_runs(copy.parent)} == {"a", "b"}
+    assert read_json(copy / "run.json")["id"] == "a"  # only `launch resume` writes
+
+
+def test_a_copy_that_is_resumed_is_a_run_of_its_own(original: Path, capfd: pytest.CaptureFixture) -> None:
+    copy = Path(shutil.copytree(original, original.with_name("b")))
+    assert resume(read_run(copy), wanted=Wanted(), json=False) == 0
+    assert "run b is a copy of run a" in capfd.readouterr().err
+    assert (read_json(copy / "run.json")["id"], read_json(copy / "run.json")["state"]) == ("b", "finished")
+    assert spec_of(read_run(copy).paths).config.script == str(copy / "code/proj/train.py")
+    assert read_json(copy / "attempts/1/attempt.json")["outcome"] == "lost"
+    assert read_json(original / "run.json") == RECORD
+
+
+def test_a_renamed_run_keeps_its_id(original: Path, capsys: pytest.CaptureFixture) -> None:
+    """W&B knows the run by this id."""
+    renamed = original.rename(original.with_name("b"))
+    adopt(read_run(renamed))
+    assert read_run(renamed).record == RECORD == read_json(renamed / "run.json") and capsys.readouterr().err == ""
+
+
+def test_a_run_whose_folder_is_deleted_stops_and_says_so(
+    original: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor, "GONE_S", 0.3)
+    copy = Path(shutil.copytree(original, original.with_name("b")))
+    (copy / "code/proj/train.py").write_text(
+        "import os, shutil, time\nshutil.rmtree(os.environ['LAUNCH_RUN_DIR'])\ntime.sleep(60)\n")
+    assert resume(read_run(copy), wanted=Wanted(), json=False) == 1
+    said = capfd.readouterr().err
+    assert f"the run's folder {copy} was deleted or moved while the run used it" in said and "Traceback" not in said
+    assert not copy.exists()
