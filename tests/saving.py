@@ -61,6 +61,7 @@ class Run:
 
     def __init__(self, root: Path, world: World = ONE, attempt: int | None = None, **settings):
         self.paths = RunPaths(Path(root))
+        self.paths.root.mkdir(parents=True, exist_ok=True)  # as `launch` does before the ranks start
         self.events: list[dict] = []
         self.committed: list[int] = []
         self.checkpoints = Checkpoints(self.paths, world, config.Checkpoint(**{"keep_last": 9, **settings}),

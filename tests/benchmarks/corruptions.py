@@ -126,6 +126,7 @@ class Trials:
     def copy(self, *steps: int) -> RunPaths:
         """Return a fresh copy of the run that holds only the checkpoints of these steps."""
         shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(parents=True)
         for step in steps:
             shutil.copytree(self.paths.checkpoint(step), RunPaths(self.scratch).checkpoint(step))
         return RunPaths(self.scratch)
