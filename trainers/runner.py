@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from trainers.config.schema import SearchConfig
 from trainers.contract import exit_codes
-from trainers.contract.cores import usable_cores
+from trainers.contract.cores import threads_asked_for, usable_cores
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 
@@ -38,8 +38,7 @@ class Place:
                             "start ranks with `launch` or torchrun")
         if env.get("LAUNCH_DEBUG"):  # one core, and therefore no worker processes: breakpoint() works only in this process
             return cls(rank, size, 1)
-        threads = env.get("OMP_NUM_THREADS", "")
-        return cls(rank, size, int(threads) if threads.isdigit() and int(threads) else usable_cores())
+        return cls(rank, size, threads_asked_for(env) or usable_cores())
 
 
 class Runner:

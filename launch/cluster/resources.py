@@ -10,7 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Mapping
 
-from trainers.contract.cores import usable_cores
+from trainers.contract.cores import threads_asked_for, usable_cores
 from trainers.contract.errors import UserError
 from trainers.contract.text import either
 
@@ -272,5 +272,4 @@ def _fewest_nodes(count: int, per_node: int) -> int:
 
 def _threads(ranks: int, env: Mapping[str, str]) -> int:
     """Return the CPU threads of each of `ranks` ranks: OMP_NUM_THREADS, or the rank's share of this machine's cores."""
-    threads = env.get("OMP_NUM_THREADS", "")
-    return int(threads) if threads.isdigit() and int(threads) else max(1, usable_cores() // ranks)
+    return threads_asked_for(env) or max(1, usable_cores() // ranks)

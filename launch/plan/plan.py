@@ -55,11 +55,12 @@ class Plan:
     def inherited(self, env: Mapping[str, str]) -> dict[str, str]:
         """Return the variables of `env` that ranks inherit.
 
-        Left out are SLURM's variables for the node process and the variables of an enclosing torchrun. A task's ranks also
+        Left out are SLURM's variables for the node process, and the variables that an enclosing torchrun or an enclosing
+        `launch` has set for its own ranks: with LAUNCH_DEBUG, a rank would not stop with a checkpoint. A task's ranks also
         do not get variables that would change how accelerate works. A script's ranks do not get launch's own packages on
         PYTHONPATH. A module's ranks get the module's folder there.
         """
-        foreign = ("ACCELERATE_", "TORCHELASTIC_") if self.batch else "TORCHELASTIC_"
+        foreign = ("TORCHELASTIC_", "LAUNCH_DEBUG", "LAUNCH_HEARTBEAT", *(["ACCELERATE_"] if self.batch else []))
         kept = {key: value for key, value in env.items()
                 if not key.startswith(foreign) and not NODE_PROCESS_VARIABLES.match(key)}
         if not self.batch:

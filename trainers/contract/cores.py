@@ -1,13 +1,22 @@
-"""The number of CPU cores that a process may use. Imports no torch."""
+"""The number of CPU cores that a process may use, and of threads that it is asked to use. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 # Where cgroups are mounted, below the root folder: version 2 (alone, or beside version 1), and the `cpu` part of version 1.
 MOUNTS = ("sys/fs/cgroup", "sys/fs/cgroup/unified"), ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct")
+
+
+def threads_asked_for(env: Mapping[str, str]) -> int | None:
+    """Return the threads that OMP_NUM_THREADS asks for; None if it is not set, or is not a number that OpenMP accepts."""
+    # OpenMP also reads a list, `4,2`: the second number is for parallel regions inside of parallel regions.
+    match = re.fullmatch(r"([1-9][0-9]{0,4})(,.*)?", env.get("OMP_NUM_THREADS", "").strip())
+    return int(match[1]) if match else None
 
 
 def usable_cores(root: Path = Path("/")) -> int:

@@ -159,7 +159,7 @@ class RunPaths:
     def logs(self, number: int) -> dict[int, Path]:
         """Return the existing logs by rank, in the order of the ranks."""
         logs = self.attempt(number).glob("logs/*.log")
-        return dict(sorted((int(p.stem), p) for p in logs if p.stem.isdigit()))
+        return dict(sorted((int(p.stem), p) for p in logs if p.stem.isdecimal()))
 
     def attempt_numbers(self) -> list[int]:
         """Return the numbers of the attempts so far, oldest first. A process takes an attempt by making its folder."""
@@ -177,6 +177,6 @@ class RunPaths:
 def _numbers(folder: Path) -> list[int]:
     """Return the numbers that are names in a folder, sorted."""
     try:
-        return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
+        return sorted(int(name) for name in os.listdir(folder) if name.isdecimal())
     except FileNotFoundError:
         return []

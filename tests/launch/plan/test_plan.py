@@ -82,6 +82,11 @@ def test_cuda_visible_devices_is_respected(tmp_path, mask, count):
     assert visible_gpus(env, gpus(tmp_path, ["GPU-a0-00", "GPU-b1-00", "GPU-c2-00", "GPU-d3-00"])) == count
 
 
+def test_ranks_inherit_no_variables_of_an_enclosing_run():
+    left = {"LAUNCH_DEBUG": "1", "LAUNCH_HEARTBEAT": "5", "TORCHELASTIC_RUN_ID": "x", "SLURM_PROCID": "3"}
+    assert plan(Resources("cpu", 1)).inherited({"HOME": "/x", **left}) == {"HOME": "/x"}
+
+
 def test_a_uuid_counts_if_the_driver_does_not_tell_the_uuids(tmp_path):
     root = gpus(tmp_path, ["GPU-????????-????-????-????-????????????"])
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-a0"}, root) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers.contract.cores import usable_cores
+from trainers.contract.cores import threads_asked_for, usable_cores
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,12 @@ def test_a_quota_counts(tmp_path: Path, name: str) -> None:
 
 def test_without_cgroups_the_affinity_counts(tmp_path: Path) -> None:
     assert usable_cores(tmp_path) == 16
+
+
+@pytest.mark.parametrize("text, threads", [("4", 4), ("4,2", 4), (" 8 ", 8), ("", None), ("0", None), ("-1", None), ("²", None),
+                                           ("abc", None), ("9" * 20, None)])
+def test_omp_num_threads(text: str, threads: int | None) -> None:
+    assert threads_asked_for({"OMP_NUM_THREADS": text}) == threads
 
 
 def test_threads_of_ranks_heed_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
