@@ -36,6 +36,14 @@ def _path(text: str) -> str:
     return str(expanded(os.path.expandvars(text)))
 
 
+def _variables(values: dict[str, str]) -> dict[str, str]:
+    for name, value in values.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or "\0" in value:
+            raise ValueError(f"`env` sets `{name}`, but the name of a variable has only letters, digits and `_`, and its value no "
+                             "zero byte")
+    return values
+
+
 Size = Annotated[str, AfterValidator(_size)]
 Time = Annotated[str, AfterValidator(_time)]
 Place = Annotated[str, AfterValidator(_path)]
@@ -84,7 +92,8 @@ class ClusterConfig(Section):
     data: Place | None = Field(None, description="LAUNCH_DATA, the folder for downloaded data")
 
     defaults: dict[str, Any] = Field(default_factory=dict, description="keys of a spec; they override the task's file")
-    env: dict[str, str] = Field(default_factory=dict, description="environment variables for ranks")
+    env: Annotated[dict[str, str], AfterValidator(_variables)] = Field(
+        default_factory=dict, description="environment variables for ranks")
 
     @property
     def layers(self) -> list[dict[str, Any]]:

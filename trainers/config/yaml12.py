@@ -96,6 +96,7 @@ def read(text: str, name: str) -> Document:
 HINTS = {
     "flow mapping": "close the `{{` of line {line} with `}}`, and put text that contains `: `, ` #` or a bracket in quotes",
     "flow sequence": "close the `[` of line {line} with `]`, and put text that contains `: `, ` #` or a bracket in quotes",
+    "flow node": "close the bracket, and write a value after each comma and colon",
     "quoted scalar, found unexpected end": "close the quote that opens in line {line}",
     "unknown escape": "use single quotes, or write two backslashes for one",
     r"character '\t'": "indent with spaces, not with tabs",

@@ -106,6 +106,13 @@ def test_the_list_of_clusters_holds_broken_files_too(home):
     assert "no yaml.yaml" in rows["no yaml"]["problem"]
 
 
+@pytest.mark.parametrize("env, name", [('{"A=B": x}', "A=B"), ('{"": x}', ""), ('{A: "x\\0"}', "A"), ('{B: y, "1": x}', "1")])
+def test_variables_that_cannot_exist_are_refused(home, env, name):
+    (home / "lab.yaml").write_text(f"kind: slurm\nenv: {env}\n")
+    with pytest.raises(UserError, match=f"`env` sets `{name}`, but the name of a variable has only letters, .*lab.yaml:2"):
+        load_cluster("lab")
+
+
 def test_a_draft_needs_slurm(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no SLURM here: `scontrol` is not installed"):

@@ -77,6 +77,7 @@ def test_lines_are_recorded_and_anchors_resolved() -> None:
 @pytest.mark.parametrize("text, hint", {
     "a: 1\nb: {c: 1\n": "close the `{` of line 2 with `}`, and",
     "a: [1,\n  2\nb: 1\n": "close the `[` of line 1 with `]`, and",
+    "a: [\n": "close the bracket, and write a value",
     "a: {b: 1}}\n": "remove the `}`, which closes nothing",
     "a: [1]]\n": "remove the `]`, which closes nothing",
     "a:\n\tb: 1\n": "indent with spaces, not with tabs",
