@@ -39,8 +39,8 @@ def _path(text: str) -> str:
 def _variables(values: dict[str, str]) -> dict[str, str]:
     for name, value in values.items():
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or "\0" in value:
-            raise ValueError(f"`env` sets `{name}`, but the name of a variable has only letters, digits and `_`, and its value no "
-                             "zero byte")
+            raise ValueError(f"`env` sets `{name}`, but the name of a variable has only letters, digits and `_`, and its value "
+                             "no zero byte")
     return values
 
 
