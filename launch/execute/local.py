@@ -298,15 +298,15 @@ def _ending(outcome: Outcome, paths: RunPaths, seconds: float, script: bool) -> 
         files = [*(("model", path) for path in (*checkpoint, paths.model)), ("table", paths.results),
                  *(("figure", path) for path in sorted(paths.figures.glob("*.png")))]
         return [*(f"{what:<8}{short_path(path)}" for what, path in files if path.exists()), f"took    {duration(seconds)}"]
+    late = [f"warning: {outcome.note}; raise it if a checkpoint takes longer: `launch resume {command_name(paths)} "
+            "run.grace_s=SECONDS`"] if outcome.note else []
     if script:
-        return [f"stopped; `launch resume {command_name(paths)}` starts the script again from its first line"]
+        return [*late, f"stopped; `launch resume {command_name(paths)}` starts the script again from its first line"]
     advice = f"continue with `launch resume {command_name(paths)}`"
     if paths.pieces.is_dir():  # a search
         return [f"stopped after {record['step']} of {record['total']} fits, which are kept; {advice}"]
     kept = f", checkpoint {record['checkpoint']}" if record["checkpoint"] is not None else ", without a checkpoint"
     where = "at once" if outcome.kind == "killed" else f"at step {record['step']}"  # a killed rank has not said its last step
-    late = [f"warning: {outcome.note}; raise it if a checkpoint takes longer: `launch resume {command_name(paths)} "
-            "run.grace_s=SECONDS`"] if outcome.note else []
     return [*late, f"stopped {where}{kept}; {advice}"]
 
 

@@ -251,7 +251,7 @@ def test_resume_cancel_and_sync(called: Called, monkeypatch: pytest.MonkeyPatch,
     assert main(["resume", "my", "--procs", "2", "--json"]) == 75
     assert called["args"][0].id == RUN_ID
     assert (called["wanted"], called["json"]) == (Wanted(procs=2), True)
-    monkeypatch.setattr("launch.records.cancel.cancel", lambda run: "cancelled")
+    monkeypatch.setattr("launch.records.cancel.cancel", lambda run, **more: "cancelled")
     assert main(["cancel", "my"]) == 0
     assert capsys.readouterr().out == f"{RUN_ID}: cancelled\n"
     assert main(["cancel", "my", "--json"]) == 0
