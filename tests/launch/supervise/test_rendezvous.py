@@ -272,7 +272,8 @@ def test_a_process_that_sends_nothing_is_lost_after_a_limit_and_one_that_is_aliv
             messages += other.receive()
         time.sleep(0.02)
     assert heard == [[{"lost": True, "node": 3}]] * 2
-    assert [(link.open, link.silent) for link in head.links.values()] == [(True, False), (True, False), (False, True)]
+    assert [(link.open, link.silent) for link in map(head.links.get, (1, 2, 3))] == [
+        (True, False), (True, False), (False, True)]
 
 
 def test_time_in_which_this_process_itself_was_stopped_is_no_silence(four, monkeypatch):
