@@ -86,6 +86,9 @@ def run_node(folder: Path, stop: StopSignals) -> int:
             if not submission.here and _warned(place, paths):
                 stop.received.append(signal.SIGUSR2)
             return lead(submission, place, paths, group, requeue_flag, stop, patience, view)
+        except OutOfPatience:
+            group.send({"end": exit_codes.PREEMPTED})
+            raise
         finally:
             if not group.complete:  # every process that is left does this, because the head may be gone
                 _report_lost(folder, place, paths, group)
@@ -108,8 +111,9 @@ def _not_connected(submission: Submission, place: Place, paths: RunPaths, requeu
     number, job = record.next_attempt(paths), job_fields(submission, place)
     if signal.SIGUSR2 in stop.received:
         outcome = Outcome("preempted", signal="SIGUSR2")
-    elif stop.received:
-        return exit_codes.FAILED  # whoever sent the signal has decided what follows
+    elif stop.received:  # whoever sent the signal has decided what follows
+        set_flag(requeue_flag, False)
+        return exit_codes.FAILED
     else:
         outcome = Outcome("failed", failed_start(number, message, retry=True))
     patience.hurry(RECORD_S)

@@ -12,15 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.cluster import slurm
-from launch.execute import node_process
 from launch.execute.node import forensics
 from launch.execute.node.forensics import joint_outcome, record_lost_attempts, record_silent_head
 from launch.execute.node.place import Place
 from launch.supervise import group as group_module
 from launch.supervise.group import Link, NodeGroup
 from launch.supervise.rank import Outcome
-from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, replace_json
 from trainers.contract.paths import RunPaths
 
@@ -121,16 +118,3 @@ def test_another_node_writes_the_record_of_a_head_that_is_silent(paths):
     before = json.dumps(attempt)
     record_silent_head(paths, "n9")  # the attempt has ended already
     assert json.dumps(read_json(paths.attempt_record(1))) == before
-
-
-@pytest.mark.parametrize("left_s, warned", [(136, False), (135, True), (0, True), (None, False), (UserError("away"), False)])
-def test_a_warning_before_the_time_limit_that_came_during_setup_counts(paths, monkeypatch, left_s, warned):
-    """SLURM warns once: run.grace_s + 45 s before the limit, and up to 30 s earlier."""
-    def time_left_s(job: str) -> int | None:
-        if isinstance(left_s, UserError):
-            raise left_s
-        return left_s
-
-    monkeypatch.setattr(slurm, "time_left_s", time_left_s)
-    paths.spec.write_text("name: x\nscript: /x.py\nrun: {grace_s: 60}\n")
-    assert node_process._warned(Place("9", 0, 0, 1, None), paths) == warned

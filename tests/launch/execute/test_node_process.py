@@ -1,0 +1,65 @@
+"""Decisions of a node process that do not need a cluster."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launch.cluster import slurm
+from launch.execute import node_process
+from launch.execute.node.patience import Patience
+from launch.execute.node.place import Place
+from launch.plan.job_script import REQUEUE
+from launch.supervise.signals import StopSignals
+from trainers.contract import exit_codes
+from trainers.contract.errors import UserError
+from trainers.contract.files import read_json, replace_json
+from trainers.contract.paths import RunPaths
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> RunPaths:
+    paths = RunPaths(tmp_path / "run-1")
+    paths.root.mkdir()
+    replace_json(paths.record, {"state": "submitted"})
+    paths.spec.write_text("name: x\nscript: /x.py\nrun: {grace_s: 60}\n")
+    return paths
+
+
+@pytest.mark.parametrize("received, requeues, outcome, state", [
+    ([signal.SIGUSR2], True, "preempted", "preempted"),  # the time limit: counts as an attempt without progress
+    ([signal.SIGTERM], False, None, "submitted"),        # cancelled or preempted: SLURM decides
+    ([], True, "failed", "preempted"),                   # a node did not come
+])
+def test_what_follows_if_the_node_processes_have_not_connected(paths, monkeypatch, received, requeues, outcome, state):
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    flag = paths.root / "requeue-9-0"
+    flag.touch()
+    submission = SimpleNamespace(number=1, max_restarts=3, cluster=SimpleNamespace(requeue=True), here=False)
+    with socket.socket() as wakeup:
+        stop = StopSignals(received, wakeup)
+        code = node_process._not_connected(submission, Place("9", 0, 0, 2, None), paths, flag, stop,
+                                           Patience(stop, lambda text: None), "node 1 did not come")
+    assert code == (REQUEUE if requeues else exit_codes.FAILED) and flag.exists() == requeues
+    assert read_json(paths.record)["state"] == state
+    assert paths.attempt_numbers() == ([1] if outcome else [])
+    if outcome:
+        attempt = read_json(paths.attempt_record(1))
+        assert attempt["outcome"] == outcome and attempt["kept"] == attempt["kept_before"]
+
+
+@pytest.mark.parametrize("left_s, warned", [(136, False), (135, True), (0, True), (None, False), (UserError("away"), False)])
+def test_a_warning_before_the_time_limit_that_came_during_setup_counts(paths, monkeypatch, left_s, warned):
+    """SLURM warns once: run.grace_s + 45 s before the limit, and up to 30 s earlier."""
+    def time_left_s(job: str) -> int | None:
+        if isinstance(left_s, UserError):
+            raise left_s
+        return left_s
+
+    monkeypatch.setattr(slurm, "time_left_s", time_left_s)
+    paths.spec.write_text("name: x\nscript: /x.py\nrun: {grace_s: 60}\n")
+    assert node_process._warned(Place("9", 0, 0, 1, None), paths) == warned
