@@ -37,7 +37,7 @@ from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, update_json
 from trainers.contract.paths import RunPaths
 
-CHECK_S = 30.0  # SLURM sends its signal up to this much earlier, because it checks time limits only so often
+EARLY_S = 30.0  # SLURM sends its signal up to this much early, because it checks time limits only so often
 FINAL = ("finished", "cancelled")
 
 
@@ -83,8 +83,8 @@ def run_node(folder: Path, stop: StopSignals) -> int:
         try:
             if place.node != 0:
                 return follow(submission, place, paths, group, stop, view)
-            if not submission.here and _warned(place, paths):
-                stop.received.append(signal.SIGUSR2)
+            if not submission.here:
+                _make_up_for_warning(place, paths, stop)
             return lead(submission, place, paths, group, requeue_flag, stop, patience, view)
         except OutOfPatience:
             group.send({"end": exit_codes.PREEMPTED})
@@ -128,13 +128,21 @@ def _not_connected(submission: Submission, place: Place, paths: RunPaths, requeu
     return REQUEUE if requeue and submission.cluster.requeue and not submission.here else exit_codes.FAILED
 
 
-def _warned(place: Place, paths: RunPaths) -> bool:
-    """Whether SLURM may have sent its signal before the time limit already: `setup:` may have taken long."""
+def _make_up_for_warning(place: Place, paths: RunPaths, stop: StopSignals) -> None:
+    """Make sure of the signal before the time limit: SLURM sends it once, maybe while `setup:` still ran.
+
+    If it is overdue, it counts as received. If SLURM may have sent it early, this process sends it to itself when it is due.
+    """
     try:
         left_s = slurm.time_left_s(place.job)
-        return left_s is not None and left_s <= warning_s(read_run(paths).run.grace_s) + CHECK_S
+        due_s = None if left_s is None else left_s - warning_s(read_run(paths).run.grace_s)
     except UserError:
-        return False
+        return
+    if due_s is not None and due_s <= 0:
+        stop.received.append(signal.SIGUSR2)
+    elif due_s is not None and due_s <= EARLY_S:
+        signal.signal(signal.SIGALRM, lambda number, frame: stop.received.append(signal.SIGUSR2))
+        signal.setitimer(signal.ITIMER_REAL, due_s)
 
 
 def _report_lost(folder: Path, place: Place, paths: RunPaths, group: NodeGroup) -> None:

@@ -24,6 +24,7 @@ def test_a_cancel_that_fails_changes_nothing_and_the_run_continues_after_its_tim
     assert not (run / "attempts/1/cancelled").exists() and record(run)["state"] == "running"
     slurm.shorten_time_limit(job)
     slurm.wait_until_requeued(job)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     set_pause(run, 0.0)
     slurm.start_now(job)
     wait_for_end(run)

@@ -52,14 +52,23 @@ def test_what_follows_if_the_node_processes_have_not_connected(paths, monkeypatc
         assert attempt["outcome"] == outcome and attempt["kept"] == attempt["kept_before"]
 
 
-@pytest.mark.parametrize("left_s, warned", [(136, False), (135, True), (0, True), (None, False), (UserError("away"), False)])
-def test_a_warning_before_the_time_limit_that_came_during_setup_counts(paths, monkeypatch, left_s, warned):
-    """SLURM warns once: run.grace_s + 45 s before the limit, and up to 30 s earlier."""
+@pytest.mark.parametrize("left_s, due_s", [(136, None), (135, 30), (106, 1), (105, 0), (0, 0), (None, None),
+                                           (UserError("away"), None)])
+def test_the_warning_before_the_time_limit_may_have_come_during_setup(paths, monkeypatch, left_s, due_s):
+    """SLURM warns once: run.grace_s + 45 s before the limit, or up to 30 s earlier."""
     def time_left_s(job: str) -> int | None:
         if isinstance(left_s, UserError):
             raise left_s
         return left_s
 
     monkeypatch.setattr(slurm, "time_left_s", time_left_s)
-    paths.spec.write_text("name: x\nscript: /x.py\nrun: {grace_s: 60}\n")
-    assert node_process._warned(Place("9", 0, 0, 1, None), paths) == warned
+    armed, handlers = [], []
+    monkeypatch.setattr(signal, "setitimer", lambda which, seconds: armed.append(seconds))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.append(handler))
+    with socket.socket() as wakeup:
+        stop = StopSignals([], wakeup)
+        node_process._make_up_for_warning(Place("9", 0, 0, 1, None), paths, stop)
+    assert armed == ([due_s] if due_s else []) and stop.received == [signal.SIGUSR2] * (due_s == 0)
+    if due_s:
+        handlers[0](signal.SIGALRM, None)
+        assert stop.received == [signal.SIGUSR2]
