@@ -9,7 +9,7 @@ import signal
 WORDS = (
     (r"Priority$", "jobs of higher priority come first"),
     (r"Resources$", "it waits for nodes, cores or GPUs to become free"),
-    (r"DependencyNeverSatisfied", "a job that it depends on did not end as required: it will never start"),
+    (r"DependencyNeverSatisfied", "a job that it depends on did not end as required: it cannot start as it is"),
     (r"Dependency", "it waits for another job to end"),
     (r"BeginTime", "its start time has not come (by default, SLURM delays a requeued job by two minutes)"),
     (r"Cleaning", "the nodes of its last attempt are still being cleaned up"),

@@ -28,7 +28,6 @@ class LifeSign:
     def __init__(self, file: Path):
         self._file, self._written_at = file, float("-inf")
         self._problem: str | None = None
-        file.parent.mkdir(parents=True, exist_ok=True)
 
     def turn(self, problem: str | None) -> None:
         """Write the sign if it is due, or if the problem has changed. An error is ignored: the sign becomes late."""
@@ -37,6 +36,7 @@ class LifeSign:
         self._written_at, self._problem = time.monotonic(), problem
         text = json.dumps({"at": utc_now(), "problem": problem and problem[:PROBLEM_CHARS]})
         try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
                 os.pwrite(descriptor, text.encode().ljust(BYTES), 0)

@@ -68,7 +68,7 @@ def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address
             if all(rank.code is not None for rank in ranks):
                 finished = outcome.kind == "finished"
                 _wait_for_leftovers(ranks, plan.grace_s if finished else min(LEFTOVERS_GRACE_S, plan.grace_s), stop, view,
-                                    peers)
+                                    peers, sign)
             return outcome
         finally:
             for rank in ranks:
@@ -202,7 +202,8 @@ def _pause(ranks: list[Rank]) -> float:
     return time.monotonic() - began
 
 
-def _wait_for_leftovers(ranks: list[Rank], limit_s: float, stop: StopSignals, view: View, peers: Peers) -> None:
+def _wait_for_leftovers(ranks: list[Rank], limit_s: float, stop: StopSignals, view: View, peers: Peers,
+                        sign: LifeSign) -> None:
     """Let processes that the ranks have started (an upload, W&B's writer) finish, for at most `limit_s` seconds.
 
     The caller then kills the processes that are left. A stop signal ends the wait.
@@ -223,6 +224,7 @@ def _wait_for_leftovers(ranks: list[Rank], limit_s: float, stop: StopSignals, vi
         for rank in ranks:
             rank.read_all()
         peers.beat()
+        sign.turn(None)
         time.sleep(0.05)
 
 

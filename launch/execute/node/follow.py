@@ -8,6 +8,7 @@ from typing import Any
 
 from launch.execute.node.place import Place, kill_wait_s, node_variables, silence_s
 from launch.plan.submission import Submission, plan_of
+from launch.records.life_sign import LifeSign
 from launch.supervise.group import NodeGroup
 from launch.supervise.rank import Failure, Outcome
 from launch.supervise.signals import StopSignals
@@ -19,8 +20,9 @@ from trainers.contract.paths import RunPaths
 
 def follow(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup, stop: StopSignals, view: View) -> int:
     """Run this node's ranks of each attempt that the head begins, and report how they ended. Returns the exit code."""
+    sign: LifeSign | None = None
     while True:
-        order = _next_order(group, view)
+        order = _next_order(group, view, sign)
         if "end" in order:
             group.close()
             group.links.clear()  # the head leaves now: its end must not look like a failure
@@ -29,6 +31,7 @@ def follow(submission: Submission, place: Place, paths: RunPaths, group: NodeGro
             return exit_codes.FAILED
         plan = plan_of(submission, paths, order["begin"])
         group.silence_s = silence_s(plan)
+        sign = LifeSign(paths.life_sign(plan.attempt, place.node))
         try:
             outcome = supervise(plan, paths, view, node=place.node, address=group.address, port=order["port"], peers=group,
                                 stop=stop, more=node_variables(group), kill_wait_s=kill_wait_s())
@@ -39,9 +42,15 @@ def follow(submission: Submission, place: Place, paths: RunPaths, group: NodeGro
         group.send({"ended": asdict(outcome)})
 
 
-def _next_order(group: NodeGroup, view: View) -> dict[str, Any]:
-    """Wait for the head's next order: to begin an attempt, or to end. Empty if the head's process is gone."""
+def _next_order(group: NodeGroup, view: View, sign: LifeSign | None) -> dict[str, Any]:
+    """Wait for the head's next order: to begin an attempt, or to end. Empty if the head's process is gone.
+
+    Args:
+        sign: this node's, of the last attempt: on other nodes, ranks of a script may still work.
+    """
     while True:
+        if sign:
+            sign.turn(None)
         select.select(group.sockets(), [], [], 1.0)
         messages = group.receive()
         for index, message in enumerate(messages):

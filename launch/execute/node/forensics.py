@@ -14,6 +14,7 @@ from launch.execute.node.place import Place
 from launch.plan.job_script import REQUEUE
 from launch.plan.plan import Plan
 from launch.plan.submission import Submission
+from launch.records.life_sign import LifeSign
 from launch.supervise.group import NodeGroup
 from launch.supervise.rank import Failure, Outcome
 from trainers.config.micro_batch import retries_smaller
@@ -34,8 +35,9 @@ def joint_outcome(mine: Outcome, group: NodeGroup, plan: Plan, hosts: list[str])
     The ranks of a script may work much longer on one node than on another: as long as nothing has failed and nobody has asked
     for a stop, the head waits for every node process that gives signs of life.
     """
-    deadline = None
+    deadline, sign = None, LifeSign(RunPaths(Path(plan.folder)).life_sign(plan.attempt, 0))
     while True:
+        sign.turn(None)
         outcomes = {0: mine, **{word["node"]: Outcome(**word["ended"]) for word in group.received if "ended" in word}}
         waited_for = [node for node, link in group.links.items() if link.open and node not in outcomes]
         ending = plan.batch is not None or any(outcome.kind != "finished" for outcome in outcomes.values()) or any(

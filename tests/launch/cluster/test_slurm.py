@@ -130,7 +130,7 @@ def test_lists_of_nodes_are_expanded(node_list, names):
 
 
 @pytest.mark.parametrize("reason, plain", [
-    ("Priority", "higher priority"), ("Resources", "become free"), ("DependencyNeverSatisfied", "never start"),
+    ("Priority", "higher priority"), ("Resources", "become free"), ("DependencyNeverSatisfied", "cannot start"),
     ("BeginTime", "two minutes"), ("ReqNodeNotAvail, UnavailableNodes:n2", "down, draining or reserved"),
     ("QOSMaxGRESPerUser", "allows one user"), ("QOSMaxGRESPerJob", "allows one job"), ("QOSGrpGRES", "at once"),
     ("AssocGrpCpuLimit", "at once"), ("AssocMaxJobsLimit", "allows one user"), ("QOSMinGRES", "less than its QOS"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import tempfile
 import threading
 import time
 from dataclasses import asdict
@@ -38,8 +39,11 @@ def two(monkeypatch) -> tuple[NodeGroup, NodeGroup]:
 def judged(head: NodeGroup, batch: str | None, mine: Outcome = Outcome("finished")) -> tuple[Outcome, float]:
     """The head's judgment and how long it took."""
     began = time.monotonic()
-    plan = SimpleNamespace(batch=batch, grace_s=0.2)
-    return joint_outcome(mine, head, plan, HOSTS), time.monotonic() - began
+    with tempfile.TemporaryDirectory() as folder:
+        plan = SimpleNamespace(batch=batch, grace_s=0.2, folder=folder, attempt=1)
+        outcome = joint_outcome(mine, head, plan, HOSTS)
+        assert RunPaths(Path(folder)).life_sign(1, 0).exists()
+    return outcome, time.monotonic() - began
 
 
 def work(other: NodeGroup, seconds: float, outcome: Outcome) -> None:
