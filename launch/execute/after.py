@@ -14,6 +14,7 @@ from launch.cluster import slurm
 from launch.plan.job_script import dependency
 from launch.plan.submission import Submission, read_submission
 from trainers.contract.errors import UserError
+from trainers.contract.files import read_json
 from trainers.contract.paths import RunPaths
 
 
@@ -31,7 +32,7 @@ def follow(paths: RunPaths, ids: Sequence[str]) -> None:
     # All waiting elements of an array have one dependency.
     waiting = {job.id.partition("_")[0]: job.script for job in queue.values() if job.waiting and job.script}
     for id, script in waiting.items():
-        submission = _waits_for(Path(script).parent, paths)
+        submission = _waits_for(id, Path(script).parent, paths)
         if submission is None:
             continue
         own = {**submission.cluster.sbatch, **submission.options}.get("dependency")
@@ -42,10 +43,18 @@ def follow(paths: RunPaths, ids: Sequence[str]) -> None:
             print(f"warning: job {id} still waits for the last job of {paths.id}: {error}", file=sys.stderr)
 
 
-def _waits_for(folder: Path, paths: RunPaths) -> Submission | None:
-    """The submission in a folder, if its jobs wait for this run. `folder` may be of a job that launch did not submit."""
+def _waits_for(id: str, folder: Path, paths: RunPaths) -> Submission | None:
+    """The submission of a job in the queue, if the job waits for this run.
+
+    Args:
+        id: the job's.
+        folder: the folder of its script. It may be of a job that launch did not submit.
+    """
     try:
         submission = read_submission(folder)
-    except (OSError, ValueError, KeyError, TypeError):
+        home = RunPaths(folder.parents[1])
+        first = read_json(home.record)["job"]["ids"][0] if home.record.exists() else id  # a sweep has no run.json, and no chain
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
-    return submission if submission.after == str(paths.root.resolve()) else None
+    # The later jobs of a chain wait for the jobs before them.
+    return submission if submission.after == str(paths.root.resolve()) and id == first.partition("_")[0] else None
