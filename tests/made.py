@@ -31,7 +31,7 @@ def make_run(root: Path, spec: str = "", **changes: Any) -> RunPaths:
 
 
 def make_checkpoint(paths: RunPaths, step: int, tensors: Mapping[str, Tensor], *, ranks: int = 1, tied: Mapping[str, str] = {},
-                    metrics: Mapping[str, float] = {}, old: bool = False) -> Path:
+                    metrics: Mapping[str, float] = {}, old: bool = False, **state: Any) -> Path:
     """Write a checkpoint in which each rank holds a random stretch of each tensor, which may be empty.
 
     Args:
@@ -51,7 +51,7 @@ def make_checkpoint(paths: RunPaths, step: int, tensors: Mapping[str, Tensor], *
                 index.setdefault(f"{rank}.safetensors", {})[name] = (first, shape)
     entries = {f"{rank}.safetensors": storage.write(folder / f"{rank}.safetensors", part) for rank, part in parts.items()}
     storage.write_index(folder, index)
-    replace_json(folder / manifest.STATE, {"step": step, "tied": dict(tied)})
+    replace_json(folder / manifest.STATE, {"step": step, "tied": dict(tied), **state})
     entries |= {name: manifest.entry(folder / name) for name in (manifest.STATE, manifest.INDEX)}
     manifest.write(folder, step=step, entries=entries, created="2026-01-02T00:30:00+00:00", strategy="zero3", world_size=ranks,
                    layout="sharded", versions={"torch": torch.__version__}, **({"metrics": dict(metrics)} if old else {}))

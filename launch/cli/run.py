@@ -92,7 +92,7 @@ def task_command(word: str, about: str, kind: type[click.Command] = click.Comman
 
 @command
 @run_argument
-@click.argument("overrides", nargs=-1, metavar="[run.KEY=VALUE] [sbatch.KEY=VALUE]...")
+@click.argument("overrides", nargs=-1, metavar="[data=PATH] [run.KEY=VALUE] [sbatch.KEY=VALUE]...")
 @click.option("--strategy", metavar="WORD", help="Use this strategy from now on: ddp, fsdp, zero1, zero2 or zero3.")
 @wanted_options("gpus", "procs", "nodes", "cpus")
 @slurm_options
@@ -103,7 +103,8 @@ def resume(word: str, root: Path, wanted: Wanted, json: bool, take_over: bool, s
            time: str | None, after: str | None, follow: bool, overrides: Sequence[str], strategy: str | None) -> int:
     """Continue a run from its last checkpoint.
 
-    By default the run continues where it last ran: on this machine, or on the same cluster with the same options.
+    By default the run continues where it last ran: on this machine, or on the same cluster with the same options. data=PATH
+    tells where its data lies, if the data has moved.
     """
     from launch.records.read import find_run
 

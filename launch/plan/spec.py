@@ -155,24 +155,28 @@ def spec_of(paths: RunPaths) -> Spec:
 
 
 STRATEGY_KEYS = ("strategy", "offload", "checkpoint_activations")  # keys of `train` that do not change the results of training
+PLACES = ("source", "root", "path")  # keys of `data` that say where the data lies; the ranks check that it is the same data
 
 
 def with_strategy(spec: Spec, words: Sequence[str]) -> Spec:
-    """Return the spec of a run that continues with another strategy, offload or activation checkpointing, or other limits.
+    """Return the spec of a run that continues with another strategy, offload or activation checkpointing, with other limits, or
+    on data that has moved.
 
     The text of run.yaml stays the same: the changes go into a separate file, see `record_strategy`.
 
     Raises:
         UserError: a word sets a key that cannot change when a run is resumed, or its value is wrong.
     """
-    trains = hasattr(spec.config, "model")  # a script has settings for accelerate under `train`
-    allowed = [f"train.{key}" for key in STRATEGY_KEYS if trains]
+    is_task = hasattr(spec.config, "model")  # a script has settings for accelerate under `train`
+    trains = is_task and "train" in spec.values
+    allowed = [*(["data", *(f"data.{key}" for key in PLACES)] if is_task else []),
+               *(f"train.{key}" for key in STRATEGY_KEYS if trains)]
     for word in words:
         key = word.partition("=")[0]
         if key not in allowed and not key.startswith("run."):
             raise UserError(f"`{word}` cannot be set: a run's spec never changes",
-                            "start a new run for that; resume takes run.KEY=VALUE, sbatch.KEY=VALUE, --strategy, train.offload "
-                            "and train.checkpoint_activations")
+                            "start a new run for that; resume takes run.KEY=VALUE, sbatch.KEY=VALUE, --strategy, train.offload, "
+                            "train.checkpoint_activations, and data=PATH for data that has moved")
     changed = with_overrides(spec, words)
     if trains and not changed.values["train"]["strategy"].startswith("zero"):
         changed = with_values(changed, {"train": {**changed.values["train"], "deepspeed": {}}})
@@ -185,9 +189,13 @@ def record_strategy(paths: RunPaths, spec: Spec) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    train = spec.values["train"] if hasattr(spec.config, "model") else None
-    changes = {"train": {key: train[key] for key in (*STRATEGY_KEYS, "deepspeed")}} if train else {}
-    replace_json(paths.spread, {**changes, "run": spec.values["run"]})
+    changes: dict[str, Any] = {"run": spec.values["run"]}
+    if hasattr(spec.config, "model"):  # not a script
+        if train := spec.values.get("train"):
+            changes["train"] = {key: train[key] for key in (*STRATEGY_KEYS, "deepspeed")}
+        if isinstance(data := spec.values["data"], dict):
+            changes["data"] = {key: data[key] for key in PLACES if key in data}
+    replace_json(paths.spread, changes)
 
 
 def with_values(spec: Spec, changes: Mapping[str, Any]) -> Spec:

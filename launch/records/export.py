@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from launch.records.checkpoints import choose
 from launch.records.run import Run
 from trainers.checkpoints import export as engine
+from trainers.checkpoints import facts
 from trainers.contract.errors import UserError
 from trainers.contract.text import size
 
@@ -26,7 +28,7 @@ def export(run: Run, *, which: str | None, to: str, output: Path | None) -> dict
 
     Returns:
         `step`, `warnings` (about checkpoints that were passed over), `files` (the path of each model's file or folder, by
-        the model's name) and `bytes`.
+        the model's name), `bytes` and `facts` (what the task keeps with the weights; the files' metadata holds them too).
 
     Raises:
         UserError: there is no such checkpoint, it is broken, a model has no such layout, or the output cannot be written.
@@ -37,7 +39,9 @@ def export(run: Run, *, which: str | None, to: str, output: Path | None) -> dict
     try:
         models = engine.read_models(checkpoint)
         places = _outputs(run, step, to, output, list(models))
-        about = {"run": run.id, "step": str(step)}
+        known = facts.read(checkpoint)
+        texts = {key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in known.items()}
+        about = {**texts, "run": run.id, "step": str(step)}
         if to == "huggingface":
             for name in models:
                 _require_layout(run, name)
@@ -53,7 +57,7 @@ def export(run: Run, *, which: str | None, to: str, output: Path | None) -> dict
                             "try again: the run has a newer checkpoint") from None
         raise
     files = {name: str(path) for name, path in places.items()}
-    return {"step": step, "warnings": choice.warnings(), "files": files, "bytes": written}
+    return {"step": step, "warnings": choice.warnings(), "files": files, "bytes": written, "facts": known}
 
 
 def say(exported: dict[str, Any]) -> None:
@@ -61,6 +65,9 @@ def say(exported: dict[str, Any]) -> None:
     for line in exported["warnings"]:
         print(f"warning: {line}", file=sys.stderr)
     print(f"step {exported['step']}, {size(exported['bytes'])}", file=sys.stderr)
+    for key, words in facts.names(exported["facts"]).items():
+        more = f", ... ({len(words):,} in all)" if len(words) > 20 else ""
+        print(f"{key}, in order: {', '.join(words[:20])}{more}", file=sys.stderr)
     for path in exported["files"].values():
         print(path)
 

@@ -45,7 +45,7 @@ class Model:
         """
         names = self._names(True)
         # transformers loads only files whose metadata has "format".
-        return write(file, layouts, lambda name: self.parts.pieces(names[name]), {"format": "pt", **metadata})["size"]
+        return write(file, layouts, lambda name: self.parts.pieces(names[name]), {**metadata, "format": "pt"})["size"]
 
     def _names(self, tied: bool) -> dict[str, str]:
         return {**self.tensors, **(self.tied if tied else {})}

@@ -49,7 +49,12 @@ class Data(Section):
     flip: bool = Field(True, description="exchange left and right at random")
     cutout: Annotated[int, Field(ge=0)] = Field(0, description="side of a square that is blanked at random, in pixels; 0: none")
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="share of each class that is held out if the folder has no val, valid or test")
+        0.1, description="share of each class that is held out if the folder has no folder to evaluate on")
+    eval_split: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="the folder to evaluate on; null: val, valid, validation or dev if there is one, otherwise test")
+    bits: Annotated[int, Field(ge=8, le=16)] | None = Field(
+        None, description="number of bits in use in the values of 16-bit images; null: 16, and images that are nearly black are "
+                          "refused")
 
     @field_validator("source", "root")
     @classmethod
@@ -84,7 +89,7 @@ class Cifar10Config(RunConfig):
                             "use vgg, resnet18, or a classifier of torchvision.models")
         if self.data.source not in ("cifar10", "sample"):
             from trainers.data.folders import list_images
-            list_images(Path(self.data.source), self.data.eval_fraction)
+            list_images(Path(self.data.source), self.data.eval_fraction, self.data.eval_split, "" if self.eval.only else None)
 
     def missing(self, environment: Mapping[str, str] = os.environ) -> list[str]:
         if self.data.source != "cifar10":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from trainers.cifar10.config import Cifar10Config
 from trainers.cifar10.model import make_model
 from trainers.data.augment import Augment
 from trainers.data.folders import list_images
-from trainers.data.images import Images, fetch_cifar10, load_cifar10, load_folder, resident
+from trainers.data.image_folder import load_folder
+from trainers.data.images import Images, Statistics, as_trained, fetch_cifar10, load_cifar10, resident
 from trainers.engine.task import Loss, Measures, Task
 from trainers.engine.world import World
 
@@ -34,7 +36,7 @@ class Cifar10(Task):
         return [f"CIFAR-10: {'fetched into' if fetch_cifar10(root) else 'already in'} {root}"]
 
     def data(self, world: World) -> tuple[Images, Images | None]:
-        data = self.config.data
+        data, trained = self.config.data, self.trained_facts
         match data.source:
             case "cifar10":
                 sets = load_cifar10(data.download_root(), world)
@@ -42,10 +44,23 @@ class Cifar10(Task):
                 from trainers.cifar10.shapes import draw_shapes
                 sets = draw_shapes()
             case path:
-                sets = load_folder(Path(path), data.size, data.eval_fraction, world)
-        self.classes = sets.classes
+                trained_on = trained.get("files", "") if trained else None
+                sets = load_folder(Path(path), data.size, world, eval_fraction=data.eval_fraction, eval_split=data.eval_split,
+                                   bits=data.bits, trained_on=trained_on)
+        if trained:
+            sets = as_trained(sets, trained["classes"])
+        self.classes, self.files = sets.classes, sets.names
         self.evaluated = len(sets.test.labels) if sets.test else 0
-        return resident(sets, world.device, data.size, Augment(data.pad, data.flip, data.cutout))
+        train, test = resident(sets, world.device, data.size, Augment(data.pad, data.flip, data.cutout),
+                               Statistics(trained["mean"], trained["std"]) if trained else None)
+        self.statistics = train.statistics
+        return train, test
+
+    def facts(self) -> dict[str, Any]:
+        """Return `classes` (in the order of the logits), `mean` and `std` (of each channel, for pixels in [0, 1]), `size` (the
+        side of the images in pixels) and `files` (a hash of the names of the image files)."""
+        return {"classes": self.classes, "mean": self.statistics.mean, "std": self.statistics.std, "size": self.config.data.size,
+                **({"files": self.files} if self.files else {})}
 
     def model(self) -> nn.Module:
         return make_model(self.config.model, self.class_count(), self.config.data.size)
@@ -57,7 +72,7 @@ class Cifar10(Task):
         source = self.config.data.source
         if source in ("cifar10", "sample"):
             return 10
-        return len(list_images(Path(source), self.config.data.eval_fraction).classes)
+        return len(list_images(Path(source), self.config.data.eval_fraction, self.config.data.eval_split).classes)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         images, labels = batch

@@ -39,8 +39,8 @@ def read_spec(path: Path) -> RunConfig | SearchConfig | ScriptConfig:
 
 
 def read_run(paths: RunPaths) -> RunConfig | SearchConfig | ScriptConfig:
-    """Return the config of a run directory: run.yaml, with the strategy and the limits that a resumption has chosen
-    (spread.json).
+    """Return the config of a run directory: run.yaml, with the strategy, the limits and the place of the data that a resumption
+    has chosen (spread.json).
 
     Raises:
         UserError: a file is missing or wrong.
@@ -53,7 +53,7 @@ def read_run(paths: RunPaths) -> RunConfig | SearchConfig | ScriptConfig:
         changes = mapping(json.loads(read_text(paths.spread)), paths.spread.name)
     except ValueError as error:
         raise UserError(f"`{paths.spread}` is not JSON: {error}",
-                        "delete it: the run then continues with the strategy and the limits of its run.yaml") from None
+                        "delete it: the run then continues with the settings of its run.yaml") from None
     if "strategy" in changes:  # a file of an older version, whose keys are all keys of `train`
         changes = {"train": changes}
     return validate(type(config), {**values, **{section: {**values[section], **keys} for section, keys in changes.items()}},

@@ -25,7 +25,8 @@ class RunPaths:
 
     @property
     def spread(self) -> Path:
-        """Keys that a resumption has changed, by section: how the models are distributed, and limits. They change no result."""
+        """Keys that a resumption has changed, by section: how the models are distributed, limits, and where the data lies. They
+        change no result."""
         return self.root / "spread.json"
 
     @property

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)  # torch puts it before each line of a rank's traceback
+
+MOST_SHOWN = 4  # of a list, in one message
 
 
 def either(words: Iterable[object]) -> str:
     """Return the words as a choice: 'a', 'a or b', 'a, b or c'. There must be at least one word."""
     *first, last = map(str, words)
     return f"{', '.join(first)} or {last}" if first else last
+
+
+def first_few(words: Sequence[object], most: int = MOST_SHOWN) -> str:
+    """Return 'a, b, c, d and 3 more'."""
+    more = f" and {len(words) - most:,} more" if len(words) > most else ""
+    return ", ".join(map(str, words[:most])) + more
 
 
 def last_state(line: str) -> str:

@@ -3,100 +3,243 @@
 from __future__ import annotations
 
 import os
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
 from trainers.contract.errors import UserError
+from trainers.contract.text import first_few
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
-EVALUATION = ("val", "valid", "test")  # the first that exists; val comes first, because it is made for frequent evaluation
+TRAINING = ("train", "training")
+# The first that exists is used. A validation set comes before a test set: it decides which checkpoint is the best one, and a
+# test set that decides this says too much for the model.
+EVALUATION = ("val", "valid", "validation", "dev", "test", "testing")
+# Pillow opens these formats, but they are no pictures, or need a program that may be missing.
+NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
-LAYOUT = "the folder must hold <class>/<image> folders, or train/<class>/<image> and val, valid or test/<class>/<image>"
+LAYOUT = ("the folder must hold <class>/<image> folders, or train/<class>/<image> and validation/ or test/<class>/<image>")
+
+Files = dict[str, list[str]]  # by class folder: paths in it, in a fixed order
 
 
 class Listing(NamedTuple):
     """The image files of a training set and an evaluation set, with the classes."""
 
     classes: list[str]             # sorted by name
-    train: list[tuple[Path, int]]  # (file, class number), in a fixed order
+    train: list[tuple[Path, int]]  # (file, class number), in a fixed order; empty in an evaluation
     test: list[tuple[Path, int]]   # the same; empty if there is nothing to evaluate on
     held_out: bool                 # `test` was taken from the training images
+    names: str                     # a hash of the names of the files from which the training set was taken
+    about: str                     # which folders are used, for the log
+    passed_over: Counter[str]      # files that are not read, by what they are
 
 
-def list_images(path: Path, eval_fraction: float) -> Listing:
-    """List the image files under `path`.
+def list_images(path: Path, eval_fraction: float, eval_split: str | None = None, trained_on: str | None = None
+                ) -> Listing:
+    """List the image files under `path`. Images may lie in folders below the class folders.
 
     Without an evaluation folder, `eval_fraction` of each class is held out: the same files every time, on every machine.
     The files are chosen by a hash of their names, not by the run's seed, so that runs with different seeds are compared on
     the same images.
 
+    Args:
+        eval_split: the name of the evaluation folder; None: the first of EVALUATION that exists.
+        trained_on: in an evaluation of a trained model, the `Listing.names` of its training run, or "" if they are not known.
+            Then only images to evaluate on are listed. If there is no evaluation folder, these are all images, unless the
+            model was trained on images of this folder.
+
     Raises:
-        UserError: the path does not exist or is not a folder; there are no class folders; a class folder is empty; a link
-            leads nowhere; an evaluation class is not a training class.
+        UserError: the path does not exist or is not a folder; there are no class folders; a class folder is empty; links
+            lead nowhere; an evaluation class is not a training class.
     """
     if not path.is_dir():
-        raise UserError(f"`data.source`: {path} {'is not a folder' if path.exists() else 'does not exist'}", LAYOUT)
-    folder = next((path / name for name in EVALUATION if (path / name).is_dir()), None)
-    if not (path / "train").is_dir():
-        if folder is not None and not _names(folder, images=True) and _class_folders(folder):
-            raise UserError(f"`data.source`: {path} holds {folder.name}/ but no train/", LAYOUT)
-        train, folder = _by_class(path), None
-    else:
-        train = _by_class(path / "train")
-    classes = list(train)
-    if folder is not None:
-        test = _by_class(folder)
-        if unknown := [name for name in test if name not in train]:
-            raise UserError(f"{folder / unknown[0]}: `{unknown[0]}` is not a class of {path / 'train'}",
-                            "every evaluation class needs a training folder of the same name")
-        return Listing(classes, _numbered(train, classes), _numbered(test, classes), held_out=False)
-    kept, held = {}, {}
-    for name, files in train.items():
-        count = min(round(eval_fraction * len(files)), len(files) - 1)
-        chosen = set(sorted(files, key=lambda file: blake2b(os.fsencode(file.name)).digest())[:count])
-        held[name] = [file for file in files if file in chosen]
-        kept[name] = [file for file in files if file not in chosen]
-    return Listing(classes, _numbered(kept, classes), _numbered(held, classes), held_out=True)
+        raise UserError(f"`data.source`: {path} {'is not a folder' if path.exists() else 'does not exist'}",
+                        f"{LAYOUT}; if the images have moved, use data=PATH, which `launch resume` takes too")
+    passed_over: Counter[str] = Counter()
+    folders = {name.lower(): path / name for name in reversed(_names(path)) if (path / name).is_dir()}
+    train = next((folders[name] for name in TRAINING if name in folders), None)
+    if train is not None and not _holds_folders(train) and folders.keys() - {*TRAINING, *EVALUATION}:
+        train = None  # a class of this name
+    test = _evaluation_folder(path, folders, eval_split)
+    if train is None and test is not None:
+        if eval_split is None and not (_holds_folders(test) and not _holds_images(test)):
+            test = None  # a class of this name
+        elif trained_on is None:
+            raise UserError(f"`data.source`: {path} holds {test.name}/ but no train/", LAYOUT)
+    if trained_on is not None and test is not None:
+        files = _by_class(test, passed_over)
+        return Listing(list(files), [], _numbered(test, files), False, "", f"{path}: {_count(files)} images of {test.name}/",
+                       passed_over)
+    source = train or path
+    files = _by_class(source, passed_over)
+    hashed = _hash(files)
+    if test is not None:
+        names = list(files)
+        tests = _by_class(test, passed_over)
+        _check_known(tests, names, test, source)
+        unused = [f"{folder.name}/" for name, folder in folders.items() if name in EVALUATION and folder != test]
+        return Listing(names, _numbered(source, files), _numbered(test, tests, names), False, hashed,
+                       f"{path}: {_count(files)} images of {source.name}/ for training, {_count(tests)} of {test.name}/ for "
+                       f"evaluation" + (f" ({first_few(unused)} not used: data.eval_split chooses)" if unused else ""),
+                       passed_over)
+    kept, held = _hold_out(files, eval_fraction)
+    if trained_on is None:
+        about = f"{path} has no evaluation folder: " + (
+            f"{_count(held)} of {_count(files)} images are held out (data.eval_fraction={eval_fraction:g}, the same images in "
+            "every run)" if _count(held) else f"all {_count(files)} images are for training")
+        return Listing(list(files), _numbered(source, kept), _numbered(source, held), True, hashed, about, passed_over)
+    if trained_on == hashed:
+        return Listing(list(files), [], _numbered(source, held), True, hashed,
+                       f"{path}: {_count(held)} of {_count(files)} images, which were held out in training", passed_over)
+    return Listing(list(files), [], _numbered(source, files), False, hashed, f"{path}: all {_count(files)} images", passed_over)
 
 
-def _by_class(folder: Path) -> dict[str, list[Path]]:
-    """Return the image files of each class folder. Classes and files are sorted by name."""
-    by_class = {name: [folder / name / file for file in _names(folder / name, images=True)]
-                for name in _class_folders(folder)}
-    if not by_class:
-        loose = "images but no class folders" if _names(folder, images=True) else "no class folders"
-        raise UserError(f"{folder} holds {loose}", LAYOUT)
-    for name, files in by_class.items():
+def endings() -> dict[str, str]:
+    """Return the endings of the files that Pillow reads as pictures, with the names of the formats."""
+    from PIL import Image
+
+    Image.init()
+    return {ending: name for ending, name in Image.EXTENSION.items() if name in Image.OPEN and name not in NO_PICTURES}
+
+
+def same_class(name: str) -> str:
+    """Return a class name in the form in which names are compared.
+
+    File systems and archives change how an accented letter is written, and add blanks at the end of a name.
+    """
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def _evaluation_folder(path: Path, folders: Mapping[str, Path], eval_split: str | None) -> Path | None:
+    if eval_split is None:
+        return next((folders[name] for name in EVALUATION if name in folders), None)
+    if eval_split.lower() not in folders:
+        raise UserError(f"{path} has no folder {eval_split}/ (`data.eval_split`)",
+                        f"it has {first_few([f'{folder.name}/' for folder in folders.values()])}" if folders else LAYOUT)
+    return folders[eval_split.lower()]
+
+
+def _holds_folders(folder: Path) -> bool:
+    return any((folder / name).is_dir() for name in _names(folder))
+
+
+def _holds_images(folder: Path) -> bool:
+    known = endings()
+    return any(os.path.splitext(name)[1].lower() in known and not (folder / name).is_dir() for name in _names(folder))
+
+
+def _by_class(folder: Path, passed_over: Counter[str]) -> Files:
+    """Return the image files of each class folder. Classes and files are sorted by name. Count what is passed over."""
+    known, broken = endings(), []
+    found: Files = {}
+    loose = 0
+    for name in _names(folder):
+        if not (folder / name).is_dir():
+            loose += os.path.splitext(name)[1].lower() in known
+            continue
+        other: Counter[str] = Counter()
+        found[name] = []
+        for file in _files_below(folder / name):
+            ending = os.path.splitext(file)[1].lower()
+            if ending not in known:
+                other[ending or "no ending"] += 1
+            elif not (folder / name / file).is_file():
+                broken.append(folder / name / file)
+            else:
+                found[name].append(file)
         if any("\ud800" <= char <= "\udfff" for char in name):
             raise UserError(f"the name of the class folder {os.fsencode(name)!r} in {folder} is not valid UTF-8",
                             "rename the folder")
-        if not files:
-            raise UserError(f"{folder / name} holds no images ({', '.join(sorted(ending[1:] for ending in ENDINGS))})",
+        if not found[name] and not broken:
+            raise UserError(f"{folder / name} holds no images that can be read" + (f": {said(other)}" if other else ""),
                             f"remove the folder, or put the images of class `{name}` into it")
-        for file in files:
-            if not file.is_file():
-                raise UserError(f"{file} is {'a link that leads nowhere' if file.is_symlink() else 'not a file'}",
-                                "restore or remove the file")
-    return by_class
+        passed_over.update(other)
+    if broken:
+        what = "is a link that leads nowhere" if broken[0].is_symlink() else "is not a file"
+        raise UserError(f"{broken[0]} {what}" if len(broken) == 1 else
+                        f"{len(broken)} images are links that lead nowhere, or no files: {first_few(list(map(str, broken)))}",
+                        "restore or remove the file" + "s" * (len(broken) > 1))
+    if not found:
+        raise UserError(f"{folder} holds {'images but ' if loose else ''}no class folders", LAYOUT)
+    keys = Counter(map(same_class, found))
+    if twice := [name for name in found if keys[same_class(name)] > 1]:
+        raise UserError(f"{folder} holds class folders whose names look the same: {first_few([ascii(name) for name in twice])}",
+                        "put their images into one folder, or rename them")
+    if loose:
+        passed_over["images outside the class folders"] += loose
+    return found
 
 
-def _class_folders(folder: Path) -> list[str]:
-    return [name for name in _names(folder) if (folder / name).is_dir()]
+def said(counts: Counter[str]) -> str:
+    """Return '90 .heic, 1 .txt'."""
+    return first_few([f"{count:,} {kind}" for kind, count in counts.most_common()])
 
 
-def _names(folder: Path, images: bool = False) -> list[str]:
-    """Return the sorted names in a folder that are not hidden. With `images`, only files with the ending of an image."""
+def _files_below(folder: Path) -> list[str]:
+    """Return the paths of all files under a class folder, relative to it and sorted. Links to folders are followed."""
+    files: list[str] = []
+    seen: set[str] = set()
+    pending = [""]
+    while pending:
+        inner = pending.pop()
+        real = os.path.realpath(folder / inner)
+        if real in seen:  # a link to a folder above it
+            continue
+        seen.add(real)
+        for name in _names(folder / inner):
+            path = os.path.join(inner, name)
+            if (folder / path).is_dir():
+                pending.append(path)
+            else:
+                files.append(path)
+    return sorted(files)
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the sorted names in a folder that are not hidden."""
     try:
-        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        return sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != "__MACOSX")
     except OSError as error:
         raise UserError(f"{folder} cannot be listed: {error.strerror}", "make the folder readable") from error
-    if not images:
-        return names
-    return [name for name in names
-            if os.path.splitext(name)[1].lower() in ENDINGS and not (folder / name).is_dir()]
 
 
-def _numbered(files: dict[str, list[Path]], classes: list[str]) -> list[tuple[Path, int]]:
-    numbers = {name: number for number, name in enumerate(classes)}
-    return [(file, numbers[name]) for name in files for file in files[name]]
+def _check_known(tests: Files, names: Sequence[str], test: Path, train: Path) -> None:
+    """Raise a UserError if an evaluation class is not one of the training classes `names`."""
+    known = set(map(same_class, names))
+    if unknown := [name for name in tests if same_class(name) not in known]:
+        near = get_close_matches(unknown[0], names, n=1, cutoff=0.7) or [
+            name for name in names if name.casefold() == unknown[0].casefold()]
+        raise UserError(f"{test / unknown[0]}: `{unknown[0]}` is not a class of {train}" +
+                        (f", and neither are {first_few([f'`{name}`' for name in unknown[1:]])}" if unknown[1:] else ""),
+                        (f"did you mean `{near[0]}`? " if near else "") +
+                        "every evaluation class needs a training folder of the same name")
+
+
+def _hold_out(files: Files, fraction: float) -> tuple[Files, Files]:
+    """Divide the files of each class in two: those that are kept for training, and those that are held out."""
+    kept: Files = {}
+    held: Files = {}
+    for name, paths in files.items():
+        count = min(round(fraction * len(paths)), len(paths) - 1)
+        chosen = set(sorted(paths, key=lambda file: blake2b(os.fsencode(file)).digest())[:count])
+        held[name] = [file for file in paths if file in chosen]
+        kept[name] = [file for file in paths if file not in chosen]
+    return kept, held
+
+
+def _hash(files: Files) -> str:
+    lines = (f"{same_class(name)}/{unicodedata.normalize('NFC', file)}\0" for name, paths in files.items() for file in paths)
+    return blake2b(b"".join(map(os.fsencode, lines)), digest_size=8).hexdigest()
+
+
+def _count(files: Files) -> int:
+    return sum(map(len, files.values()))
+
+
+def _numbered(folder: Path, files: Files, classes: Sequence[str] | None = None) -> list[tuple[Path, int]]:
+    numbers = {same_class(name): number for number, name in enumerate(classes or files)}
+    return [(folder / name / file, numbers[same_class(name)]) for name in files for file in files[name]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tarfile
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
 from shutil import copyfile
@@ -16,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainers.contract.cores import usable_cores
 from trainers.contract.errors import UserError
-from trainers.contract.events import emit
+from trainers.contract.text import first_few
 from trainers.data.augment import NOTHING, Augment
-from trainers.data.folders import list_images
+from trainers.data.folders import same_class
 from trainers.engine.task import Share
 from trainers.engine.world import World
 
@@ -38,6 +36,14 @@ class RawSets(NamedTuple):
     train: Raw
     test: Raw | None
     classes: list[str]
+    names: str = ""  # a hash of the names of the image files; empty if the images are not from a folder
+
+
+class Statistics(NamedTuple):
+    """The mean and the standard deviation of each channel, as fractions of 255."""
+
+    mean: list[float]
+    std: list[float]
 
 
 class Images:
@@ -47,6 +53,7 @@ class Images:
                  std: Sequence[float], augment: Augment = NOTHING):
         """`mean` and `std` have a value for each channel, for pixels in [0, 1]. `augment` is for a training set."""
         self.classes = classes
+        self.statistics = Statistics(list(mean), list(std))
         self.augment = augment
         self.pixels = torch.from_numpy(raw.pixels).to(device)  # uint8 [N, 3, S, S]
         self.labels = torch.from_numpy(raw.labels).to(device)  # int64 [N]
@@ -79,19 +86,38 @@ class Images:
         return pixels.float().sub_(self._mean).mul_(self._scale)
 
 
-def resident(sets: RawSets, device: torch.device, size: int, augment: Augment) -> tuple[Images, Images | None]:
+def as_trained(sets: RawSets, classes: list[str]) -> RawSets:
+    """Return the sets with the labels that these classes had when the model was trained. Only the evaluation set is kept.
+
+    Raises:
+        UserError: the evaluation set has a class that the model does not know.
+    """
+    numbers = {same_class(name): number for number, name in enumerate(classes)}
+    if unknown := [name for name in sets.classes if same_class(name) not in numbers]:
+        raise UserError(f"the model was trained on the classes {first_few(classes, 10)}, which do not include "
+                        f"{first_few([f'`{name}`' for name in unknown])}",
+                        "evaluate it on images of its own classes")
+    if sets.test is None:
+        return sets._replace(classes=classes)
+    own = np.array([numbers[same_class(name)] for name in sets.classes])
+    test = Raw(sets.test.pixels, own[sets.test.labels])
+    return sets._replace(train=test, test=test, classes=classes)
+
+
+def resident(sets: RawSets, device: torch.device, size: int, augment: Augment, statistics: Statistics | None = None
+             ) -> tuple[Images, Images | None]:
     """Return the training and evaluation sets on `device`, scaled to `size` pixels a side.
 
-    Both are normalised by the mean and standard deviation of the training set.
+    Both are normalised by `statistics`; None: by those of the training set.
     """
     train = _resized(sets.train, size)
     test = _resized(sets.test, size) if sets.test else None
-    mean, std = mean_and_std(train.pixels)
+    mean, std = statistics or mean_and_std(train.pixels)
     return (Images(train, sets.classes, device, mean=mean, std=std, augment=augment),
             Images(test, sets.classes, device, mean=mean, std=std) if test else None)
 
 
-def mean_and_std(pixels: np.ndarray) -> tuple[list[float], list[float]]:
+def mean_and_std(pixels: np.ndarray) -> Statistics:
     """Return the mean and the standard deviation of each channel of uint8 [N, 3, S, S], as fractions of 255.
 
     The sums are sums of whole numbers, so every rank gets the same result, with any number of threads.
@@ -104,7 +130,7 @@ def mean_and_std(pixels: np.ndarray) -> tuple[list[float], list[float]]:
     mean = total / (pixels.size / 3)
     variance = squares / (pixels.size / 3) - mean**2
     # A channel without variation gets a standard deviation of 1, which keeps its scale.
-    return (mean / 255).tolist(), (np.where(variance > 0, variance, 255**2) ** 0.5 / 255).tolist()
+    return Statistics((mean / 255).tolist(), (np.where(variance > 0, variance, 255**2) ** 0.5 / 255).tolist())
 
 
 def _resized(raw: Raw, size: int) -> Raw:
@@ -180,56 +206,3 @@ def _download_cifar10(root: Path) -> RawSets:
     if sets is None:
         raise UserError(f"CIFAR-10 in {root} changed while it was read", "start the run again")
     return sets
-
-
-# --- Folders
-
-
-def load_folder(path: Path, size: int, eval_fraction: float, world: World) -> RawSets:
-    """Load a folder of images by class, as RGB, each image's centre square scaled to `size`.
-
-    `folders.LAYOUT` states which layouts are possible.
-
-    Raises:
-        UserError: `list_images` refuses the folder, or an image cannot be read.
-    """
-    listing = list_images(path, eval_fraction)
-    if listing.held_out and listing.test and world.main:
-        emit({"event": "note", "level": "info", "message": f"{path} has no evaluation folder: {len(listing.test):,} of "
-              f"{len(listing.train) + len(listing.test):,} images are held out (data.eval_fraction={eval_fraction:g}, "
-              "the same images in every run)"})
-    return RawSets(_decode_all(listing.train, size), _decode_all(listing.test, size) if listing.test else None,
-                   listing.classes)
-
-
-def _decode_all(files: list[tuple[Path, int]], size: int) -> Raw:
-    # Threads are enough: PIL releases the GIL while it decodes and scales.
-    with ThreadPoolExecutor(min(16, usable_cores())) as pool:
-        pixels = np.empty((len(files), 3, size, size), np.uint8)
-        for row, image in zip(pixels, pool.map(lambda item: decode(item[0], size), files)):
-            row[:] = image
-    return Raw(pixels, np.array([label for _, label in files]))
-
-
-def decode(file: Path, size: int) -> np.ndarray:
-    """Return an image file as uint8 [3, size, size]: the centre square, cropped and scaled to `size` in one resampling.
-
-    Raises:
-        UserError: the file cannot be read as an image.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(file) as opened:
-            image: Image.Image = opened
-            if image.mode.startswith("I"):  # 16 bits: convert() would clip the values at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGB")
-            if image.size != (size, size):
-                (width, height), short = image.size, min(image.size)
-                left, top = (width - short) / 2, (height - short) / 2
-                image = image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + short, top + short))
-            return np.asarray(image).transpose(2, 0, 1)
-    except Exception as error:  # PIL's decoders raise nearly anything on a broken file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file} cannot be read as an image: {reason}", "fix or remove the file") from error

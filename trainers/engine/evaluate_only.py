@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from trainers.checkpoints import facts
 from trainers.config.schema import RunConfig
 from trainers.contract import events, exit_codes, heartbeat
 from trainers.contract.errors import UserError
@@ -38,6 +39,7 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
     """
     weights = config.init.source
     assert weights is not None  # the schema allows eval.only only with init.source
+    task.trained_facts = facts.read(paths.first_weights(weights))
     setup = set_up(task, config, world, placed(config))
     if setup.eval_set is None or not len(setup.eval_set):
         raise UserError(f"the task `{config.task}` has no evaluation set",
@@ -49,6 +51,9 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
     note = _note if world.main else _silent
     note("info", f"evaluating {weights}: {world.size} rank(s) on {world.device.type}, {config.train.precision}, "
          f"{setup.parameters:,} parameters, {len(setup.eval_set):,} samples")
+    if setup.facts and not task.trained_facts:
+        note("warning", "the checkpoint is from an older version and does not say what the model was trained with: "
+             f"{', '.join(f'`{name}`' for name in setup.facts)} are those of the data that is evaluated")
     measured = evaluate(task, setup.models, setup.eval_set, config, world, setup.stopping)
     heartbeat.report()
     if measured is not None:

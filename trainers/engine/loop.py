@@ -12,6 +12,7 @@ from typing import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from trainers.checkpoints import facts
 from trainers.checkpoints.evaluation import Evaluation
 from trainers.config.schema import Every, RunConfig, Train
 from trainers.contract import events, exit_codes, heartbeat
@@ -75,8 +76,9 @@ class Loop:
         train = config.train
         setup = set_up(task, config, world, before_placement=self._before_placement)
         self.strategy, self.stopping, self.models = setup.strategy, setup.stopping, setup.models
-        self.train_set, self.eval_set = setup.train_set, setup.eval_set
-        self.layout, self.parameters = setup.layout, setup.parameters
+        self.train_set = setup.train_set
+        self.eval_set = setup.eval_set if setup.eval_set is not None and len(setup.eval_set) else None
+        self.layout, self.parameters, self.facts = setup.layout, setup.parameters, setup.facts
         self.runners = [UpdateRunner(update, config, world, self.strategy, self.train_set, self.models)
                          for update in task.updates()]
         self.samples = self.runners[0].samples  # of the first update: defines what an epoch is
@@ -155,11 +157,14 @@ class Loop:
         On rank 0 also start the tracker.
         """
         newest = self.checkpoints.newest()
-        init_note = None
+        notes: list[tuple[str, str]] = []
         if newest is not None:
             self._restore(newest)
         elif self.config.init.source is not None:
-            init_note = self._load_initial_weights(self.config.init.source)
+            notes = self._load_initial_weights(self.config.init.source)
+        if self.eval_set is None and self.config.checkpoint.metric is not None:
+            notes.append(("warning", f"there is no evaluation set, so `{self.config.checkpoint.metric}` (`checkpoint.metric`) is "
+                                     "not measured, and no checkpoint is kept as a best one"))
         if self.world.main:
             self.tracker = Tracker(self.config, self.paths, self.step, self.total, self.metrics, self.evaluated,
                                    self.checkpoints.attempt)
@@ -170,8 +175,8 @@ class Loop:
             "parameters": self.parameters,
             "samples": len(self.train_set), "best_by": self.config.checkpoint.best_by, "resumed": newest is not None,
         })
-        if init_note:
-            self.tracker.note("info", init_note)
+        for level, message in notes:
+            self.tracker.note(level, message)
 
     def _restore(self, step: int) -> None:
         """Load the checkpoint of this step: position, metrics, models and optimizers."""
@@ -182,20 +187,26 @@ class Loop:
         self.evaluated = state.get("evaluated", False)  # only in checkpoints of older versions
         if found := self.checkpoints.evaluation(step):
             self.evaluated, self.metrics, self.best = True, found.metrics, found.best
-        self._check_data(state["samples"])
+        self._check_data(state["samples"], state.get("facts", {}))
         self._load_tensors(reader)
         for runner in self.runners:
             runner.load_state(state["updates"][runner.update.name])
         if self.step == self.total:
             self.evaluated, self.best = False, self.before.best  # evaluate again: the pictures need the measures
 
-    def _load_initial_weights(self, weights: str) -> str:
-        """Load the weights that `init.source` names. Return a note for the user: which tensors were loaded."""
-        source = open_source(self.paths.first_weights(weights), self.world)
+    def _load_initial_weights(self, weights: str) -> list[tuple[str, str]]:
+        """Load the weights that `init.source` names. Return notes for the user, as (level, message)."""
+        path = self.paths.first_weights(weights)
+        source = open_source(path, self.world)
         note = load_weights(source, self.layout, self.strategy.fragments(self.models), self.config.init.skip, f"`{weights}`")
         for runner in self.runners:
             runner.sharded.after_fill()
-        return note
+        notes = [("info", note)]
+        changes = facts.differences(facts.names(facts.read(path)), self.facts)
+        if changes and not self.config.init.skip:
+            notes.append(("warning", f"these weights were trained with other names: {'; '.join(changes)}; init.skip=[NAME] "
+                                     "leaves out a layer that belongs to the old names"))
+        return notes
 
     def _on_commit(self, step: int) -> None:
         """Record a committed checkpoint. Runs on rank 0, in the writing thread."""
@@ -250,12 +261,15 @@ class Loop:
         """Return the numbers of training and evaluation samples."""
         return [len(self.train_set), len(self.eval_set) if self.eval_set is not None else 0]
 
-    def _check_data(self, before: list[int]) -> None:
-        """Raise a UserError if the numbers of samples have changed: the run would continue with different batches."""
+    def _check_data(self, before: list[int], trained: facts.Facts) -> None:
+        """Raise a UserError if the numbers of samples or the task's facts have changed: the run would be another run."""
         now = self._sample_counts()
         if before != now:
             raise UserError(f"the data has changed since this run started: it had {before[0]} training and {before[1]} "
                             f"evaluation samples, now it has {now[0]} and {now[1]}",
+                            "restore the old data, or start a new run")
+        if changes := facts.differences(trained, self.facts):
+            raise UserError(f"the data has changed since this run started: {'; '.join(changes)}",
                             "restore the old data, or start a new run")
 
     def _save(self) -> None:
@@ -268,7 +282,7 @@ class Loop:
         found = Evaluation(self.metrics, self.best) if self.evaluated and self.eval_set is not None else None
         state = {
             "step": self.step, "metrics": self.before.metrics, "best": self.before.best,
-            "samples": self._sample_counts(), "tied": self.tied,
+            "samples": self._sample_counts(), "tied": self.tied, "facts": self.facts,
             "updates": {runner.update.name: runner.state() for runner in self.runners},
         }
         share_buffers(self.models, self.world)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from trainers.checkpoints.facts import checked
 from trainers.config import compatibility
 from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
@@ -33,6 +35,7 @@ class Setup:
     models: dict[str, nn.Module]  # by name, placed by the strategy
     layout: Layout                # names and shapes of the models' tensors, read before the models were placed
     parameters: int               # number of parameters of all models, counted before the models were placed
+    facts: dict[str, Any]         # what the task keeps with the weights (`Task.facts`)
 
 
 def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None = None,
@@ -54,6 +57,7 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
     strategy = make_strategy(world, placed or config)
     stopping = Stopping(world)
     train_set, eval_set = _data_of(task, world)
+    facts = checked(task.facts())
     torch.manual_seed(derive_seed(train.seed, "models"))
     models = task.models()
     before_placement(models)
@@ -66,7 +70,7 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
     if train.sync_batchnorm and world.size > 1:
         models = {name: synchronize(model, world.device) for name, model in models.items()}
     return Setup(strategy, stopping, train_set, eval_set, {name: strategy.place(model) for name, model in models.items()},
-                 tensors, parameters)
+                 tensors, parameters, facts)
 
 
 def _data_of(task: Task, world: World) -> tuple[Dataset, Dataset | None]:

@@ -88,9 +88,11 @@ class Task:
     Attributes:
         config: the settings of the run.
         unit: what a Loss counts, in the plural. The displayed rate uses this word ("images" gives "1,234 images/s").
+        trained_facts: in an evaluation of a checkpoint, what `facts` returned when the run trained; otherwise empty.
     """
 
     unit = "samples"
+    trained_facts: Mapping[str, Any] = {}
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -119,6 +121,16 @@ class Task:
             TypeError: the task does not define this method.
         """
         raise TypeError(f"{type(self).__name__} must define data(self, world)")
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the weights mean only together with: facts of the training data, by name. The engine calls this after
+        `data`.
+
+        For example the names of the classes in the order of the model's outputs, the statistics that normalise the inputs, or
+        a vocabulary. JSON must be able to hold the values. Checkpoints and exports hold the facts. A run is not resumed on data
+        with other facts. An evaluation sets `trained_facts` before `data`, so that the task can use them with other data.
+        """
+        return {}
 
     def model(self) -> nn.Module:
         """Return a new model on the CPU. Every rank calls this, after `data`.

@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from made import make_run
 
 from launch.cluster.config import ClusterConfig, load_cluster
 from launch.plan import spec as specs
@@ -445,3 +446,18 @@ def test_clusters(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (own / "local.yaml").write_text("env: {A: 1}\n")
     with pytest.raises(UserError, match=r"`env.A` is `1`, but must be text \(.*local.yaml:1\)"):
         load_cluster("local")
+
+
+def test_a_resumed_run_may_be_told_where_its_data_lies(tmp_path: Path) -> None:
+    paths = make_run(tmp_path / "r", "name: r\ntrain: {steps: 2}\ndata: {source: /old, root: null, size: 3}\n")
+    moved = specs.with_strategy(specs.spec_of(paths), ["data=/new"])
+    specs.record_strategy(paths, moved)
+    assert specs.spec_of(paths).values["data"] == {"source": "/new", "root": None, "size": 3}
+    specs.record_strategy(paths, specs.with_strategy(specs.spec_of(paths), ["train.strategy=fsdp"]))
+    config = read_run(paths)
+    assert config.data["source"] == "/new" and config.train.strategy == "fsdp"
+    paths.spread.write_text('{"strategy": "zero1", "deepspeed": {}}')  # of an older version
+    assert read_run(paths).train.strategy == "zero1"
+    for word in ("data.size=4", "model.x=1"):
+        with pytest.raises(UserError, match=f"`{word}` cannot be set"):
+            specs.with_strategy(specs.spec_of(paths), [word])

@@ -217,3 +217,15 @@ assert peak < 150 * 1024, peak
 """
     subprocess.run([sys.executable, "-c", code, str(paths.root), str(tmp_path / "x.safetensors")], check=True)
     assert torch.equal(load_file(tmp_path / "x.safetensors")["w"], large)
+
+
+def test_an_export_says_what_the_model_was_trained_with(paths, capsys):
+    facts = {"classes": ["1", "10", "2"], "mean": [0.5, 0.25], "files": "abc", "format": "not Hugging Face's"}
+    make_checkpoint(paths, 40, command_name("model", model(40)), facts=facts)
+    assert main(["export", "r-1", "-o", "x.safetensors"]) == 0
+    assert "classes, in order: 1, 10, 2\n" in capsys.readouterr().err
+    with safe_open("x.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "run": "r-1", "step": "40", "classes": '["1", "10", "2"]',
+                                   "mean": "[0.5, 0.25]", "files": "abc"}
+    assert main(["export", "r-1", "-o", "x.safetensors", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["facts"] == facts

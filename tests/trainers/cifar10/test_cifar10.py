@@ -19,6 +19,7 @@ from trainers.cifar10.config import Cifar10Config, Data, Model, torchvision_mode
 from trainers.cifar10.model import make_model
 from trainers.cifar10.task import Cifar10
 from trainers.contract.errors import UserError
+from trainers.data.images import mean_and_std
 from trainers.engine.batches.sampling import Shuffled, evaluation_shares
 from trainers.engine.schedule import learning_rate
 from trainers.engine.world import World
@@ -236,6 +237,51 @@ def test_the_folder_decides_the_number_of_classes(tmp_path):
     assert task.train.pixels.shape == (9, 3, 16, 16) and task.evaluated == len(task.test) == 3
     assert task.train.augment.pad == 2 and not task.test.augment.active
     assert task.model()(task.train.batch(evaluation_shares(9, 9, 0, 1)[0])[0]).shape == (9, 3)
+
+
+def coloured(root: Path, classes: str) -> Path:
+    """Make a folder with one image for each class: the class decides the colour."""
+    for name in classes:
+        (root / "test" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (30 * (ord(name) - 90),) * 3).save(root / "test" / name / "x.png")
+    return root
+
+
+TRAINED = {"classes": ["d", "a", "b"], "mean": [0.5, 0.25, 0.75], "std": [0.5, 0.5, 0.25], "size": 8, "files": "f" * 16}
+
+
+def evaluation_set(source: Path, facts=TRAINED) -> Cifar10:
+    task = Cifar10(config({"width": 0.1}, source=str(source), size=8, pad=2))
+    task.trained_facts = facts
+    task.train, task.test = task.data(ONE)
+    return task
+
+
+def test_other_data_is_evaluated_with_the_classes_and_statistics_of_the_training(tmp_path):
+    task = evaluation_set(coloured(tmp_path / "one", "ab"))
+    assert task.classes == ["d", "a", "b"]
+    images, labels = task.test.batch(evaluation_shares(2, 2, 0, 1)[0])
+    assert labels.tolist() == [1, 2]
+    value = 30 * (ord("a") - 90) / 255
+    expected = torch.tensor([(value - 0.5) / 0.5, (value - 0.25) / 0.5, (value - 0.75) / 0.25])
+    torch.testing.assert_close(images[0, :, 0, 0], expected)
+    assert task.model()(images).shape == (2, 3)
+
+
+def test_classes_that_the_model_does_not_know_are_refused(tmp_path):
+    with pytest.raises(UserError, match="trained on the classes d, a, b, which do not include `c`"):
+        evaluation_set(coloured(tmp_path / "one", "abc"))
+
+
+def test_the_facts_of_a_run(tmp_path):
+    task = sample_task()
+    facts = task.facts()
+    assert facts["classes"] == task.train.classes and facts["size"] == 32 and "files" not in facts
+    assert facts["mean"] == mean_and_std(task.train.pixels.numpy()).mean
+    again = Cifar10(config({"width": 0.1}))
+    again.trained_facts = {**facts, "classes": facts["classes"][::-1], "std": [1.0, 1.0, 1.0]}
+    _, test = again.data(ONE)
+    assert test.labels.tolist() == (9 - task.test.labels).tolist() and again.facts()["std"] == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.slow

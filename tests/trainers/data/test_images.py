@@ -13,8 +13,9 @@ from PIL import Image
 from trainers.cifar10.shapes import draw_shapes
 from trainers.contract.errors import UserError
 from trainers.data.augment import NOTHING, Augment
-from trainers.data.folders import ENDINGS, list_images
-from trainers.data.images import Images, Raw, load_cifar10, load_folder, mean_and_std, resident
+from trainers.data.folders import list_images
+from trainers.data.image_folder import load_folder
+from trainers.data.images import Images, Raw, load_cifar10, mean_and_std, resident
 from trainers.engine.task import Share
 from trainers.engine.world import World
 
@@ -131,7 +132,7 @@ def test_a_folder_with_training_and_evaluation_images(tmp_path, name):
     root = tmp_path / "my 图片"
     flat(root / "train", 3, ("猫", "a dog", "bee"))
     flat(root / name, 2, ("bee", "猫"))
-    sets = load_folder(root, 8, 0.1, ONE)
+    sets = load_folder(root, 8, ONE, eval_fraction=0.1)
     assert sets.classes == ["a dog", "bee", "猫"]
     assert sets.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and sets.test.labels.tolist() == [1, 1, 2, 2]
     assert (sets.train.pixels[0, :, 0, 0] == (200, 30, 90)).all() and sets.train.pixels.flags.c_contiguous
@@ -152,9 +153,9 @@ def test_without_an_evaluation_folder_a_share_of_each_class_is_held_out(tmp_path
                                                     enumerate(("ant", "bee")) for file in sorted(
                                                         f"{n}.png" for n in range(20))]
     assert list_images(tmp_path, 0.25) == listing
-    load_folder(tmp_path, 8, 0.25, ONE)
+    load_folder(tmp_path, 8, ONE, eval_fraction=0.25)
     assert "10 of 40 images are held out (data.eval_fraction=0.25" in capsys.readouterr().out
-    assert load_folder(tmp_path, 8, 0.0, ONE).test is None
+    assert load_folder(tmp_path, 8, ONE, eval_fraction=0.0).test is None
 
 
 def test_the_only_image_of_a_class_is_a_training_image(tmp_path):
@@ -170,14 +171,14 @@ def test_files_that_are_not_images_are_ignored(tmp_path):
         (tmp_path / stray).parent.mkdir(exist_ok=True)
         (tmp_path / stray).write_text("not an image")
     (tmp_path / "train/ant/folder.png").mkdir()
-    sets = load_folder(tmp_path, 8, 0.1, ONE)
+    sets = load_folder(tmp_path, 8, ONE, eval_fraction=0.1)
     assert sets.classes == ["ant", "bee"] and len(sets.train.labels) == 4
 
 
-@pytest.mark.parametrize("ending", sorted(ENDINGS))
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".jfif", ".jpe", ".bmp", ".webp", ".gif", ".tif", ".ppm", ".tga", ".jp2"])
 def test_every_image_format_is_read(tmp_path, ending):
     write(tmp_path / "a" / f"X{ending.upper()}", (10, 8))
-    pixels = load_folder(tmp_path, 8, 0.0, ONE).train.pixels
+    pixels = load_folder(tmp_path, 8, ONE, eval_fraction=0.0).train.pixels
     np.testing.assert_allclose(pixels[0, :, 4, 4].astype(int), (200, 30, 90), atol=20)
 
 
@@ -187,7 +188,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     (tmp_path / "a").mkdir()
     image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
     image.save(tmp_path / "a" / "x.tif")
-    pixels = load_folder(tmp_path, 8, 0.0, ONE).train.pixels.astype(int)
+    pixels = load_folder(tmp_path, 8, ONE, eval_fraction=0.0).train.pixels.astype(int)
     assert pixels.shape == (1, 3, 8, 8) and abs(pixels.mean() - 128) < 20
 
 
@@ -196,7 +197,7 @@ def test_other_sizes_are_scaled_by_the_shorter_side_and_cut_at_the_centre(tmp_pa
     (tmp_path / "a").mkdir()
     Image.fromarray(noise).save(tmp_path / "a" / "wide.png")
     Image.fromarray(noise.transpose(1, 0, 2)).save(tmp_path / "a" / "tall.png")
-    tall, wide = load_folder(tmp_path, 8, 0.0, ONE).train.pixels.astype(int)
+    tall, wide = load_folder(tmp_path, 8, ONE, eval_fraction=0.0).train.pixels.astype(int)
     scaled = np.asarray(Image.fromarray(noise).resize((24, 8), Image.Resampling.BILINEAR)).astype(int)
     assert abs(wide - scaled[:, 8:16].transpose(2, 0, 1)).max() <= 1
     assert abs(tall - wide.transpose(0, 2, 1)).max() <= 1
@@ -208,7 +209,7 @@ def test_links_are_followed(tmp_path):
     (tmp_path / "data" / "linked class").symlink_to(tmp_path / "real" / "ant")
     (tmp_path / "data" / "bee").mkdir()
     (tmp_path / "data" / "bee" / "one.png").symlink_to(tmp_path / "real" / "ant" / "0.png")
-    sets = load_folder(tmp_path / "data", 8, 0.0, ONE)
+    sets = load_folder(tmp_path / "data", 8, ONE, eval_fraction=0.0)
     assert sets.classes == ["bee", "linked class"] and sets.train.labels.tolist() == [0, 1, 1]
 
 
@@ -275,7 +276,7 @@ def no_training(root: Path) -> Path:
 def test_bad_folders_are_refused_by_name(tmp_path, make, message):
     bad = make(tmp_path / "set")
     with pytest.raises(UserError) as error:
-        load_folder(tmp_path / "set", 8, 0.1, ONE)
+        load_folder(tmp_path / "set", 8, ONE, eval_fraction=0.1)
     assert str(bad) in error.value.message and message in error.value.message
     assert error.value.hint and len(str(error.value).splitlines()) == 2
 
@@ -284,7 +285,7 @@ def test_a_class_folder_whose_name_is_not_utf8_is_refused_at_the_start(tmp_path)
     flat(tmp_path / "set")
     os.rename(os.fsencode(tmp_path / "set/bee"), os.fsencode(tmp_path / "set") + b"/caf\xe9")
     with pytest.raises(UserError, match=r"the class folder b'caf\\xe9' in .* is not valid UTF-8"):
-        load_folder(tmp_path / "set", 8, 0.1, ONE)
+        load_folder(tmp_path / "set", 8, ONE, eval_fraction=0.1)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from trainers.checkpoints import manifest
 from trainers.contract.errors import UserError
+from trainers.contract.text import MOST_SHOWN, first_few
 from trainers.engine.parallel.fragments import Fragment, fill, model_tensors
 from trainers.engine.saving import storage
 from trainers.engine.world import World
-
-MAX_SHOWN = 4  # names listed in one message
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ def load_weights(source: Source, models: Layout, fragments: Mapping[str, Fragmen
     ignored = sorted(name for name in source.shapes if name in skipped)
     problems |= {name: f"`{name}` is not in the model" for name in sorted(source.shapes) if name not in known | skipped}
     if problems:
-        raise UserError(f"the weights of {where} do not fit the model: {_first_few(list(problems.values()))}",
+        raise UserError(f"the weights of {where} do not fit the model: {first_few(list(problems.values()))}",
                         hint or _skip_hint(problems.keys(), known | source.shapes.keys(), skip))
 
     def read(key: str, start: int, count: int) -> Tensor:
@@ -231,9 +230,9 @@ def load_weights(source: Source, models: Layout, fragments: Mapping[str, Fragmen
          {place.key: place.shape for place in models if place.key in loaded}, read)
     message = f"weights of {where}: {len(loaded)} tensors loaded"
     if kept:
-        message += f"; not loaded because of init.skip: {_first_few([f'`{name}`' for name in kept])}"
+        message += f"; not loaded because of init.skip: {first_few([f'`{name}`' for name in kept])}"
     if ignored:
-        message += f"; ignored because of init.skip: {_first_few([f'`{name}`' for name in ignored])}"
+        message += f"; ignored because of init.skip: {first_few([f'`{name}`' for name in ignored])}"
     return message
 
 
@@ -250,7 +249,7 @@ def _check_skip(skip: Sequence[str], names: Iterable[str]) -> None:
             modules = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
             near = difflib.get_close_matches(module, modules, n=1)
             raise UserError(f"`init.skip` has `{module}`, which is no module or tensor of the model or of the weights",
-                            f"did you mean `{near[0]}`?" if near else f"there is {_first_few(sorted(modules))}")
+                            f"did you mean `{near[0]}`?" if near else f"there is {first_few(sorted(modules))}")
 
 
 def _skip_hint(bad: Iterable[str], names: Iterable[str], skip: Sequence[str]) -> str:
@@ -262,11 +261,6 @@ def _skip_hint(bad: Iterable[str], names: Iterable[str], skip: Sequence[str]) ->
         parts = name.split(".")
         enclosing = [".".join(parts[:count]) for count in range(1, len(parts))]
         modules[next((module for module in enclosing if not any(_is_in(other, [module]) for other in good)), name)] = None
-    if len(modules) > MAX_SHOWN or not good:
+    if len(modules) > MOST_SHOWN or not good:
         return "check that these weights belong to this model; init.skip=[NAME, ...] leaves out modules that do not fit"
     return f"use init.skip=[{','.join([*skip, *modules])}] to leave these out: the model keeps its initial values there"
-
-
-def _first_few(words: Sequence[str]) -> str:
-    more = f" and {len(words) - MAX_SHOWN} more" if len(words) > MAX_SHOWN else ""
-    return ", ".join(words[:MAX_SHOWN]) + more
