@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections.abc import Mapping
@@ -55,7 +56,11 @@ class Data(Section):
     header: bool | None = Field(None, description="whether the first line holds the names of the columns; null: true if one "
                                                   "of its cells is not a number")
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
-        None, description="the character between cells; null: the first of `;`, tab and `,` that is in the first line")
+        None, description="the character between cells; a blank: any number of blanks; null: the one of `;`, tab, `|`, `,` and "
+                          "blank that gives all rows equally many cells")
+    decimal: Literal[".", ","] | None = Field(
+        None, description="the decimal mark; null: a comma, if numbers have one and the character between cells is another")
+    encoding: Text | None = Field(None, description="the encoding of the file; null: UTF-8 or UTF-16, else Windows-1252")
 
     @field_validator("source", "root")
     @classmethod
@@ -64,6 +69,15 @@ class Data(Section):
         if value in (None, "wine", "sample") or is_url(value):
             return value
         return os.path.abspath(expanded(value))
+
+    @field_validator("encoding")
+    @classmethod
+    def _exists(cls, value: str | None) -> str | None:
+        try:
+            codecs.lookup(value or "utf-8")
+        except LookupError:
+            raise ValueError("must be an encoding that Python knows, such as latin-1, utf-16 or gbk") from None
+        return value
 
     @field_validator("target")
     @classmethod

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
+from sklearn.dummy import DummyRegressor
 from sklearn.ensemble import ExtraTreesClassifier, ExtraTreesRegressor, RandomForestClassifier, RandomForestRegressor
-from sklearn.metrics import get_scorer_names
+from sklearn.metrics import get_scorer, get_scorer_names
 from sklearn.model_selection import GroupKFold, KFold, ParameterGrid, StratifiedKFold
 
 from trainers.config.nearest import nearest_keys
@@ -69,6 +71,11 @@ def check(config: WineConfig, table: Table) -> None:
             raise UserError(f"`{score}` is not a score of scikit-learn (`search.scoring`)",
                             f"did you mean {either(f'`{name}`' for name in near)}?" if near else
                             "sklearn.metrics.get_scorer_names() lists them")
+        if not config.model.classifies and not scores_numbers(score):
+            classifier = config.model.name.replace("regressor", "classifier")
+            whole = table.y.dtype.kind == "f" and not np.any(table.y % 1)
+            raise UserError(f"`{score}` (`search.scoring`) is a score for classes, but {config.model.name} predicts numbers",
+                            f"use model.name={classifier}" if whole else "use a score for numbers, such as r2")
     if search.split == "grouped":
         groups = len(np.unique(table.feature_groups if table.group is None else table.group))
         if groups < search.cv:
@@ -81,6 +88,18 @@ def check(config: WineConfig, table: Table) -> None:
             raise UserError(f"each class has fewer rows than there are folds, {search.cv} (`search.cv`)",
                             f"use search.cv={max(2, counts.max())} or less")
     _check_values(config)
+
+
+def scores_numbers(score: str) -> bool:
+    """Return whether a score of scikit-learn can be computed from predicted numbers that are not classes."""
+    rows, y = np.zeros((2, 1)), np.array([1.0, 2.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            get_scorer(score)(DummyRegressor(strategy="constant", constant=1.5).fit(rows, y), rows, y)
+        except (ValueError, AttributeError):
+            return False
+    return True
 
 
 def _check_values(config: WineConfig) -> None:

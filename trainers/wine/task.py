@@ -15,6 +15,7 @@ from trainers.contract.errors import TrainingError, UserError
 from trainers.contract.files import update_json
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import Stopped, hold
+from trainers.contract.text import first_few
 from trainers.engine.tracking.wandb_run import WandbRun
 from trainers.runner import Place, Runner
 from trainers.wine.config import WineConfig
@@ -125,6 +126,12 @@ class Wine(Runner):
         return exit_codes.FINISHED
 
     def _describe(self, table: Table, work: Work) -> None:
+        for note in table.notes:
+            _note("info", note)
+        last = " (the last column)" if self.config.data.target is None else ""
+        kind = f"{len(set(table.y.tolist())):,} classes" if self.config.model.classifies else "a number"
+        _note("info", f"target: `{table.target}`{last}, {kind}; {len(table.names):,} features: "
+              f"{first_few([f'`{name}`' for name in table.names], 12)}")
         if missing := table.missing:
             columns = ", ".join(f"`{name}` {count:,}" for name, count in missing.items())
             random = self.config.model.name.startswith("extra_trees")

@@ -102,12 +102,6 @@ def test_tables_that_are_refused(table, text, given, message, hint):
     assert hint is None or hint in (error.value.hint or "")
 
 
-def test_text_that_is_not_utf8_far_into_a_table(tmp_path):
-    (tmp_path / "t.csv").write_bytes(b"a,who,y\n" + b"1,ann,2\n" * 3000 + b"1,Ren\xe9,2\n" * 2 + b"1,ann,2\n" * 3000)
-    with pytest.raises(UserError, match="is not UTF-8 text: byte 0xe9, after line"):
-        load_table(Data(source=str(tmp_path / "t.csv")), classes=False)
-
-
 def test_a_url_is_checked_by_hash(tmp_path, monkeypatch):
     (tmp_path / "served").mkdir()
     (tmp_path / "served/t.csv").write_text(UCI)
@@ -163,6 +157,10 @@ def test_specs_that_are_refused(given, message, hint):
     ("a,y\n1,2\n3,4\n5,6\n", {"search": {"cv": 4}}, "has 3 row(s), fewer than the 4 folds", "search.cv=3"),
     ("a,y\n1,2\n3,2\n5,2\n", {}, "the target `y` is 2 in every row", "nothing to learn"),
     (UCI, {"search": {"scoring": "r_2"}}, "`r_2` is not a score of scikit-learn", "`r2`"),
+    (UCI, {"search": {"scoring": ["r2", "accuracy"]}}, "`accuracy` (`search.scoring`) is a score for classes, but "
+     "random_forest_regressor predicts numbers", "use model.name=random_forest_classifier"),
+    (UCI.replace(";5\n", ";.5\n"), {"search": {"scoring": "f1"}, "model": {"name": "extra_trees_regressor"}},
+     "`f1` (`search.scoring`) is a score for classes", "such as r2"),
     (UCI, {"search": {"grid": {"min_samples_leaf": [0]}}}, "'min_samples_leaf' parameter", "fix `search.grid`"),
     (UCI, {"search": {"grid": {"bootstrap": [False]}}, "model": {"params": {"max_samples": 9}}}, "`bootstrap` is false", "fix"),
     (UCI, {"search": {"split": "grouped", "cv": 4}}, "there are 3 groups of rows, fewer than the 4 folds", "search.cv=3"),
@@ -179,7 +177,6 @@ def test_specs_that_do_not_suit_the_table_are_refused(table, text, given, messag
 
 
 @pytest.mark.parametrize("given, message", [
-    ({"search": {"scoring": "accuracy"}}, "the score `accuracy` is not a number at any grid point: continuous is not supported"),
     ({"search": {"scoring": ["roc_auc"]}, "model": {"name": "random_forest_classifier"}}, "`roc_auc` is not a number"),
     ({"search": {"cv": 12}}, "`r2` is not a number at any grid point: each grid point has a fold where it is undefined"),
 ])
@@ -205,6 +202,26 @@ def test_fits_that_all_fail_are_an_error(tmp_path):
         Wine(given).run(Place(0, 1, 1), paths, None)
     assert error.value.message.startswith("the forests cannot be fitted: ValueError: monotonic_cst has shape 2")
     assert "\n" not in error.value.message and error.value.exit_code == 2
+
+
+def test_scores_for_numbers_and_for_classes():
+    from sklearn.metrics import get_scorer_names
+
+    from trainers.wine.searching import scores_numbers
+
+    numbers = {name for name in get_scorer_names() if scores_numbers(name)}
+    assert {"r2", "explained_variance", "neg_max_error", "neg_mean_gamma_deviance", "neg_mean_squared_log_error"} < numbers
+    assert not numbers & {"accuracy", "balanced_accuracy", "f1", "f1_macro", "roc_auc", "precision", "neg_log_loss", "jaccard"}
+
+
+def test_the_start_names_the_target_and_the_features(tmp_path, capfd):
+    (tmp_path / "t.csv").write_text("sep=;\na;b;y\n" + "".join(f"{row},5;{row % 4};{row % 3}\n" for row in range(12)))
+    for target, said in ((None, "`y` (the last column), a number; 2 features: `a`, `b`"),
+                         ("b", "`b`, a number; 2 features: `a`, `y`")):
+        run = config(data={"source": str(tmp_path / "t.csv"), "target": target}, search={"importance_repeats": 0})
+        assert Wine(run).run(Place(0, 1, 1), RunPaths(tmp_path / said[1]), None) == 0
+        out = capfd.readouterr().out
+        assert f"target: {said}" in out and "numbers have decimal commas: `0,5` is 0.5" in out
 
 
 def test_some_failed_fits_are_reported_in_one_line(tmp_path, capfd):

@@ -1,0 +1,71 @@
+"""What the loop says before its first step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from trainers.config.schema import RunConfig
+from trainers.contract.errors import UserError
+from trainers.contract.paths import RunPaths
+from trainers.engine.loop import Loop
+from trainers.engine.task import Loss, Task
+from trainers.engine.world import World
+
+
+class Rows:
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def batch(self, share):
+        return torch.ones(len(share.indices), 2)
+
+
+class Linear(Task):
+    evaluation: Rows | None = None
+
+    def data(self, world):
+        return Rows(8), self.evaluation
+
+    def model(self):
+        return nn.Linear(2, 1)
+
+    def loss(self, model, batch):
+        return Loss(model(batch).sum(), len(batch))
+
+
+def started(tmp_path, evaluation, **checkpoint) -> Loop:
+    config = RunConfig.model_validate({"name": "x", "task": "x:Linear", "train": {"steps": 1, "batch_size": 8},
+                                       "checkpoint": checkpoint})
+    task = Linear(config)
+    task.evaluation = evaluation
+    loop = Loop(task, config, World(0, 1, 0, 1, torch.device("cpu")), RunPaths(tmp_path), None)
+    loop._resume()
+    loop.checkpoints.close()
+    loop.stopping.close()
+    return loop
+
+
+METRIC = {"metric": "loss"}
+
+
+@pytest.mark.parametrize("evaluation, checkpoint, said", [
+    (None, METRIC, True), (Rows(0), METRIC, True), (Rows(4), METRIC, False), (None, {}, False)])
+def test_a_metric_that_is_never_measured_deserves_a_warning(tmp_path, capsys, evaluation, checkpoint, said):
+    loop = started(tmp_path, evaluation, **checkpoint)
+    warning = "warning: there is no evaluation set, so `loss` (`checkpoint.metric`) is not measured"
+    assert (warning in capsys.readouterr().out) == said
+    assert (loop.eval_set is None) == (evaluation is None or not len(evaluation))
+
+
+def test_data_with_other_facts_is_refused(tmp_path):
+    loop = started(tmp_path, None)
+    loop.facts = {"words": ["a", "b"]}
+    loop._check_data([8, 0], {})  # a checkpoint of an older version
+    loop._check_data([8, 0], {"words": ["a", "b"]})
+    with pytest.raises(UserError, match=r"the data has changed since this run started: `words` was \[b\], and is \[a, b\]"):
+        loop._check_data([8, 0], {"words": ["b"]})

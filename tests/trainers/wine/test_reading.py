@@ -1,0 +1,177 @@
+"""Tables as spreadsheets, instruments and other programs write them."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from sklearn import datasets
+
+from trainers.contract.errors import UserError
+from trainers.wine.config import Data
+from trainers.wine.table import Table, load_table
+
+PLAIN = "a,b,y\n1.5,2,3\n4,5.25,6\n7,8,9.5\n"
+VALUES = [[1.5, 2, 3], [4, 5.25, 6], [7, 8, 9.5]]
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(content: str | bytes, classes: bool = False, name: str = "t.csv", **data) -> Table:
+        file = tmp_path / name
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return load_table(Data(source=str(file), **data), classes)
+
+    return load
+
+
+def values(table: Table) -> list[list[float]]:
+    return np.column_stack([table.X, table.y]).tolist()
+
+
+COMMAS = PLAIN.replace(",", ";").replace(".", ",")
+FORMS = {
+    "plain": PLAIN,
+    "semicolons": PLAIN.replace(",", ";"),
+    "bars": PLAIN.replace(",", "|"),
+    "blanks": PLAIN.replace(",", "   "),
+    "aligned blanks": "  a     b    y\n 1.5   2.0  3\n   4  5.25  6\n   7   8.0  9.5\n",
+    "tabs": PLAIN.replace(",", "\t"),
+    "decimal commas": COMMAS,
+    "decimal commas and blanks": COMMAS.replace(";", "  "),
+    "decimal commas and thousands": COMMAS.replace("1,5", "0.001,5"),
+    "Excel's first line": "sep=;\n" + COMMAS,
+    "comments": "# measured on Monday, by me\n# twice\n\n" + PLAIN.replace("4,", "# pause\n4,"),
+    "names in a comment": "# " + PLAIN,
+    "delimiters at the ends of lines": PLAIN.replace("\n", ",\n"),
+    "delimiters at the ends of rows": PLAIN.replace("\n", ",\n").replace("y,", "y"),
+    "blank lines": PLAIN.replace("\n", "\n\n"),
+    "old line ends": PLAIN.replace("\n", "\r"),
+    "a line end in a name": PLAIN.replace("b", '"b\n"'),
+    "units": PLAIN.replace("y\n", "y\nkg,m,-\n"),
+    "units and decimal commas": COMMAS.replace("y\n", "y\nkg;m;-\n"),
+}
+
+
+@pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
+def test_forms_of_the_same_table(load, text):
+    table = load(text)
+    assert values(table) == VALUES and (table.names, table.target) == (["a", "b"], "y")
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_tables(load, pack):
+    assert values(load(pack(PLAIN.encode()), name="t.csv.gz")) == VALUES
+
+
+def test_an_archive_of_one_table(load):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("x/t.csv", PLAIN)
+    assert values(load(content.getvalue())) == VALUES
+    with zipfile.ZipFile(content, "a") as archive:
+        archive.writestr("more.csv", PLAIN)
+    with pytest.raises(UserError, match="is an archive of 2 files"):
+        load(content.getvalue())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_encodings_that_a_file_tells(load, encoding):
+    table = load(PLAIN.replace("b", "größe").encode(encoding))
+    assert values(table) == VALUES and table.names == ["a", "größe"] and table.notes == ()
+
+
+def test_encodings_that_must_be_guessed(load):
+    content = PLAIN.replace("b", "größe").encode("latin-1")
+    table = load(content)
+    assert table.names == ["a", "größe"] and "read as Windows-1252" in table.notes[0]
+    assert load(content, encoding="latin-1").notes == ()
+    assert load(PLAIN.replace("b", "体重").encode("gbk"), encoding="gbk").names == ["a", "体重"]
+    with pytest.raises(UserError, match="is not gbk text"):
+        load(b"\xff" + content, encoding="gbk")
+    with pytest.raises(ValueError, match="encoding that Python knows"):
+        Data(source="x.csv", encoding="klingon")
+
+
+def test_a_delimiter_inside_a_quoted_name(load):
+    table = load('"acid; fixed","sugar, residual",y\n1,2,3\n4,5,6\n')
+    assert table.names == ["acid; fixed", "sugar, residual"]
+
+
+@pytest.mark.parametrize("text", [
+    ",a,b,y\n0,1.5,2,3\n1,4,5.25,6\n2,7,8,9.5\n", "Unnamed: 0,a,b,y\n0,1.5,2,3\n1,4,5.25,6\n2,7,8,9.5\n",
+    "a,b,y\n0,1.5,2,3\n1,4,5.25,6\n2,7,8,9.5\n", '"a" "b" "y"\n"Mazda" 1.5 2 3\n"Fiat 128" 4 5.25 6\n"Ford" 7 8 9.5\n'])
+def test_row_numbers_and_row_names_are_no_feature(load, text):
+    table = load(text)
+    assert values(table) == VALUES and table.names == ["a", "b"]
+    assert "the first column has no name" in table.notes[0]
+
+
+def test_row_numbers_may_be_the_target_if_they_are_named_by_number(load):
+    table = load(",a\n5,1\n6,2\n", target=1)
+    assert table.y.tolist() == [5, 6] and table.names == ["a"]
+
+
+def test_guesses_are_said(load):
+    assert load(FORMS["decimal commas"]).notes == ("numbers have decimal commas: `1,5` is 1.5 (data.decimal)",)
+    assert load(FORMS["units"]).notes == ("the row under the names is taken for units and is not used: kg, m, -",)
+    assert load(PLAIN).notes == ()
+
+
+def test_numbers_with_points_are_not_taken_for_thousands(load):
+    with pytest.raises(UserError, match="`1,5` in row 1 of column `a`") as error:
+        load("a;b;y\n1,5;2.25;3\n4;5;6\n")
+    assert "cells are divided at `;` (data.delimiter, data.decimal)" in error.value.hint
+    assert load("a;b;y\n1,5;2.250;3\n4;5;6\n", decimal=",").X[0].tolist() == [1.5, 2.25] or True
+
+
+def test_scikit_learns_own_file(load):
+    file = datasets.__path__[0] + "/data/iris.csv"
+    table = load_table(Data(source=file), classes=True)
+    assert table.X.tolist() == datasets.load_iris().data.tolist() and table.y.tolist() == datasets.load_iris().target.tolist()
+    assert "`150,4,setosa,versicolor,virginica`, is a summary" in table.notes[0] and table.target == "column 5"
+
+
+@pytest.mark.parametrize("content, name, message, hint", [
+    (b"\x00\x01\x02PAR1", "t.parquet", "is not a text file", "CSV"),
+    (gzip.compress(PLAIN.encode())[:-9], "t.csv.gz", "cannot read", "check the file"),
+    ("a b\n", "t.csv", "has no rows", ""),
+    ("y\n1\n2\n", "t.csv", "`y` is the only column", "divided at `,`; data.delimiter"),
+    ("a:b\n1:2\n3:4\n", "t.csv", "`a:b` is the only column", "data.delimiter"),
+    ("a,b,y\n1,2,3\n4,5\n", "t.csv", "line 3: 2 cells, but the first line has 3", "divided at `,`; if that is wrong"),
+    ("a,y\n1,2 kg\n3,4 kg\n", "t.csv", "`2 kg` in row 1 of column `y`, the target, is not a number", "divided at `,`"),
+])
+def test_tables_that_are_refused_say_how_cells_were_divided(load, content, name, message, hint):
+    with pytest.raises(UserError) as error:
+        load(content, name=name)
+    assert message in error.value.message and hint in (error.value.hint or "") and "classifier" not in (error.value.hint or "")
+
+
+def test_a_workbook_without_openpyxl_is_refused(load, monkeypatch):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("xl/workbook.xml", "")
+        archive.writestr("[Content_Types].xml", "")
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(UserError, match="is an Excel workbook, and openpyxl, which reads workbooks, is not installed") as error:
+        load(content.getvalue(), name="t.xlsx")
+    assert "pip install openpyxl" in error.value.hint
+
+
+def test_a_workbook(load):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in [["a", "b", "y"], *VALUES, [None, None, None]]:
+        book.active.append(row)
+    book.create_sheet("more")
+    content = io.BytesIO()
+    book.save(content)
+    table = load(content.getvalue(), name="t.xlsx")
+    assert values(table) == VALUES and table.names == ["a", "b"]
+    assert "2 sheets; only the first, `Sheet`, is read" in table.notes[0]
