@@ -36,6 +36,7 @@ class Listing(NamedTuple):
     names: str                     # a hash of the names of the files from which the training set was taken
     about: str                     # which folders are used, for the log
     passed_over: Counter[str]      # files that are not read, by what they are
+    deep: bool = False             # no class folder holds images itself, but only folders of images
 
 
 def list_images(path: Path, eval_fraction: float, eval_split: str | None = None, trained_on: str | None = None
@@ -76,7 +77,10 @@ def list_images(path: Path, eval_fraction: float, eval_split: str | None = None,
                        passed_over)
     source = train or path
     files = _by_class(source, passed_over)
-    hashed = _hash(files)
+    hashed, deep = _hash(files), all(os.sep in file for paths in files.values() for file in paths)
+    if trained_on is None and len(files) == 1:
+        raise UserError(f"{source} holds only one class folder, `{next(iter(files))}`, but a classifier needs two classes",
+                        f"give {source / next(iter(files))} if the classes are in there; {LAYOUT}")
     if test is not None:
         names = list(files)
         tests = _by_class(test, passed_over)
@@ -85,13 +89,13 @@ def list_images(path: Path, eval_fraction: float, eval_split: str | None = None,
         return Listing(names, _numbered(source, files), _numbered(test, tests, names), False, hashed,
                        f"{path}: {_count(files)} images of {source.name}/ for training, {_count(tests)} of {test.name}/ for "
                        f"evaluation" + (f" ({first_few(unused)} not used: data.eval_split chooses)" if unused else ""),
-                       passed_over)
+                       passed_over, deep)
     kept, held = _hold_out(files, eval_fraction)
     if trained_on is None:
         about = f"{path} has no evaluation folder: " + (
             f"{_count(held)} of {_count(files)} images are held out (data.eval_fraction={eval_fraction:g}, the same images in "
             "every run)" if _count(held) else f"all {_count(files)} images are for training")
-        return Listing(list(files), _numbered(source, kept), _numbered(source, held), True, hashed, about, passed_over)
+        return Listing(list(files), _numbered(source, kept), _numbered(source, held), True, hashed, about, passed_over, deep)
     if trained_on == hashed:
         return Listing(list(files), [], _numbered(source, held), True, hashed,
                        f"{path}: {_count(held)} of {_count(files)} images, which were held out in training", passed_over)

@@ -53,6 +53,9 @@ def load_folder(path: Path, size: int, world: World, *, eval_fraction: float = 0
 
 def _describe(listing: Listing) -> None:
     _note("info", f"{listing.about}; {len(listing.classes):,} classes: {first_few(listing.classes, 10)}")
+    if listing.deep:
+        file, label = listing.train[0]
+        _note("warning", f"all images lie in folders below the class folders: {file} belongs to class {listing.classes[label]}")
     if listing.passed_over:
         many = 10 * listing.passed_over.total() > len(listing.train) + len(listing.test)
         _note("warning" if many else "info", f"{listing.passed_over.total():,} files are not used: {said(listing.passed_over)}")

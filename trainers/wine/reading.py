@@ -30,7 +30,7 @@ DELIMITERS = (";", "\t", "|", ",", " ")  # in the order in which they are tried;
 SAMPLE = 200  # records that are looked at to find the delimiter
 DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+([eE][+-]?\d+)?")
 DECIMAL_POINT = re.compile(r"[+-]?\d*\.\d+([eE][+-]?\d+)?")
-THOUSANDS = re.compile(r"[+-]?\d{1,3}(\.\d{3})+")
+THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+")
 UNPACK = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\x00": lzma.decompress}
 ZIP = b"PK\x03\x04"
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -212,6 +212,8 @@ def _numbers(lines: list[str], delimiter: str, data: Data) -> tuple[Row, list[np
     header = data.header if data.header is not None else _is_header(first[1], delimiter)
     if header and data.header is None and _has_number(first[1]):
         return None  # names are seldom numbers: look at this file cell by cell
+    if data.decimal == ",":
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # np.loadtxt warns of files without rows
@@ -306,8 +308,9 @@ def _decimal_comma(columns: list[Row]) -> str | None:
 
 
 def _point(cell: str) -> str:
-    """Return a number with a decimal comma as Python writes it; any other text as it is."""
-    return cell.strip().replace(".", "").replace(",", ".") if DECIMAL_COMMA.fullmatch(cell.strip()) else cell
+    """Return a number of a table with decimal commas as Python writes it; any other text as it is."""
+    found = DECIMAL_COMMA.fullmatch(cell.strip()) or THOUSANDS.fullmatch(cell.strip())
+    return found[0].replace(".", "").replace(",", ".") if found else cell
 
 
 def _said(delimiter: str) -> str:

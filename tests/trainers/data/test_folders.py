@@ -62,6 +62,15 @@ def test_images_below_the_class_folders_belong_to_the_class(tmp_path):
     assert listing.train[0][0] == tmp_path / "a/0.png" and tmp_path / "a/2021/4.png" in dict(listing.train)
 
 
+def test_a_folder_around_the_classes_is_no_class(tmp_path):
+    fill(tmp_path / "images")
+    with pytest.raises(UserError, match="holds only one class folder, `images`") as error:
+        list_images(tmp_path, 0.1)
+    assert f"give {tmp_path}/images" in error.value.hint
+    fill(tmp_path / "more")
+    assert list_images(tmp_path, 0.1).deep and not list_images(tmp_path / "more", 0.1).deep
+
+
 def test_files_that_are_passed_over_are_counted_by_kind(tmp_path):
     fill(tmp_path, ending=".PNG")
     for ending in (".jfif", ".ppm"):

@@ -131,6 +131,12 @@ def test_numbers_with_points_are_not_taken_for_thousands(load):
     assert load("a;b;y\n1,5;2.250;3\n4;5;6\n", decimal=",").X[0].tolist() == [1.5, 2.25] or True
 
 
+def test_points_between_thousands(load):
+    assert load("a;b;y\n1,5;2.250;3\n4;5;6\n").X.tolist() == [[1.5, 2250], [4, 5]]
+    assert load("a;y\n2.250;3\n4;6\n", decimal=",").X.tolist() == [[2250], [4]]
+    assert load("a;y\n2.250;3\n4;6\n").X.tolist() == [[2.25], [4]]
+
+
 def test_scikit_learns_own_file(load):
     file = datasets.__path__[0] + "/data/iris.csv"
     table = load_table(Data(source=file), classes=True)
