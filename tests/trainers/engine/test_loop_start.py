@@ -1,17 +1,19 @@
-"""What the loop says before its first step."""
+"""What the loop and an evaluation say and know before they begin."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from made import make_checkpoint
+from saving import ONE
 from torch import nn
 
 from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
+from trainers.engine.evaluate_only import evaluate_only
 from trainers.engine.loop import Loop
 from trainers.engine.task import Loss, Task
-from trainers.engine.world import World
 
 
 class Rows:
@@ -43,7 +45,7 @@ def started(tmp_path, evaluation, **checkpoint) -> Loop:
                                        "checkpoint": checkpoint})
     task = Linear(config)
     task.evaluation = evaluation
-    loop = Loop(task, config, World(0, 1, 0, 1, torch.device("cpu")), RunPaths(tmp_path), None)
+    loop = Loop(task, config, ONE, RunPaths(tmp_path), None)
     loop._resume()
     loop.checkpoints.close()
     loop.stopping.close()
@@ -69,3 +71,27 @@ def test_data_with_other_facts_is_refused(tmp_path):
     loop._check_data([8, 0], {"words": ["a", "b"]})
     with pytest.raises(UserError, match=r"the data has changed since this run started: `words` was \[b\], and is \[a, b\]"):
         loop._check_data([8, 0], {"words": ["b"]})
+
+
+@pytest.mark.parametrize("state", [{}, {"facts": {"words": ["x", "y"]}}])
+def test_an_evaluation_gets_the_facts_of_the_training(tmp_path, capsys, state):
+    seen = []
+
+    class Words(Linear):
+        evaluation = Rows(4)
+
+        def data(self, world):
+            seen.append(self.trained_facts)
+            return super().data(world)
+
+        def facts(self):
+            return {"words": ["x", "z"]}
+
+    paths = RunPaths(tmp_path)
+    weights = make_checkpoint(paths, 3, {"models/model/weight": torch.ones(1, 2), "models/model/bias": torch.zeros(1)}, **state)
+    config = RunConfig.model_validate({"name": "x", "task": "x:Words", "train": {"steps": 1, "batch_size": 8},
+                                       "eval": {"only": True}, "init": {"source": str(weights)}})
+    assert evaluate_only(Words(config), config, ONE, paths, None) == 0
+    out = capsys.readouterr().out
+    assert seen == [state.get("facts", {})] and "eval 3  loss 2" in out
+    assert ("from an older version and does not say what the model was trained with: `words`" in out) == (not state)
