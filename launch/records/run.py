@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,9 @@ def read_record(file: Path | str) -> dict[str, Any]:
     if not isinstance(record, dict) or any(record.get(key) is None for key in REQUIRED_KEYS):
         raise ValueError(f"it is not the record of a run, which has the keys {', '.join(REQUIRED_KEYS)}")
     check_format(record)
+    for key in ("created", "updated"):
+        if (text := record.get(key)) and not _is_time(text):
+            raise ValueError(f"its `{key}` is {text!r}, which is not a time with a time zone")
     return record if record["id"] == os.path.basename(os.path.dirname(file)) else _if_copied(record, file)
 
 
@@ -94,3 +98,10 @@ def _if_copied(record: dict[str, Any], file: Path | str) -> dict[str, Any]:
         return record
     stopped = "preempted" if record["state"] in ("submitted", "running") else record["state"]
     return {**record, "id": os.path.basename(folder), "copy_of": record["id"], "state": stopped, "job": None, "sweep": None}
+
+
+def _is_time(text: Any) -> bool:
+    try:
+        return datetime.fromisoformat(text).tzinfo is not None
+    except (TypeError, ValueError):
+        return False

@@ -116,11 +116,14 @@ def test_list_is_newest_first_and_survives_broken_records(tmp_path):
     for name, text in [("half", '{"id": "ha'), ("list", "[]"), ("binary", "\0\xff"), ("other", '{"id": "other"}')]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(text, encoding="latin-1")
+    make_run(tmp_path, "time", updated="yesterday")
+    make_run(tmp_path, "zone", created="2026-01-01")
     (tmp_path / "none").mkdir()
     (tmp_path / "file").touch()
     rows = runs.list_runs(tmp_path)
     assert [row["id"] for row in rows if row["state"] != "unreadable"] == ["b", "c", "a"]
-    assert {row["id"] for row in rows if row["state"] == "unreadable"} == {"half", "list", "binary", "other"}
+    assert {row["id"] for row in rows if row["state"] == "unreadable"} == {"half", "list", "binary", "other",
+                                                                                  "time", "zone"}
     assert runs.list_runs(tmp_path / "nowhere") == []
     shown = table(rows, width=80)
     assert "unreadable" in shown and max(map(len, shown.splitlines())) <= 80
