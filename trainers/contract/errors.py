@@ -17,12 +17,18 @@ class UserError(Exception):
     retry = False  # whether a new attempt may succeed
 
     def __init__(self, message: str, hint: str | None = None):
+        # A file's name that is not UTF-8 holds characters that cannot be printed or written.
+        message, hint = _printable(message), hint and _printable(hint)
         super().__init__(message)
         self.message = message
         self.hint = hint
 
     def __str__(self) -> str:
         return f"error: {self.message}" + (f"\nhint: {self.hint}" if self.hint else "")
+
+
+def _printable(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class TrainingError(UserError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,11 @@ def test_all_broken_files_are_named_at_once(tmp_path):
     assert message.startswith("12 of 30 files cannot be read as images: ") and message.endswith(" and 2 more")
     assert all(str(file) in message for file in files[5:15]) and str(files[4]) not in message
     assert len(str(error.value).splitlines()) == 2
+
+
+def test_a_broken_file_whose_name_is_not_utf8_can_be_named(tmp_path):
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    file.touch()
+    with pytest.raises(UserError) as error:
+        decode_all([file], 8, None)
+    assert "caf\\udce9.png cannot be read as an image" in str(error.value).encode("utf-8").decode("utf-8")
