@@ -313,7 +313,8 @@ def test_ctrl_c_in_an_allocation_stops_the_run_and_resume_submits_a_job(slurm, s
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and f"run {run.name} is preempted; continue with `launch resume {run.name}`\n" in out
-    assert attempt(run, 1)["outcome"] == "preempted" and slurm.job(allocation)["JobState"] == "RUNNING"
+    assert (attempt(run, 1)["outcome"], attempt(run, 1)["reason"]) == ("preempted", "Ctrl-C")
+    assert slurm.job(allocation)["JobState"] == "RUNNING"
     assert slurm_launch("resume", run.name).returncode == 0
     wait_for_end(run)
     assert attempt(run, 2)["job"] == record(run)["job"]["ids"][0] != allocation and attempt(run, 2)["nodes"] == ["n1", "n2"]

@@ -131,7 +131,7 @@ class WandbRun:
         except Exception as error:
             self._broken = True
             self._note("warning", f"W&B failed ({' '.join(str(error).split())}); the run continues without W&B, and "
-                                  "metrics.jsonl has everything")
+                                  "its folder has everything")
 
 
 def offline_steps(folder: Path) -> tuple[int, int]:
