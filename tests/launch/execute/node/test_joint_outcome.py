@@ -10,7 +10,7 @@ import pytest
 from launch.execute.node.forensics import joint_outcome
 from launch.supervise.rank import Failure, Outcome
 
-PLAN = SimpleNamespace(grace_s=0.0, batch="x", resources=SimpleNamespace(node_of=lambda rank: rank))
+PLAN = SimpleNamespace(grace_s=0.0, batch="x", folder="nowhere", attempt=1, resources=SimpleNamespace(node_of=lambda rank: rank))
 
 
 @pytest.mark.parametrize("mine, other, expected", [
