@@ -36,7 +36,7 @@ class LifeSign:
         self._written_at, self._problem = time.monotonic(), problem
         text = json.dumps({"at": utc_now(), "problem": problem and problem[:PROBLEM_CHARS]})
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.parent.mkdir(exist_ok=True)  # not its parents: the run may have been deleted
             descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
                 os.pwrite(descriptor, text.encode().ljust(BYTES), 0)
