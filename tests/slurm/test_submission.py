@@ -446,7 +446,7 @@ def test_after_lets_a_run_wait_for_another_run(slurm, slurm_launch):
     assert slurm.job(job)["Dependency"] == "(null)"  # the run to wait for has finished
     fourth, _ = submit(slurm_launch, "work.py", "--procs", 1, "--after", third.name, "--", 0)
     wait_for_end(third, "failed")
-    wait_until(lambda: "it will never start" in slurm_launch("status", fourth.name).stdout)
+    wait_until(lambda: f"it waits for run {third.name}, which is failed" in slurm_launch("status", fourth.name).stdout)
     done = slurm_launch("work.py", "--procs", 1, *ON_TEST_CLUSTER, "--after", third.name)
     assert done.returncode == 2 and f"run {third.name} is failed: nothing to wait for" in done.stderr
 
