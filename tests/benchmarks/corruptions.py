@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from crashes import CRASH_CODE, crash_at, exit_code_of, fork, run_forked
 
-from trainers.checkpoints import manifest
+from trainers.checkpoints import evaluation, manifest
 from trainers.config import schema as config
 from trainers.contract.paths import RunPaths
 from trainers.engine.parallel.fragments import Fragment
@@ -135,13 +135,17 @@ class Trials:
         """Damage the newest checkpoint, or the newest two. Return the outcome."""
         copy = self.copy(*STEPS)
         damaged = STEPS[-self.random.choice((1, 1, 2)):]
+        whole = set(STEPS) - set(damaged)
         for step in damaged:
             files = sorted(copy.checkpoint(step).iterdir())
             file = self.random.choice(files)
             others = [path for path in copy.checkpoints.glob("step_*/*") if path.suffix == file.suffix and path != file]
             DAMAGES[kind](self.random, file, others)
-        expected = max(set(STEPS) - set(damaged))
-        return self.judge(copy, [expected], DETECTED)
+            if file.name == evaluation.NAME:  # it says nothing about the tensors: the step counts as not evaluated
+                whole.add(step)
+                if evaluation.read(copy.checkpoint(step), step) is not None:
+                    return WRONG_STATE
+        return self.judge(copy, [max(whole)], DETECTED)
 
     def crash(self, kind: str) -> str:
         """Crash one rank at a random file operation while it saves step 30. Return the outcome."""
@@ -173,7 +177,7 @@ class Trials:
     def save_again(self, copy: RunPaths) -> int:
         """Save step 40. Return 0 if that worked and its checkpoint is the only thing left in the folder, otherwise 1."""
         after = checkpoints(copy, single_rank())
-        after.save(40, {"x": Fragment.whole(torch.zeros(3))}, {}, {})
+        after.save(40, {"x": Fragment.whole(torch.zeros(3))}, {})
         return int(after.wait() is not None or os.listdir(copy.checkpoints) != ["step_40"])
 
     def save(self, copy: RunPaths, victim: int, number: int | None, power: bool = False) -> int:
@@ -207,7 +211,7 @@ class Trials:
                 count = min(ends, default=torch.Size(entry["shape"]).numel()) - start
                 fragments[name] = Fragment(reader.read(name, start, count), start, tuple(entry["shape"]))
         operations = crash_at(number, copy.checkpoints, Random(f"{number}") if power else None) if victim else None
-        target.save(30, fragments, reader.json(manifest.STATE), {})
+        target.save(30, fragments, reader.json(manifest.STATE))
         target.wait()
         if victim:
             (copy.root / "operations").write_text(str(operations()))
