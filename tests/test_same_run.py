@@ -128,7 +128,7 @@ def test_a_run_may_continue_with_another_strategy(tmp_path):
     assert "`train.offload` is `optimizer`, which `fsdp` does not support" in refused.stderr
     refused = moved("resume", run.name, "optim.lr=1")
     assert refused.returncode == 2 and "a run's spec never changes" in refused.stderr
-    assert not (run / "spread.json").exists()
+    assert not (run / "changes.json").exists()
     set_pause(run, 0)
     resumed = moved("resume", run.name, "--strategy", "fsdp", "train.offload=none", "--procs", 3)
     assert resumed.returncode == 0, resumed.stderr

@@ -109,20 +109,20 @@ def resume(word: str, root: Path, wanted: Wanted, json: bool, take_over: bool, s
     from launch.records.read import find_run
 
     run = find_run(root, word)
-    spread, options = sbatch_options([*overrides, *([f"{ALIASES['strategy']}={strategy}"] if strategy is not None else [])])
+    changes, options = sbatch_options([*overrides, *([f"{ALIASES['strategy']}={strategy}"] if strategy is not None else [])])
     last_job = run.record.get("job") or {}
     if slurm or cluster_name or last_job.get("kind") == "slurm":
         cluster = cluster_of(slurm, cluster_name or (last_job.get("cluster") if not slurm else None))
         if cluster.kind == "slurm":
             from launch.execute import on_slurm
 
-            changes = slurm or cluster_name or time or after or options
-            return on_slurm.resume(run, request=request_of(cluster, root, time, after, options) if changes else None,
-                                   wanted=wanted, spread=spread, json=json, show_log=show_log if follow else None)
+            asked = slurm or cluster_name or time or after or options
+            return on_slurm.resume(run, request=request_of(cluster, root, time, after, options) if asked else None,
+                                   wanted=wanted, changes=changes, json=json, show_log=show_log if follow else None)
     only_on_slurm(nodes=wanted.nodes, time=time, after=after, follow=follow, **options)
     from launch.execute import local
 
-    return local.resume(run, wanted=wanted, spread=spread, json=json, take_over=take_over)
+    return local.resume(run, wanted=wanted, changes=changes, json=json, take_over=take_over)
 
 
 @command

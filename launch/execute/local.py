@@ -27,7 +27,7 @@ from launch.execute.submission_plan import describe_code
 from launch.plan.initial_weights import warn_of_broken, with_weights
 from launch.plan.plan import Plan, make_plan
 from launch.plan.show import as_json, show
-from launch.plan.spec import Spec, record_strategy, spec_of, with_strategy
+from launch.plan.spec import Spec, record_changes, spec_of, with_changes
 from launch.records.naming import command_name, new_run_id, short_path
 from launch.records.run import Run
 from launch.records.state import state_of
@@ -68,11 +68,11 @@ def start(*, spec: Spec, runs: Path, wanted: Wanted, debug: bool, dry_run: bool,
     return run_attempts(plan_of, paths, 1, view, plan.max_restarts, debug)
 
 
-def resume(run: Run, *, wanted: Wanted, spread: Sequence[str] = (), json: bool, take_over: bool = False) -> int:
+def resume(run: Run, *, wanted: Wanted, changes: Sequence[str] = (), json: bool, take_over: bool = False) -> int:
     """Continue a run that is not running and not finished. Returns the exit code.
 
     Args:
-        spread: overrides that change how the run's models are spread over ranks, as `with_strategy` takes them.
+        changes: keys that may change when a run is resumed, as `with_changes` takes them.
         take_over: ignore a record that says that the run is running on another host. If the run is in fact running
             there, its attempt can commit nothing more.
 
@@ -99,14 +99,14 @@ def resume(run: Run, *, wanted: Wanted, spread: Sequence[str] = (), json: bool, 
         return 0
     spec = spec_of(paths)
     specs, _ = renewal.survey([spec], paths.code)
-    if spread:
-        spec = with_strategy(spec, spread)
+    if changes:
+        spec = with_changes(spec, changes)
     resources, cwd = as_before(paths, spec, wanted)
     plan_of = partial(plan_here, paths.id, spec, load_cluster("local"), resources, paths.root.parent, cwd)
     plan = plan_of(number)
     renewal.renew(specs, paths.code, f"code-until-attempt-{number - 1}")
-    if spread:
-        record_strategy(paths, spec)
+    if changes:
+        record_changes(paths, spec)
     view.notice(f"run {paths.id} in {short_path(paths.root)}, attempt {plan.attempt}: {ranks_text(resources)}")
     return run_attempts(plan_of, paths, number, view, plan.max_restarts, debug=False)
 

@@ -30,7 +30,7 @@ from launch.plan.initial_weights import warn_of_broken, with_weights
 from launch.plan.job_script import Request, node_process, setup, srun_args
 from launch.plan.plan import Plan
 from launch.plan.show import as_json, show
-from launch.plan.spec import Spec, record_strategy, spec_of, with_strategy
+from launch.plan.spec import Spec, record_changes, spec_of, with_changes
 from launch.plan.submission import last_submission, next_submission
 from launch.records.naming import command_name, new_run_id, short_path
 from launch.records.process import alive
@@ -79,7 +79,7 @@ def start(*, spec: Spec, root: Path, request: Request, wanted: Wanted, dry_run: 
     return _follow(paths, show_log)
 
 
-def resume(run: Run, *, request: Request | None, wanted: Wanted, spread: Sequence[str] = (), json: bool,
+def resume(run: Run, *, request: Request | None, wanted: Wanted, changes: Sequence[str] = (), json: bool,
            show_log: Callable[[Run], None] | None) -> int:
     """Submit a stopped run again. Settings that are not given are those of its last submission. Returns the exit code.
 
@@ -118,7 +118,7 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, spread: Sequenc
                    else Request(load_cluster("slurm")))
     elif before and before.cluster.name == request.cluster.name:
         request = replace(request, time=request.time or before.time, options={**before.options, **request.options})
-    spec = with_strategy(spec_of(paths), spread) if spread else spec_of(paths)
+    spec = with_changes(spec_of(paths), changes) if changes else spec_of(paths)
     if before and not wanted:
         resources = resources_again(spec, before.resources, before.cluster, request.cluster)
     else:
@@ -137,8 +137,8 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, spread: Sequenc
     except FileExistsError:
         raise UserError(f"run {paths.id} has just been resumed by another process",
                         f"see `launch status {command_name(paths)}`") from None
-    if spread:
-        record_strategy(paths, spec)
+    if changes:
+        record_changes(paths, spec)
     before_submission = {key: run.record[key] for key in ("state", "job")}
     update_json(paths.record, state="submitted", updated=utc_now(),
                 job=record.submitting(request.cluster.name, number))

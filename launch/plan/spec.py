@@ -158,11 +158,11 @@ STRATEGY_KEYS = ("strategy", "offload", "checkpoint_activations")  # keys of `tr
 PLACES = ("source", "root", "path")  # keys of `data` that say where the data lies; the ranks check that it is the same data
 
 
-def with_strategy(spec: Spec, words: Sequence[str]) -> Spec:
+def with_changes(spec: Spec, words: Sequence[str]) -> Spec:
     """Return the spec of a run that continues with another strategy, offload or activation checkpointing, with other limits, or
     on data that has moved.
 
-    The text of run.yaml stays the same: the changes go into a separate file, see `record_strategy`.
+    The text of run.yaml stays the same: the changes go into a separate file, see `record_changes`.
 
     Raises:
         UserError: a word sets a key that cannot change when a run is resumed, or its value is wrong.
@@ -183,8 +183,8 @@ def with_strategy(spec: Spec, words: Sequence[str]) -> Spec:
     return replace(changed, text=spec.text)
 
 
-def record_strategy(paths: RunPaths, spec: Spec) -> None:
-    """Write the keys that `with_strategy` may change, for the ranks of this attempt and of later attempts.
+def record_changes(paths: RunPaths, spec: Spec) -> None:
+    """Write the keys that `with_changes` may change, for the ranks of this attempt and of later attempts.
 
     Raises:
         OSError: the file cannot be written.
@@ -195,7 +195,7 @@ def record_strategy(paths: RunPaths, spec: Spec) -> None:
             changes["train"] = {key: train[key] for key in (*STRATEGY_KEYS, "deepspeed")}
         if isinstance(data := spec.values["data"], dict):
             changes["data"] = {key: data[key] for key in PLACES if key in data}
-    replace_json(paths.spread, changes)
+    replace_json(paths.changes, changes)
 
 
 def with_values(spec: Spec, changes: Mapping[str, Any]) -> Spec:

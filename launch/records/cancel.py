@@ -234,7 +234,7 @@ def _running_attempt(run: Run) -> int | None:
 def _grace_s(run: Run) -> float:
     """Return run.grace_s of the run's spec. A regular expression is enough, because launch itself writes run.yaml."""
     try:  # a resumption may have changed it
-        return float(read_json(run.paths.spread)["run"]["grace_s"])
+        return float(read_json(run.paths.changes)["run"]["grace_s"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     try:

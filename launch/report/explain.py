@@ -208,8 +208,8 @@ def _spec(paths: RunPaths) -> dict[str, Any]:
 
     try:
         spec = yaml12.read(paths.spec.read_text(encoding="utf-8"), paths.spec.name).value or {}
-        if paths.spread.exists():
-            spec["run"] = {**spec.get("run", {}), **read_json(paths.spread).get("run", {})}
+        if paths.changes.exists():
+            spec["run"] = {**spec.get("run", {}), **read_json(paths.changes).get("run", {})}
         return spec
     except (OSError, ValueError, UserError):
         return {}

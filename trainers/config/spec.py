@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from trainers.config.yaml12 import Key
     from trainers.contract.paths import RunPaths
 
+OLD_CHANGES = "spread.json"  # the name that older versions gave to changes.json
+
 
 def read_spec(path: Path) -> RunConfig | SearchConfig | ScriptConfig:
     """Return the config in a run.yaml.
@@ -40,24 +42,25 @@ def read_spec(path: Path) -> RunConfig | SearchConfig | ScriptConfig:
 
 def read_run(paths: RunPaths) -> RunConfig | SearchConfig | ScriptConfig:
     """Return the config of a run directory: run.yaml, with the strategy, the limits and the place of the data that a resumption
-    has chosen (spread.json).
+    has chosen (changes.json).
 
     Raises:
         UserError: a file is missing or wrong.
     """
     config = read_spec(paths.spec)
-    if not paths.spread.exists():
+    file = next((file for file in (paths.changes, paths.root / OLD_CHANGES) if file.exists()), None)
+    if file is None:
         return config
     values = config.model_dump(mode="json")
     try:
-        changes = mapping(json.loads(read_text(paths.spread)), paths.spread.name)
+        changes = mapping(json.loads(read_text(file)), file.name)
     except ValueError as error:
-        raise UserError(f"`{paths.spread}` is not JSON: {error}",
+        raise UserError(f"`{file}` is not JSON: {error}",
                         "delete it: the run then continues with the settings of its run.yaml") from None
-    if "strategy" in changes:  # a file of an older version, whose keys are all keys of `train`
+    if file.name == OLD_CHANGES and "strategy" in changes:  # all its keys are keys of `train`
         changes = {"train": changes}
     return validate(type(config), {**values, **{section: {**values[section], **keys} for section, keys in changes.items()}},
-                    lambda key: paths.spread.name)
+                    lambda key: file.name)
 
 
 def read_text(path: Path) -> str:

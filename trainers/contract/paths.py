@@ -24,10 +24,10 @@ class RunPaths:
         return self.root / "run.yaml"
 
     @property
-    def spread(self) -> Path:
+    def changes(self) -> Path:
         """Keys that a resumption has changed, by section: how the models are distributed, limits, and where the data lies. They
         change no result."""
-        return self.root / "spread.json"
+        return self.root / "changes.json"
 
     @property
     def record(self) -> Path:

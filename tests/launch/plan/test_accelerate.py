@@ -12,7 +12,7 @@ from launch.cluster.resources import Resources
 from launch.plan import accelerate
 from launch.plan.plan import make_plan
 from launch.plan.show import show
-from launch.plan.spec import Spec, script_spec, spec_of, with_strategy
+from launch.plan.spec import Spec, script_spec, spec_of, with_changes
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 
@@ -121,7 +121,7 @@ def test_bf16_reaches_cpu_ranks(spec_with):
 
 def test_a_scripts_settings_cannot_change_when_it_is_resumed(spec_with):
     with pytest.raises(UserError, match="cannot be set"):
-        with_strategy(spec_with("train.strategy=zero2"), ["train.strategy=zero3"])
+        with_changes(spec_with("train.strategy=zero2"), ["train.strategy=zero3"])
 
 
 @pytest.mark.slow

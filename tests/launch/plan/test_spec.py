@@ -408,24 +408,25 @@ def test_the_limits_of_a_run_may_change_when_it_is_resumed(folder: Path) -> None
     paths.root.mkdir()
     (folder / "a.py").write_text("")
     for spec in (load(), script_spec("a.py", cluster=HERE)):
-        paths.spread.unlink(missing_ok=True)
+        paths.changes.unlink(missing_ok=True)
         paths.spec.write_text(spec.text)
-        changed = specs.with_strategy(specs.spec_of(paths), ["run.grace_s=5", "run.max_restarts=2"])
-        specs.record_strategy(paths, changed)
+        changed = specs.with_changes(specs.spec_of(paths), ["run.grace_s=5", "run.max_restarts=2"])
+        specs.record_changes(paths, changed)
         again = specs.spec_of(paths)
         assert (again.config.run.grace_s, again.config.run.max_restarts) == (5, 2) and again.text == spec.text
-        specs.record_strategy(paths, specs.with_strategy(again, ["run.grace_s=7"]))
+        specs.record_changes(paths, specs.with_changes(again, ["run.grace_s=7"]))
         assert (read_run(paths).run.grace_s, read_run(paths).run.max_restarts) == (7, 2)
         for word in ("optim.lr=1", "name=other", "run.grace=5", "run.grace_s=soon"):
             with pytest.raises(UserError):
-                specs.with_strategy(again, [word])
+                specs.with_changes(again, [word])
 
 
 def test_a_strategy_that_an_older_version_has_recorded_still_counts(folder: Path) -> None:
     paths = RunPaths(folder / "run-1")
     paths.root.mkdir()
     paths.spec.write_text(load().text)
-    paths.spread.write_text('{"strategy": "fsdp", "offload": "none", "checkpoint_activations": true, "deepspeed": {}}')
+    (paths.root / "spread.json").write_text(
+        '{"strategy": "fsdp", "offload": "none", "checkpoint_activations": true, "deepspeed": {}}')
     assert (read_run(paths).train.strategy, read_run(paths).train.checkpoint_activations) == ("fsdp", True)
 
 
@@ -450,14 +451,12 @@ def test_clusters(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_resumed_run_may_be_told_where_its_data_lies(tmp_path: Path) -> None:
     paths = make_run(tmp_path / "r", "name: r\ntrain: {steps: 2}\ndata: {source: /old, root: null, size: 3}\n")
-    moved = specs.with_strategy(specs.spec_of(paths), ["data=/new"])
-    specs.record_strategy(paths, moved)
+    moved = specs.with_changes(specs.spec_of(paths), ["data=/new"])
+    specs.record_changes(paths, moved)
     assert specs.spec_of(paths).values["data"] == {"source": "/new", "root": None, "size": 3}
-    specs.record_strategy(paths, specs.with_strategy(specs.spec_of(paths), ["train.strategy=fsdp"]))
+    specs.record_changes(paths, specs.with_changes(specs.spec_of(paths), ["train.strategy=fsdp"]))
     config = read_run(paths)
     assert config.data["source"] == "/new" and config.train.strategy == "fsdp"
-    paths.spread.write_text('{"strategy": "zero1", "deepspeed": {}}')  # of an older version
-    assert read_run(paths).train.strategy == "zero1"
     for word in ("data.size=4", "model.x=1"):
         with pytest.raises(UserError, match=f"`{word}` cannot be set"):
-            specs.with_strategy(specs.spec_of(paths), [word])
+            specs.with_changes(specs.spec_of(paths), [word])

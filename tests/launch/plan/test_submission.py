@@ -48,8 +48,8 @@ def test_a_record_of_a_newer_format_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-def test_a_broken_spread_json_is_named(tmp_path: Path) -> None:
+def test_a_broken_changes_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(load_spec("cifar10", [], cluster=ClusterConfig(name="c"), environment={}).text)
-    (tmp_path / "spread.json").write_text("{")
-    with pytest.raises(UserError, match="spread.json` is not JSON"):
+    (tmp_path / "changes.json").write_text("{")
+    with pytest.raises(UserError, match="changes.json` is not JSON"):
         spec_of(RunPaths(tmp_path))
