@@ -26,7 +26,8 @@ from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 
 # What accelerate puts before the keys of these sections of a config file to find its options.
-PREFIXES = {"fsdp_config": "fsdp", "fp8_config": "fp8", "dynamo_config": "dynamo"}
+PREFIXES = {"fsdp_config": "fsdp", "fp8_config": "fp8", "dynamo_config": "dynamo", "megatron_lm_config": "megatron_lm",
+            "parallelism_config": "parallelism_config"}
 OLD_KEYS = ("fp16", "dynamo_backend")  # accelerate still takes these, although its config class has no such fields
 OWN = ("OMP_NUM_THREADS", "PYTHONPATH")  # launch sets these itself
 
@@ -74,7 +75,8 @@ def _check_keys(file: str, options: Namespace) -> None:
             raise _unknown(section, fields)
         if isinstance(value, dict) and section != "mpirun_config":
             prefix = PREFIXES.get(section, "")
-            names = [name for name in vars(options) if name.startswith(prefix)]
+            others = tuple(other for other in PREFIXES.values() if other != prefix)  # options of other sections
+            names = [name for name in vars(options) if name.startswith(prefix) and not name.startswith(others)]
             for key in value:
                 if key not in names and f"{prefix}_{key}" not in names:
                     raise _unknown(f"{section}.{key}", [f"{section}.{name}" for name in names])

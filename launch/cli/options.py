@@ -232,7 +232,7 @@ def load(context: click.Context, task: str, config: str | None, overrides: Seque
     if config is not None:
         raise UserError(f"`--config` is for tasks; `{task}` is a script", "give the keys as key=value")
     return specs.script_spec(task, context.obj.script_args or [], overrides, cluster=cluster, module=module,
-                             accelerate_file=accelerate_config and os.path.expanduser(accelerate_config))
+                             accelerate_file=accelerate_config and expanded(accelerate_config))
 
 
 def is_module(word: str) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.contract.errors import UserError
+from trainers.contract.home import expanded
 
 if TYPE_CHECKING:
     from launch.cluster.resources import Resources
@@ -91,7 +92,7 @@ def resolve(config: ScriptConfig) -> dict[str, Any]:
     deepspeed = None
     if kind == "DEEPSPEED" and (file := env.get(DEEPSPEED_FILE)):
         try:  # now, while relative paths are still right
-            deepspeed = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+            deepspeed = json.loads(expanded(file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"`{file}`, which `deepspeed_config_file` names, cannot be read: {error}",
                             "give the path of a JSON file") from None

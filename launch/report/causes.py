@@ -36,11 +36,11 @@ CAUSES = (
     Cause(r"hung (?:after step|before its first step)[^\n]*in its report: silent for",
           "the task's `report` took longer than eval.report_s; its stack shows where it was",
           (("launch logs {run} --rank K", "shows the stack of rank K; the log of every rank has one"), RESUME,
-           ("{new} eval.report_s={report_s}{where}", "a new run with a longer limit, if the report was only slow"))),
+           ("{resume} eval.report_s={report_s}", "with a longer limit, if the report was only slow: {onward}"))),
     Cause(r"hung (?:after step|before its first step)[^\n]*silent for",
           "it made no progress for longer than run.hang_s; its stack shows where it was",
           (("launch logs {run} --rank K", "shows the stack of rank K; the log of every rank has one"), RESUME, ELSEWHERE,
-           ("{new} run.hang_s={hang_s}{where}", "a new run with a longer limit, if the rank was only slow"))),
+           ("{resume} run.hang_s={hang_s}", "with a longer limit, if the rank was only slow: {onward}"))),
     Cause(r"did not stop within ([\d.]+) s of \w+", "a step and a checkpoint took longer than run.grace_s ({0} s)",
           (("{resume} run.grace_s={grace_s}", "with a longer limit: {onward}"), RESUME)),
     Cause(r"ran out of memory with a micro-batch of (\d+)", "the memory of the GPU, or of the CPU rank, was too small for a "

@@ -203,13 +203,14 @@ def _slurm(run: Run, status: Status) -> dict[str, Any]:
 
 
 def _spec(paths: RunPaths) -> dict[str, Any]:
-    """The run's spec, with the limits that a resumption has changed; empty if it cannot be read."""
+    """The run's spec, with what a resumption has changed; empty if it cannot be read."""
     from trainers.config import yaml12
 
     try:
         spec = yaml12.read(paths.spec.read_text(encoding="utf-8"), paths.spec.name).value or {}
         if paths.changes.exists():
-            spec["run"] = {**spec.get("run", {}), **read_json(paths.changes).get("run", {})}
+            spec |= {section: {**spec.get(section, {}), **keys} for section, keys in read_json(paths.changes).items()
+                     if isinstance(spec.get(section, {}), dict)}
         return spec
     except (OSError, ValueError, UserError):
         return {}

@@ -184,7 +184,8 @@ class Eval(Section):
         None, description="number of samples that one rank evaluates at a time; null: 4 x the micro-batch size"
     )
     report_s: PositiveFloat | None = Field(
-        1800.0, description="like run.hang_s, but while the task's `report` computes metrics or draws figures; null: never"
+        1800.0, description="like run.hang_s, but while the task's `report` computes metrics or draws figures; null: "
+                            "never, as with `run.hang_s: null`"
     )
     only: bool = Field(False, description="evaluate the weights of init.source once and do not train, as `launch eval` does")
 

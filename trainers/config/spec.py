@@ -59,8 +59,9 @@ def read_run(paths: RunPaths) -> RunConfig | SearchConfig | ScriptConfig:
                         "delete it: the run then continues with the settings of its run.yaml") from None
     if file.name == OLD_CHANGES and "strategy" in changes:  # all its keys are keys of `train`
         changes = {"train": changes}
-    return validate(type(config), {**values, **{section: {**values[section], **keys} for section, keys in changes.items()}},
-                    lambda key: file.name)
+    # A section that this version does not know, of a newer version, changes nothing.
+    changed = {section: {**values[section], **mapping(keys, file.name)} for section, keys in changes.items() if section in values}
+    return validate(type(config), {**values, **changed}, lambda key: file.name)
 
 
 def read_text(path: Path) -> str:

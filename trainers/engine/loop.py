@@ -53,7 +53,7 @@ def train(task: Task, config: RunConfig, world: World, paths: RunPaths, attempt:
     loop = Loop(task, config, world, paths, attempt)
     try:
         return loop.run()
-    except Exception:
+    except BaseException:  # SystemExit too: a task may call sys.exit
         # Let a save that is under way finish: it may be the only checkpoint. Each rank's thread takes part in the save, whatever
         # the rank itself waits for. But a rank that is gone never answers, so several ranks wait only for a limited time.
         loop.checkpoints.close(None if world.size == 1 else COMMIT_WITHIN_S)

@@ -80,6 +80,10 @@ class Wine(Runner):
 
         try:
             kept = Kept(paths.pieces)
+            if (finished := kept.keys()) and paths.changes.exists() and not finished & work.keys().keys():
+                raise UserError(f"none of the {len(finished):,} finished pieces of this search belongs to this table: the data "
+                                "or the version of scikit-learn has changed since",
+                                f"give the table that it began with: `launch resume {paths.id} data=PATH`; or start a new search")
             self._progress = progress = Progress(work, kept, paths, attempt, place)
             if place.rank == 0:
                 self._describe(table, work)

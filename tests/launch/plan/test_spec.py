@@ -455,8 +455,11 @@ def test_a_resumed_run_may_be_told_where_its_data_lies(tmp_path: Path) -> None:
     specs.record_changes(paths, moved)
     assert specs.spec_of(paths).values["data"] == {"source": "/new", "root": None, "size": 3}
     specs.record_changes(paths, specs.with_changes(specs.spec_of(paths), ["train.strategy=fsdp"]))
+    specs.record_changes(paths, specs.with_changes(specs.spec_of(paths), ["eval.report_s=9"]))
     config = read_run(paths)
-    assert config.data["source"] == "/new" and config.train.strategy == "fsdp"
+    assert config.data["source"] == "/new" and config.train.strategy == "fsdp" and config.eval.report_s == 9
+    paths.changes.write_text('{"train": {"strategy": "zero1"}, "of a newer version": 1}')
+    assert read_run(paths).train.strategy == "zero1"
     for word in ("data.size=4", "model.x=1"):
         with pytest.raises(UserError, match=f"`{word}` cannot be set"):
             specs.with_changes(specs.spec_of(paths), [word])

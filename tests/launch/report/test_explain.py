@@ -255,7 +255,7 @@ def test_a_hang_is_explained(make, state, resting, meaning, command, key):
     assert found["sentence"] == f"failed in attempt 1: {hang.message}" and hang.message.startswith("rank 1 hung after step 7")
     assert found["cause"]["meaning"] == meaning and commands(found)[0] == command
     longer = [line for line in commands(found) if "_s=" in line]
-    assert longer == ([f"launch runs/bert-1/run.yaml {key} --procs 4"] if key else [])
+    assert longer == ([f"launch resume bert-1 {key}"] if key else [])
 
 
 def test_a_slow_rank_is_named(make):

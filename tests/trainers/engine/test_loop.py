@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ class Toy(Task):
     """`scores` gives the metric `top1` of each evaluation by number, from 0."""
 
     scores = (0.3, 0.5, 0.4, 0.6, 0.1, 0.2)
-    fail_at: int | None = None  # the step whose report raises an error
+    fail_at: int | None = None  # the step whose report raises `failure`
+    failure: BaseException = ZeroDivisionError("the report fails")
 
     def data(self, world):
         return Points(), Points()
@@ -48,7 +50,7 @@ class Toy(Task):
         metrics = super().report(measured, figures)
         step = STEP_OF[metrics["loss"]] if metrics["loss"] in STEP_OF else None
         if step is not None and step == type(self).fail_at:
-            raise ZeroDivisionError("the report fails")
+            raise self.failure
         return {**metrics, "top1": 0.0 if step is None else self.scores[step // 4 - 1]}
 
 
@@ -107,6 +109,16 @@ def test_best_checkpoints_are_kept_and_saved_where_no_save_is_due(whole):
     assert list(states) == [16, 24]  # 0.6 is the best; 24 is the last
     assert states[16][1] == ({**states[16][1][0], "top1": 0.6}, [0.6]) and states[16][0]["best"] == [0.5]
     assert states[24][1][1] == states[24][0]["best"] == [0.6]
+
+
+def test_a_report_that_ends_the_process_waits_for_the_commit(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(Toy, "fail_at", 8)
+    monkeypatch.setattr(Toy, "failure", SystemExit(3))
+    write = loop.Checkpoints._write
+    monkeypatch.setattr(loop.Checkpoints, "_write", lambda self, save: (time.sleep(0.3), write(self, save))[1])
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", 1)
+    assert 8 in RunPaths(tmp_path / "run").checkpoint_steps()
 
 
 @pytest.mark.parametrize("step", [8, 24, 12])

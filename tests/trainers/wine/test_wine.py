@@ -268,6 +268,18 @@ def test_broken_pieces_do_not_count_as_finished(tmp_path):
     assert progress.update()
 
 
+def test_a_search_is_not_resumed_with_another_table(tmp_path):
+    paths, tables = RunPaths(tmp_path / "run"), [tmp_path / name for name in ("a.csv", "moved.csv", "other.csv")]
+    for table, offset in zip(tables, (0, 0, 1)):
+        table.write_text("a,y\n" + "".join(f"{row},{row % 5 + offset}\n" for row in range(20)))
+    first, moved, other = (config(data={"source": str(table)}, search={"importance_repeats": 0}) for table in tables)
+    assert Wine(first).run(Place(0, 1, 1), paths, None) == 0
+    paths.changes.write_text("{}")  # a resumption says where the table lies
+    assert Wine(moved).run(Place(0, 1, 1), paths, None) == 0
+    with pytest.raises(UserError, match="none of the [0-9]+ finished pieces of this search belongs to this table"):
+        Wine(other).run(Place(0, 1, 1), paths, None)
+
+
 def test_ranks_started_by_hand_share_the_pieces_at_any_time(tmp_path):
     keys = [f"0-{number:016x}" for number in range(7)]
     ranks = [Claims(RunPaths(tmp_path), None, Place(rank, 3, 1), keys) for rank in range(3)]

@@ -7,6 +7,7 @@ import functools
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -57,6 +58,7 @@ class SumOverRanks(torch.autograd.Function):
         return values
 
     @staticmethod
+    @once_differentiable  # a second derivative through this sum would be wrong, so torch refuses it
     def backward(ctx: object, gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
         dist.all_reduce(gradient)

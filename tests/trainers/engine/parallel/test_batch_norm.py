@@ -27,7 +27,23 @@ def test_two_ranks_compute_what_one_rank_computes(two):
         assert max(found.values()) < 1e-5, found
 
 
+def test_a_second_derivative_is_refused(two):
+    assert two("second_derivative") == [True, True]
+
+
 # ---- on the ranks
+
+
+def second_derivative(world) -> bool:
+    """Return whether torch refuses a second derivative, as a gradient penalty takes it, instead of computing a wrong one."""
+    part = synchronize(make(nn.BatchNorm1d, SHAPES[nn.BatchNorm1d], {})[0], world.device)
+    values = torch.randn(4, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(part(values).pow(3).sum(), values, create_graph=True)
+    try:
+        gradient.square().sum().backward()
+    except RuntimeError as error:
+        return "once_differentiable" in str(error)
+    return False
 
 
 def compare(world) -> dict[str, float]:
