@@ -131,8 +131,9 @@ def test_accelerate_refuses_in_a_sentence(tmp_path, monkeypatch):
     for word, message, hint in [
         ("accelerate.fsdp_config.fsdp_verion=2", "`accelerate.fsdp_config.fsdp_verion` is not a key of accelerate's config",
          "did you mean `accelerate.fsdp_config.fsdp_version`?"),
-        ("accelerate.deepspeed_config.fsdp_version=2",
-         "`accelerate.deepspeed_config.fsdp_version` is not a key of accelerate's config", "`accelerate config` asks for all of them"),
+        ("accelerate.deepspeed_config.fsdp_offload_params=1",
+         "`accelerate.deepspeed_config.fsdp_offload_params` is not a key of accelerate's config",
+         "did you mean `accelerate.deepspeed_config.offload_param_device`?"),
         ("accelerate.mixed_precision=bf15", "accelerate refuses its settings: Unknown mixed_precision mode: bf15", None),
     ]:
         with pytest.raises(UserError) as error:
