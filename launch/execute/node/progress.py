@@ -31,8 +31,10 @@ def no_progress(attempts: Sequence[Mapping[str, Any]], script: bool) -> str | No
     for attempt in reversed(attempts):
         if attempt["outcome"] != "preempted" or attempt.get("signal") != "SIGUSR2":
             continue
-        seconds = seconds_between(attempt["began"], attempt["ended"])
-        if seconds is None or seconds >= SHORT_S if script else attempt["kept"] != attempt["kept_before"]:
+        seconds = seconds_between(attempt.get("began"), attempt.get("ended"))
+        # An older version may have written the record: without these keys, whether the attempt made progress is not known.
+        known = attempt.keys() >= {"kept", "kept_before"}
+        if seconds is None or seconds >= SHORT_S if script else not known or attempt["kept"] != attempt["kept_before"]:
             break
         in_vain += 1
     if in_vain < limit:

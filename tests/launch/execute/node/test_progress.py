@@ -39,3 +39,12 @@ LONG = ("preempted", "SIGUSR2", None, None, 5)
 def test_only_time_limits_without_progress_count(rows, script, said):
     found = no_progress(attempts(*rows), script)
     assert (found or "").startswith(said) if said else found is None
+
+
+@pytest.mark.parametrize("missing", ["kept", "kept_before", "began"])
+def test_the_record_of_an_older_version_ends_the_count(missing):
+    old = [{key: value for key, value in attempt.items() if key != missing} for attempt in attempts(VAIN)]
+    script = missing == "began"
+    vain = attempts(*[VAIN] * 9 if script else [VAIN] * 4)
+    assert no_progress([*vain, *old, *vain], script) is None
+    assert no_progress([*old, *vain, *attempts(VAIN)], script) is not None
