@@ -95,7 +95,7 @@ def find_files(tree: Tree, into: Path, include: Sequence[str] = (), leave_out: S
     by_git = os.path.lexists(f"{top}/.git")
     if by_git:
         try:
-            commit, branch, _ = _git(top, "rev-parse", "HEAD", "--abbrev-ref", "HEAD").decode().split("\n")
+            commit, branch, _ = os.fsdecode(_git(top, "rev-parse", "HEAD", "--abbrev-ref", "HEAD")).split("\n")
             tree.names = _git_names(top, skip)
             tree.git.update(commit=commit, branch=None if branch == "HEAD" else branch)
         except NoGit as error:

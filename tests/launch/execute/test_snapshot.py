@@ -102,6 +102,14 @@ def test_a_clean_tree(tmp_path: Path, into: Path) -> None:
     assert names(into) == {"snapshot.json", "proj/a.py"}
 
 
+def test_a_branch_whose_name_is_not_utf8(tmp_path: Path, into: Path) -> None:
+    top = repository(tmp_path / "proj", {"a.py": "1"})
+    branch = os.fsdecode(b"caf\xe9")
+    git(top, "checkout", "-qb", branch)
+    taken = take([top], into)
+    assert taken.trees[0]["branch"] == load(into).trees[0]["branch"] == branch
+
+
 def test_odd_names_arrive_and_execute_nothing(tmp_path: Path, into: Path) -> None:
     top = repository(tmp_path / os.fsdecode(b"\xff") / "中文 $(touch y) it's", {name: f"text of {name}" for name in ODD})
     bad = os.fsdecode(b"no-utf8-\xff.py")
