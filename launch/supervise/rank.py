@@ -29,7 +29,8 @@ TAIL_LINES = 400
 COMMAND_CHARS = 80     # of a process's command line, in a message
 MESSAGE_CHARS = 500    # of the last line that a rank printed, in an error message
 # Last lines of a script that would fail in the same way again: Python cannot compile it, or argparse refuses its arguments.
-REPEATS = re.compile(r"(SyntaxError|IndentationError|TabError): |\S+: error: ")
+UNCOMPILABLE = re.compile(r"(SyntaxError|IndentationError|TabError): ")
+REFUSED, REFUSED_CODE = re.compile(r"\S+: error: "), 2  # other programs print such lines too, but exit with another code
 LINE_CHARS = 4_000     # of each line that is kept for the record; the log has the whole line
 
 
@@ -322,7 +323,12 @@ class Rank:
                            "code of the task, or a library that it uses, has ended the process: look for os._exit", None, True)
         last = next((line for line in reversed(self.tail) if line.strip()), "it printed nothing")[:MESSAGE_CHARS]
         return Failure(self.rank, self.code, None, f"rank {self.rank} ended with exit code {self.code}: {last}",
-                       None, trace, not REPEATS.match(last))
+                       None, trace, not repeats(last, self.code))
+
+
+def repeats(last: str, code: int) -> bool:
+    """Return whether a script with this last line of output and this exit code would fail in the same way again."""
+    return bool(UNCOMPILABLE.match(last) or code == REFUSED_CODE and REFUSED.match(last))
 
 
 def processes_of_groups(groups: Collection[int]) -> dict[int, list[str]]:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import wait_until
 
-from launch.supervise.rank import Rank, processes_of_groups
+from launch.supervise.rank import Rank, processes_of_groups, repeats
 from launch.supervise.watchdog import _state
 from trainers.contract.paths import RunPaths
 
@@ -58,3 +58,14 @@ def test_the_number_of_a_rank_that_has_ended_stays_its_own_until_its_group_is_ki
     rank.kill()
     wait_until(lambda: not processes_of_groups([group]), 20)
     assert _state(group) == "Z"
+
+
+@pytest.mark.parametrize("last, code, expected", [
+    ("SyntaxError: invalid syntax", 1, True),
+    ("train.py: error: unrecognized arguments: --x", 2, True),
+    ("ConnectionError: error: timed out", 1, False),
+    ("slurmstepd: error: task 0 was killed", 1, False),
+    ("it printed nothing", 2, False),
+])
+def test_a_script_is_not_tried_again_where_it_would_fail_in_the_same_way(last, code, expected):
+    assert repeats(last, code) == expected
