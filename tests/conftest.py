@@ -49,12 +49,12 @@ class Command:
 
     folder: Path
 
-    def start(self, *args: object, ignoring: tuple[int, ...] = (), **env: str) -> subprocess.Popen:
+    def start(self, *args: object, ignoring: tuple[int, ...] = (), group: int | None = None, **env: str) -> subprocess.Popen:
         """Start `launch` with these arguments and do not wait for it.
 
         `ignoring` lists the stop signals that the command ignores from its start. All other stop signals have their default
         action, as in a terminal: a background job of a shell (in CI, for example) ignores some signals, and its child
-        processes inherit that.
+        processes inherit that. With `group=0`, the command leads a process group, as a shell starts it.
         """
 
         def set_signal_actions() -> None:
@@ -64,6 +64,7 @@ class Command:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "launch", *map(str, args)], cwd=self.folder, env=environment(**env),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=set_signal_actions,
+            process_group=group,
         )
 
     def __call__(self, *args: object, **env: str) -> subprocess.CompletedProcess:

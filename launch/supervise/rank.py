@@ -284,9 +284,13 @@ class Rank:
             except ProcessLookupError:
                 pass
 
-    def send_group(self, number: int) -> None:
-        """Send a signal to the process and all other processes of its group, as Ctrl-C in a terminal does."""
-        if self.code is None:
+    def send_group(self, number: int, left_behind: bool = False) -> None:
+        """Send a signal to the process and all other processes of its group, as Ctrl-C in a terminal does.
+
+        Args:
+            left_behind: also to the group of a process that is known to have ended.
+        """
+        if self.code is None or left_behind:
             try:
                 os.killpg(self.process.pid, number)
             except (ProcessLookupError, PermissionError):
@@ -294,10 +298,7 @@ class Rank:
 
     def kill(self) -> None:
         """Kill the process and all other processes of its group."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
+        self.send_group(signal.SIGKILL, left_behind=True)
 
     def close(self) -> None:
         """Kill what is left of the process group, and release everything."""

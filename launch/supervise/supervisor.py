@@ -28,6 +28,7 @@ from trainers.contract.paths import RunPaths
 FAILURE_GRACE_S = 5.0    # for ranks that have lost another rank: most of them hang in a collective operation
 GONE_S = 5.0             # the run's folder counts as gone if it was missing for so long: shared storage may fail for a moment
 LEFTOVERS_GRACE_S = 3.0  # for processes that ranks of a run that has not finished have started
+OFTEN_S = 1.0            # after this time, look for these processes less often: each time, all of /proc is read
 
 
 def supervise(plan: Plan, paths: RunPaths, view: View, *, node: int = 0, address: str = "127.0.0.1", port: int,
@@ -109,10 +110,8 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
         if stop_signal is None and any(rank.code in (-signal.SIGTERM, exit_codes.PREEMPTED) for rank in just_ended):
             time.sleep(0.5)  # SLURM signals ranks directly: the same signal to this process may arrive a moment later
         messages = peers.receive()
-        if signal.SIGTSTP in stop.received:
-            stop.received[:] = [number for number in stop.received if number != signal.SIGTSTP]
-            paused_s = _pause(ranks)
-            deadline = deadline and deadline + paused_s
+        paused_s = _pause_if_asked(ranks, stop)
+        deadline = deadline and deadline + paused_s
         interrupts += stop.received.count(signal.SIGINT)
         if interrupts > 1:
             return Outcome("killed", signal="SIGINT", checkpoint_s=slowest)
@@ -188,17 +187,24 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
     return Outcome("finished" if finished else "preempted", None, name, slowest, note)
 
 
-def _pause(ranks: list[Rank]) -> float:
-    """Stop the ranks and this process, as Ctrl-Z asks, until this process is continued (`fg`). Return how long that took.
+def _pause_if_asked(ranks: list[Rank], stop: StopSignals) -> float:
+    """After Ctrl-Z, stop the ranks and this process until this process is continued (`fg`). Return how long that took.
 
-    The terminal stops only this process: each rank leads a session of its own.
+    The terminal stops only this process: each rank leads a session of its own. Processes that an ended rank has left behind
+    are stopped too.
     """
+    if signal.SIGTSTP not in stop.received:
+        return 0.0
+    stop.received[:] = [number for number in stop.received if number != signal.SIGTSTP]
     for rank in ranks:
-        rank.send_group(signal.SIGSTOP)
+        rank.send_group(signal.SIGSTOP, left_behind=True)
     began = time.monotonic()
-    os.kill(os.getpid(), signal.SIGSTOP)
+    # Not SIGSTOP: without a shell that could continue this process (`ssh -t HOST launch ...`), the kernel ignores SIGTSTP.
+    handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTSTP)
+    signal.signal(signal.SIGTSTP, handler)
     for rank in ranks:
-        rank.send_group(signal.SIGCONT)
+        rank.send_group(signal.SIGCONT, left_behind=True)
     return time.monotonic() - began
 
 
@@ -211,6 +217,7 @@ def _wait_for_leftovers(ranks: list[Rank], limit_s: float, stop: StopSignals, vi
     began, told = time.monotonic(), False
     rank_of_group = {rank.process.pid: rank.rank for rank in ranks}
     while left := processes_of_groups(rank_of_group.keys()):
+        began += _pause_if_asked(ranks, stop)
         waited_s = time.monotonic() - began
         if waited_s >= limit_s or stop.received:
             for group, processes in left.items():
@@ -225,7 +232,7 @@ def _wait_for_leftovers(ranks: list[Rank], limit_s: float, stop: StopSignals, vi
             rank.read_all()
         peers.beat()
         sign.turn(None)
-        time.sleep(0.05)
+        time.sleep(0.05 if waited_s < OFTEN_S else 0.5)
 
 
 def _cause_first(rank: Rank) -> tuple[bool, bool, bool]:

@@ -101,7 +101,7 @@ def test_nohup_is_respected(launch):
 
 def test_ctrl_z_stops_the_ranks_too_until_the_run_is_continued_or_cancelled(launch):
     script(launch.folder, "import time; print('up', flush=True); time.sleep(600)")
-    process = launch.start("work.py", "--procs", 2)
+    process = launch.start("work.py", "--procs", 2, group=0)
     ranks = wait_until(lambda: len(ranks_of(process.pid)) == 2 and ranks_of(process.pid), process=process)
     wait_until(lambda: sum(bool(p.read_text()) for p in launch.folder.glob("runs/*/attempts/1/logs/*.log")) == 2)
 
