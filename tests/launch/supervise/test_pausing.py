@@ -25,6 +25,9 @@ class Ended(Rank):
         self.process = subprocess.Popen(["sleep", "600"], start_new_session=True, stdout=subprocess.DEVNULL)
         self.rank, self.code = 0, 0
     def read_all(self): ...
+    def send_group(self, number, **how):
+        print(number.name, flush=True)
+        super().send_group(number, **how)
 
 with stop_signals(pausing=True) as stop:
     rank = Ended()
@@ -69,5 +72,6 @@ def test_ctrl_z_stops_nothing_where_no_shell_could_continue_it(waiting):
     """As with `ssh -t HOST launch ...`: the process group is orphaned."""
     process, left = waiting(start_new_session=True)
     process.send_signal(signal.SIGTSTP)
+    assert process.stdout.readline() == "SIGSTOP\n"
     os.kill(left, signal.SIGKILL)
-    assert process.communicate(timeout=20)[0].endswith("no process is left\n")
+    assert process.communicate(timeout=10)[0].endswith("no process is left\n")
