@@ -113,7 +113,8 @@ def count_failures(paths: RunPaths, submission: Submission) -> int:
     def failed(attempt: dict[str, Any] | None) -> bool:
         if attempt is None:  # not even its record could be written
             return True
-        counts = attempt["outcome"] == "failed" or attempt["outcome"] == "lost" and attempt["failure"]["retry"]
+        retry = (attempt["failure"] or {}).get("retry", False)  # the lost attempt of a copied run has no failure
+        counts = attempt["outcome"] == "failed" or attempt["outcome"] == "lost" and retry
         return counts and attempt.get("submission") == submission.number
 
     return sum(failed(attempt_of(paths, number)) and not retries_smaller(paths, number) for number in paths.attempt_numbers())

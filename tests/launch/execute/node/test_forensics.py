@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch.execute.node import forensics
-from launch.execute.node.forensics import joint_outcome, record_lost_attempts, record_silent_head
+from launch.execute.node.forensics import count_failures, joint_outcome, record_lost_attempts, record_silent_head
 from launch.execute.node.place import Place
 from launch.supervise import group as group_module
 from launch.supervise.group import Link, NodeGroup
@@ -122,3 +122,9 @@ def test_another_node_writes_the_record_of_a_head_that_is_silent(paths):
     before = json.dumps(attempt)
     record_silent_head(paths, "n9")  # the attempt has ended already
     assert json.dumps(read_json(paths.attempt_record(1))) == before
+
+
+@pytest.mark.parametrize("failure, failures", [(None, 0), ({"retry": False}, 0), ({"retry": True}, 1)])
+def test_the_lost_attempt_of_a_copied_run_has_no_failure_and_does_not_count(paths, failure, failures):
+    replace_json(paths.attempt_record(1), {"attempt": 1, "outcome": "lost", "failure": failure, "submission": 1})
+    assert count_failures(paths, SimpleNamespace(number=1)) == failures
