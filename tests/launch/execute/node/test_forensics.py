@@ -40,6 +40,7 @@ def judged(head: NodeGroup, batch: str | None, mine: Outcome = Outcome("finished
     """The head's judgment and how long it took."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
+        RunPaths(Path(folder)).attempt(1).mkdir(parents=True)
         plan = SimpleNamespace(batch=batch, grace_s=0.2, folder=folder, attempt=1)
         outcome = joint_outcome(mine, head, plan, HOSTS)
         assert RunPaths(Path(folder)).life_sign(1, 0).exists()
