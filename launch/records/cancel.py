@@ -142,19 +142,19 @@ def _cancel_on_slurm(looked: Sequence[tuple[Run, Truth]], wait_s: float | None, 
 
     # Write the record or the marker first: the reason must be on disk before the job ends. A running run gets the marker,
     # because its node process writes the record.
-    for run in stopping:
-        if run.id in attempts:
-            run.paths.cancellation(attempts[run.id]).touch()
-        else:
-            update_json(run.paths.record, state="cancelled", updated=utc_now())
     waiting = {job.id for run in stopping for job in jobs[run.id] if run.id not in attempts or job.waiting}
     running = {job.id for run in stopping for job in jobs[run.id]} - waiting
     restored = stopping
     try:
+        for run in stopping:
+            if run.id in attempts:
+                run.paths.cancellation(attempts[run.id]).touch()
+            else:
+                update_json(run.paths.record, state="cancelled", updated=utc_now())
         slurm.cancel(waiting)
         restored = [run for run in stopping if run.id in attempts]
         slurm.cancel(running, signal="TERM")
-    except UserError:
+    except BaseException:  # Ctrl-C too: scancel may hang for minutes
         # These runs were not cancelled and continue. With the marker, a run's next stop would count as a cancellation.
         for run in restored:
             if run.id in attempts:

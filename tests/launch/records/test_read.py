@@ -282,7 +282,8 @@ def test_cancel_refuses_runs_that_are_not_running_on_this_host(tmp_path, gone):
         assert not (tmp_path / id / "attempts").exists()
 
 
-def test_a_cancel_that_fails_leaves_no_marker_of_a_cancellation(tmp_path, monkeypatch, node):
+@pytest.mark.parametrize("error", [UserError("`scancel` failed"), KeyboardInterrupt()], ids=["refused", "Ctrl-C"])
+def test_a_cancel_that_fails_leaves_no_marker_of_a_cancellation(tmp_path, monkeypatch, node, error):
     """With the marker, the run's next stop, at a time limit for example, would count as a cancellation."""
     on_cluster = make_run(tmp_path, "far", state="running", attempt=2, job=job_at("7"))
     make_attempt(on_cluster, 2)
@@ -290,12 +291,12 @@ def test_a_cancel_that_fails_leaves_no_marker_of_a_cancellation(tmp_path, monkey
 
     def refuse(ids, signal=None):
         if list(ids):
-            raise UserError("`scancel` failed")
+            raise error
 
     monkeypatch.setattr(slurm, "queue", lambda ids=None: {"7": queued("7", "RUNNING")})
     monkeypatch.setattr(slurm, "look", lambda ids: ({"7": queued("7", "RUNNING")}, {}))
     monkeypatch.setattr(slurm, "cancel", refuse)
-    with pytest.raises(UserError, match="scancel"):
+    with pytest.raises(type(error)):
         cancel(runs.find_run(tmp_path, "far"))
     assert not on_cluster.cancellation(2).exists() and read_run(on_cluster.root).record["state"] == "running"
 
