@@ -54,7 +54,7 @@ def _waits_for(id: str, folder: Path, paths: RunPaths) -> Submission | None:
         submission = read_submission(folder)
         home = RunPaths(folder.parents[1])
         first = read_json(home.record)["job"]["ids"][0] if home.record.exists() else id  # a sweep has no run.json, and no chain
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, UserError, ValueError, KeyError, TypeError, IndexError):  # also another version's, or another tool's
         return None
     # The later jobs of a chain wait for the jobs before them.
     return submission if submission.after == str(paths.root.resolve()) and id == first.partition("_")[0] else None

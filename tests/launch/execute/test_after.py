@@ -55,6 +55,16 @@ def test_every_job_that_waits_for_the_run_follows_it_and_no_other(tmp_path, monk
     assert "job 20 of b-1 waits for job 80, 81" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ['{"format": 99}', '{"a": 1}', "[]", "{"])
+def test_a_submission_of_another_version_or_tool_is_passed_over(tmp_path, monkeypatch, calls, text):
+    run = RunPaths(tmp_path / "a-1")
+    other, own = job(tmp_path, "x-1", "20", ["20"], run.root), job(tmp_path, "b-1", "30", ["30"], run.root)
+    Path(other.script).with_name("submission.json").write_text(text)
+    monkeypatch.setattr(slurm, "queue", lambda: {"20": other, "30": own})
+    after.follow(run, ["80"])
+    assert calls == [("scontrol", "update", "JobId=30", "Dependency=afterok:80")]
+
+
 def test_slurm_that_does_not_answer_is_a_warning(tmp_path, monkeypatch, capsys):
     def fail(*words, **more):
         raise UserError("`squeue` did not answer within 30 s")
