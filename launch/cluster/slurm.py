@@ -59,6 +59,7 @@ class Ended:
     reason: str
     node_list: str
     ended: str | None        # ISO, UTC
+    script: str | None = None  # None: not known; SLURM's accounting does not say it
 
     @property
     def nodes(self) -> list[str]:
@@ -319,7 +320,8 @@ def _jobs_of_squeue(*options: str) -> Iterator[Queued | Ended]:
                          None if script == "(null)" else script, _time(submitted))
         else:
             code, signal = divmod(int(status), 256)
-            yield Ended(id, state, *_exit(code, signal % 128), reason, node_list, _time(end))
+            yield Ended(id, state, *_exit(code, signal % 128), reason, node_list, _time(end),
+                        None if script == "(null)" else script)
 
 
 def _accounted(ids: str) -> Iterator[Ended]:

@@ -122,7 +122,8 @@ def truth_of(run: Run, seen: SlurmAnswer) -> Truth:
     if seen.problem:
         return Truth(recorded, f"SLURM cannot be asked here: {seen.problem}", unreachable=True)
     jobs = tuple(seen.queued[id] for id in job["ids"] if id in seen.queued)
-    if foreign := [queued.id for queued in jobs if not _ours(queued, record)]:
+    ended = [seen.ended[id] for id in job["ids"] if id in seen.ended]
+    if foreign := [told.id for told in (*jobs, *ended) if not _ours(told, record)]:
         return Truth(recorded, f"job {foreign[0]} here is not this run's: the run was submitted to cluster `{job['cluster']}`",
                      unreachable=True)
     if not jobs:
@@ -232,12 +233,12 @@ def on_slurm(record: Mapping[str, Any]) -> bool:
     return bool(job and job["kind"] == "slurm" and record["state"] not in FINAL)
 
 
-def _ours(queued: Queued, record: Mapping[str, Any]) -> bool:
+def _ours(job: Queued | Ended, record: Mapping[str, Any]) -> bool:
     """Return whether the job is this run's: its script is in the run's folder or in its sweep's folder.
 
     A job of another cluster may have the same number.
     """
-    return queued.script is None or any(f"/{id}/" in queued.script for id in (record["id"], record.get("sweep")) if id)
+    return job.script is None or any(f"/{id}/" in job.script for id in (record["id"], record.get("sweep")) if id)
 
 
 def _submitting(job: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 from launch.records.run import Run
@@ -33,7 +33,9 @@ def known(run: Run, seen: Mapping[str, Ended]) -> dict[str, Ended]:
 def _read(run: Run) -> dict[str, Ended]:
     from launch.cluster.slurm import Ended
 
+    names = {field.name for field in fields(Ended)}  # another version of launch may have written more
     try:
-        return {id: Ended(**end) for id, end in read_json(run.paths.slurm).items()}
+        return {id: Ended(**{key: value for key, value in end.items() if key in names})
+                for id, end in read_json(run.paths.slurm).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

@@ -82,6 +82,22 @@ def test_a_verdict_that_cannot_be_written_or_read_is_no_error(make):
     assert state_of(read_run(paths.root)) == "lost"
 
 
+def test_a_verdict_on_another_clusters_job_of_the_same_number_is_not_this_runs(make):
+    paths = make("running", {}, ended={"script": "/home/other/runs/x-1/submissions/1/job.sh"})
+    assert state_of(read_run(paths.root)) == "running" and "job 7 here is not this run's" in note(paths)
+    assert not paths.slurm.exists()
+    make.answer(ended={"script": f"{paths.root}/submissions/1/job.sh"})
+    assert state_of(read_run(paths.root)) == "cancelled"
+
+
+def test_a_verdict_with_a_key_of_another_version_still_counts(make):
+    paths = make("submitted", ended={})
+    assert state_of(read_run(paths.root)) == "cancelled"
+    replace_json(paths.slurm, {"7": {**read_json(paths.slurm)["7"], "of another version": 1}})
+    make.answer()
+    assert state_of(read_run(paths.root)) == "cancelled"
+
+
 def test_a_job_that_was_cancelled_by_hand_stays_cancelled_although_nobody_looked(make):
     paths = make("preempted", {**STOPPED, "reason": reasons.CANCELLED})
     assert state_of(read_run(paths.root)) == "cancelled"
