@@ -24,8 +24,9 @@ from launch.execute.node.forensics import REASONS, count_failures, record_lost_a
 from launch.execute.node.lead import RECORD_S, end_chain, failed_start, job_fields, lead, set_flag
 from launch.execute.node.patience import OutOfPatience, Patience
 from launch.execute.node.place import Place, hosts_of
-from launch.plan.job_script import REQUEUE, warning_s
+from launch.plan.job_script import warning_s
 from launch.plan.submission import Submission, read_submission
+from launch.records.requeue import REQUEUE, flag_file
 from launch.supervise.group import NodeGroup
 from launch.supervise.rank import Outcome
 from launch.supervise.rendezvous import NotConnected, meet
@@ -57,7 +58,7 @@ def run_node(folder: Path, stop: StopSignals) -> int:
     place = Place.from_env(os.environ, submission.here)
     paths = RunPaths(Path(submission.runs[place.element or 0]))
     name = f"{place.job}-{place.restart}"
-    requeue_flag = folder / f"requeue-{name}"
+    requeue_flag = flag_file(folder, place.job, place.restart)
     state = read_json(paths.record)["state"]
     if state in FINAL:  # all nodes read the same state: the head changes it only after all have met
         view.notice(f"run {paths.id} is {state}: nothing to do")

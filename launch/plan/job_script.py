@@ -12,6 +12,7 @@ from math import ceil
 from launch.cluster.config import ClusterConfig
 from launch.cluster.resources import Resources
 from launch.cluster.times import seconds, slurm_time
+from launch.records.requeue import AGAIN, FLAG, REQUEUE
 from trainers.contract.errors import UserError
 from trainers.contract.exit_codes import PREEMPTED
 
@@ -20,7 +21,6 @@ Option = str | int | bool
 PERCENT = "\ue000"  # stands for a % in the folder's name while submitit replaces %t and %j everywhere in the path
 AFTER_GRACE_S = 45  # SLURM checks time limits every 30 s; writing records and requeueing take a moment more
 LEFT_BEHIND_S = 30  # after the first node process has ended, srun kills the others, which may be stopped, after this time
-REQUEUE = 76        # exit code of a head whose job must be requeued
 UNHEARD = 140       # srun's exit code if SIGUSR2, the signal before the time limit, ended a node process that was just starting
 REFUSALS = 20       # the batch shell believes that SLURM never requeues the job after so many refusals
 
@@ -237,7 +237,7 @@ def _teardown(folder: str, requeue: bool) -> list[str]:
         'job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"',
         'name="$job-${SLURM_RESTART_COUNT:-0}"',
         # The flag is for a head that was killed, the exit code for a head that could not write the flag.
-        f'if [ "$code" -eq {REQUEUE} ] || [ "$code" -eq {UNHEARD} ] || [ -e {folder}/"requeue-$name" ]; then',
+        f'if [ "$code" -eq {REQUEUE} ] || [ "$code" -eq {UNHEARD} ] || [ -e {folder}/"{FLAG}-$name" ]; then',
         # The requeue also sends signals to this shell, and so does the time limit. Try until SLURM kills this shell.
         "    trap '' TERM CONT",
         "    pause=1 refused=0",
@@ -245,7 +245,7 @@ def _teardown(folder: str, requeue: bool) -> list[str]:
         '        if said="$(scontrol show job "$job" 2>&1)"; then',
         # Do nothing if SLURM has restarted the job elsewhere: this shell may outlive its node's slurmd.
         '            case "$said" in *" Restarts=${SLURM_RESTART_COUNT:-0} "*) ;; *) break ;; esac',
-        f'            touch {folder}/"again-$name-$code"',  # a full disk takes a name, but no text
+        f'            touch {folder}/"{AGAIN}-$name-$code"',  # a full disk takes a name, but no text
         '            if said="$(scontrol requeue "$job" 2>&1)"; then',
         # Nodes can be excluded only when the job is back in the queue.
         f'                [ -s {folder}/"exclude-$job" ] && '

@@ -16,6 +16,7 @@ from launch.cluster import reasons
 from launch.records import verdicts
 from launch.records.naming import command_name
 from launch.records.process import alive
+from launch.records.requeue import flag_file
 from launch.records.run import Run, read_run
 from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
@@ -122,8 +123,8 @@ def truth_of(run: Run, seen: SlurmAnswer) -> Truth:
     if seen.problem:
         return Truth(recorded, f"SLURM cannot be asked here: {seen.problem}", unreachable=True)
     jobs = tuple(seen.queued[id] for id in job["ids"] if id in seen.queued)
-    ended = [seen.ended[id] for id in job["ids"] if id in seen.ended]
-    if foreign := [told.id for told in (*jobs, *ended) if not _ours(told, record)]:
+    told_of: list[Queued | Ended] = [*jobs, *(seen.ended[id] for id in job["ids"] if id in seen.ended)]
+    if foreign := [told.id for told in told_of if not _ours(told, record)]:
         return Truth(recorded, f"job {foreign[0]} here is not this run's: the run was submitted to cluster `{job['cluster']}`",
                      unreachable=True)
     if not jobs:
@@ -189,17 +190,18 @@ def _started(run: Run, jobs: tuple[Queued, ...]) -> Truth:
 
 def _what_follows(run: Run, last: Mapping[str, Any], job: Queued) -> str:
     """Return what is known about the job of an attempt that has ended, until the job waits in the queue or is gone."""
-    if requeue_flag(run, last, "requeue").exists() or last.get("reason") == reasons.REQUEUED:
+    flag = flag_file(job_folder(run, last), last.get("job", job.id), last.get("restart", 0))
+    if flag.exists() or last.get("reason") == reasons.REQUEUED:
         return f"job {job.id} is being requeued"
     if last.get("reason") == reasons.CANCELLED:
         return f"SLURM is ending job {job.id}"
     return f"job {job.id} is ending; whether SLURM starts it again is not known yet"
 
 
-def requeue_flag(run: Run, attempt: Mapping[str, Any], kind: str) -> Path:
-    """Return a file of the job script of an attempt: "requeue" if the script will requeue the job, "again" once it does."""
-    folder = run.submission(attempt.get("submission", 1)).submission(attempt.get("submission", 1))
-    return folder / f"{kind}-{attempt.get('job')}-{attempt.get('restart', 0)}"
+def job_folder(run: Run, attempt: Mapping[str, Any]) -> Path:
+    """Return the folder of the submission to which an attempt belongs: the run's, or its sweep's for an element of an array."""
+    number = attempt.get("submission", 1)
+    return run.submission(number).submission(number)
 
 
 def _gone(run: Run, ended: Sequence[Ended]) -> Truth:

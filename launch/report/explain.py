@@ -15,8 +15,9 @@ from launch.cluster import reasons
 from launch.records import verdicts
 from launch.records.read import node_logs, node_of, slow_words
 from launch.records.read import status as status_of
+from launch.records.requeue import REQUEUE, code_of_head
 from launch.records.run import Run
-from launch.records.state import ACTIVE, requeue_flag, waits_for
+from launch.records.state import ACTIVE, job_folder, waits_for
 from launch.report.causes import CAUSES, GOING, RESUME, RESUME_AFTER_FIX, WAITING, Cause
 from trainers.contract.clock import local_time, seconds_between, utc_at, utc_now
 from trainers.contract.errors import UserError
@@ -298,8 +299,10 @@ def _unrecorded(run: Run, attempt: Mapping[str, Any], slurm: Mapping[str, Any]) 
     if down := [f"node {node} is down ({state})" for node, state in slurm["nodes"].items()]:
         return ", ".join(down)
     nodes = attempt.get("nodes") or []
-    if attempt.get("job") and requeue_flag(run, attempt, "again").exists():  # as `record_lost_attempts` will record it
-        return f"the node process on {nodes[0] if nodes else attempt['host']} was killed"
+    code = attempt.get("job") and code_of_head(job_folder(run, attempt), attempt["job"], attempt.get("restart", 0))
+    if code:  # the words are those of `record_lost_attempts`, which will record them
+        return ("it stopped at the time limit, but its record could not be written" if code == str(REQUEUE) else
+                f"the node process on {nodes[0] if nodes else attempt['host']} was killed")
     said = reasons.of_stop("\n".join(slurm["said"]))
     if said and said != reasons.REQUEUED:
         return said

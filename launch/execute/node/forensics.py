@@ -11,10 +11,10 @@ from typing import Any
 from launch.cluster import reasons
 from launch.execute.node.exclusion import down_nodes
 from launch.execute.node.place import Place
-from launch.plan.job_script import REQUEUE
 from launch.plan.plan import Plan
 from launch.plan.submission import Submission
 from launch.records.life_sign import LifeSign
+from launch.records.requeue import REQUEUE, code_of_head
 from launch.supervise.group import NodeGroup
 from launch.supervise.rank import Failure, Outcome
 from trainers.config.micro_batch import retries_smaller
@@ -123,7 +123,7 @@ def count_failures(paths: RunPaths, submission: Submission) -> int:
 def record_lost_attempts(paths: RunPaths, place: Place, folder: Path) -> None:
     """Record what is known about attempts whose end nobody has recorded."""
     # The batch shell makes this file when it requeues the job, so it was still running when the node process ended.
-    code = next((file.name.rpartition("-")[2] for file in folder.glob(f"again-{place.job}-{place.restart - 1}-*")), None)
+    code = code_of_head(folder, place.job, place.restart - 1)
     shell_survived, unrecorded = code is not None, code == str(REQUEUE)
     for number in paths.attempt_numbers():
         attempt = attempt_of(paths, number)

@@ -14,8 +14,9 @@ from launch.execute.node.forensics import count_failures, joint_outcome, stop_re
 from launch.execute.node.patience import OutOfPatience, Patience
 from launch.execute.node.place import Place, hosts_of, kill_wait_s, node_variables, silence_s
 from launch.execute.node.progress import stuck
-from launch.plan.job_script import REQUEUE, UNHEARD
+from launch.plan.job_script import UNHEARD
 from launch.plan.submission import Submission, plan_of
+from launch.records.requeue import REQUEUE
 from launch.supervise.group import NodeGroup
 from launch.supervise.port import reserved_port
 from launch.supervise.rank import Failure, Outcome

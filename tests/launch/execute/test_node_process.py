@@ -13,7 +13,7 @@ from launch.cluster import slurm
 from launch.execute import node_process
 from launch.execute.node.patience import Patience
 from launch.execute.node.place import Place
-from launch.plan.job_script import REQUEUE
+from launch.records.requeue import REQUEUE
 from launch.supervise.signals import StopSignals
 from trainers.contract import exit_codes
 from trainers.contract.errors import UserError

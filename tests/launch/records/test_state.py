@@ -120,6 +120,18 @@ def test_from_an_attempts_end_until_its_job_waits_again(make, reason, flag, text
     assert sentence(paths) == f"stopped in attempt 1 ({reason}); {text}"
 
 
+@pytest.mark.parametrize("left, text", [
+    ("again-7-0-137", "the node process on n1 was killed"),
+    ("again-7-0-76", "it stopped at the time limit, but its record could not be written"),
+    ("again-7-1-137", "its processes are gone, and the reason is not known"),
+])
+def test_what_the_batch_shell_left_explains_an_attempt_without_an_end(make, left, text):
+    paths = make("running", {})
+    paths.submission(1).mkdir(parents=True)
+    (paths.submission(1) / left).touch()
+    assert text in sentence(paths)
+
+
 def test_a_job_that_has_started_again_has_its_next_attempt_started(make):
     """At first the records are those of the last attempt, whatever they say."""
     again = {"start": "2026-01-02T00:07:00+00:00"}
