@@ -33,7 +33,7 @@ from launch.records.run import Run
 from launch.records.state import state_of
 from launch.supervise.port import reserved_port
 from launch.supervise.rank import Failure, Outcome
-from launch.supervise.supervisor import supervise
+from launch.supervise.supervisor import folder_deleted, is_there, supervise
 from launch.supervise.terminal import View, make_view
 from trainers.config.micro_batch import retries_smaller
 from trainers.contract import exit_codes
@@ -200,7 +200,9 @@ def execute(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, view: 
             raise UserError(f"attempt {plan.attempt} cannot run in {paths.root}: {error.strerror or error}",
                             f"fix that, then `launch resume {command_name(paths)}`") from error
         failure = outcome.failure
-        if failure and _worth_retrying(outcome, restarts, paths, plan.attempt):
+        if failure and not is_there(paths.root):
+            outcome = Outcome("failed", folder_deleted(str(paths.root)), outcome.signal)
+        elif failure and _worth_retrying(outcome, restarts, paths, plan.attempt):
             if retries_smaller(paths, plan.attempt):
                 view.notice(f"attempt {plan.attempt} ended: {failure.message}; {failure.hint or 'trying again'}")
                 continue

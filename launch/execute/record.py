@@ -124,7 +124,8 @@ def take_attempt(paths: RunPaths, number: int) -> None:
     target = paths.attempt(number)
     prepared = temporary_path(target)
     try:
-        prepared.mkdir(parents=True)
+        paths.attempts.mkdir(exist_ok=True)  # not its parents: the run's folder may have been deleted
+        prepared.mkdir()
         replace_json(prepared / paths.attempt_owner(number).name, {**this_process(), "started": identity(os.getpid())})
         if target.exists():
             raise FileExistsError
@@ -179,10 +180,11 @@ def recorded(plan: Plan, paths: RunPaths, view: View, run_job: Mapping[str, Any]
         "format": FORMAT, "attempt": plan.attempt, **this_process(), "process_started": identity(os.getpid()), "cwd": plan.cwd,
         "device": plan.resources.device, "ranks": plan.resources.ranks, "threads": plan.resources.threads, **more,
         "began": utc_now(), "ended": None, "outcome": "running", "exit_code": None, "failure": None,
-        "reason": delay, "signal": None, "checkpoint_s": None, "kept_before": kept(paths), "kept": None,
+        "reason": delay, "signal": None, "checkpoint_s": None, "kept_before": None, "kept": None,
     }
 
     def began() -> None:
+        attempt["kept_before"] = kept(paths)
         for name, text in plan.files.items():
             path = paths.root / name
             if not path.exists():  # run.yaml never changes
@@ -195,20 +197,22 @@ def recorded(plan: Plan, paths: RunPaths, view: View, run_job: Mapping[str, Any]
     write(began)
 
     def ended(outcome: Outcome, reason: str | None = None, retrying: bool = False, again: bool = False) -> str:
-        cancelled = outcome.signal is not None and paths.cancellation(plan.attempt).exists()
-        state = "cancelled" if cancelled else STATES[outcome.kind]
-        run_state = "running" if retrying else "preempted" if again and state == "failed" else state
+        state = STATES[outcome.kind]
         failure = outcome.failure and outcome.failure.as_dict()
         reason = reason or (STOPPED_BY.get(outcome.signal) if outcome.signal else None)
         if outcome.kind == "killed":
             reason = f"{reason} twice: stopped at once"
-        changes = {"ended": utc_now(), "outcome": state, "exit_code": exit_code(plan, outcome), "failure": failure,
+        changes = {"ended": utc_now(), "exit_code": exit_code(plan, outcome), "failure": failure,
                    "reason": "; ".join(filter(None, (reason, outcome.note, delay))) or None, "signal": outcome.signal,
-                   "checkpoint_s": outcome.checkpoint_s, "kept": kept(paths)}
+                   "checkpoint_s": outcome.checkpoint_s}
 
-        def put() -> None:
+        def put() -> None:  # it reads too: the storage may fail for reads as well
+            nonlocal state
+            if outcome.signal is not None and paths.cancellation(plan.attempt).exists():
+                state = "cancelled"
+            run_state = "running" if retrying else "preempted" if again and state == "failed" else state
             if next_attempt(paths) == plan.attempt + 1:  # else the records belong to a newer attempt
-                replace_json(paths.attempt_record(plan.attempt), {**attempt, **changes})
+                replace_json(paths.attempt_record(plan.attempt), {**attempt, **changes, "outcome": state, "kept": kept(paths)})
                 update_json(paths.record, state=run_state, updated=utc_now())
 
         try:

@@ -26,6 +26,7 @@ from trainers.contract import exit_codes
 from trainers.contract.paths import RunPaths
 
 FAILURE_GRACE_S = 5.0    # for ranks that have lost another rank: most of them hang in a collective operation
+LOOK_S = 1.0             # between two looks for the run's folder: its storage may be slow
 GONE_S = 5.0             # the run's folder counts as gone if it was missing for so long: shared storage may fail for a moment
 LEFTOVERS_GRACE_S = 3.0  # for processes that ranks of a run that has not finished have started
 OFTEN_S = 1.0            # after this time, look for these processes less often: each time, all of /proc is read
@@ -90,6 +91,7 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
     failed_elsewhere = False        # ranks of another node have failed
     warned = False                  # the user knows that run.grace_s or KillWait is too short
     seen_at = time.monotonic()      # when the folder of the attempt was there last
+    looked_at = seen_at             # when this process looked for that folder last
     folder = RunPaths(Path(plan.folder)).attempt(plan.attempt)
     while True:
         for key, _ in selector.select(0.2 if deadline is None else max(0.0, min(0.2, deadline - time.monotonic()))):
@@ -152,11 +154,13 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
             failure = Failure(hang.rank, None, None, hang.message, hang.hint, hang.stack, True)
             deadline = _end_others(ranks, plan)
             peers.send({"failure": failure.as_dict()})
-        if failure is None and folder.exists():
-            seen_at = time.monotonic()
-        elif failure is None and time.monotonic() > seen_at + GONE_S:
-            failure = Failure(None, None, None, f"the run's folder {plan.folder} was deleted or moved while the run used it",
-                              "start a new run; or move the folder back, then use `launch resume`", None, False)
+        now = time.monotonic()
+        if failure is None and now > looked_at + LOOK_S:
+            looked_at = now
+            if is_there(folder):
+                seen_at = now
+        if failure is None and looked_at > seen_at + GONE_S:
+            failure = folder_deleted(plan.folder)
             peers.send({"failure": failure.as_dict()})
             for rank in ranks:  # at once: a rank that stops with a checkpoint would make the folder again
                 rank.kill()
@@ -185,6 +189,23 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
     finished = (all(rank.code == exit_codes.FINISHED for rank in ranks)
                 and (stop_signal is None or plan.batch is not None))
     return Outcome("finished" if finished else "preempted", None, name, slowest, note)
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a folder exists. An error of its storage (a stale handle, no permission) does not show that it is gone."""
+    try:
+        os.stat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def folder_deleted(folder: str) -> Failure:
+    """The failure of an attempt whose run has no folder any more."""
+    return Failure(None, None, None, f"the run's folder {folder} was deleted or moved while the run used it",
+                   "start a new run; or move the folder back, then use `launch resume`", None, False)
 
 
 def _pause_if_asked(ranks: list[Rank], stop: StopSignals) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -67,14 +68,40 @@ def test_a_renamed_run_keeps_its_id(original: Path, capsys: pytest.CaptureFixtur
     assert read_run(renamed).record == RECORD == read_json(renamed / "run.json") and capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("end", ["time.sleep(60)", "sys.exit(3)"], ids=["works on", "fails"])
 def test_a_run_whose_folder_is_deleted_stops_and_says_so(
-    original: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    end: str, original: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(supervisor, "GONE_S", 0.3)
     copy = Path(shutil.copytree(original, original.with_name("b")))
     (copy / "code/proj/train.py").write_text(
-        "import os, shutil, time\nshutil.rmtree(os.environ['LAUNCH_RUN_DIR'])\ntime.sleep(60)\n")
+        f"import os, shutil, sys, time\nshutil.rmtree(os.environ['LAUNCH_RUN_DIR'])\n{end}\n")
     assert resume(read_run(copy), wanted=Wanted(), json=False) == 1
     said = capfd.readouterr().err
     assert f"the run's folder {copy} was deleted or moved while the run used it" in said and "Traceback" not in said
     assert not copy.exists()
+
+
+def test_a_storage_error_does_not_mean_that_the_folder_is_gone(
+    original: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor, "LOOK_S", 0.05)
+    monkeypatch.setattr(supervisor, "GONE_S", 0.1)
+    copy = Path(shutil.copytree(original, original.with_name("b")))
+    (copy / "code/proj/train.py").write_text("import time\ntime.sleep(0.5)\n")
+    stat, failed = os.stat, []
+
+    def fail(path, *args, **more):
+        if str(path) == str(copy / "attempts/2") and os.access(copy / "attempts/2/attempt.json", os.F_OK):
+            failed.append(path)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return stat(path, *args, **more)
+
+    monkeypatch.setattr(os, "stat", fail)
+    assert resume(read_run(copy), wanted=Wanted(), json=False) == 0 and failed
+
+
+def test_only_a_missing_folder_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert supervisor.is_there(tmp_path)
+    assert not supervisor.is_there(tmp_path / "nothing") and not supervisor.is_there(tmp_path / "file/below")

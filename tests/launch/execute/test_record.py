@@ -18,6 +18,7 @@ from trainers.contract.paths import RunPaths
 
 @pytest.fixture
 def paths(tmp_path: Path) -> RunPaths:
+    (tmp_path / "run-1").mkdir()
     return RunPaths(tmp_path / "run-1")
 
 
@@ -68,3 +69,10 @@ def test_of_many_processes_that_take_an_attempt_one_succeeds(paths):
     assert sorted(bool(error) for error in errors) == [False] + [True] * 5
     assert all("has just been started" in error for error in errors if error)
     assert os.listdir(paths.attempts) == ["1"]
+
+
+def test_the_folder_of_a_deleted_run_is_not_made_again(paths):
+    paths.root.rmdir()
+    with pytest.raises(UserError, match="cannot be made: No such file"):
+        take_attempt(paths, 2)
+    assert not paths.root.exists()
