@@ -20,7 +20,13 @@ from launch.cluster import slurm
 from launch.execute import record
 from launch.execute.node.exclusion import exclude
 from launch.execute.node.follow import follow
-from launch.execute.node.forensics import REASONS, count_failures, record_lost_attempts, record_silent_head
+from launch.execute.node.forensics import (
+    REASONS,
+    count_failures,
+    ended_elsewhere,
+    record_lost_attempts,
+    record_silent_head,
+)
 from launch.execute.node.lead import RECORD_S, end_chain, failed_start, job_fields, lead, set_flag
 from launch.execute.node.patience import OutOfPatience, Patience
 from launch.execute.node.place import Place, hosts_of
@@ -151,7 +157,10 @@ def _report_lost(folder: Path, place: Place, paths: RunPaths, group: NodeGroup) 
     hosts = hosts_of(place)
     if place.node != 0 and group.links[0].silent:
         with suppress(OSError):
-            record_silent_head(paths, hosts[0])
+            record_silent_head(paths, hosts[0], flag_file(folder, place.job, place.restart).exists())
+    with suppress(OSError):
+        if place.node == 0 and ended_elsewhere(paths, max(paths.attempt_numbers(), default=0)):
+            return  # this process was stopped: the others are not lost, they have left
     exclude(folder, place, [hosts[node] for node, link in group.links.items() if not link.open])
 
 

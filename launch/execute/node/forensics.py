@@ -144,11 +144,14 @@ def record_lost_attempts(paths: RunPaths, place: Place, folder: Path) -> None:
         replace_json(paths.attempt_record(number), {**attempt, "outcome": "lost", "failure": failure.as_dict()})
 
 
-def record_silent_head(paths: RunPaths, host: str) -> None:
+def record_silent_head(paths: RunPaths, host: str, requeued: bool) -> None:
     """Record, on another node, that the head's process gave no sign of life, so that the attempt has ended.
 
-    srun then kills that process, and the batch shell requeues the job. If the process wakes up before that, it writes the
-    same: it has lost the other node processes.
+    srun then kills that process. If the process wakes up before that, it finds this record and decides nothing more.
+
+    Args:
+        host: the head's.
+        requeued: whether the batch shell will requeue the job.
 
     Raises:
         OSError: the record cannot be written.
@@ -159,7 +162,12 @@ def record_silent_head(paths: RunPaths, host: str) -> None:
         failure = Failure(None, None, None, f"the node process on {host} {SILENT}", None, None, True, host)
         replace_json(paths.attempt_record(number), {**attempt, "ended": utc_now(), "outcome": "lost",
                                                     "failure": failure.as_dict()})
-        update_json(paths.record, state="preempted", updated=utc_now())
+        update_json(paths.record, state="preempted" if requeued else "failed", updated=utc_now())
+
+
+def ended_elsewhere(paths: RunPaths, number: int) -> bool:
+    """Whether another node has recorded the end of this attempt, as `record_silent_head` does: the head writes no "lost"."""
+    return (attempt_of(paths, number) or {}).get("outcome") == "lost"
 
 
 def _died_with_node(attempt: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from launch.cluster import slurm
 from launch.execute import record
 from launch.execute.node.exclusion import down_nodes, exclude
-from launch.execute.node.forensics import count_failures, joint_outcome, stop_reason
+from launch.execute.node.forensics import SILENT, count_failures, ended_elsewhere, joint_outcome, stop_reason
 from launch.execute.node.patience import OutOfPatience, Patience
 from launch.execute.node.place import Place, hosts_of, kill_wait_s, node_variables, silence_s
 from launch.execute.node.progress import stuck
@@ -21,7 +21,7 @@ from launch.supervise.group import NodeGroup
 from launch.supervise.port import reserved_port
 from launch.supervise.rank import Failure, Outcome
 from launch.supervise.signals import StopSignals
-from launch.supervise.supervisor import supervise
+from launch.supervise.supervisor import is_there, supervise
 from launch.supervise.terminal import View
 from trainers.config.micro_batch import retries_smaller
 from trainers.contract import exit_codes
@@ -49,6 +49,7 @@ def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup
     job = job_fields(submission, place)
     while True:
         number = patience(lambda: _take_next(paths))
+        ended: record.RecordEnd | None = None  # writes over what `recorded` has written at the attempt's begin
         try:
             plan = plan_of(submission, paths, number)
             group.silence_s = silence_s(plan)
@@ -59,13 +60,16 @@ def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup
                 view.notice(f"attempt {number} of {paths.id} on {', '.join(hosts)}: {plan.resources.ranks} rank(s)")
                 mine = supervise(plan, paths, view, address=group.address, port=port, peers=group, stop=stop,
                                  more=node_variables(group), kill_wait_s=kill_wait_s())
-                outcome = stuck(paths, submission, plan, joint_outcome(mine, group, plan, hosts))
+                joint = joint_outcome(mine, group, plan, hosts)
+                if joint.signal or stop.received:  # the job ends soon
+                    patience.hurry(RECORD_S)
+                outcome = patience(lambda: stuck(paths, submission, plan, joint))
                 code = record.exit_code(plan, outcome)
                 failure = outcome.failure
                 down = down_nodes(hosts) if outcome.signal == "SIGTERM" else {}
                 # The next attempt uses less memory: this does not count as a failure.
                 smaller = failure is not None and retries_smaller(paths, number)
-                failures = count_failures(paths, submission) + (failure is not None and not smaller)
+                failures = patience(lambda: count_failures(paths, submission)) + (failure is not None and not smaller)
                 retryable = failure is not None and (smaller or failure.retry and failures <= submission.max_restarts)
                 signals = {outcome.signal, *(signal.Signals(number).name for number in stop.received)} - {None}
                 retry_here = retryable and not signals and group.complete
@@ -73,21 +77,24 @@ def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup
                 # SIGTERM, SLURM decides whether the job starts again, and SLURM's decision is not known here: if a retry may
                 # succeed and the cluster allows requeueing, assume that the job will start again.
                 again = retryable and (signals <= {"SIGUSR2"} or "SIGTERM" in signals and submission.cluster.requeue)
-                if _superseded(paths, number):
+                if patience(lambda: _superseded(paths, number)):
                     return _give_way(paths, number, group, requeue_flag, view)
-                if signals:  # the job ends soon
+                if signals:
                     patience.hurry(RECORD_S)
                 job_log = requeue_flag.parent / f"{place.job}_0_log.out"
                 state = ended(outcome, stop_reason(outcome, down, paths.stop_reason(number), job_log, number), retry_here, again)
         except OutOfPatience:
             raise
         except (OSError, UserError) as error:
-            if _superseded(paths, number):
+            if patience(lambda: _superseded(paths, number)):
                 return _give_way(paths, number, group, requeue_flag, view)
             message, hint = (error.message, error.hint) if isinstance(error, UserError) else (str(error), None)
             failure = failed_start(number, message, hint)
             outcome, state, down, code = Outcome("failed", failure), "failed", {}, exit_codes.FAILED
-            patience(lambda: record.never_started(paths, number, outcome, **job))
+            if ended:
+                ended(outcome)
+            else:
+                patience(lambda: record.never_started(paths, number, outcome, **job))
             failures, retryable, retry_here, signals = count_failures(paths, submission), False, False, set()
         if failure:
             view.event({"event": "failure", **failure.as_dict()})
@@ -123,16 +130,18 @@ def _take_next(paths: RunPaths) -> int:
 
 
 def _superseded(paths: RunPaths, number: int) -> bool:
-    """Whether the run has a newer attempt than this one."""
-    return record.next_attempt(paths) != number + 1
+    """Whether the run has a newer attempt than this one, or another node has recorded that this one has ended."""
+    return record.next_attempt(paths) != number + 1 or ended_elsewhere(paths, number)
 
 
 def _give_way(paths: RunPaths, number: int, group: NodeGroup, requeue_flag: Path, view: View) -> int:
-    """End a process that outlived its job: SLURM has restarted the job elsewhere, so this process decides nothing more."""
-    gone = not paths.root.exists()
-    view.notice(f"the folder of run {paths.id} was deleted or moved while the run used it: {paths.root}" if gone else
-                f"attempt {number} of {paths.id} has been taken over by a newer one")
-    set_flag(requeue_flag, False)
+    """End a process that decides nothing more: SLURM has restarted its job elsewhere, or it was stopped for too long."""
+    if ended_elsewhere(paths, number):  # the flag stays as it is: the record that the other node wrote agrees with it
+        view.notice(f"another node has recorded that attempt {number} of {paths.id} has ended: this process {SILENT}")
+    else:
+        view.notice(f"attempt {number} of {paths.id} has been taken over by a newer one" if is_there(paths.root) else
+                    f"the folder of run {paths.id} was deleted or moved while the run used it: {paths.root}")
+        set_flag(requeue_flag, False)
     group.send({"end": exit_codes.FAILED})
     return exit_codes.FAILED
 

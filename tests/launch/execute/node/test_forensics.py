@@ -114,14 +114,15 @@ def test_an_attempt_without_an_end_is_explained_by_what_the_batch_shell_left(pat
     assert (attempt["outcome"], attempt["failure"]["message"], attempt["failure"]["retry"]) == ("lost", message, counts)
 
 
-def test_another_node_writes_the_record_of_a_head_that_is_silent(paths):
-    record_silent_head(paths, "n1")
+@pytest.mark.parametrize("requeued, state", [(True, "preempted"), (False, "failed")])
+def test_another_node_writes_the_record_of_a_head_that_is_silent(paths, requeued, state):
+    record_silent_head(paths, "n1", requeued)
     attempt = read_json(paths.attempt_record(1))
     assert (attempt["outcome"], attempt["failure"]["node"]) == ("lost", "n1") and attempt["ended"]
     assert attempt["failure"]["message"] == "the node process on n1 gave no sign of life"
-    assert read_json(paths.record)["state"] == "preempted"
+    assert read_json(paths.record)["state"] == state
     before = json.dumps(attempt)
-    record_silent_head(paths, "n9")  # the attempt has ended already
+    record_silent_head(paths, "n9", requeued)  # the attempt has ended already
     assert json.dumps(read_json(paths.attempt_record(1))) == before
 
 
