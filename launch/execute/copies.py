@@ -18,7 +18,8 @@ def adopt(run: Run) -> None:
     Nothing is done for a run that is no copy, or whose copy has been made a run of its own before.
     """
     paths, origin = run.paths, run.record.get("copy_of")
-    if not origin or read_json(paths.record)["id"] == paths.id:
+    # A copy that was made a run of its own and was then renamed keeps its id, as every renamed run does.
+    if not origin or run.id != run.record["id"] or read_json(paths.record)["id"] == paths.id:
         return
     for number in paths.attempt_numbers():
         attempt = run.attempt_record(number)

@@ -68,6 +68,22 @@ def test_a_renamed_run_keeps_its_id(original: Path, capsys: pytest.CaptureFixtur
     assert read_run(renamed).record == RECORD == read_json(renamed / "run.json") and capsys.readouterr().err == ""
 
 
+def test_a_copy_that_has_become_a_run_of_its_own_may_be_renamed(
+    original: Path, capsys: pytest.CaptureFixture
+) -> None:
+    copy = Path(shutil.copytree(original, original.with_name("b")))
+    adopt(read_run(copy))
+    running = {**read_json(original / "attempts/1/attempt.json"), "attempt": 2}
+    (copy / "attempts/2").mkdir()
+    replace_json(copy / "attempts/2/attempt.json", running)
+    record = read_json(copy / "run.json")
+    renamed = copy.rename(copy.with_name("c"))
+    capsys.readouterr()
+    adopt(read_run(renamed))
+    assert read_json(renamed / "run.json") == record and record["id"] == "b" and capsys.readouterr().err == ""
+    assert read_json(renamed / "attempts/2/attempt.json") == running, "the attempt goes on"
+
+
 @pytest.mark.parametrize("end", ["time.sleep(60)", "sys.exit(3)"], ids=["works on", "fails"])
 def test_a_run_whose_folder_is_deleted_stops_and_says_so(
     end: str, original: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
