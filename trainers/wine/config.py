@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 import re
 from collections.abc import Mapping
@@ -53,8 +52,8 @@ class Data(Section):
     root: Text | None = Field(None, description="where downloads go; null: $LAUNCH_DATA, else ~/.cache/launch")
     target: Union[int, Text, None] = Field(
         None, description="the column to predict: its name, or its number from 1 (-1: the last); null: the last")
-    header: bool | None = Field(None, description="whether the first line holds the names of the columns; null: true if one "
-                                                  "of its cells is not a number")
+    header: bool | None = Field(None, description="whether the first line holds the names of the columns; null: true if it "
+                                                  "has text above numbers, or no numbers")
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
         None, description="the character between cells; a blank: any number of blanks; null: the one of `;`, tab, `|`, `,` and "
                           "blank that gives all rows equally many cells")
@@ -74,8 +73,10 @@ class Data(Section):
     @classmethod
     def _exists(cls, value: str | None) -> str | None:
         try:
-            codecs.lookup(value or "utf-8")
-        except LookupError:
+            b" ".decode(value or "utf-8")
+        except UnicodeDecodeError:  # characters have several bytes
+            pass
+        except (LookupError, UnicodeError):  # also codecs that are no text encodings, such as hex
             raise ValueError("must be an encoding that Python knows, such as latin-1, utf-16 or gbk") from None
         return value
 

@@ -31,6 +31,8 @@ SAMPLE = 200  # records that are looked at to find the delimiter
 DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+([eE][+-]?\d+)?")
 DECIMAL_POINT = re.compile(r"[+-]?\d*\.\d+([eE][+-]?\d+)?")
 THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+")
+POINT_OR_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}\.\d{3}")
+COMMA_OR_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
 UNPACK = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\x00": lzma.decompress}
 ZIP = b"PK\x03\x04"
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -47,6 +49,7 @@ class Columns:
     divided: str = ""   # how cells were told apart, for messages
     index: bool = False  # whether the first column has no name: it holds row numbers or row names
     notes: list[str] = field(default_factory=list)
+    unused: int = 0  # rows under the names that are not in `columns`: a row of units
 
 
 def read_columns(path: Path, data: Data) -> Columns:
@@ -73,17 +76,14 @@ def read_columns(path: Path, data: Data) -> Columns:
     try:
         delimiter = delimiter or _delimiter(lines[skipped:])
         first = next(_records(lines[skipped:], delimiter))[1]
-        header = _cells(comment[1:], delimiter)
-        if data.header is None and len(header) == len(first) > 1 and _has_number(first) and not _has_number(header):
-            skipped -= 1  # the names are in the comment above the first row
-            lines[skipped] = comment[1:].lstrip()
-        if (fast := _numbers(lines[skipped:], delimiter, data)) is not None:
+        commented = _names_in_comment(comment, delimiter, len(first)) if data.header is None else []
+        if (fast := _numbers(lines[skipped:], delimiter, data, commented)) is not None:
             return _named(*fast, f"cells are divided at {_said(delimiter)}", notes)
         rows_at = [(line + skipped, row) for line, row in _records(lines[skipped:], delimiter)]
     except csv.Error as error:
         raise UserError(f"`{path}` is not a CSV file: {error}",
                         'a cell that begins with a double quote ends with one; write "" for a quote inside') from error
-    return _columns(path, data, rows_at, delimiter, notes)
+    return _columns(path, data, rows_at, delimiter, notes, commented)
 
 
 def number(cell: str) -> float | None:
@@ -131,11 +131,11 @@ def _text(path: Path, content: bytes, encoding: str | None, notes: list[str]) ->
         elif any(byte < 9 for byte in sample):
             raise UserError(f"`{path}` is not a text file", "save the table as CSV (also .csv.gz), or as .xlsx")
     try:
-        return content.decode(encoding or "utf-8")
-    except UnicodeDecodeError as error:
+        return content.decode(encoding or "utf-8").removeprefix("\ufeff")
+    except UnicodeError as error:
         if encoding is not None:
-            raise UserError(f"`{path}` is not {encoding} text: byte {error.start}", "set data.encoding, for instance to latin-1"
-                            ) from None
+            place = f"byte {error.start}" if isinstance(error, UnicodeDecodeError) else str(error)
+            raise UserError(f"`{path}` is not {encoding} text: {place}", "set data.encoding, for instance to latin-1") from None
     notes.append("the file is not UTF-8 text and was read as Windows-1252: check letters that are not ASCII (data.encoding)")
     return content.decode("cp1252", errors="replace")
 
@@ -150,17 +150,21 @@ def _workbook(path: Path, content: bytes, notes: list[str]) -> list[Row]:
     try:
         book = load_workbook(io.BytesIO(content), read_only=True, data_only=True)
         sheet = book.worksheets[0]
-        rows = [["" if cell is None else str(cell) for cell in row] for row in sheet.iter_rows(values_only=True)]
+        rows = [[_cell_text(cell) for cell in row] for row in sheet.iter_rows(values_only=True)]
     except Exception as error:  # broken workbooks raise nearly anything
         raise UserError(f"`{path}` cannot be read as an Excel workbook: {' '.join(str(error).split())}",
                         "save the table as CSV") from error
     if len(book.worksheets) > 1:
         notes.append(f"the workbook has {len(book.worksheets)} sheets; only the first, `{sheet.title}`, is read")
-    while rows and not any(rows[0]):
-        del rows[0]
-    if not rows:
+    if not any(map(any, rows)):
         raise UserError(f"`{path}` is empty", "the table must be in the first sheet")
     return rows
+
+
+def _cell_text(cell: Any) -> str:
+    """Return a workbook's cell as text. A number is written so that its point is not taken for a mark between thousands."""
+    text = "" if cell is None else str(cell)
+    return f"{text}0" if isinstance(cell, float) and THOUSANDS.fullmatch(text) else text
 
 
 # --- From lines to rows
@@ -197,19 +201,50 @@ def _delimiter(lines: list[str]) -> str:
     return next(iter([*exact, *fits]), next((mark for mark in DELIMITERS[:-1] if mark in lines[0]), ","))
 
 
-def _is_header(cells: Row, delimiter: str | None) -> bool:
-    """Return whether the cells are names: one of them is not a number."""
-    return any(number(cell) is None and not (delimiter != "," and DECIMAL_COMMA.fullmatch(cell.strip())) for cell in cells)
+def _names_in_comment(comment: str, delimiter: str, width: int) -> Row:
+    """Return the cells of a comment if they may be the names of `width` columns, otherwise an empty list."""
+    whole = delimiter != " " and comment[1:].lstrip(" ").startswith(delimiter)  # `#` is then itself the name of a column
+    for cells in ([_cells(comment, delimiter)] if whole else []) + [_cells(comment[1:], delimiter)]:
+        if len(cells) == width > 1 and any(map(str.strip, cells)) and not _has_number(cells):
+            return cells
+    return []
 
 
-def _has_number(cells: Row) -> bool:
-    return any(number(cell) is not None for cell in cells)
+def _is_number(cell: str, commas: bool) -> bool:
+    """Return whether a cell is a number or has no value. `commas`: a number may have a decimal comma."""
+    cell = cell.strip()
+    return number(cell) is not None or commas and bool(DECIMAL_COMMA.fullmatch(cell) or THOUSANDS.fullmatch(cell))
 
 
-def _numbers(lines: list[str], delimiter: str, data: Data) -> tuple[Row, list[np.ndarray]] | None:
+def _has_number(cells: Row, commas: bool = False) -> bool:
+    """Return whether a cell is a number. Missing values do not count: a column may have no name, or be called `Na`."""
+    return any(cell.strip().lower() not in MISSING and _is_number(cell, commas) for cell in cells)
+
+
+def _is_header(rows: list[Row], commas: bool) -> bool | None:
+    """Return whether the first row holds names, or None if that is unclear.
+
+    It does if a column has text on top and only numbers below. If no column has, then a text that its column repeats is a
+    value, such as the name of a class. Otherwise a row without numbers holds names.
+    """
+    first, below = rows[0], rows[1:]
+    texts = [place for place, cell in enumerate(first) if not _is_number(cell, commas)]
+    if not texts:
+        return False
+    shift = int(len(below) > 0 and all(len(row) == len(first) + 1 for row in below))  # R: row names have no name
+    for place in texts:
+        column = [row[place + shift] for row in below if place + shift < len(row)]
+        if any(map(str.strip, column)) and all(_is_number(cell, commas) for cell in column):
+            return True
+    if any(first[place].strip() == row[place].strip() for place in texts for row in below if place < len(row)):
+        return False
+    return None if any(cell.strip() and _is_number(cell, commas) for cell in first) else True
+
+
+def _numbers(lines: list[str], delimiter: str, data: Data, commented: Row) -> tuple[Row, list[np.ndarray]] | None:
     """Return (names, columns) if all cells are plain numbers, otherwise None. np.loadtxt is fast and strict."""
     first = next(_records(lines, delimiter))
-    header = data.header if data.header is not None else _is_header(first[1], delimiter)
+    header = data.header if data.header is not None else not commented and any(number(cell) is None for cell in first[1])
     if header and data.header is None and _has_number(first[1]):
         return None  # names are seldom numbers: look at this file cell by cell
     if data.decimal == ",":
@@ -223,21 +258,25 @@ def _numbers(lines: list[str], delimiter: str, data: Data) -> tuple[Row, list[np
         return None
     if not len(values) or header and values.shape[1] != len(first[1]):
         return None
-    return first[1] if header else [], list(values.T)
+    return first[1] if header else commented, list(values.T)
 
 
 # --- From rows to columns
 
 
-def _columns(path: Path, data: Data, rows: list[tuple[int, Row]], delimiter: str | None, notes: list[str]) -> Columns:
+def _columns(path: Path, data: Data, rows: list[tuple[int, Row]], delimiter: str | None, notes: list[str],
+             commented: Row | None = None) -> Columns:
+    """Return the columns of the rows. `commented`: names in a comment above the rows, which are used if no row holds names."""
     divided = f"cells are divided at {_said(delimiter)}" if delimiter else ""
     names: Row = []
-    if data.header is None and _is_summary(rows):
+    if data.header is None and not commented and _is_summary(rows):
         notes.append(f"the first line, `{','.join(rows[0][1])}`, is a summary as in scikit-learn's own files: the columns have "
                      "no names")
         rows = rows[1:]
-    elif data.header if data.header is not None else _is_header(rows[0][1], delimiter):
+    elif data.header if data.header is not None else _guessed_header(path, rows, data, delimiter, notes, commented or []):
         names, rows = rows[0][1], rows[1:]
+    else:
+        names = commented or []
     if not rows:
         raise UserError(f"`{path}` has no rows", "use data.header=false if its only line is a row")
     width = max(len(cells) for _, cells in rows)
@@ -253,29 +292,65 @@ def _columns(path: Path, data: Data, rows: list[tuple[int, Row]], delimiter: str
             raise UserError(f"`{path}`, line {line}: {len(cells)} cells, but the first line has {len(names or rows[0][1])}",
                             f"{divided}; if that is wrong, set data.delimiter" if divided else "give each row as many cells")
     columns = [list(column) for column in zip(*(cells for _, cells in rows))]
-    example = _decimal_comma(columns) if data.decimal is None and delimiter != "," else None
-    if example:
-        notes.append(f"numbers have decimal commas: `{example}` is {_point(example)} (data.decimal)")
-    if example or data.decimal == ",":
+    examples = _decimal_commas(path, columns) if data.decimal is None and delimiter != "," else []
+    if examples:
+        notes.append("numbers have decimal commas: " + ", and ".join(f"`{cell}` is {_point(cell)}" for cell in examples) +
+                     " (data.decimal)")
+    if examples or data.decimal == ",":
         columns = [[_point(cell) for cell in column] for column in columns]
+    unused = 0
     if names and (units := _units(columns)):
-        notes.append(f"the row under the names is taken for units and is not used: {', '.join(units[:8])}")
+        if all(map(str.strip, units)) and not all(map(str.strip, names)):
+            title = " ".join(filter(None, map(str.strip, names)))
+            if all(map(str.strip, names[1:])):  # the first name may be missing above row numbers
+                raise UserError(f"`{path}`: it is not clear which line holds the names of the columns, `{title}` or "
+                                f"`{', '.join(units[:8])}`", "remove a title above the names, or a row of units below them")
+            notes.append(f"the first line, `{title}`, is taken for a title: the names are in the next line")
+            names = units
+        else:
+            notes.append(f"the row under the names is taken for units and is not used: {', '.join(units[:8])}")
+            unused = 1
         columns = [column[1:] for column in columns]
     values: list[Any] = []
     for column in columns:
         numbers = [number(cell) for cell in column]
         values.append(column if None in numbers else np.array(numbers))
-    return _named(names, values, divided, notes)
+    return _named(names, values, divided, notes, unused)
 
 
-def _named(names: Row, columns: list[Any], divided: str, notes: list[str]) -> Columns:
+def _guessed_header(path: Path, rows: list[tuple[int, Row]], data: Data, delimiter: str | None, notes: list[str],
+                    commented: Row) -> bool:
+    """Return whether the first row holds names, with a note unless that is plain.
+
+    Raises:
+        UserError: it is unclear.
+    """
+    line, first = rows[0]
+    commas = data.decimal == "," or data.decimal is None and delimiter != ","
+    header, mixed, said = _is_header([cells for _, cells in rows], commas), _has_number(first, commas), ",".join(first)
+    if commented:
+        if header and not mixed:
+            notes.append(f"the names of the columns are taken from line {line}, `{said}`, not from the comment "
+                         f"`{','.join(commented)}`")
+        return bool(header) and not mixed
+    if header is None:
+        raise UserError(f"`{path}`, line {line}: `{said}` has numbers and text, and may be a row or the names of the columns",
+                        "set data.header=true if it holds the names, or data.header=false if it is a row")
+    if header and mixed:
+        notes.append(f"line {line}, `{said}`, is taken for the names of the columns, although it has numbers (data.header)")
+    elif not header and not all(_is_number(cell, commas) for cell in first):
+        notes.append(f"line {line}, `{said}`, is taken for a row, so the columns have no names (data.header)")
+    return header
+
+
+def _named(names: Row, columns: list[Any], divided: str, notes: list[str], unused: int = 0) -> Columns:
     """Return the columns with names that are not empty."""
     cleaned = [" ".join(name.split()) for name in names]
     index = len(columns) > 1 and bool(names) and (not cleaned[0] or cleaned[0] == "Unnamed: 0")
     if index:
         notes.append("the first column has no name: it is taken for row numbers or row names, and is not a feature")
     named = [name or f"column {place}" for place, name in enumerate(cleaned or [""] * len(columns), 1)]
-    return Columns(named, columns, divided, index, notes)
+    return Columns(named, columns, divided, index, notes, unused)
 
 
 def _is_summary(rows: list[tuple[int, Row]]) -> bool:
@@ -295,16 +370,28 @@ def _units(columns: list[Row]) -> Row | None:
     return row if None in first and all(value is None or value != value for value in first) else None
 
 
-def _decimal_comma(columns: list[Row]) -> str | None:
-    """Return an example of a number with a decimal comma, if there are such numbers and none with a decimal point."""
-    example = None
-    for column in columns:
-        for cell in map(str.strip, column):
-            if DECIMAL_COMMA.fullmatch(cell):
-                example = example or cell
-            elif DECIMAL_POINT.fullmatch(cell) and not THOUSANDS.fullmatch(cell):
-                return None
-    return example
+def _decimal_commas(path: Path, columns: list[Row]) -> list[str]:
+    """Return examples of how numbers are read if there are decimal commas and no decimal points, otherwise an empty list.
+
+    The first example has a decimal comma. The second, if there is one, has a point that is taken for a mark between thousands.
+
+    Raises:
+        UserError: all commas may also be marks between thousands.
+    """
+    comma = thousands = None
+    unclear = True
+    for cell in (cell.strip() for column in columns for cell in column):
+        if DECIMAL_COMMA.fullmatch(cell):
+            comma, unclear = comma or cell, unclear and bool(COMMA_OR_THOUSANDS.fullmatch(cell))
+        elif POINT_OR_THOUSANDS.fullmatch(cell):
+            thousands = thousands or cell
+        elif DECIMAL_POINT.fullmatch(cell):
+            return []
+    if comma and unclear:
+        raise UserError(f"`{path}`: `{comma}` may be {comma.replace(',', '.')} or {comma.replace(',', '')}: all commas in "
+                        "numbers stand before three digits",
+                        "set data.decimal=, if the comma is the decimal mark; otherwise remove the commas from the file")
+    return [cell for cell in (comma, thousands) if cell] if comma else []
 
 
 def _point(cell: str) -> str:

@@ -138,7 +138,7 @@ def _select(what: str, table: Columns, target: int | str | None, classes: bool, 
     if isinstance(y, list):
         if not classes:
             words = any(not re.search(r"\d", cell) and number(cell) is None for cell in y)
-            raise _text_error(what, names[place], y, "the target",
+            raise _text_error(what, names[place], y, table.unused, "the target",
                               "to predict text, use a classifier: model.name=random_forest_classifier; data.target=NAME chooses "
                               "another target" if words else _advice(table, "turn it into numbers"))
         y = np.array([cell.strip() for cell in y])
@@ -147,13 +147,13 @@ def _select(what: str, table: Columns, target: int | str | None, classes: bool, 
         empty_rows = np.flatnonzero(~np.isfinite(y))
     if empty_rows.size:
         raise UserError(f"{what}: the target `{names[place]}` has no value in {empty_rows.size} row(s), the first is row "
-                        f"{empty_rows[0] + 1}",
+                        f"{empty_rows[0] + 1 + table.unused}",
                         "remove those rows: nothing can be learned from them")
     unused = (place, grouping, 0 if table.index else None)
     features = [column for column in range(len(names)) if column not in unused]
     for column in features:
         if isinstance(columns[column], list):
-            raise _text_error(what, names[column], columns[column], "a feature",
+            raise _text_error(what, names[column], columns[column], table.unused, "a feature",
                               _advice(table, "turn it into numbers, or remove the column"))
         if not np.all(np.abs(columns[column][~np.isnan(columns[column])]) < np.finfo(np.float32).max):
             raise UserError(f"{what}: column `{names[column]}` has a number that is too large for float32, which trees use")
@@ -186,7 +186,8 @@ def _column_index(what: str, names: list[str], wanted: int | str | None) -> int:
                     f"it has {first_few([f'`{name}`' for name in names], 20)}")
 
 
-def _text_error(what: str, name: str, cells: list[str], kind: str, hint: str) -> UserError:
-    """Return the error for a column that must hold numbers, but holds text."""
+def _text_error(what: str, name: str, cells: list[str], unused: int, kind: str, hint: str) -> UserError:
+    """Return the error for a column that must hold numbers, but holds text. `unused`: rows of the table above the cells."""
     row = next(row for row, cell in enumerate(cells, 1) if number(cell) is None)
-    return UserError(f"{what}: `{cells[row - 1].strip()}` in row {row} of column `{name}`, {kind}, is not a number", hint)
+    return UserError(f"{what}: `{cells[row - 1].strip()}` in row {row + unused} of column `{name}`, {kind}, is not a number",
+                     hint)
