@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,7 @@ def export(run: Run, *, which: str | None, to: str, output: Path | None) -> dict
         models = engine.read_models(checkpoint)
         places = _outputs(run, step, to, output, list(models))
         known = facts.read(checkpoint)
-        texts = {key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in known.items()}
-        about = {**texts, "run": run.id, "step": str(step)}
+        about = facts.metadata(known, run.id, step)
         if to == "huggingface":
             for name in models:
                 _require_layout(run, name)

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from trainers.checkpoints import facts
 from trainers.config.schema import Fraction, RunConfig, Section
 from trainers.contract.errors import UserError
 from trainers.contract.home import downloads, expanded
@@ -89,7 +90,8 @@ class Cifar10Config(RunConfig):
                             "use vgg, resnet18, or a classifier of torchvision.models")
         if self.data.source not in ("cifar10", "sample"):
             from trainers.data.folders import list_images
-            list_images(Path(self.data.source), self.data.eval_fraction, self.data.eval_split, "" if self.eval.only else None)
+            trained = facts.read(Path(self.init.source)) if self.eval.only and self.init.source else {}
+            list_images(Path(self.data.source), self.data.eval_fraction, self.data.eval_split, trained or None)
 
     def missing(self, environment: Mapping[str, str] = os.environ) -> list[str]:
         if self.data.source != "cifar10":

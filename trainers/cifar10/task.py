@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trainers.cifar10.config import Cifar10Config
 from trainers.cifar10.model import make_model
+from trainers.contract.events import emit
 from trainers.data.augment import Augment
 from trainers.data.folders import list_images
 from trainers.data.image_folder import load_folder
@@ -44,12 +45,13 @@ class Cifar10(Task):
                 from trainers.cifar10.shapes import draw_shapes
                 sets = draw_shapes()
             case path:
-                trained_on = trained.get("files", "") if trained else None
                 sets = load_folder(Path(path), data.size, world, eval_fraction=data.eval_fraction, eval_split=data.eval_split,
-                                   bits=data.bits, trained_on=trained_on)
+                                   bits=data.bits, trained_on=trained or None)
         if trained:
             sets = as_trained(sets, trained["classes"])
-        self.classes, self.files = sets.classes, sets.names
+            if world.main:
+                self._compare_settings(trained)
+        self.classes, self.from_folder = sets.classes, sets.facts
         self.evaluated = len(sets.test.labels) if sets.test else 0
         train, test = resident(sets, world.device, data.size, Augment(data.pad, data.flip, data.cutout),
                                Statistics(trained["mean"], trained["std"]) if trained else None)
@@ -58,9 +60,18 @@ class Cifar10(Task):
 
     def facts(self) -> dict[str, Any]:
         """Return `classes` (in the order of the logits), `mean` and `std` (of each channel, for pixels in [0, 1]), `size` (the
-        side of the images in pixels) and `files` (a hash of the names of the image files)."""
-        return {"classes": self.classes, "mean": self.statistics.mean, "std": self.statistics.std, "size": self.config.data.size,
-                **({"files": self.files} if self.files else {})}
+        side of the images in pixels), and for images from a folder `bits` (`data.bits`) and `Listing.facts`."""
+        data = self.config.data
+        return {"classes": self.classes, "mean": self.statistics.mean, "std": self.statistics.std, "size": data.size,
+                **({"bits": data.bits, **self.from_folder} if self.from_folder else {})}
+
+    def _compare_settings(self, trained: Mapping[str, Any]) -> None:
+        """Warn if the images are read in another way than in training."""
+        for key, now in (("size", self.config.data.size), ("bits", self.config.data.bits)):
+            if key in trained and trained[key] != now:
+                before, after = ("null" if value is None else value for value in (trained[key], now))
+                emit({"event": "note", "level": "warning", "message": f"the model was trained with data.{key}={before}, but is "
+                      f"evaluated with data.{key}={after}: the images look different to it"})
 
     def model(self) -> nn.Module:
         return make_model(self.config.model, self.class_count(), self.config.data.size)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trainers.contract.errors import UserError
 from trainers.contract.text import first_few
@@ -32,15 +32,18 @@ class Listing(NamedTuple):
     classes: list[str]             # sorted by name
     train: list[tuple[Path, int]]  # (file, class number), in a fixed order; empty in an evaluation
     test: list[tuple[Path, int]]   # the same; empty if there is nothing to evaluate on
-    held_out: bool                 # `test` was taken from the training images
-    names: str                     # a hash of the names of the files from which the training set was taken
     about: str                     # which folders are used, for the log
     passed_over: Counter[str]      # files that are not read, by what they are
+    facts: Mapping[str, Any] = {}  # what an evaluation and a resumption must know; empty in an evaluation. The keys:
+    #   files: a hash of the names of the files from which the training set was taken
+    #   held_out: the share of each class that was held out; None if there is an evaluation folder
+    #   evaluation, evaluation_files: the name of the evaluation folder, and a hash of the names of its files; None without one
     deep: bool = False             # no class folder holds images itself, but only folders of images
+    warning: str = ""              # what makes the evaluation doubtful
 
 
-def list_images(path: Path, eval_fraction: float, eval_split: str | None = None, trained_on: str | None = None
-                ) -> Listing:
+def list_images(path: Path, eval_fraction: float, eval_split: str | None = None,
+                trained_on: Mapping[str, Any] | None = None) -> Listing:
     """List the image files under `path`. Images may lie in folders below the class folders.
 
     Without an evaluation folder, `eval_fraction` of each class is held out: the same files every time, on every machine.
@@ -49,22 +52,27 @@ def list_images(path: Path, eval_fraction: float, eval_split: str | None = None,
 
     Args:
         eval_split: the name of the evaluation folder; None: the first of EVALUATION that exists.
-        trained_on: in an evaluation of a trained model, the `Listing.names` of its training run, or "" if they are not known.
-            Then only images to evaluate on are listed. If there is no evaluation folder, these are all images, unless the
-            model was trained on images of this folder.
+        trained_on: in an evaluation of a trained model, the facts of its training run, with those of `Listing.facts` if it was
+            trained on a folder. Then only images to evaluate on are listed. If there is no evaluation folder, these are all
+            images, unless the training run held out images of this folder: then they are the images that it held out.
 
     Raises:
-        UserError: the path does not exist or is not a folder; there are no class folders; a class folder is empty; links
-            lead nowhere; an evaluation class is not a training class.
+        UserError: the path does not exist or is not a folder; there are no class folders, or two training folders; a class
+            folder is empty; links lead nowhere; an evaluation class is not a training class.
     """
     if not path.is_dir():
         raise UserError(f"`data.source`: {path} {'is not a folder' if path.exists() else 'does not exist'}",
                         f"{LAYOUT}; if the images have moved, use data=PATH, which `launch resume` takes too")
     passed_over: Counter[str] = Counter()
-    folders = {name.lower(): path / name for name in reversed(_names(path)) if (path / name).is_dir()}
+    names = [name for name in _names(path) if (path / name).is_dir()]
+    folders = {name.lower(): path / name for name in reversed(names)}
     train = next((folders[name] for name in TRAINING if name in folders), None)
     if train is not None and not _holds_folders(train) and folders.keys() - {*TRAINING, *EVALUATION}:
         train = None  # a class of this name
+    trainings = [name for name in names if name.lower() in TRAINING and _holds_folders(path / name)]
+    if train is not None and len(trainings) > 1 and trained_on is None:
+        raise UserError(f"{path} holds {' and '.join(f'{name}/' for name in trainings)}: it is not clear which to train on",
+                        "rename one of the folders")
     test = _evaluation_folder(path, folders, eval_split)
     if train is None and test is not None:
         if eval_split is None and not (_holds_folders(test) and not _holds_images(test)):
@@ -73,33 +81,56 @@ def list_images(path: Path, eval_fraction: float, eval_split: str | None = None,
             raise UserError(f"`data.source`: {path} holds {test.name}/ but no train/", LAYOUT)
     if trained_on is not None and test is not None:
         files = _by_class(test, passed_over)
-        return Listing(list(files), [], _numbered(test, files), False, "", f"{path}: {_count(files)} images of {test.name}/",
-                       passed_over)
+        known = trained_on.get("files") == _hash(files)
+        return Listing(list(files), [], _numbered(test, files), f"{path}: {_count(files)} images of {test.name}/", passed_over,
+                       warning=f"{test} holds the images from which the training set was taken" if known else "")
     source = train or path
     files = _by_class(source, passed_over)
     hashed, deep = _hash(files), all(os.sep in file for paths in files.values() for file in paths)
     if trained_on is None and len(files) == 1:
         raise UserError(f"{source} holds only one class folder, `{next(iter(files))}`, but a classifier needs two classes",
                         f"give {source / next(iter(files))} if the classes are in there; {LAYOUT}")
+    unused = [] if train is None else [f"{name}/" for name in names if path / name not in (train, test)]
+    passed = f" ({first_few(unused)} not used: data.eval_split chooses)" if unused else ""
     if test is not None:
-        names = list(files)
+        classes = list(files)
         tests = _by_class(test, passed_over)
-        _check_known(tests, names, test, source)
-        unused = [f"{folder.name}/" for name, folder in folders.items() if name in EVALUATION and folder != test]
-        return Listing(names, _numbered(source, files), _numbered(test, tests, names), False, hashed,
+        _check_known(tests, classes, test, source)
+        facts = {"files": hashed, "held_out": None, "evaluation": same_class(test.name),
+                 "evaluation_files": _hash(tests)}
+        return Listing(classes, _numbered(source, files), _numbered(test, tests, classes),
                        f"{path}: {_count(files)} images of {source.name}/ for training, {_count(tests)} of {test.name}/ for "
-                       f"evaluation" + (f" ({first_few(unused)} not used: data.eval_split chooses)" if unused else ""),
-                       passed_over, deep)
+                       f"evaluation{passed}", passed_over, facts, deep)
+    if trained_on is not None:
+        return _to_evaluate(source, files, eval_fraction, trained_on, f"{path}: ", passed_over)
     kept, held = _hold_out(files, eval_fraction)
-    if trained_on is None:
-        about = f"{path} has no evaluation folder: " + (
-            f"{_count(held)} of {_count(files)} images are held out (data.eval_fraction={eval_fraction:g}, the same images in "
-            "every run)" if _count(held) else f"all {_count(files)} images are for training")
-        return Listing(list(files), _numbered(source, kept), _numbered(source, held), True, hashed, about, passed_over, deep)
-    if trained_on == hashed:
-        return Listing(list(files), [], _numbered(source, held), True, hashed,
-                       f"{path}: {_count(held)} of {_count(files)} images, which were held out in training", passed_over)
-    return Listing(list(files), [], _numbered(source, files), False, hashed, f"{path}: all {_count(files)} images", passed_over)
+    about = f"{path} has no evaluation folder{passed}: " + (
+        f"{_count(held)} of {_count(files)} images are held out (data.eval_fraction={eval_fraction:g}, the same images in "
+        "every run)" if _count(held) else f"all {_count(files)} images are for training")
+    return Listing(list(files), _numbered(source, kept), _numbered(source, held), about, passed_over,
+                   {"files": hashed, "held_out": eval_fraction, "evaluation": None, "evaluation_files": None}, deep)
+
+
+def _to_evaluate(source: Path, files: Files, eval_fraction: float, trained_on: Mapping[str, Any], where: str,
+                 passed_over: Counter[str]) -> Listing:
+    """Return the images of a folder without an evaluation folder that a trained model is evaluated on."""
+    known, count = trained_on.get("files"), _count(files)
+    if known != _hash(files):
+        about = f"{where}all {count} images"
+        if known:
+            about += " (not the training folder as it was: it may hold training images)"
+        return Listing(list(files), [], _numbered(source, files), about, passed_over)
+    fraction = trained_on.get("held_out", eval_fraction)
+    if fraction is None:
+        return Listing(list(files), [], _numbered(source, files), f"{where}all {count} images", passed_over,
+                       warning=f"the model was trained on all images of {source}: the evaluation says little about other images")
+    _, held = _hold_out(files, fraction)
+    about = f"{where}{_count(held)} of {count} images, which were held out in training"
+    if "held_out" not in trained_on:
+        about += f" if that had data.eval_fraction={fraction:g} and no evaluation folder (the checkpoint does not say)"
+    elif fraction != eval_fraction:
+        about += f" (data.eval_fraction was {fraction:g}: {eval_fraction:g} is not used)"
+    return Listing(list(files), [], _numbered(source, held), about, passed_over)
 
 
 def endings() -> dict[str, str]:
@@ -140,6 +171,7 @@ def _by_class(folder: Path, passed_over: Counter[str]) -> Files:
     """Return the image files of each class folder. Classes and files are sorted by name. Count what is passed over."""
     known, broken = endings(), []
     found: Files = {}
+    empty: tuple[str, Counter[str]] | None = None
     loose = 0
     for name in _names(folder):
         if not (folder / name).is_dir():
@@ -158,15 +190,18 @@ def _by_class(folder: Path, passed_over: Counter[str]) -> Files:
         if any("\ud800" <= char <= "\udfff" for char in name):
             raise UserError(f"the name of the class folder {os.fsencode(name)!r} in {folder} is not valid UTF-8",
                             "rename the folder")
-        if not found[name] and not broken:
-            raise UserError(f"{folder / name} holds no images that can be read" + (f": {said(other)}" if other else ""),
-                            f"remove the folder, or put the images of class `{name}` into it")
+        if not found[name]:
+            empty = empty or (name, other)
         passed_over.update(other)
     if broken:
         what = "is a link that leads nowhere" if broken[0].is_symlink() else "is not a file"
         raise UserError(f"{broken[0]} {what}" if len(broken) == 1 else
                         f"{len(broken)} images are links that lead nowhere, or no files: {first_few(list(map(str, broken)))}",
                         "restore or remove the file" + "s" * (len(broken) > 1))
+    if empty:
+        name, other = empty
+        raise UserError(f"{folder / name} holds no images that can be read" + (f": {said(other)}" if other else ""),
+                        f"remove the folder, or put the images of class `{name}` into it")
     if not found:
         raise UserError(f"{folder} holds {'images but ' if loose else ''}no class folders", LAYOUT)
     keys = Counter(map(same_class, found))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +20,7 @@ DARK = 2**12  # 16-bit images without a value of at least this are nearly black
 
 
 def load_folder(path: Path, size: int, world: World, *, eval_fraction: float = 0.1, eval_split: str | None = None,
-                bits: int | None = None, trained_on: str | None = None) -> RawSets:
+                bits: int | None = None, trained_on: Mapping[str, Any] | None = None) -> RawSets:
     """Load a folder of images by class, as RGB, each image's centre square scaled to `size`.
 
     `folders.LAYOUT` states which layouts are possible.
@@ -34,7 +36,7 @@ def load_folder(path: Path, size: int, world: World, *, eval_fraction: float = 0
     listing = list_images(path, eval_fraction, eval_split, trained_on)
     if trained_on is not None and not listing.test:
         raise UserError(f"`data.source`: {path} has no images to evaluate on",
-                        "use a larger data.eval_fraction, or another folder")
+                        "no images were held out in training: use another folder")
     if world.main:
         _describe(listing)
     files = [*listing.train, *listing.test]
@@ -48,11 +50,13 @@ def load_folder(path: Path, size: int, world: World, *, eval_fraction: float = 0
     test = Raw(decoded.pixels[cut:], labels[cut:]) if listing.test else None
     train = Raw(decoded.pixels[:cut], labels[:cut]) if trained_on is None else test
     assert train is not None  # an evaluation has images to evaluate on
-    return RawSets(train, test, listing.classes, listing.names)
+    return RawSets(train, test, listing.classes, listing.facts)
 
 
 def _describe(listing: Listing) -> None:
     _note("info", f"{listing.about}; {len(listing.classes):,} classes: {first_few(listing.classes, 10)}")
+    if listing.warning:
+        _note("warning", listing.warning)
     if listing.deep:
         file, label = listing.train[0]
         _note("warning", f"all images lie in folders below the class folders: {file} belongs to class {listing.classes[label]}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from shutil import copyfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class RawSets(NamedTuple):
     train: Raw
     test: Raw | None
     classes: list[str]
-    names: str = ""  # a hash of the names of the image files; empty if the images are not from a folder
+    facts: Mapping[str, Any] = {}  # `Listing.facts`, if the training images are from a folder
 
 
 class Statistics(NamedTuple):

@@ -52,7 +52,7 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
     note("info", f"evaluating {weights}: {world.size} rank(s) on {world.device.type}, {config.train.precision}, "
          f"{setup.parameters:,} parameters, {len(setup.eval_set):,} samples")
     if setup.facts and not task.trained_facts:
-        note("warning", "the checkpoint is from an older version and does not say what the model was trained with: "
+        note("warning", f"`{weights}` does not say what the model was trained with: "
              f"{', '.join(f'`{name}`' for name in setup.facts)} are those of the data that is evaluated")
     measured = evaluate(task, setup.models, setup.eval_set, config, world, setup.stopping)
     heartbeat.report()

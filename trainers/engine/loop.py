@@ -187,7 +187,7 @@ class Loop:
         self.evaluated = state.get("evaluated", False)  # only in checkpoints of older versions
         if found := self.checkpoints.evaluation(step):
             self.evaluated, self.metrics, self.best = True, found.metrics, found.best
-        self._check_data(state["samples"], state.get("facts", {}))
+        self._check_data(state["samples"], state.get("facts"))
         self._load_tensors(reader)
         for runner in self.runners:
             runner.load_state(state["updates"][runner.update.name])
@@ -261,14 +261,21 @@ class Loop:
         """Return the numbers of training and evaluation samples."""
         return [len(self.train_set), len(self.eval_set) if self.eval_set is not None else 0]
 
-    def _check_data(self, before: list[int], trained: facts.Facts) -> None:
-        """Raise a UserError if the numbers of samples or the task's facts have changed: the run would be another run."""
+    def _check_data(self, before: list[int], trained: facts.Facts | None) -> None:
+        """Raise a UserError if the numbers of samples or the task's facts have changed: the run would be another run.
+
+        `trained` is None if the checkpoint is from an older version, which kept no facts.
+        """
         now = self._sample_counts()
         if before != now:
-            raise UserError(f"the data has changed since this run started: it had {before[0]} training and {before[1]} "
+            older = trained is None and bool(self.facts)
+            reason = (", or the older version that started the run read it differently (other folders, other files)" if older
+                      else "")
+            raise UserError(f"the data has changed since this run started{reason}: it had {before[0]} training and {before[1]} "
                             f"evaluation samples, now it has {now[0]} and {now[1]}",
-                            "restore the old data, or start a new run")
-        if changes := facts.differences(trained, self.facts):
+                            "restore the old data, or start a new run" +
+                            ("; or go on with the version of `launch` that started this run" if older else ""))
+        if changes := facts.differences(trained or {}, self.facts):
             raise UserError(f"the data has changed since this run started: {'; '.join(changes)}",
                             "restore the old data, or start a new run")
 

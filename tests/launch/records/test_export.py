@@ -226,6 +226,6 @@ def test_an_export_says_what_the_model_was_trained_with(paths, capsys):
     assert "classes, in order: 1, 10, 2\n" in capsys.readouterr().err
     with safe_open("x.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "run": "r-1", "step": "40", "classes": '["1", "10", "2"]',
-                                   "mean": "[0.5, 0.25]", "files": "abc"}
+                                   "mean": "[0.5, 0.25]", "files": '"abc"'}
     assert main(["export", "r-1", "-o", "x.safetensors", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["facts"] == facts

@@ -268,6 +268,15 @@ def test_other_data_is_evaluated_with_the_classes_and_statistics_of_the_training
     assert task.model()(images).shape == (2, 3)
 
 
+@pytest.mark.parametrize("change, said", [
+    ({"size": 16}, "data.size=16, but is evaluated with data.size=8"), ({"bits": 12}, "data.bits=12, but is evaluated with "
+                                                                                      "data.bits=null"), ({"bits": None}, "")])
+def test_other_settings_than_in_training_deserve_a_warning(tmp_path, capsys, change, said):
+    evaluation_set(coloured(tmp_path / "one", "ab"), {**TRAINED, **change})
+    out = capsys.readouterr().out
+    assert f"the model was trained with {said}" in out if said else "the model was trained with" not in out
+
+
 def test_classes_that_the_model_does_not_know_are_refused(tmp_path):
     with pytest.raises(UserError, match="trained on the classes d, a, b, which do not include `c`"):
         evaluation_set(coloured(tmp_path / "one", "abc"))

@@ -22,8 +22,6 @@ def files(root: Path, texts: dict[str, str]) -> Path:
     return root
 
 
-
-
 def version_1(group: str, quota: int) -> dict[str, str]:
     """The files of a cgroup of version 1, with a quota in microseconds of each 100,000."""
     folder = f"sys/fs/cgroup/cpu{group}"

@@ -33,7 +33,8 @@ def test_validation_decides_before_test(tmp_path, names, chosen):
     for name in names:
         fill(tmp_path / name, count=2)
     listing = list_images(tmp_path, 0.1)
-    assert folders_of(listing.test) == {chosen} and len(listing.train) == 8 and not listing.held_out
+    assert folders_of(listing.test) == {chosen} and len(listing.train) == 8
+    assert listing.facts["held_out"] is None and listing.facts["evaluation"] == chosen
     assert f"8 images of train/ for training, 4 of {chosen}/ for evaluation" in listing.about
     unused = set(names) - {chosen}
     assert all(f"{name}/ not used: data.eval_split chooses" in listing.about for name in unused)
@@ -98,6 +99,15 @@ def test_all_broken_links_are_counted(tmp_path):
         list_images(tmp_path, 0.1)
 
 
+def test_an_empty_class_does_not_hide_the_broken_links(tmp_path):
+    fill(tmp_path)
+    (tmp_path / "Aa").mkdir()
+    for number in range(2):
+        (tmp_path / "b" / f"gone {number}.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match="2 images are links that lead nowhere"):
+        list_images(tmp_path, 0.1)
+
+
 def test_names_that_look_the_same_are_the_same_class(tmp_path):
     fill(tmp_path / "train", ("caf\u00e9", "tea"))
     fill(tmp_path / "test", ("cafe\u0301", "tea "))
@@ -122,19 +132,65 @@ def test_all_unknown_classes_are_named(tmp_path):
 
 def test_a_flat_folder_is_evaluated_whole_unless_the_model_was_trained_on_it(tmp_path):
     trained = list_images(fill(tmp_path / "one", count=10), 0.2)
-    again = list_images(tmp_path / "one", 0.2, trained_on=trained.names)
+    again = list_images(tmp_path / "one", 0.2, trained_on=trained.facts)
     assert again.test == trained.test and len(again.test) == 4 and again.train == []
     (tmp_path / "one").rename(tmp_path / "moved")
-    assert len(list_images(tmp_path / "moved", 0.2, trained_on=trained.names).test) == 4
-    other = list_images(fill(tmp_path / "other", count=11), 0.2, trained_on=trained.names)
-    assert len(other.test) == 22 and "all 22 images" in other.about
+    assert len(list_images(tmp_path / "moved", 0.2, trained_on=trained.facts).test) == 4
+    other = list_images(fill(tmp_path / "other", count=11), 0.2, trained_on=trained.facts)
+    assert len(other.test) == 22 and "all 22 images (not the training folder as it was: it may hold training" in other.about
+    assert list_images(tmp_path / "other", 0.2, trained_on={"classes": ["a", "b"]}).about.endswith("all 22 images")
+
+
+def test_the_training_decides_which_images_were_held_out(tmp_path):
+    trained = list_images(fill(tmp_path, count=10), 0.1)
+    again = list_images(tmp_path, 0.5, trained_on=trained.facts)
+    assert again.test == trained.test and "data.eval_fraction was 0.1: 0.5 is not used" in again.about
+    older = list_images(tmp_path, 0.1, trained_on={"files": trained.facts["files"]})
+    assert older.test == trained.test and "if that had data.eval_fraction=0.1 and no evaluation folder" in older.about
+
+
+def test_an_evaluation_on_the_training_images_is_called_that(tmp_path):
+    fill(tmp_path / "train", count=10)
+    fill(tmp_path / "test")
+    trained = list_images(tmp_path, 0.1)
+    again = list_images(tmp_path / "train", 0.1, trained_on=trained.facts)
+    assert len(again.test) == 20 and "held out" not in again.about
+    assert again.warning.startswith(f"the model was trained on all images of {tmp_path}/train")
+    chosen = list_images(tmp_path, 0.1, "train", trained_on=trained.facts)
+    assert chosen.warning.startswith(f"{tmp_path}/train holds the images from which the training set was taken")
+    assert list_images(tmp_path, 0.1, trained_on=trained.facts).warning == ""
+
+
+def test_other_evaluation_files_are_other_facts(tmp_path):
+    fill(tmp_path / "train")
+    fill(tmp_path / "test")
+    before = list_images(tmp_path, 0.1).facts
+    (tmp_path / "test/a/0.png").rename(tmp_path / "test/a/9.png")
+    now = list_images(tmp_path, 0.1).facts
+    assert {key for key in now if now[key] != before[key]} == {"evaluation_files"}
+
+
+@pytest.mark.parametrize("evaluation", ["test", None])
+def test_folders_that_are_not_used_are_named(tmp_path, evaluation):
+    for name in ("train", "eval", "holdout", *([evaluation] if evaluation else [])):
+        fill(tmp_path / name)
+    assert "(eval/, holdout/ not used: data.eval_split chooses)" in list_images(tmp_path, 0.25).about
+
+
+def test_two_training_folders_are_refused(tmp_path):
+    fill(tmp_path / "train")
+    fill(tmp_path / "training")
+    with pytest.raises(UserError, match="holds train/ and training/: it is not clear which to train on"):
+        list_images(tmp_path, 0.1)
+    fill(tmp_path / "flat", ("train", "training"))
+    assert list_images(fill(tmp_path / "flat"), 0.1).classes == ["a", "b", "train", "training"]
 
 
 def test_an_evaluation_needs_no_training_images(tmp_path):
     fill(tmp_path / "test")
     with pytest.raises(UserError, match="no train/"):
         list_images(tmp_path, 0.1)
-    assert len(list_images(tmp_path, 0.1, trained_on="").test) == 8
+    assert len(list_images(tmp_path, 0.1, trained_on={}).test) == 8
 
 
 def test_the_held_out_files_are_those_of_earlier_versions(tmp_path):

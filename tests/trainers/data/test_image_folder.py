@@ -72,6 +72,14 @@ def test_dark_16_bit_images_are_refused_unless_their_bits_are_known(tmp_path):
 
 
 def test_an_evaluation_without_images_is_refused(tmp_path):
-    names = load_folder(fill(tmp_path), 8, ONE).names
+    facts = load_folder(fill(tmp_path), 8, ONE).facts
     with pytest.raises(UserError, match="has no images to evaluate on"):
-        load_folder(tmp_path, 8, ONE, eval_fraction=0.0, trained_on=names)
+        load_folder(tmp_path, 8, ONE, trained_on=facts)
+
+
+def test_an_evaluation_on_training_images_deserves_a_warning(tmp_path, capsys):
+    fill(tmp_path / "train")
+    fill(tmp_path / "test")
+    facts = load_folder(tmp_path, 8, ONE).facts
+    assert len(load_folder(tmp_path / "train", 8, ONE, trained_on=facts).train.labels) == 8
+    assert "warning: the model was trained on all images of" in capsys.readouterr().out

@@ -8,6 +8,8 @@ from made import make_checkpoint
 from saving import ONE
 from torch import nn
 
+from trainers.checkpoints import facts
+from trainers.checkpoints.export import read_models, to_safetensors
 from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
@@ -71,6 +73,10 @@ def test_data_with_other_facts_is_refused(tmp_path):
     loop._check_data([8, 0], {"words": ["a", "b"]})
     with pytest.raises(UserError, match=r"the data has changed since this run started: `words` was \[b\], and is \[a, b\]"):
         loop._check_data([8, 0], {"words": ["b"]})
+    with pytest.raises(UserError, match="or the older version that started the run read it differently"):
+        loop._check_data([9, 0], None)
+    with pytest.raises(UserError, match="since this run started: it had 9 training"):
+        loop._check_data([9, 0], {"words": ["a", "b"]})
 
 
 @pytest.mark.parametrize("state", [{}, {"facts": {"words": ["x", "y"]}}])
@@ -94,4 +100,16 @@ def test_an_evaluation_gets_the_facts_of_the_training(tmp_path, capsys, state):
     assert evaluate_only(Words(config), config, ONE, paths, None) == 0
     out = capsys.readouterr().out
     assert seen == [state.get("facts", {})] and "eval 3  loss 2" in out
-    assert ("from an older version and does not say what the model was trained with: `words`" in out) == (not state)
+    assert (f"`{weights}` does not say what the model was trained with: `words`" in out) == (not state)
+
+
+def test_an_evaluation_gets_the_facts_of_an_export(tmp_path):
+    paths = RunPaths(tmp_path)
+    tensors = {"models/model/weight": torch.ones(1, 2), "models/model/bias": torch.zeros(1)}
+    weights = make_checkpoint(paths, 3, tensors, facts={"words": ["x", "y"]})
+    to_safetensors(read_models(weights)["model"], tmp_path / "x.safetensors", facts.metadata(facts.read(weights), "r", 3))
+    config = RunConfig.model_validate({"name": "x", "task": "x:Linear", "train": {"steps": 1, "batch_size": 8},
+                                       "eval": {"only": True}, "init": {"source": str(tmp_path / "x.safetensors")}})
+    task = Linear(config)
+    task.evaluation = Rows(4)
+    assert evaluate_only(task, config, ONE, paths, None) == 0 and task.trained_facts == {"words": ["x", "y"]}
