@@ -66,7 +66,15 @@ def _describe(listing: Listing) -> None:
 
 
 def _check_brightness(decoded: Decoded, bits: int | None) -> None:
-    """Raise a UserError if 16-bit images use so few of their bits that they would be nearly black."""
+    """Raise a UserError if 16-bit images use so few of their bits that they would be nearly black, or if `bits` cannot help."""
+    if decoded.brightest_colour is not None and bits != 16:
+        if (brightest := 256 * decoded.brightest_colour + 255) < DARK:
+            raise UserError(f"the 16-bit images with colours or transparency have no value above {brightest:,} of 65,535: they "
+                            "would be nearly black",
+                            "convert them to 8 bits: data.bits is for grey images only; if they are that dark, data.bits=16")
+        if bits is not None:
+            raise UserError(f"data.bits={bits}, but some 16-bit images have colours or transparency, and only their high byte "
+                            "is read", "convert those images to 8 bits")
     if bits is None and decoded.brightest is not None and decoded.brightest < DARK:
         used = max(9, decoded.brightest.bit_length())
         raise UserError(f"the 16-bit images have no value above {decoded.brightest:,} of 65,535, so they would be nearly black",
@@ -82,6 +90,12 @@ def _oddities(decoded: Decoded, cut: int) -> list[str]:
         found.append(f"all {len(train):,} training images are equal")
     elif plain:
         found.append(f"{plain:,} of {len(decoded.plain):,} images have a single colour")
+    if decoded.several:
+        found.append(f"{decoded.several:,} of {len(decoded.plain):,} files hold several pictures (frames or pages): only the "
+                     "first is used")
+    if decoded.transparent:
+        found.append(f"{decoded.transparent:,} of {len(decoded.plain):,} images have transparent pixels: they get the colour "
+                     "that they hide")
     both = sum(image in distinct for image in test)
     if 100 * both > len(test):
         found.append(f"{both:,} of {len(test):,} evaluation images are training images too: the evaluation says little about "

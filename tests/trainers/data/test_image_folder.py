@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,40 @@ def test_dark_16_bit_images_are_refused_unless_their_bits_are_known(tmp_path):
     assert load_folder(tmp_path, 8, ONE, bits=16).train.pixels.max() == 15
     Image.fromarray(np.full((8, 8), 60_000, np.uint16)).save(tmp_path / "a" / "bright.png")
     load_folder(tmp_path, 8, ONE)
+
+
+def png16(rgb: np.ndarray) -> bytes:
+    """A PNG file of 16-bit colours, which Pillow does not write."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rgb)
+    size = struct.pack(">IIBBBBB", rgb.shape[1], rgb.shape[0], 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_dark_16_bit_colours_are_refused(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            (tmp_path / name / f"{number}.png").write_bytes(png16(RNG.integers(0, 4096, (8, 8, 3), np.uint16)))
+    for bits in (None, 12):
+        with pytest.raises(UserError, match="16-bit images with colours .* no value above 4,095 of 65,535") as error:
+            load_folder(tmp_path, 8, ONE, bits=bits)
+        assert "data.bits is for grey images only" in error.value.hint
+    assert load_folder(tmp_path, 8, ONE, bits=16).train.pixels.max() == 15
+    (tmp_path / "a/bright.png").write_bytes(png16(np.full((8, 8, 3), 60_000, np.uint16)))
+    assert load_folder(tmp_path, 8, ONE).train.pixels.max() == 60_000 >> 8
+    with pytest.raises(UserError, match="data.bits=12, but some 16-bit images have colours or transparency"):
+        load_folder(tmp_path, 8, ONE, bits=12)
+
+
+def test_frames_and_transparent_pixels_deserve_a_warning(tmp_path, capsys):
+    fill(tmp_path, image=lambda: RNG.integers(0, 255, (8, 8, 4), np.uint8))
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "a/x.gif", save_all=True, append_images=[Image.new("L", (8, 8))])
+    load_folder(tmp_path, 8, ONE)
+    out = capsys.readouterr().out
+    assert "warning: 1 of 9 files hold several pictures" in out and "warning: 8 of 9 images have transparent pixels" in out
 
 
 def test_an_evaluation_without_images_is_refused(tmp_path):

@@ -153,7 +153,7 @@ def test_a_validation_folder_is_used_before_a_test_folder(tmp_path):
 def test_without_an_evaluation_folder_a_share_of_each_class_is_held_out(tmp_path, capsys):
     flat(tmp_path, 20)
     listing = list_images(tmp_path, 0.25)
-    assert listing.held_out and [label for _, label in listing.test] == [0] * 5 + [1] * 5
+    assert listing.facts["held_out"] == 0.25 and [label for _, label in listing.test] == [0] * 5 + [1] * 5
     assert sorted(listing.train + listing.test) == [(tmp_path / name / file, label) for label, name in
                                                     enumerate(("ant", "bee")) for file in sorted(
                                                         f"{n}.png" for n in range(20))]
