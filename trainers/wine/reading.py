@@ -69,7 +69,7 @@ def read_columns(path: Path, data: Data) -> Columns:
     delimiter = data.delimiter
     while lines[skipped:] and (mark := re.fullmatch(r"#.*|\s*|(?i:sep)=(.)", lines[skipped].rstrip("\r\n"))):
         delimiter = delimiter or mark[1]
-        comment = lines[skipped] if lines[skipped].startswith("#") else comment
+        comment = lines[skipped] if re.match(r"#.*[^#\s]", lines[skipped]) else comment
         skipped += 1
     if not lines[skipped:]:
         raise UserError(f"`{path}` is empty", "a table has a line of cells for each row")

@@ -103,6 +103,18 @@ def test_an_evaluation_gets_the_facts_of_the_training(tmp_path, capsys, state):
     assert (f"`{weights}` does not say what the model was trained with: `words`" in out) == (not state)
 
 
+def test_weights_of_an_export_with_other_names_deserve_a_warning(tmp_path):
+    paths = RunPaths(tmp_path)
+    weights = make_checkpoint(paths, 3, {"models/model/weight": torch.ones(1, 2), "models/model/bias": torch.zeros(1)},
+                              facts={"words": ["x", "y"]})
+    file = tmp_path / "x.safetensors"
+    to_safetensors(read_models(weights)["model"], file, facts.metadata(facts.read(weights), "r", 3))
+    loop = started(tmp_path / "new", None)
+    loop.facts = {"words": ["x", "z"]}
+    _, (level, note) = loop._load_initial_weights(str(file))
+    assert level == "warning" and "`words` was [x, y], and is [x, z]" in note
+
+
 def test_an_evaluation_gets_the_facts_of_an_export(tmp_path):
     paths = RunPaths(tmp_path)
     tensors = {"models/model/weight": torch.ones(1, 2), "models/model/bias": torch.zeros(1)}

@@ -49,6 +49,7 @@ FORMS = {
     "Excel's first line": "sep=;\n" + COMMAS,
     "comments": "# measured on Monday, by me\n# twice\n\n" + PLAIN.replace("4,", "# pause\n4,"),
     "names in a comment": "# " + PLAIN,
+    "names in a box of comments": "#####\n# " + PLAIN.replace("y\n", "y\n#\n"),
     "delimiters at the ends of lines": PLAIN.replace("\n", ",\n"),
     "delimiters at the ends of rows": PLAIN.replace("\n", ",\n").replace("y,", "y"),
     "blank lines": PLAIN.replace("\n", "\n\n"),
