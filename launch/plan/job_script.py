@@ -22,6 +22,7 @@ PERCENT = "\ue000"  # stands for a % in the folder's name while submitit replace
 AFTER_GRACE_S = 45  # SLURM checks time limits every 30 s; writing records and requeueing take a moment more
 LEFT_BEHIND_S = 30  # after the first node process has ended, srun kills the others, which may be stopped, after this time
 UNHEARD = 140       # srun's exit code if SIGUSR2, the signal before the time limit, ended a node process that was just starting
+UNHEARD_JOBS = 5    # the batch shell requeues a job so often for that reason: the job may be too short to start an attempt
 REFUSALS = 20       # the batch shell believes that SLURM never requeues the job after so many refusals
 
 # Options of sbatch that users cannot set, each with a hint: what to use instead.
@@ -236,8 +237,12 @@ def _teardown(folder: str, requeue: bool) -> list[str]:
         "code=$?",
         'job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"',
         'name="$job-${SLURM_RESTART_COUNT:-0}"',
+        f'set -- {folder}/{AGAIN}-"$job"-*-{UNHEARD}',
+        f'if [ "$code" -eq {UNHEARD} ] && [ "$#" -ge {UNHEARD_JOBS} ] && ! [ -e {folder}/"{FLAG}-$name" ]; then',
+        '    echo "job $job is not requeued again: the signal before the time limit has ended its node process while that'
+        ' process was starting, $(($# + 1)) times; give the job more time with --time, or make its setup shorter"',
         # The flag is for a head that was killed, the exit code for a head that could not write the flag.
-        f'if [ "$code" -eq {REQUEUE} ] || [ "$code" -eq {UNHEARD} ] || [ -e {folder}/"{FLAG}-$name" ]; then',
+        f'elif [ "$code" -eq {REQUEUE} ] || [ "$code" -eq {UNHEARD} ] || [ -e {folder}/"{FLAG}-$name" ]; then',
         # The requeue also sends signals to this shell, and so does the time limit. Try until SLURM kills this shell.
         "    trap '' TERM CONT",
         "    pause=1 refused=0",

@@ -217,6 +217,18 @@ def test_the_batch_shell_requeues_a_job_whose_head_says_so_or_was_ended_by_the_w
     assert exit_code == shown and calls[0] == "requeue 9_3"
 
 
+@pytest.mark.parametrize("earlier, marked, requeued", [(4, False, True), (5, False, False), (5, True, True)])
+def test_the_batch_shell_gives_up_if_the_job_is_too_short_to_start_a_node_process(batch_shell, tmp_path, earlier, marked,
+                                                                                requeued):
+    folder = tmp_path / "it's a $(touch hacked)"
+    for restart in range(earlier):
+        (folder / f"again-9_3-{restart}-140").touch()
+    (folder / "again-9_2-0-140").touch()  # of another element
+    exit_code, out, calls, _ = batch_shell(140, "", marked)
+    assert exit_code == 140 and ("requeue 9_3" in calls) == requeued
+    assert requeued or "job 9_3 is not requeued again" in out and "6 times; give the job more time with --time" in out
+
+
 def test_the_batch_shell_requeues_the_job_once_slurms_controller_answers_again(batch_shell, tmp_path):
     away = 'echo x >> tries\n[ $(wc -l < tries) -gt 40 ] || { echo "Unable to contact slurm controller" >&2; exit 1; }'
     exit_code, out, calls, _ = batch_shell(75, away)
