@@ -191,9 +191,9 @@ def _started(run: Run, jobs: tuple[Queued, ...]) -> Truth:
 def _what_follows(run: Run, last: Mapping[str, Any], job: Queued) -> str:
     """Return what is known about the job of an attempt that has ended, until the job waits in the queue or is gone."""
     flag = flag_file(job_folder(run, last), last.get("job", job.id), last.get("restart", 0))
-    if flag.exists() or last.get("reason") == reasons.REQUEUED:
+    if flag.exists() or _stopped_by(last) == reasons.REQUEUED:
         return f"job {job.id} is being requeued"
-    if last.get("reason") == reasons.CANCELLED:
+    if _stopped_by(last) == reasons.CANCELLED:
         return f"SLURM is ending job {job.id}"
     return f"job {job.id} is ending; whether SLURM starts it again is not known yet"
 
@@ -204,13 +204,18 @@ def job_folder(run: Run, attempt: Mapping[str, Any]) -> Path:
     return run.submission(number).submission(number)
 
 
+def _stopped_by(attempt: Mapping[str, Any]) -> str:
+    """Return why an attempt was stopped, without the notes that `record.recorded` puts after it."""
+    return (attempt.get("reason") or "").partition("; ")[0]
+
+
 def _gone(run: Run, ended: Sequence[Ended]) -> Truth:
     """Return the state of a run whose jobs are gone, although its record does not say that it ended."""
     record = run.record
     note = "; ".join(map(_how_it_ended, ended)) or "SLURM no longer knows its job"
     if record["state"] == "preempted":  # the last attempt has recorded how it ended
-        last_reason = run.attempt_record(record["attempt"]).get("reason")
-        if any(end.state == "CANCELLED" for end in ended) or not ended and last_reason == reasons.CANCELLED:
+        stopped_by = _stopped_by(run.attempt_record(record["attempt"]))
+        if any(end.state == "CANCELLED" for end in ended) or not ended and stopped_by == reasons.CANCELLED:
             return Truth("cancelled", note)
         return Truth("preempted", note if ended and ended[-1].exit_code != exit_codes.PREEMPTED else None)
     if not ended:

@@ -98,8 +98,12 @@ def test_a_verdict_with_a_key_of_another_version_still_counts(make):
     assert state_of(read_run(paths.root)) == "cancelled"
 
 
-def test_a_job_that_was_cancelled_by_hand_stays_cancelled_although_nobody_looked(make):
-    paths = make("preempted", {**STOPPED, "reason": reasons.CANCELLED})
+NOTE = "; waited 2:00 until the run directory could be written (No space left on device)"
+
+
+@pytest.mark.parametrize("reason", [reasons.CANCELLED, reasons.CANCELLED + NOTE])
+def test_a_job_that_was_cancelled_by_hand_stays_cancelled_although_nobody_looked(make, reason):
+    paths = make("preempted", {**STOPPED, "reason": reason})
     assert state_of(read_run(paths.root)) == "cancelled"
 
 
@@ -107,6 +111,8 @@ def test_a_job_that_was_cancelled_by_hand_stays_cancelled_although_nobody_looked
     ("time limit", "requeue-7-0", "job 7 is being requeued"),
     (reasons.REQUEUED, None, "job 7 is being requeued"),
     (reasons.CANCELLED, None, "SLURM is ending job 7"),
+    (reasons.REQUEUED + NOTE, None, "job 7 is being requeued"),
+    (reasons.CANCELLED + NOTE, None, "SLURM is ending job 7"),
     ("preempted: another job took its nodes", None, "job 7 is ending; whether SLURM starts it again is not known yet"),
 ])
 @pytest.mark.parametrize("job_state", ["RUNNING", "COMPLETING"])
