@@ -29,7 +29,8 @@ from launch.execute.node.forensics import (
 )
 from launch.execute.node.lead import RECORD_S, end_chain, failed_start, job_fields, lead, set_flag
 from launch.execute.node.patience import OutOfPatience, Patience
-from launch.execute.node.place import Place, hosts_of
+from launch.execute.node.place import Place, hosts_of, kill_wait_s
+from launch.execute.node.progress import stuck
 from launch.plan.job_script import warning_s
 from launch.plan.submission import Submission, read_submission
 from launch.records.requeue import REQUEUE, flag_file
@@ -38,6 +39,7 @@ from launch.supervise.rank import Outcome
 from launch.supervise.rendezvous import NotConnected, meet
 from launch.supervise.signals import StopSignals, stop_signals
 from launch.supervise.terminal import make_view
+from trainers.config.schema import ScriptConfig
 from trainers.config.spec import read_run
 from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
@@ -76,6 +78,10 @@ def run_node(folder: Path, stop: StopSignals) -> int:
             patience(lambda: record_lost_attempts(paths, place, folder))
             # This flag counts if this process is killed before it can decide.
             set_flag(requeue_flag, count_failures(paths, submission) < submission.max_restarts)
+        # Ask SLURM before the node processes connect: connected, a process that waits for SLURM would give no sign of life.
+        kill_wait_s()
+        if place.node == 0 and not submission.here:
+            _make_up_for_warning(place, paths, stop)
         try:
             group = meet(folder, name, place.node, place.nodes, submission.cluster.interface, lambda: bool(stop.received),
                          patience)
@@ -90,8 +96,6 @@ def run_node(folder: Path, stop: StopSignals) -> int:
         try:
             if place.node != 0:
                 return follow(submission, place, paths, group, stop, view)
-            if not submission.here:
-                _make_up_for_warning(place, paths, stop)
             return lead(submission, place, paths, group, requeue_flag, stop, patience, view)
         except OutOfPatience:
             group.send({"end": exit_codes.PREEMPTED})
@@ -123,10 +127,16 @@ def _not_connected(submission: Submission, place: Place, paths: RunPaths, requeu
         return exit_codes.FAILED
     else:
         outcome = Outcome("failed", failed_start(number, message, retry=True))
-    patience.hurry(RECORD_S)
+    reason = REASONS["SIGUSR2"] if outcome.signal else None
+    if stop.received:  # the job ends soon
+        patience.hurry(RECORD_S)
     patience(lambda: record.take_attempt(paths, number))
-    patience(lambda: record.never_started(paths, number, outcome, REASONS["SIGUSR2"] if outcome.signal else None, **job))
-    requeue = outcome.failure is None or count_failures(paths, submission) <= submission.max_restarts
+    patience(lambda: record.never_started(paths, number, outcome, reason, **job))
+    judged = patience(lambda: stuck(paths, submission, number, isinstance(read_run(paths), ScriptConfig), outcome))
+    if judged is not outcome:
+        patience(lambda: record.never_started(paths, number, judged, reason, **job))
+    failure = judged.failure
+    requeue = failure is None or failure.retry and count_failures(paths, submission) <= submission.max_restarts
     set_flag(requeue_flag, requeue)
     if requeue:
         patience(lambda: update_json(paths.record, state="preempted"))  # the run is not over

@@ -166,21 +166,22 @@ class RecordEnd(Protocol):
 
 @contextmanager
 def recorded(plan: Plan, paths: RunPaths, view: View, run_job: Mapping[str, Any] | None = None,
-             write: Callable[[Callable[[], None]], None] = lambda write: write(), delay: str | None = None, **more: Any
-             ) -> Iterator[RecordEnd]:
+             write: Callable[[Callable[[], None]], None] = lambda write: write(), delay: Callable[[], str | None] = lambda: None,
+             **more: Any) -> Iterator[RecordEnd]:
     """Write an attempt's files and its record, and give a function that records how the attempt ended.
 
     Args:
         run_job: the new `job` in run.json; None keeps the present one (of a SLURM job).
         write: calls a function that writes files; it may call the function again if that raises OSError.
-        delay: what delayed the attempt.
+        delay: returns what has delayed the attempt since the last call.
         more: further keys of attempt.json.
     """
+    delays = [delay()]
     attempt: dict[str, Any] = {
         "format": FORMAT, "attempt": plan.attempt, **this_process(), "process_started": identity(os.getpid()), "cwd": plan.cwd,
         "device": plan.resources.device, "ranks": plan.resources.ranks, "threads": plan.resources.threads, **more,
         "began": utc_now(), "ended": None, "outcome": "running", "exit_code": None, "failure": None,
-        "reason": delay, "signal": None, "checkpoint_s": None, "kept_before": None, "kept": None,
+        "reason": delays[0], "signal": None, "checkpoint_s": None, "kept_before": None, "kept": None,
     }
 
     def began() -> None:
@@ -202,8 +203,9 @@ def recorded(plan: Plan, paths: RunPaths, view: View, run_job: Mapping[str, Any]
         reason = reason or (STOPPED_BY.get(outcome.signal) if outcome.signal else None)
         if outcome.kind == "killed":
             reason = f"{reason} twice: stopped at once"
+        delays.append(delay())  # a wait of `began`
         changes = {"ended": utc_now(), "exit_code": exit_code(plan, outcome), "failure": failure,
-                   "reason": "; ".join(filter(None, (reason, outcome.note, delay))) or None, "signal": outcome.signal,
+                   "reason": "; ".join(filter(None, (reason, outcome.note, *delays))) or None, "signal": outcome.signal,
                    "checkpoint_s": outcome.checkpoint_s}
 
         def put() -> None:  # it reads too: the storage may fail for reads as well

@@ -6,13 +6,12 @@ import select
 from dataclasses import asdict
 from typing import Any
 
-from launch.execute.node.place import Place, kill_wait_s, node_variables, silence_s
+from launch.execute.node.place import Place, silence_s
+from launch.execute.node.ranks import run_ranks
 from launch.plan.submission import Submission, plan_of
 from launch.records.life_sign import LifeSign
 from launch.supervise.group import NodeGroup
-from launch.supervise.rank import Failure, Outcome
 from launch.supervise.signals import StopSignals
-from launch.supervise.supervisor import supervise
 from launch.supervise.terminal import View
 from trainers.contract import exit_codes
 from trainers.contract.paths import RunPaths
@@ -32,14 +31,7 @@ def follow(submission: Submission, place: Place, paths: RunPaths, group: NodeGro
         plan = plan_of(submission, paths, order["begin"])
         group.silence_s = silence_s(plan)
         sign = LifeSign(paths.life_sign(plan.attempt, place.node))
-        try:
-            outcome = supervise(plan, paths, view, node=place.node, address=group.address, port=order["port"], peers=group,
-                                stop=stop, more=node_variables(group), kill_wait_s=kill_wait_s())
-        except OSError as error:
-            failure = Failure(None, None, None, f"ranks cannot be started: {error}", None, None, True)
-            outcome = Outcome("failed", failure)
-            group.send({"failure": failure.as_dict()})
-        group.send({"ended": asdict(outcome)})
+        group.send({"ended": asdict(run_ranks(plan, place, paths, group, order["port"], stop, view))})
 
 
 def _next_order(group: NodeGroup, view: View, sign: LifeSign | None) -> dict[str, Any]:

@@ -12,16 +12,18 @@ from launch.execute import record
 from launch.execute.node.exclusion import down_nodes, exclude
 from launch.execute.node.forensics import SILENT, count_failures, ended_elsewhere, joint_outcome, stop_reason
 from launch.execute.node.patience import OutOfPatience, Patience
-from launch.execute.node.place import Place, hosts_of, kill_wait_s, node_variables, silence_s
+from launch.execute.node.place import Place, hosts_of, silence_s
 from launch.execute.node.progress import stuck
+from launch.execute.node.ranks import run_ranks
 from launch.plan.job_script import UNHEARD
 from launch.plan.submission import Submission, plan_of
+from launch.records.life_sign import LifeSign
 from launch.records.requeue import REQUEUE
 from launch.supervise.group import NodeGroup
 from launch.supervise.port import reserved_port
 from launch.supervise.rank import Failure, Outcome
 from launch.supervise.signals import StopSignals
-from launch.supervise.supervisor import is_there, supervise
+from launch.supervise.supervisor import is_there
 from launch.supervise.terminal import View
 from trainers.config.micro_batch import retries_smaller
 from trainers.contract import exit_codes
@@ -53,17 +55,17 @@ def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup
         try:
             plan = plan_of(submission, paths, number)
             group.silence_s = silence_s(plan)
-            recorded = record.recorded(plan, paths, view, write=patience, delay=patience.story, **job)
+            patience.sign = LifeSign(paths.life_sign(number, place.node))
+            recorded = record.recorded(plan, paths, view, write=patience, delay=patience.take_story, **job)
             with recorded as ended, reserved_port() as port:
                 group.received.clear()
                 group.send({"begin": number, "port": port})
                 view.notice(f"attempt {number} of {paths.id} on {', '.join(hosts)}: {plan.resources.ranks} rank(s)")
-                mine = supervise(plan, paths, view, address=group.address, port=port, peers=group, stop=stop,
-                                 more=node_variables(group), kill_wait_s=kill_wait_s())
+                mine = run_ranks(plan, place, paths, group, port, stop, view)
                 joint = joint_outcome(mine, group, plan, hosts)
                 if joint.signal or stop.received:  # the job ends soon
                     patience.hurry(RECORD_S)
-                outcome = patience(lambda: stuck(paths, submission, plan, joint))
+                outcome = patience(lambda: stuck(paths, submission, number, plan.batch is None, joint))
                 code = record.exit_code(plan, outcome)
                 failure = outcome.failure
                 down = down_nodes(hosts) if outcome.signal == "SIGTERM" else {}
@@ -111,7 +113,7 @@ def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup
         set_flag(requeue_flag, requeue)
         if down and state == "preempted":
             exclude(Path(requeue_flag.parent), place, list(down), requeued=True)
-        view.notice(f"run {paths.id}: {state}" + ("; the job is requeued" if requeue and submission.cluster.requeue else ""))
+        view.notice(f"run {paths.id}: {state}" + ("; the job will be requeued" if requeue and submission.cluster.requeue else ""))
         if not requeue and not submission.cluster.requeue and state != "preempted":
             code = end_chain(paths, place, code)
         if requeue and submission.cluster.requeue and not submission.here:

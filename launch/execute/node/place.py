@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from launch.cluster import slurm
 from launch.plan.plan import Plan
@@ -55,6 +56,7 @@ def silence_s(plan: Plan) -> float:
     return SILENCE_S if plan.hang_s is None else max(LEAST_SILENCE_S, plan.hang_s)
 
 
+@cache
 def kill_wait_s() -> float | None:
     """Seconds from SLURM's SIGTERM to its SIGKILL; None where SLURM cannot be asked."""
     try:

@@ -7,7 +7,6 @@ from typing import Any
 
 from launch.execute import record
 from launch.execute.node.forensics import attempt_of
-from launch.plan.plan import Plan
 from launch.plan.submission import Submission
 from launch.supervise.rank import Failure, Outcome
 from trainers.contract.clock import seconds_between, utc_now
@@ -43,18 +42,18 @@ def no_progress(attempts: Sequence[Mapping[str, Any]], script: bool) -> str | No
     return f"{in_vain} attempts in a row ended at the time limit {how}"
 
 
-def stuck(paths: RunPaths, submission: Submission, plan: Plan, outcome: Outcome) -> Outcome:
-    """The outcome of the running attempt: failed, if the attempts so far show that the run makes no progress."""
-    if outcome.kind != "preempted" or outcome.signal != "SIGUSR2" or paths.cancellation(plan.attempt).exists():
+def stuck(paths: RunPaths, submission: Submission, number: int, script: bool, outcome: Outcome) -> Outcome:
+    """The outcome of the last attempt, `number`: failed, if the attempts so far show that the run makes no progress."""
+    if outcome.kind != "preempted" or outcome.signal != "SIGUSR2" or paths.cancellation(number).exists():
         return outcome
     attempts = [attempt for number in paths.attempt_numbers() if (attempt := attempt_of(paths, number))
                 and attempt.get("submission") == submission.number]
-    if not attempts or attempts[-1]["attempt"] != plan.attempt:
+    if not attempts or attempts[-1]["attempt"] != number:
         return outcome
     attempts[-1] |= {"outcome": "preempted", "signal": outcome.signal, "ended": utc_now(), "kept": record.kept(paths)}
-    message = no_progress(attempts, script=plan.batch is None)
+    message = no_progress(attempts, script)
     if message is None:
         return outcome
-    hint = "give the job more time with --time" + ("" if plan.batch is None else ", or save more often with checkpoint.every")
+    hint = "give the job more time with --time" + ("" if script else ", or save more often with checkpoint.every")
     message += f" ({outcome.note})" if outcome.note else ""
     return Outcome("failed", Failure(None, None, None, message, hint, None, False), outcome.signal, outcome.checkpoint_s)

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launch.execute.record import next_attempt, runs_here, take_attempt
+from launch.execute.record import next_attempt, recorded, runs_here, take_attempt
+from launch.supervise.rank import Outcome
 from trainers.contract.errors import UserError
-from trainers.contract.files import replace_json
+from trainers.contract.files import read_json, replace_json
 from trainers.contract.paths import RunPaths
 
 
@@ -76,3 +78,15 @@ def test_the_folder_of_a_deleted_run_is_not_made_again(paths):
     with pytest.raises(UserError, match="cannot be made: No such file"):
         take_attempt(paths, 2)
     assert not paths.root.exists()
+
+
+def test_an_attempt_tells_what_delayed_it_before_it_began_and_as_it_began(paths):
+    paths.attempt(1).mkdir(parents=True)
+    replace_json(paths.record, {"state": "submitted"})
+    plan = SimpleNamespace(folder=str(paths.root), attempt=1, cwd="/", files={}, batch=None,
+                           resources=SimpleNamespace(device="cpu", ranks=1, threads=1))
+    delays = ["waited 1:00", "waited 0:10"]
+    with recorded(plan, paths, SimpleNamespace(), delay=lambda: delays.pop(0)) as ended:
+        assert read_json(paths.attempt_record(1))["reason"] == "waited 1:00"
+        ended(Outcome("preempted", signal="SIGUSR2", note="a note"), "time limit")
+    assert read_json(paths.attempt_record(1))["reason"] == "time limit; a note; waited 1:00; waited 0:10"

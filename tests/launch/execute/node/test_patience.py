@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,3 +80,19 @@ def test_a_deadline_ends_the_wait(patience):
     patience.hurry(0.3)
     with pytest.raises(OutOfPatience):
         patience(failing(1000, FULL))
+
+
+def test_each_attempt_tells_of_its_own_waits_only(patience):
+    patience(failing(3, FULL))
+    assert "until the run directory could be written" in patience.take_story()
+    patience(failing(0, FULL))
+    assert patience.take_story() is None
+    patience(failing(1, FULL))  # a shorter wait than the first
+    assert "until the run directory could be written" in patience.take_story()
+
+
+def test_a_process_that_waits_for_a_disk_gives_signs_of_life_that_say_so(patience):
+    signs = []
+    patience.sign = SimpleNamespace(turn=signs.append)
+    patience(failing(1, FULL))
+    assert set(signs[:-1]) == {"the run directory cannot be written: No space left on device"} and signs[-1] is None
