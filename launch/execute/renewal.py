@@ -61,7 +61,8 @@ def renew(specs: Sequence[Spec], code: Path, kept: str) -> None:
         kept: the name under which the old copy is kept.
 
     Raises:
-        UserError: the code cannot be copied. Nothing has changed then.
+        UserError: the code cannot be copied, and nothing has changed; or files that ranks have written into the old copy cannot
+            be moved to the new copy, which is in place.
     """
     old = snapshot.load(code)
     if not specs or old is None:
@@ -81,7 +82,11 @@ def renew(specs: Sequence[Spec], code: Path, kept: str) -> None:
         if target.exists():  # no attempt has begun since the last renewal
             target = temporary_path(target)
         os.rename(code, target)
-        os.rename(fresh, code)
+        try:
+            os.rename(fresh, code)
+        except OSError:
+            os.rename(target, code)
+            raise
         _carry_over(old, target, code)
     except OSError as error:
         raise UserError(f"the code in {code} cannot be replaced: {error.strerror}", "make that folder writable") from error

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,10 @@ class Plan:
     weights: Weights | None = None  # the weights that the run starts from
     job: Job | None = None    # the submission to SLURM; None: the plan submits nothing
     path: str | None = None   # the folder that comes first on PYTHONPATH, if any
+    defaults: Mapping[str, str] = field(default_factory=dict)  # variables that ranks get unless they inherit them
 
     def inherited(self, env: Mapping[str, str]) -> dict[str, str]:
-        """Return the variables of `env` that ranks inherit.
+        """Return the variables of `env` that ranks inherit, and the defaults of variables that `env` does not have.
 
         Left out are SLURM's variables for the node process, and the variables that an enclosing torchrun or an enclosing
         `launch` has set for its own ranks: with LAUNCH_DEBUG, a rank would not stop with a checkpoint. A task's ranks also
@@ -61,15 +62,14 @@ class Plan:
         PYTHONPATH. A module's ranks get the module's folder there.
         """
         foreign = ("TORCHELASTIC_", "LAUNCH_DEBUG", "LAUNCH_HEARTBEAT", *(["ACCELERATE_"] if self.batch else []))
-        kept = {key: value for key, value in env.items()
-                if not key.startswith(foreign) and not NODE_PROCESS_VARIABLES.match(key)}
+        kept = {**self.defaults, **{key: value for key, value in env.items()
+                                    if not key.startswith(foreign) and not NODE_PROCESS_VARIABLES.match(key)}}
         if not self.batch:
             own = kept.pop("LAUNCH_CODE", "").split(os.pathsep)  # a script's `import trainers` means its own package
             inherited = kept.pop("PYTHONPATH", "")
             folders = [folder for folder in inherited.split(os.pathsep) if folder not in own or not folder] if inherited else []
             if folders := [*([self.path] if self.path else []), *folders]:
                 kept["PYTHONPATH"] = os.pathsep.join(folders)
-            kept.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # torchrun's default, which differs from torch's
         return kept
 
     def rank_env(self, node: int, local_rank: int, address: str, port: int | str) -> dict[str, str]:
@@ -168,6 +168,7 @@ def make_plan(run_id: str, spec: Spec, cluster: ClusterConfig, resources: Resour
         hang_s=getattr(config.run, "hang_s", None), start_s=getattr(config.run, "start_s", None),
         report_s=config.eval.report_s if isinstance(config, RunConfig) else None, weights=spec.weights, job=job,
         path=config.path if isinstance(config, ScriptConfig) else None,
+        defaults={"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"} if batch is None else {},  # torchrun's default differs from torch's
     )
 
 

@@ -37,6 +37,7 @@ def show(plan: Plan) -> str:
         lines += ["", f"# file {plan.job.file}", plan.job.script.rstrip("\n")]
     lines += ["", f"# command of every rank, run in {plan.cwd}", shlex.join(plan.command), "", "# environment of every rank"]
     lines += [f"{key}={shlex.quote(value)}" for key, value in plan.env.items()]
+    lines += [f"{key}=${{{key}:-{shlex.quote(value)}}}" for key, value in plan.defaults.items()]
     if plan.path:
         lines.append(f"PYTHONPATH={shlex.quote(plan.path)}${{PYTHONPATH:+:$PYTHONPATH}}")
     for env in _first_node_envs(plan):

@@ -179,7 +179,7 @@ def _jobs_by_script(run: Run, queue: Sequence[Queued]) -> tuple[Queued, ...]:
 def _waits_for(runs: Sequence[Run], wait_s: float) -> str:
     """What a cancellation waits for, in words."""
     name = f"run `{runs[0].id}`" if len(runs) == 1 else f"{len(runs)} runs"
-    return f"waiting up to {wait_s:.0f} s for {name} to end the present step and save"
+    return f"waiting up to {wait_s:.0f} s for {name} to save and stop"
 
 
 def _wait_for(runs: Sequence[Run], ids: set[str], wait_s: float, say: Callable[[str], object]) -> None:

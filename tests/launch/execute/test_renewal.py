@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 from pathlib import Path
 
@@ -110,6 +112,23 @@ def test_a_changed_loss_of_a_run_on_this_machine_is_noticed(project: Path, tmp_p
     renew(spec, code)
     assert f"{project}: changed: train.py" in capsys.readouterr().err
     assert not (code / "proj").exists() and (code.with_name("code-until-attempt-1") / "snapshot.json").exists()
+
+
+def test_a_copy_that_cannot_be_put_in_place_leaves_the_old_copy(project: Path, tmp_path: Path, monkeypatch) -> None:
+    code = tmp_path / "runs/r/code"
+    spec = stopped_run(project, code)
+    (project / "train.py").write_text("2")
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if target == code and source.name.startswith(".code."):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(UserError, match="cannot be replaced: Disk quota exceeded"):
+        renew(spec, code)
+    assert Path(spec.config.script).read_text() == "1" and not code.with_name("code-until-attempt-1").exists()
 
 
 def test_copies_of_earlier_versions_lose_no_file(project: Path, tmp_path: Path) -> None:

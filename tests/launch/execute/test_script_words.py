@@ -19,7 +19,7 @@ from launch.execute import snapshot
 from launch.execute.submission_plan import as_copied, code_of
 from launch.plan.plan import make_plan
 from launch.plan.script_file import find_module, other_environment
-from launch.plan.show import show
+from launch.plan.show import as_json, show
 from launch.plan.spec import script_spec
 
 
@@ -83,6 +83,9 @@ def test_on_slurm_a_module_runs_from_the_copy_of_its_folder(tmp_path, monkeypatc
     assert plan.path and (Path(plan.path) / "pkg/train.py").is_file() and Path(plan.path).parent == tmp_path / "code"
     assert plan.inherited({"PYTHONPATH": "/a:/code", "LAUNCH_CODE": "/code"})["PYTHONPATH"] == f"{plan.path}:/a"
     assert f"PYTHONPATH={plan.path}" in show(plan)
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # a default of torchrun
+    assert plan.inherited({})[name] == "1" and plan.inherited({name: "3"})[name] == "3"
+    assert f"\n{name}=${{{name}:-1}}\n" in show(plan) and as_json(plan)["defaults"] == {name: "1"}
     installed = script_spec("json.tool", module=True, cluster=cluster)
     assert not any("json" in str(source) for source in code_of(installed))
 

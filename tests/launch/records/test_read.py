@@ -234,7 +234,7 @@ def test_cancel_does_not_wait_for_ever_and_says_what_it_waits_for(tmp_path, node
     monkeypatch.setattr("launch.records.cancel.QUIET_S", 0.0)
     said = []
     state = cancel(runs.find_run(tmp_path, "cifar10-1"), wait_s=0.2, say=said.append)
-    assert said == ["waiting up to 0 s for run `cifar10-1` to end the present step and save"]
+    assert said == ["waiting up to 0 s for run `cifar10-1` to save and stop"]
     assert re.match(r"running \(.*still runs after 0 s\)", state)
 
 
