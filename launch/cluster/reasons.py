@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 
+HELD_BY_OWNER = "JobHeldUser"  # also of a job that was submitted on hold
 # (pattern for SLURM's reason, plain words); the first pattern that matches counts. Other reasons are shown as SLURM names them.
 WORDS = (
     (r"Priority$", "jobs of higher priority come first"),
@@ -14,7 +15,7 @@ WORDS = (
     (r"BeginTime", "its start time has not come (by default, SLURM delays a requeued job by two minutes)"),
     (r"Cleaning", "the nodes of its last attempt are still being cleaned up"),
     (r"JobArrayTaskLimit", "its job array already runs as many elements as it may run at once"),
-    (r"JobHeldUser", "it was held by its owner: `scontrol release` lets it start"),
+    (HELD_BY_OWNER, "it was held by its owner: `scontrol release` lets it start"),
     (r"JobHeldAdmin", "it was held by an administrator"),
     (r"job requeued in held state", "it was requeued and put on hold (`scontrol requeuehold`): `scontrol release` lets it start"),
     (r"JobHoldMaxRequeue", "it is held after too many failed starts: `scontrol release` lets it start"),

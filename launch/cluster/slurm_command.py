@@ -21,9 +21,9 @@ SAY_AFTER_S = 2.0    # a person who waits longer than this for a command is told
 TRIES = 3            # of a command that changes nothing the second time
 TRY_AGAIN_S = 10.0   # a command is not tried again after this time
 # Words of errors that come again however often the command is tried.
-FINAL = re.compile(r"invalid|unrecognized|disabled|not supported|permission|denied|not found|does not exist|not installed"
-                   r"|already (finished|comple)|no longer|can ?not be|not available|allocation failure|violates"
-                   r"|permitted|exceeds?\b|slurm\.conf|configuration (source|file)", re.IGNORECASE)
+LASTING = re.compile(r"invalid|unrecognized|disabled|not supported|permission|denied|not found|does not exist|not installed"
+                     r"|already (finished|comple)|no longer|can ?not be|not available|allocation failure|violates"
+                     r"|permitted|exceeds?\b|slurm\.conf|configuration (source|file)", re.IGNORECASE)
 
 
 def environment(env: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -58,7 +58,7 @@ def call(*words: str, timeout_s: float = 30, check: bool = True, stdin: str | No
             return output
         complaint = _complaint(words[0], errors) or _complaint(words[0], output) or f"exit code {code}"
         late = time.monotonic() - began > TRY_AGAIN_S
-        if tries == TRIES or late or FINAL.search(complaint) or not _repeatable(words):
+        if tries == TRIES or late or LASTING.search(complaint) or not _repeatable(words):
             break
         time.sleep(tries / 2)
     if check:

@@ -47,7 +47,7 @@ from trainers.contract.files import read_json, update_json
 from trainers.contract.paths import RunPaths
 
 EARLY_S = 30.0  # SLURM sends its signal up to this much early, because it checks time limits only so often
-FINAL = ("finished", "cancelled")
+OVER = ("finished", "cancelled")  # a failed run is tried again
 
 
 def main(argv: list[str]) -> int:
@@ -68,7 +68,7 @@ def run_node(folder: Path, stop: StopSignals) -> int:
     name = f"{place.job}-{place.restart}"
     requeue_flag = flag_file(folder, place.job, place.restart)
     state = read_json(paths.record)["state"]
-    if state in FINAL:  # all nodes read the same state: the head changes it only after all have met
+    if state in OVER:  # all nodes read the same state: the head changes it only after all have met
         view.notice(f"run {paths.id} is {state}: nothing to do")
         # Jobs that wait for this run (`--after`) start only if this job succeeds.
         return exit_codes.FINISHED if state == "finished" else exit_codes.FAILED

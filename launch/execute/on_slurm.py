@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import slurm
+from launch.cluster import reasons, slurm
 from launch.cluster.config import load_cluster
 from launch.cluster.resources import Resources, Wanted, resources_of
 from launch.cluster.slurm_command import environment
@@ -104,7 +104,7 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, changes: Sequen
             return _follow(paths, show_log)
     elif job.get("kind") == "slurm" and (queued := slurm.queue(job["ids"])):
         # The submission was interrupted before it released its jobs.
-        if all(waiting.reason == "JobHeldUser" for waiting in queued.values()):
+        if all(waiting.reason == reasons.HELD_BY_OWNER for waiting in queued.values()):
             release(list(queued))
             print(f"run {paths.id}: job {', '.join(job['ids'])} was on hold and has been released")
             return _follow(paths, show_log)

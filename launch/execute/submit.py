@@ -15,7 +15,7 @@ from pathlib import Path
 
 from launch.cluster import slurm
 from launch.cluster.resources import Resources
-from launch.cluster.slurm_command import FINAL, TRIES
+from launch.cluster.slurm_command import LASTING, TRIES
 from launch.cluster.times import seconds, slurm_time
 from launch.execute import record
 from launch.execute.submission_plan import take_code
@@ -121,7 +121,7 @@ def _submit_once(job: Job, dependency: Sequence[str], before: Sequence[str]) -> 
         try:
             output = _sbatch(job, *job.command[:-1], *dependency, job.command[-1])
         except UserError as error:
-            if FINAL.search(error.message):
+            if LASTING.search(error.message):
                 raise
             time.sleep(tries)  # SLURM may be about to accept the job
             found = [id for id, queued in slurm.queue().items() if queued.script == job.file and id not in before]

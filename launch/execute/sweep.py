@@ -22,7 +22,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import slurm
+from launch.cluster import reasons, slurm
 from launch.cluster.config import load_cluster
 from launch.cluster.resources import Wanted, resources_of
 from launch.execute import record, renewal, snapshot
@@ -58,9 +58,6 @@ from trainers.contract.clock import utc_now
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, replace_json, replace_text, update_json
 from trainers.contract.paths import RunPaths
-
-HELD = "JobHeldUser"  # SLURM's reason for a job that was submitted on hold
-
 
 # Starting a sweep
 
@@ -388,7 +385,7 @@ def _adopt_jobs(sweep: RunPaths, members: Mapping[int, Run]) -> None:
         scripts = {f"{paths.submission(job['submission'])}/job.sh" for paths in (sweep, run.paths)}
         own = [queued for queued in queue
                if queued.script in scripts and ("_" not in queued.id or queued.id.endswith(f"_{element}"))]
-        held += [queued.id for queued in own if queued.reason == HELD]
+        held += [queued.id for queued in own if queued.reason == reasons.HELD_BY_OWNER]
         if own and not job["ids"]:
             ids = sorted((queued.id for queued in own), key=_job_number)
             adopted = {**{key: job[key] for key in ("kind", "cluster", "submission")}, "ids": ids}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from functools import cache
 
+STOPPED = ("T", "t")  # states of a process that stands still, as proc(5) names them
+
 
 def identity(pid: int) -> str | None:
     """Return a text that no other process with the same pid has; None if the process does not exist or is a zombie.
@@ -13,13 +15,11 @@ def identity(pid: int) -> str | None:
     of day, because that can be changed.
     """
     try:
-        # The process's name stands in parentheses and may itself contain spaces and parentheses: read after the last one.
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+        fields = stat(pid)
     except (FileNotFoundError, ProcessLookupError):
         return None if os.path.exists("/proc/self/stat") else _identity_elsewhere(pid)
     state, started_ticks = fields[0], int(fields[19])  # fields 3 and 22 of proc(5)
-    return None if state in (b"Z", b"X") else f"{_boot()}:{started_ticks}"
+    return None if state in ("Z", "X") else f"{_boot()}:{started_ticks}"
 
 
 def alive(pid: int, started: str) -> bool:
@@ -29,11 +29,26 @@ def alive(pid: int, started: str) -> bool:
 
 def stopped(pid: int) -> bool:
     """Return whether the process stands still, because of SIGSTOP, Ctrl-Z or a debugger. Only Linux tells."""
+    return process_state(pid) in STOPPED
+
+
+def process_state(pid: int) -> str:
+    """Return the state of a process, one letter of proc(5); "" if it cannot be read."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
-    except OSError:
-        return False
+        return stat(pid)[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def stat(pid: int) -> list[str]:
+    """Return what /proc says of a process, from field 3 of proc(5) on: its state, its parent, its group and so on.
+
+    Raises:
+        OSError: there is no such process, or no /proc.
+    """
+    # The process's name stands in parentheses and may itself contain spaces and parentheses: read after the last one.
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].decode().split()
 
 
 @cache

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Literal, Mapping, Protocol
 
 from launch.plan.plan import Plan
+from launch.records.process import stat
 from launch.supervise.terminal import View
 from trainers.contract import events, exit_codes, heartbeat
 from trainers.contract.paths import RunPaths
@@ -337,7 +338,7 @@ def processes_of_groups(groups: Collection[int]) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            state, _, of_group, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            state, _, of_group, *_ = stat(int(folder.name))
             if int(of_group) in groups and state != "Z":
                 words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
                 found.setdefault(int(of_group), []).append(f"{folder.name} ({words[:COMMAND_CHARS]})")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.supervise.group import Link, NodeGroup
-from trainers.contract.files import read_json, replace_json, replace_text, temporary_path
+from trainers.contract.files import read_json, replace_json, replace_text
 
 MEETING_S = 300.0   # until all node processes must be connected: modules load slowly from a cluster's file system
 CONNECT_S = 5.0
@@ -93,10 +93,10 @@ def _connect(file: Path, node: int, interface: str | None, given_up: Callable[[]
 
 def _writable(folder: Path) -> bool:
     """Return whether a file can be written in the folder."""
-    probe = temporary_path(folder / "probe")
+    probe = folder / ".probe"
     try:
         replace_text(probe, "x")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # several node processes use this name
     except OSError:
         return False
     return True

@@ -2,10 +2,9 @@
 
 If one rank hangs, all other ranks wait for it. So a run counts as hung when all ranks on all nodes have been silent for
 longer than they may be: for `run.hang_s`, or for `run.start_s` while a rank rests, or for `eval.report_s` while its task
-reports. A run also counts as hung when one
-rank's process has been stopped (SIGSTOP) for `run.hang_s`. Then the ranks of each node write their stacks, and the head
-compares the reports of all nodes to find the rank that is to blame. Time during which this process or the machine was
-stopped does not count.
+reports. A run also counts as hung when one rank's process has been stopped (SIGSTOP) for `run.hang_s`. Then the ranks of each
+node write their stacks, and the head compares the reports of all nodes to find the rank that is to blame. Time during which
+this process or the machine was stopped does not count.
 
 A user's script gives no signs of life: its ranks are not watched.
 """
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.plan.plan import Plan
+from launch.records.process import STOPPED, process_state
 from trainers.contract import heartbeat
 from trainers.contract.files import replace_json
 
@@ -43,7 +43,7 @@ SLOW_IN_ROW = 2
 REWRITE_S = 60.0    # between two writes of the file, if the same ranks are slow and only the numbers have changed
 
 THREAD = re.compile(r"(?:Current thread|Thread) 0x[0-9a-f]+ .*\(most recent call first\):")
-STOPPED, DISK = ("T", "t"), "D"  # states of a process, as proc(5) names them
+DISK = "D"  # the state of a process that waits for a disk, as proc(5) names it
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Watched:
         life = (self.page[heartbeat.BEATS], self.page[heartbeat.RESTING], saving, counters)
         self.silent_s = self.silent_s + passed_s if life == self._life else 0.0
         self._life = life
-        self.state = _state(self.rank.process.pid)
+        self.state = process_state(self.rank.process.pid)
         self.stopped_s = self.stopped_s + passed_s if self.state in STOPPED else 0.0
 
     def sign(self, limits: Limits) -> Sign:
@@ -341,15 +341,6 @@ def slow_ranks(paces: Mapping[int, Pace]) -> list[dict[str, Any]]:
             slow.append({"rank": rank, "factor": round(pace.work_s / max(usual_s, 1e-6), 1), "work_s": round(pace.work_s, 6),
                          "others_s": round(usual_s, 6), "step_s": round(pace.step_s, 6)})
     return slow
-
-
-def _state(pid: int) -> str:
-    """Return the state of a process, one letter of proc(5); "" if it cannot be read."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0].decode()
-    except (OSError, IndexError):
-        return ""
 
 
 def _io_counters(pid: int) -> bytes:

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import wait_until
 
+from launch.records.process import process_state
 from launch.supervise.rank import Rank, processes_of_groups, repeats
-from launch.supervise.watchdog import _state
 from trainers.contract.paths import RunPaths
 
 
@@ -52,12 +52,12 @@ def test_the_number_of_a_rank_that_has_ended_stays_its_own_until_its_group_is_ki
     wait_until(rank.ended, 20)
     group = rank.process.pid
     time.sleep(0.05)
-    assert _state(group) == "Z"
+    assert process_state(group) == "Z"
     ((process,),) = processes_of_groups([group]).values()
     assert process.endswith("(sleep 600)")
     rank.kill()
     wait_until(lambda: not processes_of_groups([group]), 20)
-    assert _state(group) == "Z"
+    assert process_state(group) == "Z"
 
 
 @pytest.mark.parametrize("last, code, expected", [

@@ -38,7 +38,7 @@ class World:
     def __init__(self, monkeypatch, folder, nodes, hang_s=60.0, start_s=None, report_s=None):
         self.now, self.states, self.moved = 1000.0, defaultdict(lambda: "S"), defaultdict(bytes)
         monkeypatch.setattr(watchdog.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(watchdog, "_state", lambda pid: self.states[pid])
+        monkeypatch.setattr(watchdog, "process_state", lambda pid: self.states[pid])
         monkeypatch.setattr(watchdog, "_io_counters", lambda pid: self.moved[pid])
         plan = SimpleNamespace(hang_s=hang_s, start_s=start_s, report_s=report_s,
                                resources=SimpleNamespace(nodes=nodes, ranks=2 * nodes, device="cpu"))
