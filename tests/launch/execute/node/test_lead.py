@@ -14,6 +14,7 @@ import pytest
 from launch.execute import node_process, record
 from launch.execute.node import lead as lead_module
 from launch.execute.node import patience as patience_module
+from launch.execute.node import ranks as ranks_module
 from launch.execute.node.forensics import record_silent_head
 from launch.execute.node.lead import lead
 from launch.execute.node.patience import Patience
@@ -53,10 +54,10 @@ def leads(paths, flag, monkeypatch):
         monkeypatch.setattr(lead_module, "plan_of", lambda submission, paths, number: SimpleNamespace(
             attempt=number, cwd="/here", resources=resources, files={}, batch="1", grace_s=1.0, folder=str(paths.root)))
         monkeypatch.setattr(lead_module, "silence_s", lambda plan: 10.0)
-        monkeypatch.setattr(lead_module, "kill_wait_s", lambda: None)
+        monkeypatch.setattr(ranks_module, "kill_wait_s", lambda: None)
         monkeypatch.setattr(lead_module, "hosts_of", lambda place: ["n1"])
         monkeypatch.setattr(lead_module, "reserved_port", lambda: nullcontext(1))
-        monkeypatch.setattr(lead_module, "supervise", lambda *_, **__: ranks())
+        monkeypatch.setattr(ranks_module, "supervise", lambda *_, **__: ranks())
         monkeypatch.setattr(patience_module, "FIRST_PAUSE_S", 0.01)
         submission = SimpleNamespace(number=1, max_restarts=3, here=False, cluster=SimpleNamespace(requeue=True))
         with socket.socket() as wakeup:
@@ -88,11 +89,26 @@ def test_a_storage_error_at_an_attempts_end_is_waited_out(paths, leads, monkeypa
     assert any("trying again" in line for line in said)
 
 
-def test_an_attempt_that_has_begun_keeps_its_record(paths, leads):
+def test_ranks_that_cannot_be_started_are_started_again(paths, leads):
+    errors = [OSError(errno.EAGAIN, "Resource temporarily unavailable")]
+
     def ranks() -> Outcome:
+        if errors:
+            raise errors.pop()
+        return Outcome("finished")
+
+    code, said = leads(ranks)
+    assert (code, read_json(paths.record)["state"], paths.attempt_numbers()) == (exit_codes.FINISHED, "finished", [1, 2])
+    attempt = read_json(paths.attempt_record(1))
+    assert attempt["outcome"] == "failed" and "Resource temporarily unavailable" in attempt["failure"]["message"]
+
+
+def test_an_attempt_that_has_begun_keeps_its_record(paths, leads, monkeypatch):
+    def judge(*_) -> Outcome:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    assert leads(ranks)[0] == exit_codes.FAILED
+    monkeypatch.setattr(lead_module, "joint_outcome", judge)
+    assert leads(lambda: Outcome("finished"))[0] == exit_codes.FAILED
     attempt = read_json(paths.attempt_record(1))
     assert (attempt["cwd"], attempt["outcome"], read_json(paths.record)["state"]) == ("/here", "failed", "failed")
     assert "Cannot allocate memory" in attempt["failure"]["message"]
