@@ -72,6 +72,7 @@ def make_run(slurm, tmp_path, monkeypatch):
     """A function that creates a run and submits its job: `make_run(id, sbatch's options, script=..., state=...)`."""
     monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
     root = tmp_path / "runs of 中文"
+    monkeypatch.setenv("LAUNCH_RUNS", str(root))  # so that commands name the run by its id
     (tmp_path / "node.py").write_text(NODE)
 
     def make(id, *options, behaviour="obey", script=None, state="submitted", ids=None, **changes):
@@ -339,9 +340,10 @@ def test_follow_continues_after_a_requeue(slurm, make_run, monkeypatch):
     following.join(60), following_node.join(60)
     assert not following.is_alive() and not following_node.is_alive()
     lines = "".join(output).splitlines()
-    assert [line.partition(":")[0] for line in lines] == [
-        "--- waiting in the queue", "rank 0 of attempt 1", "--- attempt 1 ended", "--- attempt 2 ---", "rank 0 of attempt 2"]
-    assert "preempted; waiting in the queue: its start time has not come" in lines[2]
+    parts = ["--- waiting in the queue", "rank 0 of attempt 1", "--- attempt 1 has ended; ", "its start time has not come",
+             "--- attempt 2 ---", "rank 0 of attempt 2"]  # between them, what is known while the job starts and ends
+    places = [next(number for number, line in enumerate(lines) if part in line) for part in parts]
+    assert places == sorted(places) and lines.count("--- attempt 2 ---") == 1, lines
     assert "node process of attempt 1\n" in node_output and "node process of attempt 2\n" in node_output
     assert {"job": job, "node": 0, "line": "node process of attempt 2"} in list(logs.lines(run.reread(), node=0))
 
