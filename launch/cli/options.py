@@ -165,7 +165,7 @@ def request_of(cluster: ClusterConfig, root: Path, time: str | None, after: str 
             raise UserError(f"--time is `{time}`, which {error}") from None
     if not after:
         return Request(cluster, time, options)
-    from launch.execute.on_slurm import jobs_of
+    from launch.execute.after import jobs_of
     from launch.records.read import find_run
 
     run = find_run(root, after)

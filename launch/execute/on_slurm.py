@@ -99,12 +99,14 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, changes: Sequen
     if job.get("kind") == "slurm" and not job["ids"]:
         if ids := _unrecorded_jobs(paths, job):
             update_json(paths.record, job={**job, "ids": ids})
+            after.follow({paths: ids})
             release(ids)
             print(f"run {paths.id}: its submission was interrupted, but job {', '.join(ids)} is in the queue")
             return _follow(paths, show_log)
     elif job.get("kind") == "slurm" and (queued := slurm.queue(job["ids"])):
         # The submission was interrupted before it released its jobs.
         if all(waiting.reason == reasons.HELD_BY_OWNER for waiting in queued.values()):
+            after.follow({paths: job["ids"]})
             release(list(queued))
             print(f"run {paths.id}: job {', '.join(job['ids'])} was on hold and has been released")
             return _follow(paths, show_log)
@@ -118,6 +120,7 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, changes: Sequen
                    else Request(load_cluster("slurm")))
     elif before and before.cluster.name == request.cluster.name:
         request = replace(request, time=request.time or before.time, options={**before.options, **request.options})
+    request = after.as_before(request, before, begun=bool(paths.attempt_numbers()))
     spec = with_changes(spec_of(paths), changes) if changes else spec_of(paths)
     if before and not wanted:
         resources = resources_again(spec, before.resources, before.cluster, request.cluster)
@@ -154,7 +157,7 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, changes: Sequen
         raise
     update_json(paths.record, updated=utc_now(),
                 job={"kind": "slurm", "cluster": request.cluster.name, "ids": ids, "submission": number})
-    after.follow(paths, ids)
+    after.follow({paths: ids})
     release(ids)
     _print_submitted(paths, ids, request, resources, json)
     return _follow(paths, show_log)
@@ -183,23 +186,6 @@ def _unrecorded_jobs(paths: RunPaths, job: dict[str, Any]) -> list[str]:
         raise UserError(f"run {paths.id} is being submitted by process {job['pid']}", "wait a moment")
     script = str(paths.submission(job["submission"]) / "job.sh")
     return sorted((queued.id for queued in slurm.queue().values() if queued.script == script), key=int)
-
-
-def jobs_of(run: Run) -> tuple[str, ...]:
-    """The ids of the run's jobs in SLURM's queue, for a job that must wait for the run; empty if the run is finished.
-
-    Raises:
-        UserError: the run is not finished, and none of its jobs is in the queue.
-    """
-    job = run.record.get("job") or {}
-    state = state_of(run)
-    if state == "finished":
-        return ()
-    if job.get("kind") == "slurm" and (queued := slurm.queue(job["ids"])):
-        return tuple(sorted(queued))
-    raise UserError(f"run {run.id} is {state}: nothing to wait for",
-                    "SLURM can only wait for SLURM's jobs" if job.get("kind") == "local" and state in ACTIVE
-                    else f"continue it with `launch resume {command_name(run.paths)}`")
 
 
 def check(spec: Spec, request: Request, dry_run: bool) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 from launch.cluster import reasons, slurm
 from launch.cluster.config import load_cluster
 from launch.cluster.resources import Wanted, resources_of
-from launch.execute import record, renewal, snapshot
+from launch.execute import after, record, renewal, snapshot
 from launch.execute.local import run_attempts
 from launch.execute.on_slurm import check
 from launch.execute.submission_plan import code_of, describe_code, take_code
@@ -198,6 +198,8 @@ def _submit(sweep: Sweep) -> list[str]:
         for plan, ids in zip(sweep.plans, ids_by_run):
             update_json(RunPaths(Path(plan.folder)).record, job={**job, "ids": ids}, updated=utc_now())
         update_json(root / SWEEP, job={**job, "ids": all_ids})
+        if sweep.submission.number > 1:  # before, no other run can wait for one of these
+            after.follow({RunPaths(Path(plan.folder)): ids for plan, ids in zip(sweep.plans, ids_by_run)})
         release(all_ids)
     except BaseException:
         withdraw(sweep.jobs)
@@ -318,6 +320,8 @@ def resume(root: Path, word: str, *, request: Request | None, wanted: Wanted, pa
     if request is None:
         request = Request(load_cluster(before.cluster.name), before.time, before.options)
     local = request.cluster.kind == "local"
+    if not local:
+        request = after.as_before(request, before, begun=any(run.paths.attempt_numbers() for run in members.values()))
     specs = {element: spec_of(run.paths) for element, run in to_resume.items()}
     first = next(iter(specs.values()))
     resources = (resources_of(first.config, request.cluster, wanted, partition=request.partition) if wanted
@@ -377,6 +381,7 @@ def _adopt_jobs(sweep: RunPaths, members: Mapping[int, Run]) -> None:
                   if run.record["state"] != "finished" and (run.record["job"] or {}).get("kind") == "slurm"}
     queue = list(slurm.queue().values()) if unfinished else []
     held: list[str] = []
+    follows: list[tuple[Run, list[str]]] = []
     adopted: dict[str, Any] = {}
     for element, run in unfinished.items():
         job = run.record["job"]
@@ -385,7 +390,10 @@ def _adopt_jobs(sweep: RunPaths, members: Mapping[int, Run]) -> None:
         scripts = {f"{paths.submission(job['submission'])}/job.sh" for paths in (sweep, run.paths)}
         own = [queued for queued in queue
                if queued.script in scripts and ("_" not in queued.id or queued.id.endswith(f"_{element}"))]
-        held += [queued.id for queued in own if queued.reason == reasons.HELD_BY_OWNER]
+        on_hold = [queued.id for queued in own if queued.reason == reasons.HELD_BY_OWNER]
+        held += on_hold
+        if on_hold:
+            follows.append((run, [queued.id for queued in own]))
         if own and not job["ids"]:
             ids = sorted((queued.id for queued in own), key=_job_number)
             adopted = {**{key: job[key] for key in ("kind", "cluster", "submission")}, "ids": ids}
@@ -393,6 +401,7 @@ def _adopt_jobs(sweep: RunPaths, members: Mapping[int, Run]) -> None:
     if adopted:
         update_json(sweep.root / SWEEP, job={**adopted, "ids": [str(id) for id in sorted(set(map(_job_number, held)))]})
     if held:
+        after.follow({run.paths: ids for run, ids in follows})
         release(held)
 
 

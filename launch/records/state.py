@@ -160,6 +160,9 @@ def _waits_in_vain(run: Run) -> str | None:
     if state == "finished":
         return (f"it waits for a job of run {after.id}, which has finished without that job: `launch cancel {run.id}`, then "
                 f"`launch resume {run.id}`")
+    if state in ACTIVE:
+        return (f"it waits for a job of run {after.id} that has ended, but by its record that run is {state}: "
+                f"`launch cancel {run.id}`, then `launch resume {run.id}`, which waits for the run's present job")
     how = f"is {state}" if state in FINAL else "has stopped"
     return f"it waits for run {after.id}, which {how}: it starts if `launch resume {name}` finishes that run"
 

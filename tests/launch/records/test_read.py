@@ -465,6 +465,8 @@ def test_an_attempt_without_a_recorded_end_is_shown_as_lost(tmp_path, gone):
     ("failed", "it waits for run a-1, which is failed: it starts if `launch resume {a}` finishes that run"),
     ("cancelled", "it waits for run a-1, which is cancelled: it starts if `launch resume {a}` finishes that run"),
     ("preempted", "it waits for run a-1, which has stopped: it starts if `launch resume {a}` finishes that run"),
+    ("running", "it waits for a job of run a-1 that has ended, but by its record that run is running: `launch cancel b-1`, "
+                "then `launch resume b-1`, which waits for the run's present job"),
     ("finished", "it waits for a job of run a-1, which has finished without that job: `launch cancel b-1`, then "
                  "`launch resume b-1`"),
     (None, "it waits for run a-1, whose folder cannot be read"),
