@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from launch.records.naming import command_name, new_run_id, short_path
 from launch.records.process import alive
 from launch.records.read import read_sweep
 from launch.records.run import Run, read_run
-from launch.records.state import ACTIVE, state_of, true_states
+from launch.records.state import ACTIVE, FINAL, state_of, true_states
 from launch.supervise.signals import stop_signals
 from trainers.config.schema import SearchConfig
 from trainers.contract import exit_codes
@@ -45,6 +46,7 @@ from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, replace_text, update_json
 from trainers.contract.paths import RunPaths
 
+ENDING_S = 30.0  # for a job to leave the queue after its run has ended
 # Exit codes by the run's state. Any other state gives FAILED.
 EXIT_CODES = {"finished": exit_codes.FINISHED, "preempted": exit_codes.PREEMPTED, "cancelled": exit_codes.PREEMPTED}
 
@@ -103,7 +105,7 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, changes: Sequen
             release(ids)
             print(f"run {paths.id}: its submission was interrupted, but job {', '.join(ids)} is in the queue")
             return _follow(paths, show_log)
-    elif job.get("kind") == "slurm" and (queued := slurm.queue(job["ids"])):
+    elif job.get("kind") == "slurm" and (queued := _still_queued(run)):
         # The submission was interrupted before it released its jobs.
         if all(waiting.reason == reasons.HELD_BY_OWNER for waiting in queued.values()):
             after.follow({paths: job["ids"]})
@@ -161,6 +163,17 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, changes: Sequen
     release(ids)
     _print_submitted(paths, ids, request, resources, json)
     return _follow(paths, show_log)
+
+
+def _still_queued(run: Run) -> dict[str, slurm.Queued]:
+    """The jobs of a run that are waiting or running. A job whose run has ended may need a moment to end: wait for it."""
+    ids, began = run.record["job"]["ids"], time.monotonic()
+    while queued := slurm.queue(ids):
+        ending = run.record["state"] in FINAL and not any(job.waiting for job in queued.values())
+        if not ending or time.monotonic() - began > ENDING_S:
+            break
+        time.sleep(1.0)
+    return queued
 
 
 def _code_home(paths: RunPaths, sweep: str | None) -> tuple[Path, bool]:
