@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from conftest import attempt, record
+from conftest import attempt, record, wait_until
 
 LEAVES = """
 import os
-from trainers.config import RunConfig
 from blobs import BlobsTask
+from trainers.contract.signals import stop_requested
 
 class Leaves(BlobsTask):
     losses = 0
@@ -17,13 +17,17 @@ class Leaves(BlobsTask):
         self.losses += 1
         if self.losses == 8 and os.environ["RANK"] == str(self.config.model["rank"]) and os.environ["LAUNCH_ATTEMPT"] == "1":
             os._exit(0)
-        return super().loss(model, batch)
+        result = super().loss(model, batch)
+        if stop_requested() and os.environ["LAUNCH_ATTEMPT"] == "1":
+            raise RuntimeError("a worker is gone")
+        return result
 """
 
 
 @pytest.fixture
 def leaves(launch):
-    """A task of which one rank calls `os._exit(0)` at step 6 to 8 of 12, in its first attempt."""
+    """A task of which one rank calls `os._exit(0)` at step 6 to 8 of 12, in its first attempt, and which fails if it is asked to
+    stop there."""
     from conftest import BLOBS
 
     (launch.folder / "blobs.py").write_text(BLOBS.with_name("blobs.py").read_text())
@@ -45,6 +49,20 @@ def test_a_task_that_leaves_with_code_0_has_failed_and_the_rank_is_named(leaves,
     assert (failure["rank"], failure["exit_code"], failure["retry"]) == (procs - 1, 0, True)
     assert leaves("resume", run.name).returncode == 0
     assert record(run)["state"] == "finished" and record(run)["step"] == 12
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_because_of_a_stop_has_stopped(leaves):
+    """SLURM's SIGTERM also ends the workers of a rank, and the rank fails without them."""
+    process = leaves.start("leaves.yaml", "--procs", 2, "model.rank=none", "train.steps=60")
+    wait_until(lambda: any(leaves.folder.glob("runs/*/checkpoints/step_4")), process=process)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    run = leaves.run()
+    assert process.returncode == 75 and "failed while it was to stop: rank" in out and "run.grace_s=" not in out, out
+    assert record(run)["state"] == "preempted" and "a worker is gone" in attempt(run, 1)["reason"]
+    assert leaves("resume", run.name).returncode == 0
+    assert record(run)["state"] == "finished" and record(run)["step"] == 60
 
 
 def test_a_scripts_code_75_without_a_request_to_stop_is_a_failure(launch):

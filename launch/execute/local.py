@@ -300,8 +300,8 @@ def _ending(outcome: Outcome, paths: RunPaths, seconds: float, script: bool) -> 
         files = [*(("model", path) for path in (*checkpoint, paths.model)), ("table", paths.results),
                  *(("figure", path) for path in sorted(paths.figures.glob("*.png")))]
         return [*(f"{what:<8}{short_path(path)}" for what, path in files if path.exists()), f"took    {duration(seconds)}"]
-    late = [f"warning: {outcome.note}; raise it if a checkpoint takes longer: `launch resume {command_name(paths)} "
-            "run.grace_s=SECONDS`"] if outcome.note else []
+    longer = f"; raise it if a checkpoint takes longer: `launch resume {command_name(paths)} run.grace_s=SECONDS`"
+    late = [f"warning: {outcome.note}{longer if 'run.grace_s' in outcome.note else ''}"] if outcome.note else []
     if script:
         return [*late, f"stopped; `launch resume {command_name(paths)}` starts the script again from its first line"]
     advice = f"continue with `launch resume {command_name(paths)}`"

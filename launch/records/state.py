@@ -32,6 +32,7 @@ FINAL = ("finished", "failed", "cancelled")
 # TIMEOUT and DEADLINE give `preempted` only if the run has a checkpoint, otherwise `failed`.
 GONE = {"CANCELLED": "cancelled", "FAILED": "failed", "OUT_OF_MEMORY": "failed", "TIMEOUT": "preempted",
         "DEADLINE": "preempted", "PREEMPTED": "preempted"}
+UNREACHABLE = "SLURM cannot be asked here"
 NOT_SUBMITTED = "its submission did not finish"
 STILL = ("SUSPENDED", "STOPPED")  # states of jobs whose processes stand still
 
@@ -50,7 +51,7 @@ def local_state(record: Mapping[str, Any]) -> str:
 class SlurmAnswer:
     """SLURM's answer about the jobs of some runs."""
 
-    stages: Mapping[str, Stage] = field(default_factory=dict)  # by run id: the run's stage before SLURM was asked
+    stages: Mapping[str, Stage] = field(default_factory=dict)  # by the id in the run's record: its stage before
     queued: Mapping[str, Queued] = field(default_factory=dict)  # by job id
     ended: Mapping[str, Ended] = field(default_factory=dict)    # by job id
     problem: str | None = None  # why SLURM did not answer
@@ -89,7 +90,7 @@ def _look(runs: Sequence[Run]) -> list[tuple[Run, Truth]]:
     """Do what `true_states` does, but ask SLURM only once."""
     seen = ask([run.record for run in runs])
     # Read the records again after SLURM has answered: a run that ends writes its record before its job disappears.
-    current = [run.reread() if run.id in seen.stages else run for run in runs]
+    current = [run.reread() if run.record["id"] in seen.stages else run for run in runs]
     return [(run, truth_of(run, seen)) for run in current]
 
 
@@ -118,10 +119,10 @@ def truth_of(run: Run, seen: SlurmAnswer) -> Truth:
     recorded, job = record["state"], record["job"]
     if not job["ids"]:
         return Truth(recorded, _submitting(job))
-    if seen.stages.get(run.id) != _stage(record):
+    if seen.stages.get(record["id"]) != _stage(record):
         return Truth(recorded, stale=True)
     if seen.problem:
-        return Truth(recorded, f"SLURM cannot be asked here: {seen.problem}", unreachable=True)
+        return Truth(recorded, f"{UNREACHABLE}: {seen.problem}", unreachable=True)
     jobs = tuple(seen.queued[id] for id in job["ids"] if id in seen.queued)
     told_of: list[Queued | Ended] = [*jobs, *(seen.ended[id] for id in job["ids"] if id in seen.ended)]
     if foreign := [told.id for told in told_of if not _ours(told, record)]:

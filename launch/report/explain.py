@@ -17,7 +17,7 @@ from launch.records.read import node_logs, node_of, slow_words
 from launch.records.read import status as status_of
 from launch.records.requeue import REQUEUE, code_of_head
 from launch.records.run import Run
-from launch.records.state import ACTIVE, job_folder, waits_for
+from launch.records.state import ACTIVE, UNREACHABLE, job_folder, waits_for
 from launch.report.causes import CAUSES, GOING, RESUME, RESUME_AFTER_FIX, WAITING, Cause
 from trainers.contract.clock import local_time, seconds_between, utc_at, utc_now
 from trainers.contract.errors import UserError
@@ -191,8 +191,10 @@ def _slurm(run: Run, status: Status) -> dict[str, Any]:
     report["said"] = list(dict.fromkeys(lines))[-SLURM_LINES:]
     ended = verdicts.known(run, {})
     try:
-        ended = verdicts.known(run, slurm.history(ids))
-        report["forgotten"] = [id for id in ids if id not in ended and id not in (status["queue"] or {"ids": ()})["ids"]]
+        queued, seen = slurm.look(ids)
+        gone = [id for id in ids if id not in queued and id not in seen]
+        ended = verdicts.known(run, seen | slurm.accounted(gone) if gone else seen)
+        report["forgotten"] = [id for id in gone if id not in ended]
         if attempts and attempts[-1]["outcome"] == "lost":
             states = slurm.node_states(attempts[-1].get("nodes") or ())
             report["nodes"] = {node: ", ".join(filter(None, state)) for node, state in states.items()
@@ -246,7 +248,8 @@ def _cause(run: Run, status: Status, slurm: Mapping[str, Any]) -> dict[str, Any]
     if status["state"] in ("finished", "running", "cancelled"):
         return None
     submission = (status["job"] or {}).get("submission")
-    attempts = [attempt for attempt in status["attempts"] if attempt.get("submission", submission) == submission]
+    attempts = [attempt for attempt in status["attempts"]
+                if submission is None or attempt.get("submission", submission) == submission]
     if not attempts:
         waits = status["queue"]["reason"] if status["queue"] else status["state"] in ACTIVE
         return None if waits else cause | {"message": _no_attempt(slurm)} | _job_log(run, status)
@@ -365,6 +368,8 @@ def _sentence(run: Run, status: Status, attempts: Sequence[Mapping[str, Any]], c
             stopped = f"stopped{where}{f' ({why})' if why else ''}"
             if status["queue"]:  # the job of the attempt that has ended is still there
                 return f"{stopped}; {note}"
+            if note and note.startswith(UNREACHABLE):
+                return f"{stopped}; whether it continues is not known: {note}"
             return f"{stopped}; it does not continue by itself" + (f": {note}" if note else "")
     if cause and cause["attempt"] is None:
         return f"{state} before its first attempt: {cause['meaning'] or why}"

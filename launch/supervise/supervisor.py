@@ -88,6 +88,7 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
     interrupted = False             # a script's ranks got SIGINT; SIGTERM is still to come
     interrupts = 0                  # how often this process itself got SIGINT: every node of a job may get the same SIGINT
     overdue = False                 # ranks did not stop in time
+    hurt: str | None = None         # a rank failed while it was to stop
     failed_elsewhere = False        # ranks of another node have failed
     warned = False                  # the user knows that run.grace_s or KillWait is too short
     seen_at = time.monotonic()      # when the folder of the attempt was there last
@@ -142,6 +143,11 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
             # The stop signal reached this rank before its handler was set, or this rank lost a peer that stopped as asked.
             early = rank.code in (-signal.SIGTERM, -signal.SIGUSR2) or any(r.code in as_asked for r in ranks)
             stopped = rank.completed(stop_signal is not None) or (stop_signal is not None and early)
+            # SLURM's SIGTERM reaches processes that ranks have forked too, and a rank fails when it loses them (the workers of a
+            # DataLoader). The run continues from its newest checkpoint, unless the failure would repeat.
+            if not stopped and stop_signal is not None and plan.batch and (broken := rank.failure()).retry:
+                stopped = True
+                hurt = hurt or f"rank {broken.rank} failed while it was to stop: {broken.message}"
             if not stopped and failure is None and not (overdue or abrupt or failed_elsewhere):
                 failure = rank.failure()
                 deadline = _end_others(ranks, plan)
@@ -178,7 +184,7 @@ def _watch(plan: Plan, ranks: list[Rank], selector: selectors.BaseSelector, stop
     # The last rank may have ended by itself just before it was to be killed.
     late = next((rank for rank in ranks if rank.code == -signal.SIGKILL), None) if overdue else None
     # Ranks that were too slow to stop have not failed: the run continues from its newest checkpoint.
-    note = None if late is None else (f"rank {late.rank} did not stop within {plan.grace_s:g} s (run.grace_s) of {name} and "
+    note = hurt if late is None else (f"rank {late.rank} did not stop within {plan.grace_s:g} s (run.grace_s) of {name} and "
                                       "was killed")
     if failure is not None:
         return Outcome("failed", failure, name, slowest)

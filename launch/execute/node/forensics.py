@@ -138,7 +138,8 @@ def record_lost_attempts(paths: RunPaths, place: Place, folder: Path) -> None:
         elif shell_survived:
             message = f"the node process on {nodes[0] if nodes else attempt['host']} was killed"
         else:
-            message = "SLURM ended the job before its ranks had stopped (a node failed, or the grace was too short)"
+            message = ("how it ended could not be recorded: SLURM ended the job first (a node failed, or the grace was too "
+                       "short), or the run's folder could not be written")
         retry = shell_survived and not down and not unrecorded
         failure = Failure(None, None, None, message, None, None, retry, next(iter(down), None))
         replace_json(paths.attempt_record(number), {**attempt, "outcome": "lost", "failure": failure.as_dict()})

@@ -66,6 +66,7 @@ def test_a_renamed_run_keeps_its_id(original: Path, capsys: pytest.CaptureFixtur
     renamed = original.rename(original.with_name("b"))
     adopt(read_run(renamed))
     assert read_run(renamed).record == RECORD == read_json(renamed / "run.json") and capsys.readouterr().err == ""
+    assert spec_of(read_run(renamed).paths).config.script == str(renamed / "code/proj/train.py")
 
 
 def test_a_copy_that_has_become_a_run_of_its_own_may_be_renamed(

@@ -17,7 +17,9 @@ from launch.records.run import read_run
 from launch.records.state import state_of, true_states
 from launch.report.explain import explain
 from trainers.contract.clock import utc_now
+from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, replace_json, update_json
+from trainers.contract.paths import RunPaths
 
 JOB = {"kind": "slurm", "cluster": "c", "ids": ["7"], "submission": 1}
 ATTEMPT = {"attempt": 1, "outcome": "running", "job": "7", "restart": 0, "submission": 1, "nodes": ["n1", "n2"], "ranks": 2,
@@ -191,6 +193,24 @@ def test_a_sign_of_life_is_overwritten_in_place(tmp_path):
     file.unlink()
     sign.turn(None)
     assert not file.exists(), "it is not due yet"
+
+
+def test_a_renamed_run_is_asked_about_and_explained(make):
+    paths = make("submitted", queued={"state": "PENDING", "reason": "Resources", "script": None})
+    renamed = paths.root.rename(paths.root.with_name("other"))
+    assert true_states([read_run(renamed)])[0][1].jobs and state_of(read_run(renamed)) == "submitted"
+    assert "no longer knows" not in sentence(RunPaths(renamed))
+
+
+def test_whether_a_run_continues_is_not_known_while_slurm_cannot_be_asked(make, monkeypatch):
+    paths = make("preempted", {**STOPPED, "reason": "time limit"})
+
+    def absent(*args):
+        raise UserError("`squeue` failed: no controller")
+
+    monkeypatch.setattr(slurm, "look", absent)
+    assert sentence(paths).endswith("; whether it continues is not known: SLURM cannot be asked here: `squeue` failed: no "
+                                    "controller")
 
 
 def test_the_newest_checkpoint_on_disk_counts(make):

@@ -105,7 +105,8 @@ def paths(tmp_path: Path, monkeypatch) -> RunPaths:
 @pytest.mark.parametrize("left, message, counts", [
     ("again-9_3-1-137", "the node process on n1 was killed", True),
     ("again-9_3-1-76", "it stopped at the time limit, but its record could not be written", False),
-    ("again-9_3-0-137", "SLURM ended the job before its ranks had stopped (a node failed, or the grace was too short)", False),
+    ("again-9_3-0-137", "how it ended could not be recorded: SLURM ended the job first (a node failed, or the grace was too "
+                        "short), or the run's folder could not be written", False),
 ])
 def test_an_attempt_without_an_end_is_explained_by_what_the_batch_shell_left(paths, left, message, counts):
     (paths.submission(1) / left).touch()
