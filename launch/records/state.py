@@ -125,7 +125,7 @@ def truth_of(run: Run, seen: SlurmAnswer) -> Truth:
         return Truth(recorded, f"{UNREACHABLE}: {seen.problem}", unreachable=True)
     jobs = tuple(seen.queued[id] for id in job["ids"] if id in seen.queued)
     told_of: list[Queued | Ended] = [*jobs, *(seen.ended[id] for id in job["ids"] if id in seen.ended)]
-    if foreign := [told.id for told in told_of if not _ours(told, record)]:
+    if foreign := [told.id for told in told_of if not _ours(told, run)]:
         return Truth(recorded, f"job {foreign[0]} here is not this run's: the run was submitted to cluster `{job['cluster']}`",
                      unreachable=True)
     if not jobs:
@@ -244,12 +244,13 @@ def on_slurm(record: Mapping[str, Any]) -> bool:
     return bool(job and job["kind"] == "slurm" and record["state"] not in FINAL)
 
 
-def _ours(job: Queued | Ended, record: Mapping[str, Any]) -> bool:
+def _ours(job: Queued | Ended, run: Run) -> bool:
     """Return whether the job is this run's: its script is in the run's folder or in its sweep's folder.
 
-    A job of another cluster may have the same number.
+    A job of another cluster may have the same number. A folder that was renamed may have been submitted under either name.
     """
-    return job.script is None or any(f"/{id}/" in job.script for id in (record["id"], record.get("sweep")) if id)
+    names = (run.record["id"], run.id, run.record.get("sweep"))
+    return job.script is None or any(f"/{name}/" in job.script for name in names if name)
 
 
 def _submitting(job: Mapping[str, Any]) -> str:

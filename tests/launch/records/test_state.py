@@ -200,6 +200,11 @@ def test_a_renamed_run_is_asked_about_and_explained(make):
     renamed = paths.root.rename(paths.root.with_name("other"))
     assert true_states([read_run(renamed)])[0][1].jobs and state_of(read_run(renamed)) == "submitted"
     assert "no longer knows" not in sentence(RunPaths(renamed))
+    for name in ("r-1", "other"):  # submitted before and after the renaming
+        make.answer({"state": "PENDING", "script": f"/runs/{name}/submissions/1/job.sh"})
+        assert true_states([read_run(renamed)])[0][1].jobs
+    make.answer({"state": "PENDING", "script": "/runs/foreign/submissions/1/job.sh"})
+    assert not true_states([read_run(renamed)])[0][1].jobs
 
 
 def test_whether_a_run_continues_is_not_known_while_slurm_cannot_be_asked(make, monkeypatch):
