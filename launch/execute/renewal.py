@@ -22,7 +22,7 @@ from launch.plan.spec import Spec, with_values
 from launch.records.naming import short_path
 from trainers.config.schema import SearchConfig
 from trainers.contract.errors import UserError
-from trainers.contract.files import temporary_path
+from trainers.contract.files import exchange_folder, temporary_path
 
 # Keys of a cluster's file that decide what a run gets.
 RESOURCE_KEYS = ("device", "gpus_per_node", "cpus_per_node", "cpus_per_gpu", "cpus_per_rank", "max_nodes")
@@ -81,12 +81,7 @@ def renew(specs: Sequence[Spec], code: Path, kept: str) -> None:
     try:
         if target.exists():  # no attempt has begun since the last renewal
             target = temporary_path(target)
-        os.rename(code, target)
-        try:
-            os.rename(fresh, code)
-        except OSError:
-            os.rename(target, code)
-            raise
+        exchange_folder(code, fresh, target)
         _carry_over(old, target, code)
     except OSError as error:
         raise UserError(f"the code in {code} cannot be replaced: {error.strerror}", "make that folder writable") from error

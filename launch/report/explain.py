@@ -1,14 +1,12 @@
-"""Explain what happened to a run: the first rank that failed, what SLURM reports, and what to do next."""
+"""Explain what happened to a run: the first rank that failed, and what SLURM reports. `advice` says what to do next."""
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from launch.cluster import reasons
@@ -17,8 +15,9 @@ from launch.records.read import node_logs, node_of, slow_words
 from launch.records.read import status as status_of
 from launch.records.requeue import REQUEUE, code_of_head
 from launch.records.run import Run
-from launch.records.state import ACTIVE, UNREACHABLE, job_folder, waits_for
-from launch.report.causes import CAUSES, GOING, RESUME, RESUME_AFTER_FIX, WAITING, Cause
+from launch.records.state import ACTIVE, UNREACHABLE, job_folder
+from launch.report import advice
+from launch.report.causes import CAUSES, Cause
 from trainers.contract.clock import local_time, seconds_between, utc_at, utc_now
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json
@@ -26,7 +25,7 @@ from trainers.contract.paths import RunPaths
 from trainers.contract.text import duration, last_traceback
 
 if TYPE_CHECKING:
-    from launch.plan.submission import Submission
+    pass
 
 END_BYTES = 256 * 1024   # read from the end of a log
 BEGIN_BYTES = 64 * 1024  # read from the beginning of a log
@@ -67,18 +66,18 @@ def explain(run: Run) -> dict[str, Any]:
     attempts = _attempts(run.paths, status, "script" in spec)
     slurm = _slurm(run, status)
     cause = _cause(run, status, slurm)
-    facts = _facts(run, status, spec, attempts, cause)
+    facts = advice.facts_of(run, status, spec, attempts, cause)
     kind = None
     if cause and (known := _match(_text(cause, slurm))):
         kind, match = known
-        cause["meaning"] = _filled(kind.meaning, facts, match)
+        cause["meaning"] = advice.filled(kind.meaning, facts, match)
         if cause["exit_code"] is None:  # then the hint does not come from a rank, and only repeats the meaning
             cause["hint"] = None
     elif cause and status["state"] in ACTIVE:  # nothing failed: the first attempt has not started yet
         cause = None
     sentence = _sentence(run, status, attempts, cause, "script" in spec)
     return {"id": run.id, **{key: status[key] for key in ("state", "step", "total", "note")}, "sentence": sentence,
-            "cause": cause, "slurm": slurm, "attempts": attempts, "next": _next(status, cause, kind, facts)}
+            "cause": cause, "slurm": slurm, "attempts": attempts, "next": advice.next_steps(status, cause, kind, facts)}
 
 
 def told(explanation: Mapping[str, Any]) -> str:
@@ -182,7 +181,7 @@ def _attempt(row: Mapping[str, Any]) -> str:
 def _slurm(run: Run, status: Status) -> dict[str, Any]:
     """The part `slurm` of `explain`."""
     report: dict[str, Any] = {"problem": None, "jobs": [], "forgotten": [], "nodes": {}, "said": [], "queue": status["queue"]}
-    attempts, ids = status["attempts"], _ids(status)
+    attempts, ids = status["attempts"], advice.job_ids(status)
     if not ids or status["state"] in ("finished", "running", "cancelled"):
         return report
     from launch.cluster import slurm
@@ -219,14 +218,9 @@ def _spec(paths: RunPaths) -> dict[str, Any]:
         return {}
 
 
-def _ids(status: Status) -> list[str]:
-    """The ids of the last submission's jobs; empty for a local run."""
-    return (status["job"] or {}).get("ids") or []
-
-
 def _last_output(run: Run, status: Status) -> str:
     """The log of the head node in the last job, from the start of the last attempt. It holds SLURM's own lines too."""
-    logs = [log for log in node_logs(run) if log.job in _ids(status)]
+    logs = [log for log in node_logs(run) if log.job in advice.job_ids(status)]
     text = "\n".join(_read(log.path, -END_BYTES) for log in logs if log.job == logs[-1].job and log.node == 0)
     return text[max((mark.start() for mark in re.finditer(r"^attempt \d+ of ", text, re.MULTILINE)), default=0):]
 
@@ -267,7 +261,7 @@ def _cause(run: Run, status: Status, slurm: Mapping[str, Any]) -> dict[str, Any]
     cause["log"] = str(log) if log.exists() else None
     if trace := failure.get("traceback") or (last_traceback(text) if rank is not None else None):
         return cause | {"traceback": trace.splitlines()[-TRACE_LINES:]}
-    if _ids(status) and (rank is None or not log.exists()):
+    if advice.job_ids(status) and (rank is None or not log.exists()):
         return cause | _job_log(run, status, node)
     return cause | {"log_end": _last_lines(text.rstrip().splitlines()) or ["(the log is empty)"] * log.exists()}
 
@@ -315,12 +309,12 @@ def _unrecorded(run: Run, attempt: Mapping[str, Any], slurm: Mapping[str, Any]) 
 
 def _job_log(run: Run, status: Status, node: str | None = None) -> dict[str, Any]:
     """The end of a node process's log in the last job, as {"log", "log_end"}: the log of `node`, or else of the head node."""
-    logs = [log for log in node_logs(run) if log.job in _ids(status)]
+    logs = [log for log in node_logs(run) if log.job in advice.job_ids(status)]
     nodes = (status["attempts"] or [{}])[-1].get("nodes") or []
     logs = [log for log in logs if log.job == logs[-1].job]
     chosen = [log for log in logs if node in nodes and log.node == nodes.index(node)] or logs
     if not chosen:
-        return {"log_end": ["there is no log: no node could write to the run's folder"]} if _ids(status) else {}
+        return {"log_end": ["there is no log: no node could write to the run's folder"]} if advice.job_ids(status) else {}
     lines = [line for line in _read(chosen[0].path, -END_BYTES).splitlines() if not NOISE.search(line)]
     return {"log": str(chosen[0].path), "log_end": _last_lines(lines) or ["(the log is empty)"]}
 
@@ -417,105 +411,6 @@ def _runs(run: Run, status: Status, last: Mapping[str, Any] | None, script: bool
     if status["slow"]:
         return f"{text}; slow: {'; '.join(map(slow_words, status['slow']))}"
     return text + (f"; no output for {duration(silent_s)}: it may hang" if silent_s > SILENT_S else "; nothing is wrong")
-
-
-# What to do
-
-
-def _facts(run: Run, status: Status, spec: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]],
-           cause: Mapping[str, Any] | None) -> dict[str, str | None]:
-    """The values for the templates in causes.py, by name; None where a value is not known or does not apply."""
-    from launch.plan.submission import last_submission
-    from launch.records.naming import command_name, short_path
-
-    paths, on_slurm = run.paths, (status["job"] or {}).get("kind") == "slurm"
-    after = waits_for(run) if on_slurm else None
-    try:
-        submission = last_submission(paths, status.get("sweep")) if on_slurm else None
-    except (OSError, ValueError, UserError):  # the explanation does without a broken submission
-        submission = None
-    started = next((attempt for attempt in reversed(status["attempts"]) if attempt.get("ranks")), None)
-    ranks, option = (started["ranks"], "--gpus" if started["device"] == "cuda" else "--procs") if started else (0, "--procs")
-    where = f" {option} {ranks}" if started else ""
-    if submission:
-        ranks, option = submission.resources.ranks, "--gpus" if submission.resources.gpus else "--procs"
-        where = f" {option} {ranks} --nodes {submission.resources.nodes} --cluster {shlex.quote(submission.cluster.name)}"
-    train = {} if "script" in spec else spec.get("train") or {}
-    samples = train["batch_size"] // ranks if train and ranks else 1  # of a batch, per rank
-    given = train.get("micro_batch_size")
-    micro = given or samples if given != "auto" else 1  # `auto` tries smaller micro-batches by itself
-    kept = status["checkpoint"]
-    repeated = (attempts[-1]["to_step"] or 0) - kept if attempts and kept is not None else 0
-    name = command_name(paths)
-    return {
-        "run": name, "resume": f"launch resume {name}", "folder": shlex.quote(short_path(paths.root)), "where": where,
-        "onward": "it does the missing pieces; finished pieces are kept" if "search" in spec else
-                  "it starts the script again from its first line; the script loads its own checkpoints, if it keeps any"
-                  if "script" in spec else
-                  "it has no checkpoint, and starts from the beginning" if kept is None else
-                  f"it continues from its checkpoint of step {kept}"
-                  + (f" ({repeated} steps are repeated)" if repeated > 0 else ""),
-        "stop": "stops it; finished pieces are kept" if "search" in spec else
-                "stops it: its ranks get SIGTERM, and run.grace_s to save" if "script" in spec else
-                "stops it, with a checkpoint if it is running",
-        "new": f"launch {shlex.quote(short_path(paths.spec))}" if train or "search" in spec else None,
-        "plan": f"launch plan {shlex.quote(short_path(paths.spec))}" if train else None,
-        "smaller": str(max(size for size in range(1, micro) if samples % size == 0)) if micro > 1 else None,
-        "more": f"{option} {2 * ranks}" if samples % 2 == 0 and not given else None,
-        "lower": f"{spec['optim']['lr'] / 3:.2g}" if train else None,
-        "grace_s": str(round(3 * spec["run"]["grace_s"])) if "run" in spec else None,
-        "hang_s": f"{3 * spec['run']['hang_s']:g}" if (spec.get("run") or {}).get("hang_s") else None,
-        "report_s": f"{3 * spec['eval']['report_s']:g}" if (spec.get("eval") or {}).get("report_s") else None,
-        "cluster": shlex.quote(submission.cluster.name) if submission else None,
-        "node": cause["node"] if cause and on_slurm else None,
-        "memory": _more_memory(run, status) if submission else None, "time": _more_time(submission) if submission else None,
-        "jobs": " ".join(_ids(status)), "after": shlex.quote(command_name(after)) if after else None,
-    }
-
-
-def _more_memory(run: Run, status: Status) -> str:
-    """The option that asks sbatch for twice the memory of the last submission."""
-    folders = [run.paths, RunPaths(run.paths.root.parent / (status.get("sweep") or run.id))]
-    scripts = [_read(paths.submission(status["job"]["submission"]) / "job.sh", END_BYTES) for paths in folders]
-    asked = re.search(r"^#SBATCH --(mem|mem-per-cpu)=(\d+)([KMGT]?)$", "\n".join(scripts), re.MULTILINE)
-    return f"sbatch.{asked[1]}={2 * int(asked[2])}{asked[3]}" if asked else "sbatch.mem=SIZE"
-
-
-def _more_time(submission: Submission) -> str:
-    """Twice the time limit of a submission."""
-    from launch.cluster.times import seconds, slurm_time
-
-    return slurm_time(2 * seconds(submission.time or submission.cluster.time))
-
-
-def _next(status: Status, cause: Mapping[str, Any] | None, kind: Cause | None, facts: Mapping[str, str | None]
-          ) -> list[dict[str, str | None]]:
-    """The commands to run next, each with the reason."""
-    advice = kind.advice if kind else ()
-    if status["state"] == "finished":
-        return []
-    if not any(" resume " in command for command in status["next"]):  # the run continues by itself, or may do so
-        reason = (status["queue"] or {}).get("reason") or ""
-        advice = (*(step for pattern, step in WAITING if re.match(pattern, reason)), *GOING)
-    return _steps_of(advice, facts) or _steps_of([RESUME_AFTER_FIX if cause else RESUME], facts)
-
-
-def _steps_of(advice: Sequence[tuple[str, str]], facts: Mapping[str, str | None]) -> list[dict[str, str | None]]:
-    """The commands of `advice` whose facts are all known, each once."""
-    reasons_by_command: dict[str, str] = {}
-    for template, why in advice:
-        command, reason = _filled(template, facts), _filled(why, facts)
-        if command and reason:
-            reasons_by_command.setdefault(command, reason)
-    return [{"command": command, "why": why} for command, why in reasons_by_command.items()]
-
-
-def _filled(template: str, facts: Mapping[str, str | None], match: re.Match[str] | None = None) -> str | None:
-    """The template with the facts, and the groups of `match`, in place of its braces; None if a fact is not known."""
-    names = [name for _, name, _, _ in Formatter().parse(template) if name and not name.isdigit()]
-    if any(facts.get(name) is None for name in names):
-        return None
-    return template.format(*(match.groups() if match else ()), **facts)
 
 
 # Files and times

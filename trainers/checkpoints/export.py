@@ -15,7 +15,7 @@ from pathlib import Path
 from trainers.checkpoints.manifest import STATE
 from trainers.checkpoints.tensor_files import Layout, Parts, write
 from trainers.contract.errors import UserError
-from trainers.contract.files import flush_folder, read_json, replace_json, temporary_path
+from trainers.contract.files import exchange_folder, flush_folder, read_json, replace_json, temporary_path
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -121,12 +121,7 @@ def _replace_folder(folder: Path, new: Path) -> None:
         os.rename(new, folder)
         return
     old = temporary_path(folder)
-    os.rename(folder, old)
-    try:
-        os.rename(new, folder)
-    except BaseException:
-        os.rename(old, folder)
-        raise
+    exchange_folder(folder, new, old)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -22,6 +22,16 @@ def check_format(value: Mapping[str, Any]) -> None:
         raise ValueError(f"a newer version of launch has written it (format {number}; this version knows format {FORMAT})")
 
 
+def exchange_folder(folder: Path, new: Path, old: Path) -> None:
+    """Rename `folder` to `old`, and `new` to `folder`. If the second fails, the first is undone. Raises: OSError."""
+    os.rename(folder, old)
+    try:
+        os.rename(new, folder)
+    except BaseException:
+        os.rename(old, folder)
+        raise
+
+
 def flush_folder(folder: Path) -> None:
     """Flush a folder to disk, so that the names of its files survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -19,6 +19,7 @@ from launch.records.process import identity
 from launch.records.read import list_runs
 from launch.records.run import read_run
 from launch.records.state import state_of
+from launch.report.explain import explain
 from launch.supervise import supervisor
 from trainers.contract.files import read_json, replace_json, replace_text
 
@@ -47,6 +48,7 @@ def test_jobs_and_processes_of_the_original_do_not_belong_to_a_copy(original: Pa
     copy = Path(shutil.copytree(original, original.with_name("b")))
     run = read_run(copy)
     assert (run.record["id"], run.record["copy_of"], run.record["job"], state_of(run)) == ("b", "a", None, "preempted")
+    assert "in attempt 1" in explain(run)["sentence"] and "first attempt" not in explain(run)["sentence"]
     assert {row["id"] for row in list_runs(copy.parent)} == {"a", "b"}
     assert read_json(copy / "run.json")["id"] == "a"  # only `launch resume` writes
 
