@@ -8,11 +8,10 @@ import re
 import shlex
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import BLOBS, Command, attempt, environment, logged_steps, record, rows, set_pause, wait_until
+from conftest import BLOBS, Command, attempt, environment, fill, logged_steps, record, rows, set_pause, small_disk, wait_until
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -198,20 +197,11 @@ def test_resume_skips_a_broken_checkpoint(launch):
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_does_not_stop_a_run(launch):
-    disk = launch.folder / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
-    try:
+    with small_disk(launch.folder / "disk", "1m") as disk:
         process = launch.start(BLOBS, "--runs", disk, "--procs", 2, "train.steps=600", "eval.every=100", "model.pause_s=0.01",
                                "checkpoint.keep_best=0", "checkpoint.keep_last=1")
         whole = wait_until(lambda: list(disk.glob("*/checkpoints/step_15")), process=process)[0]
-        filler = disk / "filler"
-        with open(filler, "wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(b"x" * 4096)
-            except OSError:
-                pass
+        filler = fill(disk)
         run = whole.parent.parent
         seen: list[str] = []
         for line in process.stdout:
@@ -232,32 +222,23 @@ def test_a_full_disk_does_not_stop_a_run(launch):
         assert "training continues" in output and "No space left on device" in output
         assert [step for step, _ in losses(run)] == list(range(1, 601))  # the rows were kept in memory while the disk was full
         assert record(run)["checkpoint"] == 600
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_run_that_is_stopped_on_a_full_disk_has_not_failed(launch):
-    disk = launch.folder / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], check=True)
-    try:
+    with small_disk(launch.folder / "disk", "2m") as disk:
         process = launch.start(BLOBS, "--runs", disk, "--procs", 1, "model.pause_s=0.05")
         run = wait_until(lambda: list(disk.glob("*/checkpoints/step_15")), process=process)[0].parents[1]
-        with suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
+        filler = fill(disk)
         process.terminate()
         out, err = process.communicate(timeout=120)
         assert process.returncode == 75 and "the run continues from the checkpoint before" in out, out + err
-        (disk / "filler").unlink()
+        filler.unlink()
         set_pause(run, 0)
         resumed = launch("resume", run)
         assert resumed.returncode == 0 and "resuming at step" in resumed.stdout, resumed.stderr
         assert [step for step, _ in losses(run)] == list(range(1, 121))
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 @pytest.mark.slow

@@ -7,12 +7,11 @@ import os
 import random
 import re
 import signal
-import subprocess
 import time
-from contextlib import suppress
+from contextlib import ExitStack
 
 import pytest
-from conftest import BLOBS, alive, attempt, record, rows, set_pause, wait_until
+from conftest import BLOBS, alive, attempt, fill, record, rows, set_pause, small_disk, wait_until
 from slurm.conftest import explanation_of
 
 pytestmark = pytest.mark.slow
@@ -255,29 +254,22 @@ def test_a_preemption(slurm, slurm_launch, whole):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_job_that_starts_again_on_a_full_disk_waits_for_room(slurm, slurm_launch, whole):
-    disk = slurm_launch.folder / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=True)
-    try:
+    with small_disk(slurm_launch.folder / "disk", "40m") as disk, ExitStack() as last:
+        last.callback(slurm.clean)  # before the disk goes
         run, job = submit(slurm_launch, *KEYS, SLOWLY, *WHERE, "--runs", disk)
         run = disk / run.name
         reach(run, random.randint(20, 40))
         slurm.run("scontrol", "requeue", job)
         slurm.wait_until_requeued(job)
-        with suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
+        filler = fill(disk)
         slurm.start_now(job)
         slurm.wait(job, "RUNNING")
         time.sleep(6)
         assert slurm.job(job)["JobState"] == "RUNNING" and not (run / "attempts/2/attempt.json").exists()
-        (disk / "filler").unlink()
+        filler.unlink()
         run_to_the_end(run)
         assert results(run) == whole and attempt(run, 2)["job"] == job
         assert "until the run directory could be written (No space left on device)" in attempt(run, 2)["reason"]
-    finally:
-        slurm.clean()
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_a_rank_that_runs_out_of_memory_costs_no_restart(slurm_launch):
