@@ -293,6 +293,8 @@ def _no_attempt(slurm: Mapping[str, Any]) -> str:
 
 def _unrecorded(run: Run, attempt: Mapping[str, Any], slurm: Mapping[str, Any]) -> str:
     """The message for an attempt that ended without a record of its failure."""
+    if origin := run.record.get("copy_of"):
+        return f"the folder was copied from run {origin} while this attempt ran there"
     if down := [f"node {node} is down ({state})" for node, state in slurm["nodes"].items()]:
         return ", ".join(down)
     nodes = attempt.get("nodes") or []
