@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from crashes import CRASH_CODE, crash_at, exit_code_of, fork, run_forked
 
-from trainers.checkpoints import evaluation, manifest
+from trainers.checkpoints import evaluation, folders, manifest
 from trainers.config import schema as config
 from trainers.contract.paths import RunPaths
 from trainers.engine.parallel.fragments import Fragment
@@ -175,10 +175,14 @@ class Trials:
         return good
 
     def save_again(self, copy: RunPaths) -> int:
-        """Save step 40. Return 0 if that worked and its checkpoint is the only thing left in the folder, otherwise 1."""
+        """Save step 40. Return 0 if that worked and nothing else is left in the folder, otherwise 1.
+
+        An older checkpoint whose manifest cannot be read stays: somebody may want to look at it.
+        """
+        unreadable = {copy.checkpoint(step).name for step in set(copy.checkpoint_steps()) - set(folders.metrics(copy))}
         after = checkpoints(copy, single_rank())
         after.save(40, {"x": Fragment.whole(torch.zeros(3))}, {})
-        return int(after.wait() is not None or os.listdir(copy.checkpoints) != ["step_40"])
+        return int(after.wait() is not None or set(os.listdir(copy.checkpoints)) != {"step_40", *unreadable})
 
     def save(self, copy: RunPaths, victim: int, number: int | None, power: bool = False) -> int:
         """Save step 30 with as many ranks as the run had. Crash the rank `victim` at its operation `number` (None: never).
