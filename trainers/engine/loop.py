@@ -12,21 +12,19 @@ from typing import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from trainers.checkpoints import facts
 from trainers.checkpoints.evaluation import Evaluation
 from trainers.config.schema import Every, RunConfig, Train
 from trainers.contract import events, exit_codes, heartbeat
-from trainers.contract.errors import TrainingError, UserError
+from trainers.contract.errors import TrainingError
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
 from trainers.engine.batches.sampling import Shuffled
 from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
-from trainers.engine.parallel.fragments import Fragment, check_no_unknown, fill, tied_names
+from trainers.engine.parallel.fragments import tied_names
 from trainers.engine.parallel.strategy import close_process_group, share_buffers
+from trainers.engine.saving import restore
 from trainers.engine.saving.checkpoint import Checkpoints
 from trainers.engine.saving.huggingface import describe
-from trainers.engine.saving.storage import Reader
-from trainers.engine.saving.weights import load_weights, open_source
 from trainers.engine.setup import set_up
 from trainers.engine.task import Task
 from trainers.engine.tracking.tracker import NoTracker, Tracker
@@ -74,11 +72,10 @@ class Loop:
     def __init__(self, task: Task, config: RunConfig, world: World, paths: RunPaths, attempt: int | None):
         self.task, self.config, self.world, self.paths = task, config, world, paths
         train = config.train
-        setup = set_up(task, config, world, before_placement=self._before_placement)
+        self.setup = setup = set_up(task, config, world, before_placement=self._before_placement)
         self.strategy, self.stopping, self.models = setup.strategy, setup.stopping, setup.models
         self.train_set = setup.train_set
         self.eval_set = setup.eval_set if setup.eval_set is not None and len(setup.eval_set) else None
-        self.layout, self.parameters, self.facts = setup.layout, setup.parameters, setup.facts
         self.runners = [UpdateRunner(update, config, world, self.strategy, self.train_set, self.models)
                          for update in task.updates()]
         self.samples = self.runners[0].samples  # of the first update: defines what an epoch is
@@ -161,7 +158,8 @@ class Loop:
         if newest is not None:
             self._restore(newest)
         elif self.config.init.source is not None:
-            notes = self._load_initial_weights(self.config.init.source)
+            notes = restore.load_initial_weights(self.config.init.source, self.config, self.setup, self.runners, self.paths,
+                                                 self.world)
         if self.eval_set is None and self.config.checkpoint.metric is not None:
             notes.append(("warning", f"there is no evaluation set, so `{self.config.checkpoint.metric}` (`checkpoint.metric`) is "
                                      "not measured, and no checkpoint is kept as a best one"))
@@ -172,7 +170,7 @@ class Loop:
         self.tracker.emit({
             "event": "start", "step": self.step, "total": self.total, "world_size": self.world.size,
             "device": self.world.device.type, "precision": self.config.train.precision,
-            "parameters": self.parameters,
+            "parameters": self.setup.parameters,
             "samples": len(self.train_set), "best_by": self.config.checkpoint.best_by, "resumed": newest is not None,
         })
         for level, message in notes:
@@ -187,48 +185,17 @@ class Loop:
         self.evaluated = state.get("evaluated", False)  # only in checkpoints of older versions
         if found := self.checkpoints.evaluation(step):
             self.evaluated, self.metrics, self.best = True, found.metrics, found.best
-        self._check_data(state["samples"], state.get("facts"))
-        self._load_tensors(reader)
+        restore.check_data(self.setup, state["samples"], state.get("facts"))
+        restore.load_tensors(reader, self.setup, self.runners)
         for runner in self.runners:
             runner.load_state(state["updates"][runner.update.name])
         if self.step == self.total:
             self.evaluated, self.best = False, self.before.best  # evaluate again: the pictures need the measures
 
-    def _load_initial_weights(self, weights: str) -> list[tuple[str, str]]:
-        """Load the weights that `init.source` names. Return notes for the user, as (level, message)."""
-        path = self.paths.first_weights(weights)
-        source = open_source(path, self.world)
-        note = load_weights(source, self.layout, self.strategy.fragments(self.models), self.config.init.skip, f"`{weights}`")
-        for runner in self.runners:
-            runner.sharded.after_fill()
-        notes = [("info", note)]
-        changes = facts.differences(facts.names(facts.read(path)), self.facts)
-        if changes and not self.config.init.skip:
-            notes.append(("warning", f"these weights were trained with other names: {'; '.join(changes)}; init.skip=[NAME] "
-                                     "leaves out a layer that belongs to the old names"))
-        return notes
-
     def _on_commit(self, step: int) -> None:
         """Record a committed checkpoint. Runs on rank 0, in the writing thread."""
         self.tracker.committed(step)
         shutil.rmtree(self.paths.init, ignore_errors=True)  # the run now resumes from its own checkpoint
-
-    def _fragments(self) -> dict[str, Fragment]:
-        """Return this rank's parts of all tensors in a checkpoint, by name: models and optimizer states."""
-        fragments = self.strategy.fragments(self.models)
-        for runner in self.runners:
-            fragments |= runner.sharded.fragments(runner.update.name)
-        return fragments
-
-    def _load_tensors(self, reader: Reader) -> None:
-        """Load the models and optimizer states of a checkpoint."""
-        shapes = reader.shapes
-        check_no_unknown(shapes, {place.key for place in self.layout})
-        for runner in self.runners:
-            runner.sharded.allocate(runner.update.name, shapes)
-        fill(self._fragments(), shapes, reader.read)
-        for runner in self.runners:
-            runner.sharded.after_fill()
 
     def _evaluate(self) -> bool:
         """Evaluate at this step. Return False if the run must stop before the evaluation is complete."""
@@ -257,28 +224,6 @@ class Loop:
         if self.world.main and self.measured is not None:
             draw_figures(self.task, self.measured, self.paths.figures, self.tracker.note)
 
-    def _sample_counts(self) -> list[int]:
-        """Return the numbers of training and evaluation samples."""
-        return [len(self.train_set), len(self.eval_set) if self.eval_set is not None else 0]
-
-    def _check_data(self, before: list[int], trained: facts.Facts | None) -> None:
-        """Raise a UserError if the numbers of samples or the task's facts have changed: the run would be another run.
-
-        `trained` is None if the checkpoint is from an older version, which kept no facts.
-        """
-        now = self._sample_counts()
-        if before != now:
-            older = trained is None and bool(self.facts)
-            reason = (", or the older version that started the run read it differently (other folders, other files)" if older
-                      else "")
-            raise UserError(f"the data has changed since this run started{reason}: it had {before[0]} training and {before[1]} "
-                            f"evaluation samples, now it has {now[0]} and {now[1]}",
-                            "restore the old data, or start a new run" +
-                            ("; or go on with the version of `launch` that started this run" if older else ""))
-        if changes := facts.differences(trained or {}, self.facts):
-            raise UserError(f"the data has changed since this run started: {'; '.join(changes)}",
-                            "restore the old data, or start a new run")
-
     def _save(self) -> None:
         """Start to save a checkpoint of this step, unless that was done already."""
         if self._saved == self.step:
@@ -289,11 +234,11 @@ class Loop:
         found = Evaluation(self.metrics, self.best) if self.evaluated and self.eval_set is not None else None
         state = {
             "step": self.step, "metrics": self.before.metrics, "best": self.before.best,
-            "samples": self._sample_counts(), "tied": self.tied, "facts": self.facts,
+            "samples": restore.sample_counts(self.setup), "tied": self.tied, "facts": self.setup.facts,
             "updates": {runner.update.name: runner.state() for runner in self.runners},
         }
         share_buffers(self.models, self.world)
-        self.checkpoints.save(self.step, self._fragments(), state, found)
+        self.checkpoints.save(self.step, restore.fragments(self.setup, self.runners), state, found)
         if self.checkpoints.superseded:
             raise self._superseded()
         self._saved = self.step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from made import make_checkpoint
@@ -15,6 +17,7 @@ from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 from trainers.engine.evaluate_only import evaluate_only
 from trainers.engine.loop import Loop
+from trainers.engine.saving.restore import check_data, load_initial_weights
 from trainers.engine.task import Loss, Task
 
 
@@ -68,15 +71,15 @@ def test_a_metric_that_is_never_measured_deserves_a_warning(tmp_path, capsys, ev
 
 def test_data_with_other_facts_is_refused(tmp_path):
     loop = started(tmp_path, None)
-    loop.facts = {"words": ["a", "b"]}
-    loop._check_data([8, 0], {})  # a checkpoint of an older version
-    loop._check_data([8, 0], {"words": ["a", "b"]})
+    setup = replace(loop.setup, facts={"words": ["a", "b"]})
+    check_data(setup, [8, 0], {})  # a checkpoint of an older version
+    check_data(setup, [8, 0], {"words": ["a", "b"]})
     with pytest.raises(UserError, match=r"the data has changed since this run started: `words` was \[b\], and is \[a, b\]"):
-        loop._check_data([8, 0], {"words": ["b"]})
+        check_data(setup, [8, 0], {"words": ["b"]})
     with pytest.raises(UserError, match="or the older version that started the run read it differently"):
-        loop._check_data([9, 0], None)
+        check_data(setup, [9, 0], None)
     with pytest.raises(UserError, match="since this run started: it had 9 training"):
-        loop._check_data([9, 0], {"words": ["a", "b"]})
+        check_data(setup, [9, 0], {"words": ["a", "b"]})
 
 
 @pytest.mark.parametrize("state", [{}, {"facts": {"words": ["x", "y"]}}])
@@ -110,8 +113,8 @@ def test_weights_of_an_export_with_other_names_deserve_a_warning(tmp_path):
     file = tmp_path / "x.safetensors"
     to_safetensors(read_models(weights)["model"], file, facts.metadata(facts.read(weights), "r", 3))
     loop = started(tmp_path / "new", None)
-    loop.facts = {"words": ["x", "z"]}
-    _, (level, note) = loop._load_initial_weights(str(file))
+    setup = replace(loop.setup, facts={"words": ["x", "z"]})
+    _, (level, note) = load_initial_weights(str(file), loop.config, setup, loop.runners, loop.paths, ONE)
     assert level == "warning" and "`words` was [x, y], and is [x, z]" in note
 
 

@@ -1,0 +1,88 @@
+"""Fill a run's models and optimizers from a checkpoint, or its models from the weights of `init.source`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trainers.checkpoints import facts
+from trainers.config.schema import RunConfig
+from trainers.contract.errors import UserError
+from trainers.contract.paths import RunPaths
+from trainers.engine.parallel.fragments import Fragment, check_no_unknown, fill
+from trainers.engine.saving.storage import Reader
+from trainers.engine.saving.weights import load_weights, open_source
+from trainers.engine.setup import Setup
+from trainers.engine.update_runner import UpdateRunner
+from trainers.engine.world import World
+
+
+def fragments(setup: Setup, runners: Sequence[UpdateRunner]) -> dict[str, Fragment]:
+    """Return this rank's parts of all tensors in a checkpoint, by name: models and optimizer states."""
+    found = setup.strategy.fragments(setup.models)
+    for runner in runners:
+        found |= runner.sharded.fragments(runner.update.name)
+    return found
+
+
+def load_tensors(reader: Reader, setup: Setup, runners: Sequence[UpdateRunner]) -> None:
+    """Load the models and optimizer states of a checkpoint.
+
+    Raises:
+        UserError: the models, or the parameters that are trained, differ from those of the checkpoint.
+    """
+    shapes = reader.shapes
+    check_no_unknown(shapes, {place.key for place in setup.layout})
+    for runner in runners:
+        runner.sharded.allocate(runner.update.name, shapes)
+    fill(fragments(setup, runners), shapes, reader.read)
+    for runner in runners:
+        runner.sharded.after_fill()
+
+
+def load_initial_weights(weights: str, config: RunConfig, setup: Setup, runners: Sequence[UpdateRunner], paths: RunPaths,
+                         world: World) -> list[tuple[str, str]]:
+    """Load the weights that `init.source` names. Return notes for the user, as (level, message).
+
+    Raises:
+        UserError: the weights cannot be read, or do not fit the models.
+    """
+    path = paths.first_weights(weights)
+    source = open_source(path, world)
+    note = load_weights(source, setup.layout, setup.strategy.fragments(setup.models), config.init.skip, f"`{weights}`")
+    for runner in runners:
+        runner.sharded.after_fill()
+    notes = [("info", note)]
+    changes = facts.differences(facts.names(facts.read(path)), setup.facts)
+    if changes and not config.init.skip:
+        notes.append(("warning", f"these weights were trained with other names: {'; '.join(changes)}; init.skip=[NAME] "
+                                 "leaves out a layer that belongs to the old names"))
+    return notes
+
+
+def sample_counts(setup: Setup) -> list[int]:
+    """Return the numbers of training and evaluation samples."""
+    return [len(setup.train_set), len(setup.eval_set) if setup.eval_set is not None else 0]
+
+
+def check_data(setup: Setup, before: list[int], trained: facts.Facts | None) -> None:
+    """Check that the numbers of samples and the task's facts have not changed: otherwise the run would be another run.
+
+    Args:
+        before: what `sample_counts` returned when the checkpoint was saved.
+        trained: the facts in the checkpoint; None if it is from an older version, which kept no facts.
+
+    Raises:
+        UserError: something has changed.
+    """
+    now = sample_counts(setup)
+    if before != now:
+        older = trained is None and bool(setup.facts)
+        reason = (", or the older version that started the run read it differently (other folders, other files)" if older
+                  else "")
+        raise UserError(f"the data has changed since this run started{reason}: it had {before[0]} training and {before[1]} "
+                        f"evaluation samples, now it has {now[0]} and {now[1]}",
+                        "restore the old data, or start a new run" +
+                        ("; or go on with the version of `launch` that started this run" if older else ""))
+    if changes := facts.differences(trained or {}, setup.facts):
+        raise UserError(f"the data has changed since this run started: {'; '.join(changes)}",
+                        "restore the old data, or start a new run")
