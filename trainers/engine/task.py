@@ -63,9 +63,11 @@ class Loss(NamedTuple):
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls on a Loss
 
 
-# By name: (sum, count). The engine adds up both over all batches and ranks, then divides the sum by the count.
-# The two may have any shapes that broadcast, for example [classes] and [classes], or [classes, classes] and a number.
-Measures = Mapping[str, tuple[Tensor, Tensor | int]]
+# By name, (sum, count): the engine adds up both over all batches and ranks, then divides the sum by the count. The two may have
+# any shapes that broadcast, for example [classes] and [classes], or [classes, classes] and a number.
+# Or a plain tensor of any shape: the engine adds it up, and the task's `report` gets the sum, for a metric that is no mean
+# (counts of n-grams, true positives). Integers are added up exactly, as int64.
+Measures = Mapping[str, tuple[Tensor, Tensor | int] | Tensor]
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class Task:
         raise TypeError(f"{type(self).__name__} must define loss(self, model, batch)")
 
     def measure(self, model: nn.Module, batch: Any) -> Measures:
-        """Return (sum, count) of each measure over one evaluation batch. The default measures the loss.
+        """Return the measures of one evaluation batch: (sum, count), or a plain sum, by name. The default measures the loss.
 
         Runs without gradients, under autocast, with the model in evaluation mode. All batches on all ranks return the same
         names, with the same shapes. A batch may have no samples: then the sums and counts are 0.
@@ -171,11 +173,12 @@ class Task:
         return {"loss": (total, count)}
 
     def report(self, measured: Mapping[str, Tensor], figures: Path | None) -> dict[str, float]:
-        """Return the metrics of an evaluation by name. The default returns every measure that is a scalar.
+        """Return the metrics of an evaluation by name. The default returns every measure that is a scalar, plain sums too.
 
         Args:
             measured: for each measure its sum divided by its count, over the whole evaluation set: float64 on the rank's
-                device, in the shape that the two broadcast to, the same on every rank.
+                device, in the shape that the two broadcast to, the same on every rank. Of a plain sum, the sum itself:
+                int64 if it holds integers, otherwise float64.
             figures: an existing folder for pictures (*.png). None: draw no pictures. Only rank 0 draws, at the end of a run.
         """
         return {name: value.item() for name, value in measured.items() if value.ndim == 0}

@@ -10,6 +10,7 @@ from ranks import Ranks, serve
 from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
 from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
+from trainers.engine.world import World
 
 
 def test_single_numbers_of_numpy_and_torch_are_metrics():
@@ -58,34 +59,91 @@ def test_ranks_may_name_their_measures_in_different_orders_but_must_have_the_sam
         assert two("evaluated", names=[["a", "b"], ["b", "a"]]) == [{"a": 3.0, "b": 30.0}] * 2
         refused = ("the measures of rank 1 differ from those of rank 0: `b` is missing on one of them, or has another shape")
         assert two("evaluated", names=[["a", "b"], ["a"]]) == two("evaluated", names=[["a"], ["b", "a"]]) == [refused] * 2
+        # The integers are 2**62 - 1 and three times 1: float64 would lose the small ones.
+        sums = {"counts": ["torch.int64", [2**62 + 2, 4]], "halves": ["torch.float64", 3.0], "mean": ["torch.float64", 1.5]}
+        assert two("summed") == [sums] * 2
     finally:
         two.close()
+
+
+@pytest.mark.parametrize("measures, message", [
+    ([{"a": 1}], "the task returns an int as its measure `a`"),
+    ([{"a": (torch.ones(1), 1, 2)}], "the task returns a tuple as its measure `a`"),
+    ([{"a": ("1", 2)}], "the task returns a tuple as its measure `a`"),
+    ([[("a", 1)]], "the task returns a list as its measures, but must return a dict"),
+    ([{"a": torch.zeros(2)}, {"a": torch.zeros(3)}], r"the task's measure `a` has the shape \[2\] in one batch and \[3\] in "),
+    ([{"a": torch.zeros(2)}, {"a": (torch.zeros(2), 1)}], r"the shape \[2\] in one batch and \[2\] and \[\] in another"),
+])
+def test_what_is_no_measure_is_refused_and_named(measures, message):
+    with pytest.raises(UserError, match=message):
+        measured_by(lambda number: measures[number], len(measures))
+
+
+def test_sums_and_means_in_any_form_of_number():
+    measured = measured_by(lambda number: {
+        "mean": (np.float32(number), np.int64(1)), "sum": torch.tensor([number, 1], dtype=torch.float16),
+        "count": torch.tensor(True), "classes": (torch.tensor([number, 4]), torch.tensor([2, 0]))}, 4)
+    assert {name: value.dtype for name, value in measured.items()} == {
+        "mean": torch.float64, "sum": torch.float64, "count": torch.int64, "classes": torch.float64}
+    assert {name: value.tolist() for name, value in measured.items()} == {
+        "mean": 1.5, "sum": [6, 4], "count": 4, "classes": [0.75, float("inf")]}
+
+
+def measured_by(measures, batches):
+    """The measures of a task that returns `measures(number)` for batch `number`, on one rank."""
+    return evaluate(Alike(measures), {}, Rows(batches), CONFIG, World(0, 1, 0, 1, torch.device("cpu")), Never())
+
+
+CONFIG = RunConfig.model_validate({"name": "x", "task": "x:X", "train": {"steps": 1, "batch_size": 2}, "eval": {"batch_size": 1}})
+
+
+class Rows:
+    """A data set whose batches are the numbers of their samples."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def batch(self, share):
+        return torch.from_numpy(share.indices)
+
+
+class Alike:
+    """A task that measures each batch of one sample by a function of the sample's number."""
+
+    def __init__(self, measures):
+        self.measures = measures
+
+    def evaluate(self, models, batch):
+        return self.measures(int(batch))
+
+
+class Never:
+    def at_boundary(self):
+        return False
 
 
 # ---- on the ranks
 
 
+def summed(world):
+    measured = evaluate(Alike(lambda number: {
+        "counts": torch.tensor([2**62 - 1 if number == 0 else 1, 1]), "halves": torch.tensor(0.75).bfloat16(),
+        "mean": (torch.tensor(number, device=world.device), 1)}), {}, Rows(4), CONFIG, world, Never())
+    return {name: [str(value.dtype), value.tolist()] for name, value in measured.items()}
+
+
 def evaluated(world, names):
     """Evaluate two samples, each on its own rank: `a` is 2 and 4, `b` is 20 and 40."""
-    class Samples:
-        def __len__(self):
-            return 2
-
-        def batch(self, share):
-            return torch.from_numpy(share.indices)
-
     class Named:
         def evaluate(self, models, batch):
             sums = {"a": 2 * (batch + 1).sum(), "b": 20 * (batch + 1).sum()}
             return {name: (sums[name], len(batch)) for name in names[world.rank]}
 
-    class Never:
-        def at_boundary(self):
-            return False
-
-    config = RunConfig.model_validate({"name": "x", "task": "x:X", "train": {"steps": 1, "batch_size": 2}})
     try:
-        return {name: mean.item() for name, mean in evaluate(Named(), {}, Samples(), config, world, Never()).items()}
+        return {name: mean.item() for name, mean in evaluate(Named(), {}, Rows(2), CONFIG, world, Never()).items()}
     except UserError as error:
         return error.message
 
