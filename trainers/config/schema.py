@@ -149,12 +149,21 @@ class Optim(Section):
     eps: PositiveFloat = Field(1e-8, description="epsilon, for adam and adamw")
     weight_decay: NonNegativeFloat = 0.0
     clip_norm: PositiveFloat | None = Field(None, description="clip gradients to this norm; null: no clipping")
-    schedule: Literal["constant", "cosine", "linear", "onecycle"] = "constant"
+    schedule: Literal["constant", "cosine", "linear", "onecycle", "inverse_sqrt"] = Field(
+        "constant", description="after the warm-up; inverse_sqrt: falls as 1 / sqrt(step), and needs a warm-up"
+    )
     warmup: Annotated[float, Field(ge=0)] = Field(
         0.0, description="length of the linear warm-up (onecycle: of the rise): below 1, a fraction of all steps; otherwise a "
                          "number of steps"
     )
     final_lr: Fraction = Field(0.0, description="learning rate at the end of cosine and linear, as a fraction of lr")
+
+    @model_validator(mode="after")
+    def _inverse_sqrt_needs_warmup(self) -> "Optim":
+        if self.schedule == "inverse_sqrt" and not self.warmup:
+            raise ValueError("optim.schedule=inverse_sqrt needs optim.warmup, the steps until the learning rate is optim.lr and "
+                             "begins to fall: for example optim.warmup=4000, or 0.1 for a tenth of all steps")
+        return self
 
 
 class Init(Section):

@@ -19,6 +19,7 @@ from trainers.contract.errors import TrainingError
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
 from trainers.engine.batches.sampling import Shuffled
+from trainers.engine.ema import models_to_evaluate
 from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
 from trainers.engine.parallel.fragments import tied_names
 from trainers.engine.parallel.strategy import close_process_group, share_buffers
@@ -202,9 +203,8 @@ class Loop:
         self._check_finite()
         began = time.perf_counter()
         if self.eval_set is not None:
-            share_buffers(self.models, self.world)
-            models = {**self.models, **{runner.update.trains: runner.sharded.eval_module for runner in self.runners}}
-            measured = evaluate(self.task, models, self.eval_set, self.config, self.world, self.stopping)
+            with models_to_evaluate(self.models, self.runners, self.world) as models:
+                measured = evaluate(self.task, models, self.eval_set, self.config, self.world, self.stopping)
             if measured is None:
                 return False
             heartbeat.report()

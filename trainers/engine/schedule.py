@@ -13,8 +13,14 @@ def learning_rate(optim: Optim, applied: int, total: int) -> float:
     `optim.warmup` below 1 is a share of `total`, otherwise a number of steps. The schedule `onecycle` rises along a cosine
     from lr / 25 to lr during the warm-up (0.3 of `total` if `warmup` is 0), then falls to lr / 250,000. It follows Smith &
     Topin 2018 (arXiv:1708.07120) with the constants of PyTorch's OneCycleLR, but leaves the momentum constant.
+
+    The schedule `inverse_sqrt` reaches lr in step number `warmup`, and from then on falls as 1 / sqrt(step) (Vaswani et al. 2017,
+    arXiv:1706.03762, section 5.3). It does not depend on `total`, unless `warmup` is a share of it.
     """
     warmup = optim.warmup * total if optim.warmup < 1 else optim.warmup
+    if optim.schedule == "inverse_sqrt":
+        step, peak = applied + 1, max(1.0, warmup)
+        return optim.lr * min(step / peak, math.sqrt(peak / step))
     if optim.schedule == "onecycle":
         peak = warmup or 0.3 * total
         if applied < peak:

@@ -38,3 +38,19 @@ def test_cosine_and_linear_rise_in_the_warm_up_and_then_fall_to_final_lr():
         assert 0.04 < curve[-1] < 0.045
     assert linear[55] == pytest.approx(0.22) and cosine[55] == pytest.approx(0.22)
     assert set(rates(100, warmup=3.0)[3:]) == {0.4}
+
+
+def test_inverse_sqrt_is_the_schedule_of_attention_is_all_you_need():
+    """lr = d_model^-0.5 * min(step^-0.5, step * warmup^-1.5), whose peak is (d_model * warmup)^-0.5."""
+    peak = (512 * 4000) ** -0.5
+    for step in (1, 2, 1000, 3999, 4000, 4001, 16_000, 300_000):
+        expected = 512**-0.5 * min(step**-0.5, step * 4000**-1.5)
+        assert learning_rate(Optim(lr=peak, schedule="inverse_sqrt", warmup=4000), step - 1, 10) == pytest.approx(expected)
+    assert rates(400, schedule="inverse_sqrt", warmup=0.1)[39] == 0.4  # a tenth of all steps
+    assert rates(400, schedule="inverse_sqrt", warmup=0.1)[159] == pytest.approx(0.2)
+    assert rates(3, schedule="inverse_sqrt", warmup=0.1)[0] == 0.4  # a warm-up of less than a step
+
+
+def test_inverse_sqrt_needs_a_warm_up():
+    with pytest.raises(ValueError, match="inverse_sqrt needs optim.warmup"):
+        Optim(schedule="inverse_sqrt")
