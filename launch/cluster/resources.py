@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
     from trainers.config.schema import ScriptConfig, TaskConfig
 
 
-USUAL_GPUS = 8  # so many GPUs are asked for on one node if it is not known how many a node has
+USUAL_GPUS = 8      # so many GPUs are asked for on one node if it is not known how many a node has
+NVIDIA_SMI_S = 20  # limit of `nvidia-smi`, which loads the driver
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,47 @@ class Wanted:
 
 def visible_gpus(env: Mapping[str, str], root: Path = Path("/")) -> int:
     """Return the number of GPUs of this machine that CUDA_VISIBLE_DEVICES does not hide."""
-    gpus = sum(1 for path in root.glob("dev/nvidia*") if path.name.removeprefix("nvidia").isdigit())
-    gpus = gpus or int((root / "dev/dxg").exists())  # Linux on Windows shows only whether there is a GPU
+    gpus, uuids = _gpus(env, root)
     mask = env.get("CUDA_VISIBLE_DEVICES")
     if mask is None:
         return gpus
     if mask.startswith("MIG-"):  # a GPU may be divided into several MIG devices
         return _listed(mask, lambda entry: entry if entry.startswith("MIG-") else None) if gpus else 0
     if mask.startswith("GPU-"):
-        uuids = _uuids(root)
         return min(gpus, _listed(mask, lambda entry: entry if any(uuid.startswith(entry) for uuid in uuids or [entry]) else None))
     return _listed(mask, lambda entry: int(entry) if entry.isdecimal() and int(entry) < gpus else None)
+
+
+def _gpus(env: Mapping[str, str], root: Path) -> tuple[int, list[str]]:
+    """Return the number of NVIDIA GPUs of this machine, and their UUIDs; no UUIDs if the driver does not tell all of them.
+
+    The first of these that names a GPU counts: the device files, the driver's files, nvidia-smi. The device files may be
+    missing until some program uses a GPU.
+    """
+    nodes = sum(1 for path in root.glob("dev/nvidia*") if path.name.removeprefix("nvidia").isdigit())
+    texts = [file.read_text(errors="replace") for file in root.glob("proc/driver/nvidia/gpus/*/information")]
+    if gpus := nodes or len(texts):
+        return gpus, _all_found(r"GPU UUID:\s*(GPU-[0-9a-f-]+)$", texts)
+    if lines := _listed_by_nvidia_smi(env):
+        return len(lines), _all_found(r"\(UUID: (GPU-[0-9a-f-]+)\)", lines)
+    return int((root / "dev/dxg").exists()), []  # Linux on Windows shows only whether there is a GPU
+
+
+def _listed_by_nvidia_smi(env: Mapping[str, str]) -> list[str]:
+    """Return the lines of `nvidia-smi -L` that name a GPU, such as "GPU 0: NVIDIA H100 (UUID: GPU-...)"."""
+    if not (program := shutil.which("nvidia-smi", path=env.get("PATH", ""))):
+        return []
+    try:
+        done = subprocess.run([program, "-L"], capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI_S, check=True)
+    except (OSError, subprocess.SubprocessError):  # the driver is not loaded, or does not answer
+        return []
+    return [line for line in done.stdout.splitlines() if re.match(r"GPU \d+:", line)]
+
+
+def _all_found(pattern: str, texts: Sequence[str]) -> list[str]:
+    """Return what the pattern's group matches in each text; an empty list if a text does not match."""
+    found = [match[1] for text in texts if (match := re.search(pattern, text, re.MULTILINE))]
+    return found if len(found) == len(texts) else []
 
 
 def _listed(mask: str, device: Callable[[str], str | int | None]) -> int:
@@ -90,13 +123,6 @@ def _listed(mask: str, device: Callable[[str], str | int | None]) -> int:
     """
     found = list(takewhile(lambda item: item is not None, (device(entry.strip()) for entry in mask.split(","))))
     return len(found) if len(set(found)) == len(found) else 0
-
-
-def _uuids(root: Path) -> list[str]:
-    """Return the UUIDs of this machine's GPUs; an empty list if NVIDIA's driver does not tell all of them."""
-    texts = [file.read_text(errors="replace") for file in root.glob("proc/driver/nvidia/gpus/*/information")]
-    uuids = [match[1] for text in texts if (match := re.search(r"GPU UUID:\s*(GPU-[0-9a-f-]+)$", text, re.MULTILINE))]
-    return uuids if len(uuids) == len(texts) else []
 
 
 def resources_of(config: TaskConfig | ScriptConfig, cluster: ClusterConfig, wanted: Wanted, threads: int | None = None,

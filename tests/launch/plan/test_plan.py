@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 
@@ -91,6 +92,32 @@ def test_a_uuid_counts_if_the_driver_does_not_tell_the_uuids(tmp_path):
     root = gpus(tmp_path, ["GPU-????????-????-????-????-????????????"])
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-a0"}, root) == 1
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "MIG-a0"}, tmp_path / "without") == 0
+
+
+NVIDIA_SMI = """#!/bin/sh
+[ "$1" = -L ] || exit 1
+echo "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-a0-00)"
+echo "  MIG 1g.10gb     Device  0: (UUID: MIG-d4)"
+echo "GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-b1-00)"
+"""
+
+
+def test_gpus_are_found_before_their_device_files_exist(tmp_path):
+    root = gpus(tmp_path, ["GPU-a0-00", "GPU-b1-00", "GPU-c2-00"])
+    shutil.rmtree(root / "dev")
+    assert visible_gpus({}, root) == 3 and visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-b1"}, root) == 1
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text(NVIDIA_SMI)
+    smi.chmod(0o755)
+    env = {"PATH": str(smi.parent)}
+    assert visible_gpus(env, root) == 3
+    shutil.rmtree(root / "proc")
+    assert visible_gpus({}, root) == 0
+    assert visible_gpus(env, root) == 2
+    assert visible_gpus({**env, "CUDA_VISIBLE_DEVICES": "GPU-b1,GPU-c2"}, root) == 1
+    smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver.'\nexit 9\n")
+    assert visible_gpus(env, root) == 0
 
 
 def test_too_few_gpus_is_an_error_and_never_falls_back_to_the_cpu(monkeypatch):
