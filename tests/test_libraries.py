@@ -77,6 +77,8 @@ from trainers.config import RunConfig
 from trainers.engine.parallel.strategy import make_strategy
 from trainers.engine.world import World
 distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=0, world_size=1)
+started = []
+sys.addaudithook(lambda event, args: started.append(str(args[0])) if event == "subprocess.Popen" else None)
 config = RunConfig(name="r", task="m:T", train={"steps": 1, "batch_size": 2, "strategy": sys.argv[1]}, optim={"name": "adamw"})
 strategy = make_strategy(World(0, 1, 0, 1, torch.device("cpu")), config)
 model = nn.Linear(4, 2)
@@ -93,7 +95,10 @@ missing = [f"optimizer.{name}" for name in parts[0] if not hasattr(optimizer, na
 missing += [f"parameter.{name}" for name in parts[1] if not hasattr(parameter, name)]
 missing += ["loss_scaler.cur_scale"] * (not hasattr(optimizer.loss_scaler, "cur_scale"))
 missing += ["engine.set_gradient_accumulation_boundary"] * (not hasattr(sharded.engine, "set_gradient_accumulation_boundary"))
+missing += ["engine.tput_timer"] * (not hasattr(sharded.engine, "tput_timer"))
 print("missing:", *missing)
+print("started:", *started)
+print("timer:", sharded.engine.tput_timer.config.enabled)
 """
 
 
@@ -104,8 +109,11 @@ def test_deepspeed_keeps_its_partitions_where_they_are(strategy: str, tmp_path: 
     done = subprocess.run([sys.executable, "-c", DEEPSPEED, strategy, str(tmp_path / "store")], capture_output=True, text=True,
                           timeout=180)
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("missing:")]
-    assert line == "missing:", f"DeepSpeed {metadata.version('deepspeed')} has no such part any more: {line}"
+    missing, started, timer = done.stdout.splitlines()[-3:]
+    version = metadata.version("deepspeed")
+    assert missing == "missing:", f"DeepSpeed {version} has no such part any more: {missing}"
+    assert started == "started:", f"DeepSpeed {version} starts programs (a compiler, if there is a GPU): {started}"
+    assert timer == "timer: False", f"the throughput timer of DeepSpeed {version} is on, and waits for the GPU"
 
 
 @pytest.mark.parametrize("module, names, used_by", [

@@ -281,6 +281,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would fill this table by probing all its operations, which starts nvcc. Its only reader looks for a collective
+    # for inference, which is not wanted.
+    ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False)
     return deepspeed
