@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from trainers.config.schema import RunConfig
 from trainers.contract import heartbeat
 from trainers.contract.errors import UserError
-from trainers.engine.batches.sampling import evaluation_shares, seed_noise
+from trainers.engine.batches.noise import seed_noise
+from trainers.engine.batches.sampling import evaluation_shares
 from trainers.engine.precision import autocast
 from trainers.engine.stopping import Stopping
 from trainers.engine.task import Dataset, Measures, Task

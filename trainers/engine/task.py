@@ -45,8 +45,8 @@ class Dataset(Protocol):
     def batch(self, share: Share) -> Any:
         """Return the samples `share.indices`, on the rank's device. The task's own losses and measures receive the result.
 
-        Augmentation draws from `share.generator()`. torch's global generators are seeded for each rank, so values from
-        them change with the number of ranks.
+        Augmentation draws from `share.generator()`. The global generators of Python, numpy and torch are seeded for each
+        micro-batch of a rank: a resumed run draws the same values from them, but another number of ranks draws others.
         """
         ...
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from trainers.config.schema import RunConfig
 from trainers.contract import heartbeat
 from trainers.contract.errors import TrainingError, UserError
-from trainers.engine.batches.sampling import Shuffled, seed_noise
+from trainers.engine.batches.noise import seed_noise
+from trainers.engine.batches.sampling import Shuffled
 from trainers.engine.parallel.strategy import Strategy
 from trainers.engine.precision import LossScale, autocast
 from trainers.engine.schedule import learning_rate
