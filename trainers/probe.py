@@ -71,7 +71,7 @@ def measure(task: Task, config: RunConfig, world: World, ranks: int) -> tuple[Co
     dataset, _ = task.data(world)
     models = {name: model.to(world.device) for name, model in task.models().items()}
     counts = count(models)
-    largest = min(config.train.batch_size // ranks, len(dataset))
+    largest = min(config.batching(ranks).share, len(dataset))
     sizes = sorted({max(1, min(4, largest) // 2), min(4, largest)})
     add_block = False
     if config.train.checkpoint_activations:
@@ -90,7 +90,7 @@ def measure(task: Task, config: RunConfig, world: World, ranks: int) -> tuple[Co
 
 def _batch(dataset: Dataset, config: RunConfig, update: Update, ranks: int, size: int) -> Any:
     """Return the first `size` samples of rank 0's share of the first batch."""
-    share, = Shuffled(len(dataset), config.train.batch_size, config.train.seed, update.name).shares(0, 0, ranks, 1)
+    share, = Shuffled(len(dataset), config.batching(ranks).batch, config.train.seed, update.name).shares(0, 0, ranks)
     return dataset.batch(Share(share.indices[:size], share.slots[:size], share.size, share.seed))
 
 

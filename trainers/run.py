@@ -59,8 +59,7 @@ def run(paths: RunPaths, attempt: int | None) -> int:
     world = World.from_env()
     settled = micro_batch.settled(config, paths, world.size)
     if settled is not config:
-        micro, _ = settled.train.split(world.size)
-        settled = micro_batch.with_size(settled, world.minimum(micro))
+        settled = micro_batch.with_size(settled, world.minimum(settled.batching(world.size).micro))
         if world.main:
             events.emit({"event": "note", "level": "info", "message": micro_batch.note(settled, paths, world.size)})
     try:

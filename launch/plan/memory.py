@@ -72,7 +72,7 @@ def memory_table(spec: Spec, cluster: ClusterConfig, resources: Resources, activ
     if not isinstance(config, RunConfig):
         raise UserError(f"`{spec.name}` is a script: its model is unknown until it runs", "use `launch plan` with a task")
     config.check()
-    config.train.split(resources.ranks)
+    config.batching(resources.ranks)
     counts, measured = probe(spec, cluster, resources, activations)
     return _compare_strategies(spec.name, config, cluster, resources, counts, measured)
 
@@ -85,6 +85,7 @@ def _compare_strategies(name: str, config: RunConfig, cluster: ClusterConfig, re
     best = next((r for r in rows if r.fits), None)
     return {
         "task": name, "ranks": resources.ranks, "nodes": resources.nodes, "device": resources.device,
+        "batch": config.batching(resources.ranks).described(config.train.micro_batch_size == "auto"),
         "batch_size": config.train.batch_size, "strategy": config.train.strategy,
         "micro_batch_size": config.train.micro_batch_size, "precision": config.train.precision,
         "counts": {**vars(counts)}, "room": room.bytes, "room_said": room.source,
@@ -107,9 +108,8 @@ def row(config: RunConfig, strategy: str, counts: Counts, activations: Mapping[i
         changes["offload"] = "none"
     if strategy not in ZERO:
         changes["deepspeed"] = {}
-    given = config.train.micro_batch_size
-    share = config.train.batch_size // resources.ranks
-    sizes = [given] if isinstance(given, int) else [size for size in range(share, 0, -1) if share % size == 0]
+    split = config.batching(resources.ranks)
+    sizes = split.sizes() if split.most is None else [split.micro]
     for error in unsupported(_with(config, **changes), resources.device):
         return Row(strategy, error.message, None)
     for micro in sizes:
@@ -214,8 +214,7 @@ def show(table: Mapping[str, Any]) -> str:
     lines = [f"model      {counts['parameters']:,} parameters{blocks}",
              f"ranks      {table['ranks']} on {table['device']}, {table['nodes']} node(s)",
              f"{device:<10} {room}{table['room_said']}",
-             f"batch      {table['batch_size']} = {table['ranks']} rank(s) x "
-             f"{table['batch_size'] // table['ranks']} samples; micro-batch {table['micro_batch_size'] or 'not set'}"]
+             f"batch      {table['batch']}"]
     columns = [*PARTS, "host"] + (["activations"] if probed else [])
     grid = [["", *columns, "peak", "micro-batch"]]
     for row in table["rows"]:

@@ -182,13 +182,10 @@ def _batch_split(config: RunConfig | SearchConfig, resources: Resources) -> str:
     if isinstance(config, SearchConfig):
         return f"pieces; each of {ranks} rank(s) x {resources.threads} core(s) takes the next piece when it is free"
     compatibility.check(config, resources.device)
+    split = config.batching(ranks)
     if config.eval.only:
-        return f"evaluation of {config.evaluation_batch(ranks)} samples per rank at a time"
-    micro, accumulation = config.train.split(ranks)
-    parts = f"{micro} micro-batch x {accumulation} accumulation"
-    if config.train.micro_batch_size == "auto":
-        parts = f"auto micro-batch x accumulation ({parts}, or smaller micro-batches if these do not fit)"
-    return f"{config.train.batch_size} = {ranks} rank(s) x {parts}"
+        return f"evaluation of {split.evaluation} samples per rank at a time"
+    return split.described(auto=config.train.micro_batch_size == "auto")
 
 
 def _rank_environment(config: RunConfig | SearchConfig | ScriptConfig, resources: Resources, folder: Path, attempt: int

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from launch.records.run import Run
 from launch.records.state import waits_for
 from launch.report.causes import GOING, RESUME, RESUME_AFTER_FIX, WAITING, Cause
+from trainers.config.batching import Batching
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 
@@ -39,9 +40,9 @@ def facts_of(run: Run, status: Status, spec: Mapping[str, Any], attempts: Sequen
         ranks, option = submission.resources.ranks, "--gpus" if submission.resources.gpus else "--procs"
         where = f" {option} {ranks} --nodes {submission.resources.nodes} --cluster {shlex.quote(submission.cluster.name)}"
     train = {} if "script" in spec else spec.get("train") or {}
-    samples = train["batch_size"] // ranks if train and ranks else 1  # of a batch, per rank
     given = train.get("micro_batch_size")
-    micro = given or samples if given != "auto" else 1  # `auto` tries smaller micro-batches by itself
+    split = Batching(train["batch_size"], ranks, given if isinstance(given, int) else None) if train and ranks else None
+    smaller = split.smaller() if split and given != "auto" else None  # `auto` tries smaller micro-batches by itself
     kept = status["checkpoint"]
     repeated = (attempts[-1]["to_step"] or 0) - kept if attempts and kept is not None else 0
     name = command_name(paths)
@@ -58,8 +59,8 @@ def facts_of(run: Run, status: Status, spec: Mapping[str, Any], attempts: Sequen
                 "stops it, with a checkpoint if it is running",
         "new": f"launch {shlex.quote(short_path(paths.spec))}" if train or "search" in spec else None,
         "plan": f"launch plan {shlex.quote(short_path(paths.spec))}" if train else None,
-        "smaller": str(max(size for size in range(1, micro) if samples % size == 0)) if micro > 1 else None,
-        "more": f"{option} {2 * ranks}" if samples % 2 == 0 and not given else None,
+        "smaller": str(smaller) if smaller else None,
+        "more": f"{option} {2 * ranks}" if split and split.fits(2 * ranks) and not given else None,
         "lower": f"{spec['optim']['lr'] / 3:.2g}" if train else None,
         "grace_s": str(round(3 * spec["run"]["grace_s"])) if "run" in spec else None,
         "hang_s": f"{3 * spec['run']['hang_s']:g}" if (spec.get("run") or {}).get("hang_s") else None,

@@ -61,7 +61,7 @@ def main() -> None:
         nonlocal draw
         images = 0
         for _ in range(200):  # 25,600 images take long enough to time
-            batch, labels = train.batch(order.shares(draw, 0, 1, 1)[0])
+            batch, labels = train.batch(order.shares(draw, 0, 1)[0])
             batch, labels = batch.to(args.device), labels.to(args.device)
             draw, images = draw + 1, images + len(labels)
         if args.device.type == "cuda":

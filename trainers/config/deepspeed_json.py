@@ -45,7 +45,7 @@ def deepspeed_config(config: RunConfig, ranks: int, clip_norm: float | None) -> 
     States and sums are fp32: precision and loss scaling belong to the training loop, not to DeepSpeed.
     """
     train = config.train
-    micro, accumulation = train.split(ranks)
+    split = config.batching(ranks)
     # Buckets of 80 MB: enough to keep a network busy, and little next to a model's states.
     # overlap_comm reduces gradients on a second CUDA stream. In stage 1 it also reduces them in another order. It is off
     # because equal results from run to run are not proven for it on GPUs.
@@ -62,8 +62,8 @@ def deepspeed_config(config: RunConfig, ranks: int, clip_norm: float | None) -> 
     if train.offload == "parameters":
         zero["offload_param"] = {"device": "cpu"}
     ours = {
-        "train_batch_size": train.batch_size, "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation, "gradient_clipping": clip_norm or 0.0,
+        "train_batch_size": split.batch, "train_micro_batch_size_per_gpu": split.micro,
+        "gradient_accumulation_steps": split.accumulation, "gradient_clipping": clip_norm or 0.0,
         "zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
         "timers": {"throughput": {"enabled": False}},  # this timer waits for the GPU twice a micro-batch

@@ -156,7 +156,7 @@ def _part(numbers: int, ranks: int) -> int:
 
 
 def _accumulation(config: RunConfig, ranks: int) -> int:
-    return config.train.split(ranks)[1]
+    return config.batching(ranks).accumulation
 
 
 def _bucket(config: RunConfig, ranks: int) -> int:

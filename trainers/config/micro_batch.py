@@ -39,24 +39,23 @@ def retries_smaller(paths: RunPaths, attempt: int) -> bool:
 def settled(config: RunConfig, paths: RunPaths, ranks: int) -> RunConfig:
     """Return the config with a number in place of `auto`.
 
-    The number is a rank's whole share of the batch. If that did not fit, it is the largest divisor of the share that is not
-    larger than the size to try next. Ranks may get different numbers, because a network file system may not show yet what
-    another node has just written: the caller takes the smallest number of all ranks.
+    The number is a rank's whole share of the batch. If that did not fit, it is the largest size that the ranks can use and
+    that is not larger than the size to try next. Ranks may get different numbers, because a network file system may not show
+    yet what another node has just written: the caller takes the smallest number of all ranks.
     """
     if config.train.micro_batch_size != "auto" or config.eval.only:
         return config
-    share, _ = config.train.split(ranks)
     entries = tried_sizes(paths)
-    most = entries[-1]["next"] if entries else share
-    return with_size(config, max(size for size in range(1, min(share, most) + 1) if share % size == 0))
+    most = with_size(config, entries[-1]["next"]) if entries else config
+    return with_size(config, most.batching(ranks).micro)
 
 
 def note(settled: RunConfig, paths: RunPaths, ranks: int) -> str:
     """Return a line that tells the user which size was chosen."""
-    micro, accumulation = settled.train.split(ranks)
+    split = settled.batching(ranks)
     too_large_sizes = [str(entry["size"]) for entry in tried_sizes(paths)]
     why = f" ({', '.join(too_large_sizes)} did not fit)" if too_large_sizes else ""
-    return f"train.micro_batch_size=auto: {micro} micro-batch x {accumulation} accumulation{why}"
+    return f"train.micro_batch_size=auto: {split.micro} micro-batch x {split.accumulation} accumulation{why}"
 
 
 def too_large(config: RunConfig, settled: RunConfig, paths: RunPaths, attempt: int | None, rank: int, ranks: int
@@ -67,16 +66,14 @@ def too_large(config: RunConfig, settled: RunConfig, paths: RunPaths, attempt: i
         config: the config in the spec.
         settled: the config that the rank used.
     """
-    micro, _ = settled.train.split(ranks)
-    message = f"rank {rank} ran out of memory with a micro-batch of {micro}"
+    split = settled.batching(ranks)
+    message, smaller = f"rank {rank} ran out of memory with a micro-batch of {split.micro}", split.smaller()
     less = "use train.checkpoint_activations=true, --strategy fsdp or more ranks (`launch plan` shows what each needs)"
-    share = config.train.batch_size // ranks
-    smaller = max((size for size in range(1, micro) if share % size == 0), default=None)
     if smaller is None:
         return OutOfMemory(f"{message}, the smallest possible", less, retry=False)
     if config.train.micro_batch_size != "auto":
         return OutOfMemory(message, f"start a new run with train.micro_batch_size={smaller} or auto, or {less}", retry=False)
-    entry = {"attempt": attempt, "size": micro, "next": smaller}
+    entry = {"attempt": attempt, "size": split.micro, "next": smaller}
     entries = tried_sizes(paths)
     if entry not in entries:  # another rank may have written the same entry
         replace_json(paths.micro_batch, [*entries, entry])

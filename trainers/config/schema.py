@@ -17,9 +17,8 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from trainers.contract.errors import UserError
+from trainers.config.batching import Batching
 from trainers.contract.home import expanded
-from trainers.contract.text import either
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Every = Union[PositiveInt, Literal["epoch", "never"]]
@@ -77,7 +76,7 @@ class Train(Section):
         64, description="number of samples in one optimizer step, over all ranks"
     )
     micro_batch_size: Union[PositiveInt, Literal["auto"], None] = Field(
-        None, description="number of samples that one rank computes at a time; null: batch_size / ranks, without gradient "
+        None, description="most samples that one rank computes at a time; null: batch_size / ranks, without gradient "
                           "accumulation; auto: as many as fit in memory"
     )
     precision: Precision = "fp32"
@@ -105,37 +104,6 @@ class Train(Section):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give one of train.epochs and train.steps")
         return self
-
-    def split(self, ranks: int) -> tuple[int, int]:
-        """Return (micro-batch size, accumulation), where batch_size = ranks x micro-batch size x accumulation.
-
-        For `auto`, the micro-batch size is the one that is tried first: the largest.
-
-        Raises:
-            UserError: the batch cannot be divided so; the hint lists numbers that work.
-        """
-        if self.batch_size % ranks:
-            near = sorted({max(1, self.batch_size // ranks) * ranks, (self.batch_size // ranks + 1) * ranks})
-            fits = [n for n in range(1, min(self.batch_size, 4 * ranks) + 1) if self.batch_size % n == 0]
-            raise UserError(
-                f"`train.batch_size` is {self.batch_size}, not a multiple of {ranks} ranks",
-                f"use train.batch_size={either(near)}, or {_listed(fits)} ranks",
-            )
-        share = self.batch_size // ranks
-        micro = self.micro_batch_size if isinstance(self.micro_batch_size, int) else share
-        if share % micro:
-            fits = [n for n in range(1, share + 1) if share % n == 0]
-            raise UserError(
-                f"`train.micro_batch_size` is {micro}, which does not divide the {share} samples of "
-                f"each of {ranks} rank(s) (`train.batch_size` is {self.batch_size})",
-                f"use train.micro_batch_size={_listed(fits)}",
-            )
-        return micro, share // micro
-
-
-def _listed(numbers: list[int], most: int = 12) -> str:
-    """Return '1, 2 or 4': the last `most` numbers as a choice."""
-    return either(numbers[-most:])
 
 
 class Optim(Section):
@@ -319,21 +287,17 @@ class RunConfig(TaskConfig):
             raise ValueError("eval.only is given without init.source, which names the weights to evaluate")
         return self
 
-    def evaluation_batch(self, ranks: int) -> int:
-        """Return the number of samples that one rank evaluates at a time.
+    def batching(self, ranks: int) -> Batching:
+        """Return how the batches of training and evaluation are split over `ranks` ranks.
 
         Raises:
-            UserError: the run trains, and its batch cannot be divided over the ranks.
+            UserError: the run trains, and the ranks cannot share its batch.
         """
-        if self.eval.batch_size is not None:
-            return self.eval.batch_size
-        try:
-            return 4 * self.train.split(ranks)[0]
-        except UserError:
-            if not self.eval.only:
-                raise
-            micro = self.train.micro_batch_size
-            return 4 * (micro if isinstance(micro, int) else max(1, self.train.batch_size // ranks))
+        most = self.train.micro_batch_size
+        split = Batching(self.train.batch_size, ranks, most if isinstance(most, int) else None, self.eval.batch_size)
+        if not self.eval.only:
+            split.check()
+        return split
 
 
 class SearchConfig(TaskConfig):

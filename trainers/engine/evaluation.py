@@ -39,7 +39,7 @@ def evaluate(task: Task, models: Mapping[str, nn.Module], dataset: Dataset, conf
         UserError: the task returns something else than measures, or other measures on another rank.
     """
     totals: Totals = {}
-    shares = evaluation_shares(len(dataset), config.evaluation_batch(world.size), world.rank, world.size)
+    shares = evaluation_shares(len(dataset), config.batching(world.size).evaluation, world.rank, world.size)
     with evaluating(models, config, world):
         for number, share in enumerate(shares):
             if stopping.at_boundary():

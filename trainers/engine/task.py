@@ -25,6 +25,12 @@ class Share:
     slots: np.ndarray    # int64 [n]: positions of these samples in the global batch, from 0 to size - 1
     size: int            # number of samples in the global batch
     seed: int            # seed of the global batch, the same on every rank
+    # int64 [n]: the epoch, from 0, in which each sample is drawn; 0 in an evaluation
+    epochs: np.ndarray = None  # type: ignore[assignment]  # __post_init__ sets it
+
+    def __post_init__(self) -> None:
+        if self.epochs is None:
+            object.__setattr__(self, "epochs", np.zeros(len(self.indices), dtype=np.int64))
 
     def generator(self) -> np.random.Generator:
         """Return a new random generator, seeded for the global batch.

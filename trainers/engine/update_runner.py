@@ -52,8 +52,8 @@ class UpdateRunner:
         self.models = {**models, update.trains: self.sharded.module}
         self.all_models = list(models.values())
         self.loss_scale = LossScale(config.train.precision)
-        self.samples = Shuffled(len(dataset), config.train.batch_size, config.train.seed, update.name)
-        _, self.accumulation = config.train.split(world.size)
+        self.split = config.batching(world.size)
+        self.samples = Shuffled(len(dataset), self.split.batch, config.train.seed, update.name, self.split.most)
         self.applied = self.skipped = self.skipped_in_row = 0
         self.lr = self.optim.lr
         self._data_wait_s = 0.0  # seconds spent making batches since the last call of `read_counters`
@@ -92,7 +92,7 @@ class UpdateRunner:
         self._items += sums[1]
         # The loss was divided by the batch size before the backward, to keep fp16 gradients in range. The right divisor is the
         # number of items over all ranks and micro-batches: the factor corrects the division.
-        factor = (self.config.train.batch_size / self.loss_scale.scale) / sums[1].clamp(min=1)
+        factor = (self.split.batch / self.loss_scale.scale) / sums[1].clamp(min=1)
 
         def repeat_backward() -> None:
             self._clear_gradients()
@@ -118,8 +118,8 @@ class UpdateRunner:
         loss_sum = torch.zeros((), device=self.world.device)
         count = 0
         # The strategies average gradients over ranks. Multiplying by the number of ranks makes the average a sum.
-        scale = factor * self.loss_scale.scale * self.world.size / self.config.train.batch_size
-        shares = self.samples.shares(draw, self.world.rank, self.world.size, self.accumulation)
+        scale = factor * self.loss_scale.scale * self.world.size / self.split.batch
+        shares = self.samples.shares(draw, self.world.rank, self.world.size)
         for micro, share in enumerate(shares):
             seed_noise(self.world.device, self.config.train.seed, "noise", self.update.name, draw, self.world.rank, micro)
             heartbeat.batch_begins()

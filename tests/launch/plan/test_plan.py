@@ -50,8 +50,6 @@ def test_the_dry_run_shows_every_command_variable_and_file():
 
 @pytest.mark.parametrize("ranks, overrides, message, hint", [
     (3, [], "`train.batch_size` is 32, not a multiple of 3 ranks", "use train.batch_size=30 or 33, or 1, 2, 4 or 8 ranks"),
-    (2, ["train.micro_batch_size=5"], "`train.micro_batch_size` is 5, which does not divide the 16 samples of each of 2 "
-     "rank(s) (`train.batch_size` is 32)", "use train.micro_batch_size=1, 2, 4, 8 or 16"),
     (64, [], "`train.batch_size` is 32, not a multiple of 64 ranks", "use train.batch_size=64, or 1, 2, 4, 8, 16 or 32 ranks"),
 ])
 def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do(ranks, overrides, message, hint):

@@ -304,7 +304,7 @@ def test_the_sample_is_learnt():
                                 nesterov=spec.optim.nesterov, weight_decay=spec.optim.weight_decay)
     for step in range(total):
         optimizer.param_groups[0]["lr"] = learning_rate(spec.optim, step, total)
-        loss = task.loss(model, task.train.batch(order.shares(step, 0, 1, 1)[0]))
+        loss = task.loss(model, task.train.batch(order.shares(step, 0, 1)[0]))
         optimizer.zero_grad()
         (loss.sum / loss.count).backward()
         optimizer.step()

@@ -19,10 +19,15 @@ def runs_out(asked: RunConfig, paths: RunPaths, attempt: int, ranks: int = 2) ->
     return too_large(asked, settled(asked, paths, ranks), paths, attempt, rank=1, ranks=ranks)
 
 
+def split(asked: RunConfig, paths: RunPaths, ranks: int) -> tuple[int, int]:
+    batching = settled(asked, paths, ranks).batching(ranks)
+    return batching.micro, batching.accumulation
+
+
 def test_after_each_attempt_without_memory_the_next_smaller_size_is_used(tmp_path: Path):
     paths, asked, splits = RunPaths(tmp_path), config("auto"), []
     for attempt in range(1, 7):
-        splits.append(settled(asked, paths, 2).train.split(2))
+        splits.append(split(asked, paths, 2))
         error = runs_out(asked, paths, attempt)
         assert retries_smaller(paths, attempt) == error.retry == (attempt < 6)
     assert splits == [(12, 1), (6, 2), (4, 3), (3, 4), (2, 6), (1, 12)]
@@ -35,9 +40,9 @@ def test_recorded_sizes_also_count_for_other_numbers_of_ranks(tmp_path: Path):
     paths, asked = RunPaths(tmp_path), config("auto")
     for attempt in (1, 2):
         runs_out(asked, paths, attempt)
-    assert settled(asked, paths, 2).train.split(2) == (4, 3)
-    assert settled(asked, paths, 1).train.split(1) == (4, 6)
-    assert settled(asked, paths, 8).train.split(8) == (3, 1)
+    assert split(asked, paths, 2) == (4, 3)
+    assert split(asked, paths, 1) == (4, 6)
+    assert split(asked, paths, 8) == (3, 1)
 
 
 def test_two_ranks_of_one_attempt_make_one_entry(tmp_path: Path):

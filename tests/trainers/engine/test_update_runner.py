@@ -69,7 +69,7 @@ def make_runner(update=None, momentum=0.0, model=None, name="sgd", **train) -> U
 def test_micro_batches_give_the_gradient_of_the_mean_over_all_tokens(micro):
     runner = make_runner(micro_batch_size=micro)
     before = [p.detach().clone() for p in runner.models["model"].parameters()]
-    (share,) = runner.samples.shares(3, 0, 1, 1)
+    (share,) = make_runner().samples.shares(3, 0, 1)
     total, count = token_loss(runner.models, runner.dataset.batch(share))
     expected = torch.autograd.grad(total / count, list(runner.models["model"].parameters()))
     runner.take_step(3, 5)
@@ -157,7 +157,7 @@ def test_a_parameter_may_get_its_first_gradient_after_others():
     for draw in range(5):
         runner.take_step(draw, 5)
         sgd.zero_grad()
-        loss = token_loss({"model": plain}, runner.dataset.batch(runner.samples.shares(draw, 0, 1, 1)[0]))
+        loss = token_loss({"model": plain}, runner.dataset.batch(runner.samples.shares(draw, 0, 1)[0]))
         (loss.sum / loss.count).backward()
         sgd.step()
     for ours, theirs in zip(heads.parameters(), plain.parameters(), strict=True):

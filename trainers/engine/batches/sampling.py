@@ -10,6 +10,7 @@ import hashlib
 
 import numpy as np
 
+from trainers.config.batching import Batching
 from trainers.engine.task import Share
 
 
@@ -28,10 +29,11 @@ class Shuffled:
 
     Args:
         stream: name of the update. Updates with different names get different orders.
+        most: the largest micro-batch that is allowed, in samples; None: no limit.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, stream: str):
-        self.length, self.batch_size, self.seed, self.stream = length, batch_size, seed, stream
+    def __init__(self, length: int, batch_size: int, seed: int, stream: str, most: int | None = None):
+        self.length, self.batch_size, self.seed, self.stream, self.most = length, batch_size, seed, stream, most
         self._orders: dict[int, np.ndarray] = {}
 
     def steps(self, epochs: float) -> int:
@@ -42,18 +44,18 @@ class Shuffled:
         """Whether batch `draw` holds the last sample of an epoch."""
         return (draw + 1) * self.batch_size // self.length > draw * self.batch_size // self.length
 
-    def shares(self, draw: int, rank: int, ranks: int, accumulation: int) -> list[Share]:
-        """Return the `accumulation` micro-batches that rank `rank` takes of global batch `draw`.
+    def shares(self, draw: int, rank: int, ranks: int) -> list[Share]:
+        """Return the micro-batches that rank `rank` takes of global batch `draw`.
 
-        All micro-batches have the same size. The ranks split the slots in order: rank 0 takes the first ones.
+        All micro-batches of all ranks have the same size. The ranks split the slots in order: rank 0 takes the first ones.
         """
-        positions = np.arange(draw * self.batch_size, (draw + 1) * self.batch_size)
-        per_rank = self.batch_size // ranks
-        slots = np.arange(rank * per_rank, (rank + 1) * per_rank)
-        indices = self._indices(positions[slots])
+        split = Batching(self.batch_size, ranks, self.most)
+        slots = np.arange(rank * split.share, (rank + 1) * split.share)
+        positions = draw * self.batch_size + slots
+        indices, epochs = self._indices(positions), positions // self.length
         seed = derive_seed(self.seed, "batch", self.stream, draw)
-        return [Share(i, s, self.batch_size, seed)
-                for i, s in zip(np.split(indices, accumulation), np.split(slots, accumulation))]
+        return [Share(indices[part], slots[part], self.batch_size, seed, epochs[part])
+                for part in np.split(np.arange(split.share), split.accumulation)]
 
     def _indices(self, positions: np.ndarray) -> np.ndarray:
         """Return the rows of the data set at these positions of the endless sequence."""

@@ -124,7 +124,7 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_step(ranks, tmp_path, n
     from trainers.engine.batches.sampling import Shuffled
 
     order = Shuffled(500, 48, 0, "model")
-    row = int(order.shares(7, 0, 1, 1)[0].indices[-1])  # it is in the batch of step 8, and in no other of these ten steps
+    row = int(order.shares(7, 0, 1)[0].indices[-1])  # it is in the batch of step 8, and in no other of these ten steps
     keys = {"train.strategy": name, "model": {"bad_row": row}, "log.every": 100, "eval.every": 9, "checkpoint.every": 5}
     messages = ranks(2)("error_of", root=tmp_path / "run", keys=keys)
     print(f"{name}: {messages[0]}")
