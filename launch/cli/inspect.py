@@ -131,11 +131,16 @@ def plan(context: click.Context, task: str, root: Path, wanted: Wanted, slurm: b
 @json_option
 def runs(root: Path, json: bool, sweep: str | None) -> None:
     """List runs, newest first."""
+    from launch.records import seeds
     from launch.records.read import list_runs
     from launch.report.tables import table
 
     rows = list_runs(root, sweep)
-    print_json(rows) if json else print(table(rows))
+    if json:
+        return print_json(rows)
+    print(table(rows))
+    if sweep:
+        print("".join(f"{line}\n" for line in seeds.lines(seeds.means(root, sweep, rows))), end="")
 
 
 @command

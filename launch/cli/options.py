@@ -25,6 +25,7 @@ from trainers.contract.text import either
 
 if TYPE_CHECKING:
     from launch.cluster.config import ClusterConfig
+    from launch.plan.grid import Seeds
     from launch.plan.job_script import Request
 
 # Options that are short for a key of the spec.
@@ -98,6 +99,33 @@ def slurm_options(command: Callable) -> Callable:
     """The options of commands that may submit one run to SLURM."""
     return queue_options(
         click.option("--follow", is_flag=True, help="On SLURM: wait, and print the log until the run ends.")(command))
+
+
+seeds_option = click.option("--seeds", metavar="N|S,S,...", help="Run once with each of N seeds (0 to N-1), or with these "
+                            "seeds, and report the mean and deviation of each metric.")
+
+
+def read_seeds(word: str, text: str, overrides: Sequence[str]) -> Seeds:
+    """The seeds that `--seeds` asks for.
+
+    Args:
+        word: the task or spec file on the command line.
+        text: the value of the option.
+        overrides: key=value words.
+
+    Raises:
+        UserError: the text is not a number or list of seeds, `word` has no key for a seed, or an override sets the seed too.
+    """
+    from launch.plan import grid
+
+    if is_script(word):
+        raise UserError(f"`--seeds` sets a key of a task, and `{word}` is a script",
+                        f"""give the script's own words: launch sweep {word} 'args=["--seed","0"],["--seed","1"]'""")
+    _check_exists(word)
+    keys = specs.seed_keys(word)
+    if twice := next((given for given in overrides if given.partition("=")[0] in keys), None):
+        raise UserError(f"`{twice}` and `--seeds {text}` both set the seed", "leave out one of the two")
+    return grid.read_seeds(text, keys)
 
 
 def queue_options(command: Callable) -> Callable:
@@ -222,8 +250,8 @@ def load(context: click.Context, task: str, config: str | None, overrides: Seque
     overrides = [*overrides, *(f"{ALIASES[name]}={text}" for name, text in aliases.items() if text is not None)]
     config = config and str(expanded(config))  # the shell expands no `~` after `--config=`
     module = context.obj.module == task or is_module(task)
-    if not module and task not in specs.tasks() and not os.path.exists(task):
-        raise no_such(task, list(specs.tasks()))
+    if not module:
+        _check_exists(task)
     if not module and not is_script(task):
         refuse_script_args(context, task)
         if accelerate_config is not None:
@@ -233,6 +261,11 @@ def load(context: click.Context, task: str, config: str | None, overrides: Seque
         raise UserError(f"`--config` is for tasks; `{task}` is a script", "give the keys as key=value")
     return specs.script_spec(task, context.obj.script_args or [], overrides, cluster=cluster, module=module,
                              accelerate_file=accelerate_config and expanded(accelerate_config))
+
+
+def _check_exists(word: str) -> None:
+    if word not in specs.tasks() and not os.path.exists(word):
+        raise no_such(word, list(specs.tasks()))
 
 
 def is_module(word: str) -> bool:

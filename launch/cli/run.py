@@ -21,11 +21,13 @@ from launch.cli.options import (
     load,
     only_on_slurm,
     queue_options,
+    read_seeds,
     request_of,
     root_of,
     run_argument,
     runs_option,
     sbatch_options,
+    seeds_option,
     slurm_options,
     spec_options,
     verbose_option,
@@ -55,15 +57,23 @@ def task_command(word: str, about: str, kind: type[click.Command] = click.Comman
     @slurm_options
     @click.option("--here", is_flag=True, help="Run in the current SLURM allocation (salloc), without a new job.")
     @click.option("--debug", is_flag=True, help="Run one rank in this process, so that breakpoint() works.")
+    @seeds_option
     @click.option("--dry-run", is_flag=True, help="Print what would run, and run nothing.")
     @json_option
     @runs_option
     @click.pass_context
     def run(context: click.Context, root: Path, wanted: Wanted, debug: bool, dry_run: bool, json: bool, slurm: bool,
-            cluster_name: str | None, time: str | None, after: str | None, here: bool, follow: bool,
+            cluster_name: str | None, time: str | None, after: str | None, here: bool, follow: bool, seeds: str | None,
             overrides: Sequence[str], **spec_args: Any) -> int:
         cluster = cluster_of(slurm, cluster_name)
         overrides, options = sbatch_options(overrides)
+        if seeds is not None:
+            if alone := next((name for name, given in (("debug", debug), ("here", here), ("follow", follow)) if given), None):
+                raise UserError(f"`--{alone}` is for a single run, and `--seeds` starts several", "leave out one of the two")
+            return _start_sweep(
+                context, root, cluster, words=[], seeds=read_seeds(word, seeds, overrides), wanted=wanted, time=time, after=after,
+                load=lambda words: load(context, word, cluster=cluster, overrides=[*overrides, *words], **spec_args),
+                options=options, parallel=None, dry_run=dry_run, json=json)
         if debug and kind is not Script:
             overrides = specs.for_debugging(word, overrides)
         spec = load(context, word, cluster=cluster, overrides=overrides, **spec_args)
@@ -156,14 +166,15 @@ def eval(word: str, root: Path, which: str | None, overrides: Sequence[str], dat
 @wanted_options("gpus", "procs", "nodes", "cpus")
 @queue_options
 @click.option("--max-parallel", "parallel", type=click.IntRange(min=1), metavar="N", help="On SLURM: run at most N runs at once.")
+@seeds_option
 @click.option("--resume", "again", metavar="SWEEP", help="Continue the runs of this sweep that have not finished.")
 @click.option("--dry-run", is_flag=True, help="Print what would run, and run nothing.")
 @json_option
 @runs_option
 @click.pass_context
 def sweep(context: click.Context, task: str | None, root: Path, wanted: Wanted, slurm: bool, cluster_name: str | None,
-          time: str | None, after: str | None, parallel: int | None, again: str | None, dry_run: bool, json: bool,
-          overrides: Sequence[str], config: str | None, accelerate_config: str | None, **aliases: str | None) -> int:
+          time: str | None, after: str | None, parallel: int | None, seeds: str | None, again: str | None, dry_run: bool,
+          json: bool, overrides: Sequence[str], config: str | None, accelerate_config: str | None, **aliases: str | None) -> int:
     """Run a task or a script once for each point of a grid.
 
     For example, key=a,b,c other=x,y makes six runs. On SLURM the runs are one job array. On this machine they run one
@@ -178,7 +189,7 @@ def sweep(context: click.Context, task: str | None, root: Path, wanted: Wanted, 
     if again:
         from launch.records.read import read_sweep
 
-        if words or config or accelerate_config or dry_run or context.obj.script_args is not None:
+        if words or config or accelerate_config or seeds or dry_run or context.obj.script_args is not None:
             raise UserError("--resume continues a sweep as it was started, and takes no task and no keys",
                             f"launch sweep --resume {again}")
         last_job = read_sweep(root, again)["job"]
@@ -196,13 +207,22 @@ def sweep(context: click.Context, task: str | None, root: Path, wanted: Wanted, 
     cluster = cluster_of(slurm, cluster_name)
     if is_script(task):
         _warn_of_environment(cluster)
+    return _start_sweep(context, root, cluster, words=words, seeds=read_seeds(task, seeds, words) if seeds else None,
+                        wanted=wanted, time=time, after=after,
+                        load=lambda words: load(context, task, config, words, cluster, accelerate_config),
+                        options=options, parallel=parallel, dry_run=dry_run, json=json)
+
+
+def _start_sweep(context: click.Context, root: Path, cluster: ClusterConfig, *, time: str | None, after: str | None,
+                 options: dict[str, Any], wanted: Wanted, **rest: Any) -> int:
+    """Start a sweep on this machine or on a cluster. `rest`: further arguments of `launch.execute.sweep.start`."""
+    from launch.execute import sweep as sweeps
+
     if cluster.kind == "slurm":
         root = root_of(context, root, cluster)
     else:
         only_on_slurm(nodes=wanted.nodes, time=time, after=after, **options)
-    return sweeps.start(words=words, load=lambda words: load(context, task, config, words, cluster, accelerate_config),
-                        root=root.absolute(), request=request_of(cluster, root, time, after, options), wanted=wanted,
-                        parallel=parallel, dry_run=dry_run, json=json)
+    return sweeps.start(root=root.absolute(), request=request_of(cluster, root, time, after, options), wanted=wanted, **rest)
 
 
 def _warn_of_environment(cluster: ClusterConfig) -> None:

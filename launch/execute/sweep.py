@@ -1,9 +1,11 @@
 """Sweeps: one run for each point of a grid, as one array on SLURM, or one after another on this machine.
 
+A run with several seeds (`--seeds 3`) is a sweep over its seed.
+
     runs/<sweep>/sweep.json          the points, in order; written after the folders of all runs
     runs/<sweep>/submissions/<n>/    submission.json lists the runs, by element of the array
     runs/<sweep>/code/               one copy of the code for all runs
-    runs/<sweep>-<i>/                the run of point i, from 0: an ordinary run
+    runs/<sweep>-<i>/                the run of point i, from 0: an ordinary run; <sweep>-seed<s>/ if only the seed varies
 
 Where jobs may not be requeued, the sweep is not an array: each run has its own chain of jobs. In a chain, a job starts
 only if all jobs before it failed. SLURM cannot make an element of an array wait until the same element of another array fails.
@@ -41,12 +43,13 @@ from launch.execute.sweep_plan import (
     submission_file,
     sweep_json,
 )
-from launch.plan.grid import grid
+from launch.plan.grid import Seeds, grid
 from launch.plan.initial_weights import find_weights, warn_of_broken, with_weights
 from launch.plan.job_script import Request
 from launch.plan.spec import Spec, spec_of
 from launch.plan.submission import last_submission, plan_of
 from launch.records import read as runs
+from launch.records import seeds as over_seeds
 from launch.records.naming import command_name, new_run_id, short_path
 from launch.records.process import alive
 from launch.records.run import SWEEP, Run, read_run
@@ -63,7 +66,7 @@ from trainers.contract.paths import RunPaths
 
 
 def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], request: Request, root: Path, wanted: Wanted,
-          parallel: int | None, dry_run: bool, json: bool) -> int:
+          parallel: int | None, dry_run: bool, json: bool, seeds: Seeds | None = None) -> int:
     """Run a new sweep on this machine, or submit it to SLURM. Returns the exit code.
 
     Args:
@@ -71,11 +74,12 @@ def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], reques
         load: makes the spec of a point's words.
         request: on this machine, only its cluster counts.
         parallel: how many elements of the array may run at once.
+        seeds: run each point once with each of these seeds.
 
     Raises:
         UserError: the user must fix something; nothing was written or submitted.
     """
-    grid_points, local = grid(words), request.cluster.kind == "local"
+    grid_points, local = grid(words, seeds), request.cluster.kind == "local"
     find = cache(find_weights)  # checking a checkpoint reads all of it
     specs = load_specs(grid_points, lambda words: with_weights(load(words), root, find))
     warn_of_broken(specs)
@@ -83,9 +87,10 @@ def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], reques
     for point, spec in zip(grid_points, specs):
         with at_point(point.overrides):
             check(spec, request, dry_run)
-    sweep_id, digits = new_run_id(f"{specs[0].name}-sweep"), len(str(len(specs) - 1))
-    points = [{"run": f"{sweep_id}-{index:0{digits}d}", "overrides": list(point.overrides)}
-              for index, point in enumerate(grid_points)]
+    only_seeds = seeds is not None and len(grid_points) == len(seeds.values)
+    sweep_id = new_run_id(f"{specs[0].name}-{'seeds' if only_seeds else 'sweep'}")
+    names = [f"seed{seed}" for seed in seeds.values] if seeds and only_seeds else _numbers(len(specs))
+    points = [{"run": f"{sweep_id}-{name}", "overrides": list(point.overrides)} for name, point in zip(names, grid_points)]
     copy = None if local else snapshot.survey([path for spec in specs for path in code_of(spec)], RunPaths(root / sweep_id).code)
     sweep = make_sweep(sweep_id, points, dict(enumerate(specs)), request, resources, root=root, cwd=Path.cwd(), copy=copy,
                        parallel=parallel)
@@ -105,6 +110,11 @@ def start(*, words: Sequence[str], load: Callable[[Sequence[str]], Spec], reques
         raise
     _print_submitted(sweep, ids, json)
     return 0
+
+
+def _numbers(count: int) -> list[str]:
+    """00, 01, ... 11: numbers of equal length, so that the names of runs sort by number."""
+    return [f"{index:0{len(str(count - 1))}d}" for index in range(count)]
 
 
 def _submitting(sweep: Sweep) -> dict[str, Any]:
@@ -135,11 +145,18 @@ def _write(sweep: Sweep, specs: Sequence[Spec], job: Mapping[str, Any]) -> list[
             record.create_run(plan, sweep=sweep.id, job=dict(job))
         with _write_errors(paths.root):
             replace_json(paths.root / SWEEP, {"id": sweep.id, "task": specs[0].name, "created": utc_now(), "job": dict(job),
-                                              "max_parallel": sweep.parallel, "points": list(sweep.points)})
+                                              "max_parallel": sweep.parallel, "seed_key": _seed_key(sweep, specs[0]),
+                                              "points": list(sweep.points)})
     except BaseException:
         _remove(sweep)
         raise
     return warnings
+
+
+def _seed_key(sweep: Sweep, spec: Spec) -> str | None:
+    """The task's key for the seed, if the sweep varies it."""
+    varied = [override.partition("=")[0] for override in sweep.points[0]["overrides"]]
+    return next((key for key in getattr(spec.config, "seed_keys", ()) if key in varied), None)
 
 
 def _write_submission(sweep: Sweep) -> None:
@@ -260,6 +277,7 @@ def _run_in_turn(sweep: Sweep, json: bool) -> int:
         for file in filter(waiting, files if stopped else ()):
             update_json(file, state="preempted", updated=utc_now())
     _notice(_ending(sweep), json)
+    _tell_means(sweep, json)
     if stopped:
         return exit_codes.KILLED if codes[-1:] == [exit_codes.KILLED] else exit_codes.PREEMPTED
     failed = any(code not in (exit_codes.FINISHED, exit_codes.PREEMPTED) for code in codes)
@@ -273,6 +291,18 @@ def _ending(sweep: Sweep) -> str:
     name = command_name(RunPaths(Path(sweep.folder)))
     advice = "" if set(states) == {"finished"} else f"; continue with `launch sweep --resume {name}`"
     return f"sweep {sweep.id}: {counts}; compare them with `launch runs --sweep {name}`{advice}"
+
+
+def _tell_means(sweep: Sweep, json: bool) -> None:
+    """Show the means over seeds, if the sweep varies the seed."""
+    root, view = Path(sweep.folder).parent, make_view(json)
+    points = over_seeds.means(root, sweep.id, runs.list_runs(root, sweep.id))
+    if json and points:
+        view.event({"event": "seeds", "points": points})
+    elif points:
+        for line in over_seeds.lines(points):
+            view.notice(line)
+    view.close()
 
 
 def _read_record(file: Path) -> dict[str, Any]:

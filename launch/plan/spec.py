@@ -228,6 +228,19 @@ def with_overrides(spec: Spec, overrides: Sequence[str]) -> Spec:
     return _spec(type(spec.config), merged)
 
 
+def seed_keys(word: str | Path) -> tuple[str, ...]:
+    """Return the keys that hold a task's seed.
+
+    Raises:
+        UserError: the task or file does not exist, its config class cannot be imported, or the task has no seed.
+    """
+    keys = _class_of(word).seed_keys
+    if not keys:
+        raise UserError(f"`{word}` has no key for a seed, so `--seeds` cannot set it",
+                        "name the key in the task's config class: seed_keys = (\"search.seed\",)")
+    return keys
+
+
 def for_debugging(word: str | Path, overrides: Sequence[str]) -> list[str]:
     """Return the overrides with defaults for a debugger added: 3 steps, each logged.
 

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -246,7 +246,13 @@ class WatchedRun(Run):
 
 
 class TaskConfig(Section):
-    """The keys that a run of any task has."""
+    """The keys that a run of any task has.
+
+    Attributes:
+        seed_keys: the keys that `--seeds` sets to the seed. Tables show the first one. Empty: the task has no seed.
+    """
+
+    seed_keys: ClassVar[tuple[str, ...]] = ()
 
     name: Name = Field(description="the first part of the run's id")
     task: Reference = Field(description="the task's class, as `module:Class`")
@@ -269,6 +275,8 @@ class TaskConfig(Section):
 
 class RunConfig(TaskConfig):
     """A run of a training task."""
+
+    seed_keys = ("train.seed",)
 
     model: Any = Field(default_factory=dict)
     data: Any = Field(default_factory=dict)

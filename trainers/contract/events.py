@@ -23,9 +23,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Any, Mapping
+from typing import Any, Mapping, TypeVar
 
 from trainers.contract.text import duration, number
+
+T = TypeVar("T")
 
 SEPARATOR = "\x1e"
 VARIABLE = "LAUNCH_EVENTS"
@@ -100,7 +102,7 @@ def step_metrics(event: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in event.items() if key not in others}
 
 
-def brief(metrics: Mapping[str, float]) -> dict[str, float]:
+def brief(metrics: Mapping[str, T]) -> dict[str, T]:
     """Return the metrics without those of single parts, such as `class/ship`."""
     return {name: value for name, value in metrics.items() if "/" not in name}
 

@@ -128,6 +128,8 @@ class Search(Section):
 class WineConfig(SearchConfig):
     """The spec of a grid search over forests."""
 
+    seed_keys = ("search.seed", "model.params.random_state")
+
     model: Model = Model()
     data: Data = Data()
     search: Search = Search()

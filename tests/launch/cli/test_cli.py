@@ -47,6 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(variable, raising=False)
     (tmp_path / "my.yaml").write_text("task: trainers.engine.task:Task\ntrain: {steps: 3}\n")
     (tmp_path / "train.py").write_text("print(1)\n")
+    (tmp_path / "search.yaml").write_text("task: trainers.engine.task:Task\nconfig: trainers.config.schema:SearchConfig\n")
     logs = tmp_path / "runs" / RUN_ID / "attempts" / "1" / "logs"
     logs.mkdir(parents=True)
     (logs / "0.log").write_text("one\ntwo\n")
@@ -159,6 +160,13 @@ def test_help_and_version(capsys: pytest.CaptureFixture) -> None:
     ("cancel my", f"run `{RUN_ID}` is finished", ""),
     ("logs my --rank 7", "has no log of rank 7", ""),
     ("schema none.yaml", "there is no file `none.yaml`", ""),
+    ("cifar10 --seeds many", "`--seeds` is `many`", "--seeds 3"),
+    ("cifar10 --seeds 3 train.seed=1", "`train.seed=1` and `--seeds 3` both set the seed", "leave out"),
+    ("cifar10 --seeds 2 --debug", "`--debug` is for a single run", ""),
+    ("train.py --seeds 2", "`train.py` is a script", "args="),
+    ("search.yaml --seeds 2", "`search.yaml` has no key for a seed", "seed_keys"),
+    ("sweep cifr10 --seeds 2", "`cifr10`", "did you mean `cifar10`?"),
+    ("cifar10 data=sample --seeds 2,2", "two points are the same run: train.seed=2", ""),
 ])
 def test_a_wrong_word_is_an_error_with_a_hint(words: str, message: str, hint: str, capsys: pytest.CaptureFixture,
                                               called: Called) -> None:

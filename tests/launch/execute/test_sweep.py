@@ -18,6 +18,8 @@ from launch.plan.job_script import Request
 from launch.plan.spec import load_spec
 from launch.records import read as runs
 from launch.records.cancel import cancel, cancel_sweep
+from launch.records.seeds import means
+from trainers.config import yaml12
 from trainers.contract.errors import UserError
 
 LOCAL = ClusterConfig(name="local")
@@ -221,6 +223,47 @@ def test_the_dry_run_writes_nothing_and_is_what_runs(script):
         assert {file: (run / file).read_text() for file in plan["files"]} == plan["files"]
     shown = script(*words, "--dry-run").stdout
     assert "\n-args: [one]\n+args: [a b]\n" in shown and shown.count("# file run.yaml") == 1
+
+
+SEEDED = """
+from blobs import BlobsTask
+from trainers.errors import UserError
+
+class Seeded(BlobsTask):
+    def data(self, world):
+        if self.config.train.seed == 5:
+            raise UserError("seed 5 is unlucky")
+        return super().data(world)
+"""
+
+
+@pytest.mark.slow
+def test_seeds_make_a_sweep_with_means_at_the_end(launch):
+    (launch.folder / "blobs.py").write_text((BLOBS.parent / "blobs.py").read_text())
+    (launch.folder / "seeded.py").write_text(SEEDED)
+    (launch.folder / "seeded.yaml").write_text("task: seeded:Seeded\nmodel: {}\ndata: {}\ntrain: {steps: 4}\n")
+    words = ("seeded.yaml", "--seeds", "3,5,4", "--procs", 1)
+    dry = launch(*words, "--dry-run")
+    assert dry.returncode == 0 and "-seed4  train.seed=4" in dry.stdout, dry.stderr
+    done = launch(*words)
+    assert done.returncode == 1 and "seed 5 is unlucky" in done.stderr
+    folder = sweep_of(launch)
+    runs_of = [launch.folder / "runs" / f"{folder.name}-seed{seed}" for seed in (3, 4)]
+    losses = [record(run)["metrics"]["loss"] for run in runs_of]
+    mean = sum(losses) / 2
+    [point] = means(folder.parent, folder.name, runs.list_runs(folder.parent, folder.name))
+    assert losses[0] != losses[1] and point["metrics"]["loss"] == {
+        "mean": pytest.approx(mean), "deviation": pytest.approx(abs(losses[0] - losses[1]) / 2**0.5), "n": 2}
+    told = done.stdout.splitlines()[-1]
+    assert told.startswith("2 of 3 runs  loss ") and told == launch("runs", "--sweep", folder.name).stdout.splitlines()[-1]
+
+
+def test_a_search_has_seeds_too(launch):
+    dry = launch("sweep", "wine", "data=sample", "search.cv=3,5", "--seeds", 2, "--dry-run", "--json")
+    assert dry.returncode == 0, dry.stderr
+    specs = [yaml12.read(plan["files"]["run.yaml"], "run.yaml").value for plan in json.loads(dry.stdout)["plans"]]
+    assert [(spec["search"]["cv"], spec["search"]["seed"], spec["model"]["params"]["random_state"]) for spec in specs] == [
+        (3, 0, 0), (3, 1, 1), (5, 0, 0), (5, 1, 1)]
 
 
 @pytest.mark.parametrize("words, message", [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.plan.grid import grid, values
+from launch.plan.grid import Seeds, grid, read_seeds, values
 from trainers.config import yaml12
 from trainers.contract.errors import UserError
 
@@ -54,3 +54,23 @@ def test_the_grid_is_the_product_and_the_last_key_changes_fastest():
         ("optim.lr=0.1", "train.seed=1"), ("optim.lr=0.1", "train.seed=2"),
         ("optim.lr=0.01", "train.seed=1"), ("optim.lr=0.01", "train.seed=2")]
     assert points[0].words == ("optim.lr=0.1", "log.every=1", "train.seed=1")
+
+
+def test_seeds_repeat_each_point():
+    keys = ("search.seed", "model.params.random_state")
+    assert read_seeds("3", keys) == Seeds(keys, (0, 1, 2))
+    points = grid(["data=sample", "search.cv=3,5"], read_seeds("7,1", keys))
+    assert [point.overrides for point in points] == [
+        ("search.cv=3", "search.seed=7"), ("search.cv=3", "search.seed=1"),
+        ("search.cv=5", "search.seed=7"), ("search.cv=5", "search.seed=1")]
+    assert points[0].words == ("data=sample", "search.cv=3", "search.seed=7", "model.params.random_state=7")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("three", "`--seeds` is `three`"), ("1,", "`--seeds` is `1,`"), ("-1", "`--seeds` is `-1`"),
+    ("1", "`--seeds 1` means 1 run, but"), ("0", "means 0 runs"), ("1" + "0" * 30, "points; a sweep can have at most 1,000"),
+])
+def test_text_that_means_no_seeds_is_refused(text, message):
+    with pytest.raises(UserError, match=message) as raised:
+        read_seeds(text, ("train.seed",))
+    assert raised.value.hint
