@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from trainers.config.schema import RunConfig
 from trainers.contract.paths import RunPaths
 from trainers.engine import loop
+from trainers.engine.device import to_device
 from trainers.engine.task import Loss, Task
 from trainers.engine.world import World
 
@@ -46,7 +47,7 @@ class Rows:
         return len(self.labels)
 
     def batch(self, share):
-        rows = torch.from_numpy(share.indices)
+        rows = to_device(share.indices, self.labels.device)
         return self.inputs[rows], self.labels[rows]
 
 

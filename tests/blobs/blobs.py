@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from trainers.engine.device import to_device
 from trainers.engine.task import Loss, Task
 
 PACE = Path(os.environ.get("LAUNCH_RUN_DIR", ".")) / "pace"  # a test writes a new pause into this file
@@ -35,9 +36,9 @@ class Blobs:
         self.made += 1
         if self.made == self.hang_at:
             time.sleep(1000)  # longer than any test waits
-        rows = torch.from_numpy(share.indices)
+        rows = to_device(share.indices, self.images.device)
         noise = share.generator().normal(scale=0.1, size=share.size)[share.slots]
-        images = self.images[rows] + torch.from_numpy(noise).float().view(-1, 1, 1, 1)
+        images = self.images[rows] + to_device(noise, self.images.device).float().view(-1, 1, 1, 1)
         return images + self.noise * torch.randn_like(images), self.labels[rows]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from trainers.engine.device import to_device
 from trainers.engine.task import Loss, Task
 
 WORDS, LONGEST = 17, 12
@@ -34,7 +35,7 @@ class Sentences:
     def batch(self, share):
         if self.pause_s:
             time.sleep(float(PACE.read_text()) if PACE.exists() else self.pause_s)
-        rows = torch.from_numpy(share.indices)
+        rows = to_device(share.indices, self.words.device)
         return self.words[rows], self.lengths[rows], rows
 
 

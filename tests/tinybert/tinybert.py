@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
+from trainers.engine.device import to_device
 from trainers.engine.task import Loss, Task
 
 SIZE = dict(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
@@ -22,7 +23,7 @@ class Sentences:
         return len(self.words)
 
     def batch(self, share):
-        return self.words[torch.from_numpy(share.indices)]
+        return self.words[to_device(share.indices, self.words.device)]
 
 
 class Classify(Task):

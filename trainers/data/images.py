@@ -19,6 +19,7 @@ from trainers.contract.errors import UserError
 from trainers.contract.text import first_few
 from trainers.data.augment import NOTHING, Augment
 from trainers.data.folders import same_class
+from trainers.engine.device import to_device
 from trainers.engine.task import Share
 from trainers.engine.world import World
 
@@ -67,18 +68,15 @@ class Images:
         """Return (images float32 [n, 3, S, S], labels int64 [n]) of the samples `share.indices`. n may be 0."""
         side = self.pixels.shape[-1]
         if not self.augment.active:
-            index = self._to_device(share.indices)
+            index = to_device(share.indices, self.pixels.device)
             return self._normalise(self.pixels[index]), self.labels[index]
         # One transfer to the device for all numbers.
-        index, *rows = self._to_device(np.vstack([share.indices, self.augment.draw(share, side)]))
+        index, *rows = to_device(np.vstack([share.indices, self.augment.draw(share, side)]), self.pixels.device)
         drawn = torch.stack(rows)
         images = self._normalise(self.augment.crop(self.pixels[index], drawn))
         if self.augment.cutout:
             images.masked_fill_(self.augment.hole(drawn, side), 0.0)  # 0 is the mean colour
         return images, self.labels[index]
-
-    def _to_device(self, numbers: np.ndarray) -> Tensor:
-        return torch.from_numpy(numbers).to(self.pixels.device, non_blocking=True)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         # Two operations, not a fused one: a fused operation may round differently at the end of a vector, and a sample must

@@ -183,6 +183,14 @@ def summed(task, model, parts):
     return {name: total / count for name, (total, count) in sums.items()}
 
 
+def test_measuring_reads_no_value_of_the_device():
+    """Tensors without values stand for a GPU's: reading one would make the host wait, and is an error here."""
+    task = sample_task()
+    with torch.device("meta"):
+        measured = task.measure(task.model(), (torch.empty(8, 3, 32, 32), torch.empty(8, dtype=torch.int64)))
+    assert measured["confusion"][0].is_meta and measured["confusion"][1] == 8
+
+
 def test_measures_of_parts_equal_measures_of_the_whole():
     """Sums over uneven and empty parts equal the measures of the whole set, as counted with numpy."""
     task = sample_task()
