@@ -236,7 +236,7 @@ class Run(Section):
 
 
 class WatchedRun(Run):
-    # Less than NCCL's own timeout of 600 s, which kills ranks that only wait for the rank that hangs.
+    # Less than the timeout of torch's process groups (30 minutes), which kills ranks that only wait for the rank that hangs.
     hang_s: PositiveFloat | None = Field(
         300.0, description="seconds without progress after which a rank counts as hung and the attempt fails; null: never"
     )

@@ -51,6 +51,7 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
     """
     train = config.train
     compatibility.check(config, world.device.type)  # torchrun may have started the ranks, without the checks of `launch`
+    world.use_device()
     set_precision(train.precision, world.device)
     if train.deterministic:
         set_deterministic(train.compile)

@@ -49,13 +49,17 @@ class World:
         """Whether this is rank 0."""
         return self.rank == 0
 
+    def use_device(self) -> None:
+        """Let this process use its device where torch asks for "cuda" without a number."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def start_process_group(self) -> None:
         """Start the default process group, unless it is started already. It serves tensors on the device and on the CPU."""
         if dist.is_initialized():
             return
+        self.use_device()
         backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         if self.size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:

@@ -23,12 +23,9 @@ class Ddp:
 
     def __init__(self, world: World, config: RunConfig):
         self.world, self.config = world, config.train
-        # Accelerate starts the process group (nccl or gloo) and wraps models. The engine does everything else.
-        self.accelerator = Accelerator(
-            cpu=world.device.type == "cpu",
-            mixed_precision="no",  # the engine sets the precision; this ignores ACCELERATE_MIXED_PRECISION
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-        )
+        # Accelerate wraps models, and the engine does everything else. A single rank needs neither a process group nor wrapped
+        # models: starting NCCL for one GPU takes seconds.
+        self.accelerator = _accelerator(world) if world.size > 1 else None
         self._wrapped: dict[nn.Module, nn.Module] = {}  # two updates may train the same model
 
     @property
@@ -45,7 +42,7 @@ class Ddp:
         if model not in self._wrapped:
             # torch declares a compiled module as a callable.
             module = cast(nn.Module, torch.compile(model)) if self.config.compile else model
-            self._wrapped[model] = module if self.world.size == 1 else self.accelerator.prepare_model(module)
+            self._wrapped[model] = self.accelerator.prepare_model(module) if self.accelerator else module
         return DdpModel(self._wrapped[model], model, make_optimizer(optim, model.parameters()))
 
     def clear_gradients(self, models: Iterable[nn.Module]) -> None:
@@ -55,6 +52,15 @@ class Ddp:
     def fragments(self, models: Mapping[str, nn.Module]) -> dict[str, Fragment]:
         return {f"models/{name}/{key}": Fragment.whole(tensor) for name, model in models.items()
                 for key, tensor in model_tensors(model).items()}
+
+
+def _accelerator(world: World) -> Accelerator:
+    world.start_process_group()
+    return Accelerator(
+        cpu=world.device.type == "cpu",
+        mixed_precision="no",  # the engine sets the precision; this ignores ACCELERATE_MIXED_PRECISION
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
 
 
 class DdpModel(ShardedModel):
