@@ -18,10 +18,11 @@ TINY = Path(__file__).parent / "tinybert"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec, strategy, ranks", [
-    ("classify", "zero3", 2), ("classify", "fsdp", 2), ("fill", "ddp", 1), ("fill", "zero3", 2), ("fill", "fsdp", 2)])
-def test_an_exported_model_computes_the_same_as_the_trained_model(launch, monkeypatch, spec, strategy, ranks):
-    done = launch(TINY / f"{spec}.yaml", "--procs", ranks, "--strategy", strategy)
+@pytest.mark.parametrize("spec, strategy, ranks, averaged", [
+    ("classify", "zero3", 2, False), ("classify", "fsdp", 2, True), ("fill", "ddp", 1, True), ("fill", "zero3", 2, True),
+    ("fill", "fsdp", 2, False)])
+def test_an_exported_model_computes_the_same_as_the_evaluated_model(launch, monkeypatch, spec, strategy, ranks, averaged):
+    done = launch(TINY / f"{spec}.yaml", "--procs", ranks, "--strategy", strategy, *(["train.ema=0.9"] if averaged else []))
     assert done.returncode == 0, done.stderr
     run = launch.run()
     plain = launch("export", run.name, "-o", "model.safetensors")

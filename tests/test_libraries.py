@@ -74,6 +74,7 @@ import os, sys, torch
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 from torch import distributed, nn
 from trainers.config import RunConfig
+from trainers.engine.groups import grouped
 from trainers.engine.parallel.strategy import make_strategy
 from trainers.engine.world import World
 distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=0, world_size=1)
@@ -82,13 +83,14 @@ sys.addaudithook(lambda event, args: started.append(str(args[0])) if event == "s
 config = RunConfig(name="r", task="m:T", train={"steps": 1, "batch_size": 2, "strategy": sys.argv[1]}, optim={"name": "adamw"})
 strategy = make_strategy(World(0, 1, 0, 1, torch.device("cpu")), config)
 model = nn.Linear(4, 2)
-sharded = strategy.shard(strategy.place(model), config.optim)
+sharded = strategy.shard(strategy.place(model), config.optim, grouped(model, config.optim, ()))
 optimizer, parameter = sharded.engine.optimizer, next(model.parameters())
 parts = {
     1: (("optimizer", "single_partition_of_fp32_groups", "bit16_groups", "update_lp_params", "_update_model_bit16_weights",
          "_global_grad_norm", "loss_scaler", "overflow"), ("_hp_mapping",)),
     3: (("optimizer", "fp32_partitioned_groups_flat", "grad_position", "get_param_id", "persistent_parameters",
-         "_reassign_or_swap_out_partitioned_parameters", "_global_grad_norm", "loss_scaler", "overflow"),
+         "_reassign_or_swap_out_partitioned_parameters", "checkpoint_event_prologue", "_global_grad_norm", "loss_scaler",
+         "overflow"),
         ("ds_numel", "ds_shape", "ds_tensor")),
 }[int(sys.argv[1][-1])]
 missing = [f"optimizer.{name}" for name in parts[0] if not hasattr(optimizer, name)]

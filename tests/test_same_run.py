@@ -90,10 +90,11 @@ def test_an_interrupted_run_is_the_same_run(tmp_path, ranks, accumulation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp"])
 def test_an_interrupted_run_is_the_same_run_under_each_strategy(tmp_path, strategy):
-    """Interrupt one run by SIGKILL and by SIGTERM, each at a random step."""
-    args = ["--procs", 2, "--strategy", strategy, "train.micro_batch_size=6", "model.dropout=0.1"]
+    """Interrupt one run by SIGKILL and by SIGTERM, each at a random step. It has averaged weights and parameter groups."""
+    args = ["--procs", 2, "--strategy", strategy, "train.micro_batch_size=6", "model.dropout=0.1", "train.ema=0.9",
+            "optim.decay_norms_and_biases=false", "optim.groups=[{match: out, lr_scale: 0.5, weight_decay: 0.1}]"]
     (tmp_path / "whole").mkdir(), (tmp_path / "cut").mkdir()
     whole, cut = Command(tmp_path / "whole"), Command(tmp_path / "cut")
     done = whole(SENTENCES, *args)

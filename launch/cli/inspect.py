@@ -18,6 +18,7 @@ from launch.cli.options import (
     load,
     only_on_slurm,
     print_json,
+    raw_option,
     root_of,
     run_argument,
     runs_option,
@@ -276,14 +277,15 @@ def sync(word: str, root: Path) -> int:
               help="safetensors (default): one file per model. huggingface: a folder that from_pretrained loads.")
 @click.option("-o", "--output", type=Folder(path_type=Path), metavar="PATH",
               help="A folder, or a .safetensors file if the run has one model (default: export/step_N in the run's folder).")
+@raw_option
 @runs_option
 @json_option
-def export(word: str, root: Path, which: str | None, to: str, output: Path | None, json: bool) -> None:
+def export(word: str, root: Path, which: str | None, to: str, output: Path | None, raw: bool, json: bool) -> None:
     """Write the models of a checkpoint to files for other programs."""
     from launch.records import export as exports
     from launch.records.read import find_run
 
-    result = exports.export(find_run(root, word), which=which, to=to, output=output)
+    result = exports.export(find_run(root, word), which=which, to=to, output=output, raw=raw)
     print_json(result) if json else exports.say(result)
 
 

@@ -67,6 +67,7 @@ def runs_option(command: Callable) -> Callable:
 
 json_option = click.option("--json", is_flag=True, help="Print JSON.")
 run_argument = click.argument("word", metavar="RUN")
+raw_option = click.option("--raw", is_flag=True, help="Of a run with `train.ema`: the trained weights, not their average.")
 data_option = click.option("--data", metavar="PATH", help="Short for data=PATH. data=sample needs no download.")
 
 WANTED = {

@@ -21,6 +21,7 @@ from launch.cli.options import (
     load,
     only_on_slurm,
     queue_options,
+    raw_option,
     read_seeds,
     request_of,
     root_of,
@@ -139,13 +140,14 @@ def resume(word: str, root: Path, wanted: Wanted, json: bool, take_over: bool, s
 @run_argument
 @click.argument("overrides", nargs=-1, metavar="[key=value]...")
 @click.option("--step", "which", metavar="N|best", help="Step of the checkpoint, or `best` (default: the newest).")
+@raw_option
 @data_option
 @wanted_options("gpus", "procs", "nodes")
 @slurm_options
 @runs_option
 @json_option
-def eval(word: str, root: Path, which: str | None, overrides: Sequence[str], data: str | None, wanted: Wanted, json: bool,
-         slurm: bool, cluster_name: str | None, time: str | None, after: str | None, follow: bool) -> int:
+def eval(word: str, root: Path, which: str | None, raw: bool, overrides: Sequence[str], data: str | None, wanted: Wanted,
+         json: bool, slurm: bool, cluster_name: str | None, time: str | None, after: str | None, follow: bool) -> int:
     """Evaluate a checkpoint of a run, without training."""
     from launch.execute import evaluate
     from launch.records.read import find_run
@@ -154,10 +156,11 @@ def eval(word: str, root: Path, which: str | None, overrides: Sequence[str], dat
     words, options = sbatch_options([*overrides, *([f"{ALIASES['data']}={data}"] if data is not None else [])])
     cluster = cluster_of(slurm, cluster_name)
     if cluster.kind == "slurm":
-        return evaluate.submit(run, which=which, overrides=words, request=request_of(cluster, root, time, after, options),
-                               wanted=wanted, json=json, show_log=show_log if follow else None)
+        return evaluate.submit(run, which=which, init={"raw": raw}, overrides=words, wanted=wanted,
+                               request=request_of(cluster, root, time, after, options), json=json,
+                               show_log=show_log if follow else None)
     only_on_slurm(nodes=wanted.nodes, time=time, after=after, follow=follow, **options)
-    return evaluate.evaluate(run, which=which, overrides=words, wanted=wanted, json=json)
+    return evaluate.evaluate(run, which=which, init={"raw": raw}, overrides=words, wanted=wanted, json=json)
 
 
 @command

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from launch.cluster.config import load_cluster
 from launch.cluster.resources import Wanted, local_resources
@@ -39,18 +40,20 @@ REFUSED = {
 }
 
 
-def evaluate(run: Run, *, which: str | None, overrides: Sequence[str], wanted: Wanted, json: bool) -> int:
+def evaluate(run: Run, *, which: str | None, init: Mapping[str, Any], overrides: Sequence[str], wanted: Wanted,
+             json: bool) -> int:
     """Evaluate on this machine. Returns the exit code.
 
     Args:
         which: the checkpoint, as `weights_of` takes it.
+        init: keys of `init` that say which weights of the checkpoint are evaluated.
         wanted: if it is empty and the run was last on this machine, the evaluation has as many ranks as the run had.
         json: print the result as one JSON object.
 
     Raises:
         UserError: the user must fix something; nothing was written.
     """
-    spec = evaluation_spec(run, which, overrides)
+    spec = evaluation_spec(run, which, overrides, init)
     warn_of_broken([spec])
     assert isinstance(spec.config, RunConfig) and spec.weights  # only a run with steps has checkpoints
     was_local = (run.record["job"] or {}).get("kind") == "local"
@@ -71,16 +74,16 @@ def evaluate(run: Run, *, which: str | None, overrides: Sequence[str], wanted: W
     return code
 
 
-def submit(run: Run, *, which: str | None, overrides: Sequence[str], request: Request, wanted: Wanted,
-           json: bool, show_log: Callable[[Run], None] | None) -> int:
+def submit(run: Run, *, which: str | None, init: Mapping[str, Any], overrides: Sequence[str], request: Request,
+           wanted: Wanted, json: bool, show_log: Callable[[Run], None] | None) -> int:
     """Submit the evaluation to SLURM. Returns the exit code. Raises: UserError."""
     from launch.execute import on_slurm
 
-    return on_slurm.start(spec=evaluation_spec(run, which, overrides), root=run.paths.evaluations.absolute(), request=request,
-                          wanted=wanted, dry_run=False, json=json, show_log=show_log, here=False)
+    return on_slurm.start(spec=evaluation_spec(run, which, overrides, init), root=run.paths.evaluations.absolute(),
+                          request=request, wanted=wanted, dry_run=False, json=json, show_log=show_log, here=False)
 
 
-def evaluation_spec(run: Run, which: str | None, overrides: Sequence[str]) -> Spec:
+def evaluation_spec(run: Run, which: str | None, overrides: Sequence[str], init: Mapping[str, Any] = {}) -> Spec:
     """The spec that evaluates a checkpoint of the run.
 
     Raises:
@@ -104,6 +107,6 @@ def evaluation_spec(run: Run, which: str | None, overrides: Sequence[str]) -> Sp
     if train["micro_batch_size"] == "auto" and (sizes := tried_sizes(run.paths)):
         train["micro_batch_size"] = sizes[-1]["next"]  # the size that training found to fit
     return replace(with_values(spec, {
-        "init": {"source": weights.path}, "eval": {**values["eval"], "only": True}, "train": train,
+        "init": {**init, "source": weights.path}, "eval": {**values["eval"], "only": True}, "train": train,
         "checkpoint": {**values["checkpoint"], "layout": "sharded"}, "wandb": {**values["wandb"], "mode": "off"},
     }), weights=weights)

@@ -16,7 +16,7 @@ from trainers.contract.text import size
 SUFFIX = ".safetensors"
 
 
-def export(run: Run, *, which: str | None, to: str, output: Path | None) -> dict[str, Any]:
+def export(run: Run, *, which: str | None, to: str, output: Path | None, raw: bool = False) -> dict[str, Any]:
     """Write the models of one checkpoint to files, without optimizer states and other data.
 
     Args:
@@ -24,10 +24,12 @@ def export(run: Run, *, which: str | None, to: str, output: Path | None) -> dict
         to: `safetensors` for one file per model, or `huggingface` for one folder per model.
         output: a folder; by default the run's `export/step_<n>/`. With `safetensors` and a single model it may also be
             the file itself, if its name ends in .safetensors. With `huggingface` and a single model it is the model's folder.
+        raw: write the trained weights, even if the checkpoint has averages of them (`train.ema`).
 
     Returns:
-        `step`, `warnings` (about checkpoints that were passed over), `files` (the path of each model's file or folder, by
-        the model's name), `bytes` and `facts` (what the task keeps with the weights; the files' metadata holds them too).
+        `step`, `weights` (what they are, in words), `warnings` (about checkpoints that were passed over), `files` (the path of
+        each model's file or folder, by the model's name), `bytes` and `facts` (what the task keeps with the weights; the
+        files' metadata holds them too).
 
     Raises:
         UserError: there is no such checkpoint, it is broken, a model has no such layout, or the output cannot be written.
@@ -36,7 +38,7 @@ def export(run: Run, *, which: str | None, to: str, output: Path | None) -> dict
     step = choice.step
     checkpoint = run.paths.checkpoint(step)
     try:
-        models = engine.read_models(checkpoint)
+        models = engine.read_models(checkpoint, raw)
         places = _outputs(run, step, to, output, list(models))
         known = facts.read(checkpoint)
         about = facts.metadata(known, run.id, step)
@@ -55,14 +57,15 @@ def export(run: Run, *, which: str | None, to: str, output: Path | None) -> dict
                             "try again: the run has a newer checkpoint") from None
         raise
     files = {name: str(path) for name, path in places.items()}
-    return {"step": step, "warnings": choice.warnings(), "files": files, "bytes": written, "facts": known}
+    weights = "averaged weights (train.ema)" if any(model.averaged for model in models.values()) else "trained weights"
+    return {"step": step, "weights": weights, "warnings": choice.warnings(), "files": files, "bytes": written, "facts": known}
 
 
 def say(exported: dict[str, Any]) -> None:
     """Print what `export` did: the paths to standard output, everything else to standard error."""
     for line in exported["warnings"]:
         print(f"warning: {line}", file=sys.stderr)
-    print(f"step {exported['step']}, {size(exported['bytes'])}", file=sys.stderr)
+    print(f"step {exported['step']}, {exported['weights']}, {size(exported['bytes'])}", file=sys.stderr)
     for key, words in facts.names(exported["facts"]).items():
         more = f", ... ({len(words):,} in all)" if len(words) > 20 else ""
         print(f"{key}, in order: {', '.join(words[:20])}{more}", file=sys.stderr)

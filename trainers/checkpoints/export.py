@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # size limit of a file in Hugging Face's layout, the same as in transformers
 
-PREFIX = "models/"
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,11 @@ class Model:
     parts: Parts
     tensors: dict[str, str]  # the model's name of a tensor -> the checkpoint's name; each tensor has one entry
     tied: dict[str, str]     # further names of tied tensors -> the checkpoint's name
+
+    @property
+    def averaged(self) -> bool:
+        """Whether some weights are averages (`train.ema`)."""
+        return any(key.startswith("ema/") for key in self.tensors.values())
 
     def layouts(self, tied: bool) -> dict[str, Layout]:
         """Return the layouts by the model's names. `tied`: also by the further names of tied tensors."""
@@ -51,8 +55,26 @@ class Model:
         return {**self.tensors, **(self.tied if tied else {})}
 
 
-def read_models(checkpoint: Path) -> dict[str, Model]:
+def tensors_of_models(names: Iterable[str], raw: bool) -> dict[tuple[str, str], str]:
+    """Return which of a checkpoint's tensors are the models' weights: {(model, tensor): name in the checkpoint}.
+
+    A checkpoint holds `models/<model>/<tensor>`. With `train.ema` it also holds `ema/<model>/<tensor>`, the averages of the
+    trained parameters, which take their place unless `raw`.
+    """
+    found: dict[str, dict[tuple[str, str], str]] = {"models": {}, "ema": {}}
+    for name in names:
+        kind, _, rest = name.partition("/")
+        if kind in found:
+            model, _, tensor = rest.partition("/")
+            found[kind][model, tensor] = name
+    return {**found["models"], **({} if raw else found["ema"])}
+
+
+def read_models(checkpoint: Path, raw: bool = False) -> dict[str, Model]:
     """Return the models of a checkpoint by name. The checkpoint must be whole.
+
+    Args:
+        raw: take the trained weights; otherwise their averages, if the checkpoint has averages.
 
     Raises:
         Exception: of any kind, if a file is not as this software writes it.
@@ -60,13 +82,11 @@ def read_models(checkpoint: Path) -> dict[str, Model]:
     parts = Parts(checkpoint)
     tied = read_json(checkpoint / STATE).get("tied", {})
     models: dict[str, Model] = {}
-    for key in parts.shapes:
-        if key.startswith(PREFIX):
-            model, _, name = key.removeprefix(PREFIX).partition("/")
-            models.setdefault(model, Model(parts, {}, {})).tensors[name] = key
+    for (model, name), key in tensors_of_models(parts.shapes, raw).items():
+        models.setdefault(model, Model(parts, {}, {})).tensors[name] = key
     for alias, key in tied.items():
-        model, _, name = alias.removeprefix(PREFIX).partition("/")
-        models[model].tied[name] = key
+        _, model, name = alias.split("/", 2)
+        models[model].tied[name] = models[model].tensors[key.split("/", 2)[2]]
     return models
 
 

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainers.config.schema import RunConfig, SearchConfig, Section, TaskConfig
+    from trainers.config.schema import Group, RunConfig, SearchConfig, Section, TaskConfig
 
-__all__ = ["RunConfig", "SearchConfig", "Section", "TaskConfig"]
+__all__ = ["Group", "RunConfig", "SearchConfig", "Section", "TaskConfig"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,7 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Every = Union[PositiveInt, Literal["epoch", "never"]]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Pattern = Annotated[str, Field(min_length=1)]
 
 
 def _name(text: str) -> str:
@@ -96,6 +97,10 @@ class Train(Section):
                                           "object, or the path of a JSON file"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of an exponential moving average of the weights, for example 0.999: evaluations and exports use "
+                          "the average; null: no average"
+    )
     compile: bool = Field(False, description="compile the models with torch.compile")
     deterministic: bool = Field(True, description="use deterministic kernels; false: a resumed run on GPUs may differ slightly")
 
@@ -104,6 +109,23 @@ class Train(Section):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give one of train.epochs and train.steps")
         return self
+
+
+class Group(Section):
+    """Parameters for which the optimizer has settings of their own."""
+
+    match: Pattern | Annotated[list[Pattern], Field(min_length=1)] = Field(
+        description="names of parameters, or of modules that hold them; `*` stands for any text: head, *.bias, [embed*, blocks.0]"
+    )
+    lr_scale: NonNegativeFloat = Field(1.0, description="factor on the learning rate")
+    weight_decay: NonNegativeFloat | None = Field(None, description="null: that of `optim`, as for the keys below")
+    momentum: Fraction | None = Field(None, description="for sgd")
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None = Field(None, description="for adam and adamw")
+    eps: PositiveFloat | None = Field(None, description="for adam and adamw")
+
+    @property
+    def patterns(self) -> list[str]:
+        return [self.match] if isinstance(self.match, str) else self.match
 
 
 class Optim(Section):
@@ -116,6 +138,15 @@ class Optim(Section):
     )
     eps: PositiveFloat = Field(1e-8, description="epsilon, for adam and adamw")
     weight_decay: NonNegativeFloat = 0.0
+    decay_norms_and_biases: bool = Field(
+        True, description="false: no weight decay for biases and for the parameters of norms, as is usual for transformers"
+    )
+    groups: list[Group] = Field(
+        default_factory=list, description="settings for parameters by name; the first group that matches a parameter counts"
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="factor on the learning rate from each block to the block before it, for fine-tuning; null: none"
+    )
     clip_norm: PositiveFloat | None = Field(None, description="clip gradients to this norm; null: no clipping")
     schedule: Literal["constant", "cosine", "linear", "onecycle", "inverse_sqrt"] = Field(
         "constant", description="after the warm-up; inverse_sqrt: falls as 1 / sqrt(step), and needs a warm-up"
@@ -125,6 +156,13 @@ class Optim(Section):
                          "number of steps"
     )
     final_lr: Fraction = Field(0.0, description="learning rate at the end of cosine and linear, as a fraction of lr")
+
+    @model_validator(mode="after")
+    def _groups_fit_the_optimizer(self) -> "Optim":
+        for key in ("betas", "eps") if self.name == "sgd" else ("momentum",):
+            if any(getattr(group, key) is not None for group in self.groups):
+                raise ValueError(f"optim.groups sets `{key}`, which optim.name={self.name} does not have")
+        return self
 
     @model_validator(mode="after")
     def _inverse_sqrt_needs_warmup(self) -> "Optim":
@@ -142,10 +180,13 @@ class Init(Section):
         default_factory=list, description="modules and tensors that are not loaded from `source`, for example [head, blocks.0]"
     )
 
+    raw: bool = Field(False, description="of a run with `train.ema`, take the trained weights; false: take their average")
+
     @model_validator(mode="after")
-    def _skip_needs_source(self) -> "Init":
-        if self.skip and self.source is None:
-            raise ValueError("init.skip is given without init.source")
+    def _only_with_source(self) -> "Init":
+        for key in ("skip", "raw"):
+            if getattr(self, key) and self.source is None:
+                raise ValueError(f"init.{key} is given without init.source")
         return self
 
 

@@ -44,7 +44,7 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
     if setup.eval_set is None or not len(setup.eval_set):
         raise UserError(f"the task `{config.task}` has no evaluation set",
                         "use data=PATH with an evaluation set, or return an evaluation set from the task's `data`")
-    source = open_source(paths.first_weights(weights), world)
+    source = open_source(paths.first_weights(weights), world, config.init)
     load_weights(source, setup.layout, setup.strategy.fragments(setup.models), config.init.skip, f"`{weights}`",
                  "the size of the model depends on the data: use data with the same number of classes or words as in training")
     hold()

@@ -19,8 +19,9 @@ from trainers.contract.errors import TrainingError
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
 from trainers.engine.batches.sampling import Shuffled
-from trainers.engine.ema import models_to_evaluate
+from trainers.engine.ema import models_to_evaluate, start_averages
 from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
+from trainers.engine.groups import described, groups_of
 from trainers.engine.parallel.fragments import tied_names
 from trainers.engine.parallel.strategy import close_process_group, share_buffers
 from trainers.engine.saving import restore
@@ -77,8 +78,11 @@ class Loop:
         self.strategy, self.stopping, self.models = setup.strategy, setup.stopping, setup.models
         self.train_set = setup.train_set
         self.eval_set = setup.eval_set if setup.eval_set is not None and len(setup.eval_set) else None
-        self.runners = [UpdateRunner(update, config, world, self.strategy, self.train_set, self.models)
-                         for update in task.updates()]
+        updates = task.updates()
+        groups = groups_of(task, updates, self.models, config.optim)
+        self.runners = [UpdateRunner(update, config, world, self.strategy, self.train_set, self.models, group)
+                         for update, group in zip(updates, groups)]
+        start_averages(self.runners, train.ema)
         self.samples = self.runners[0].samples  # of the first update: defines what an epoch is
         self.total = total_steps(train, self.samples)
         self.step = 0                # training steps done
@@ -161,6 +165,8 @@ class Loop:
         elif self.config.init.source is not None:
             notes = restore.load_initial_weights(self.config.init.source, self.config, self.setup, self.runners, self.paths,
                                                  self.world)
+        notes += [("info", f"parameter groups of update `{runner.update.name}`: {described(runner.groups)}")
+                  for runner in self.runners if len(runner.groups) > 1]
         if self.eval_set is None and self.config.checkpoint.metric is not None:
             notes.append(("warning", f"there is no evaluation set, so `{self.config.checkpoint.metric}` (`checkpoint.metric`) is "
                                      "not measured, and no checkpoint is kept as a best one"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from trainers.config.schema import Optim
+from trainers.engine.groups import ParameterGroup
 
 
 class Sgd(torch.optim.SGD):
@@ -25,17 +27,19 @@ class Sgd(torch.optim.SGD):
         return has_sparse_gradient
 
 
-def make_optimizer(optim: Optim, parameters: Iterable[nn.Parameter], fused: bool = True) -> torch.optim.Optimizer:
-    """Return an optimizer with one parameter group: those of `parameters` that require gradients."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    beta1, beta2 = optim.betas
+def make_optimizer(optim: Optim, model: nn.Module, groups: Sequence[ParameterGroup], fused: bool = True) -> torch.optim.Optimizer:
+    """Return an optimizer of the parameters of `groups`, which belong to the model.
+
+    Each group of the optimizer has an entry `lr_scale`. The caller sets the group's `lr` to this times the learning rate.
+    """
+    parameters = dict(model.named_parameters())
+    settings: list[dict[str, Any]] = [
+        {"params": [parameters[name] for name in group.names], "lr": optim.lr * group.lr_scale, "lr_scale": group.lr_scale,
+         **group.options} for group in groups]
     match optim.name:
         case "sgd":
-            return Sgd(trained, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov,
-                       weight_decay=optim.weight_decay, fused=fused)
+            return Sgd(settings, lr=optim.lr, nesterov=optim.nesterov, momentum=optim.momentum, fused=fused)
         case "adam":
-            return torch.optim.Adam(trained, lr=optim.lr, betas=(beta1, beta2), eps=optim.eps,
-                                    weight_decay=optim.weight_decay, fused=fused)
+            return torch.optim.Adam(settings, lr=optim.lr, fused=fused)
         case "adamw":
-            return torch.optim.AdamW(trained, lr=optim.lr, betas=(beta1, beta2), eps=optim.eps,
-                                     weight_decay=optim.weight_decay, fused=fused)
+            return torch.optim.AdamW(settings, lr=optim.lr, fused=fused)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Mapping, NamedTuple, Protocol
+from typing import Any, Callable, Mapping, NamedTuple, Protocol, Sequence
 
 import numpy as np
 from torch import Tensor, nn
 
-from trainers.config.schema import Optim, RunConfig
+from trainers.config.schema import Group, Optim, RunConfig
 from trainers.engine.world import World
 
 
@@ -196,6 +196,18 @@ class Task:
     def updates(self) -> list[Update]:
         """Return the updates in the order in which each training step runs them. The default trains "model" by `loss`."""
         return [Update("model", trains="model", loss=lambda models, batch: self.loss(models["model"], batch))]
+
+    def groups(self, update: Update, model: nn.Module) -> Sequence[Group]:
+        """Return settings of the optimizer for parameters by name, for one update. The default returns none.
+
+        For example a lower learning rate for an encoder that was trained before: [Group(match="encoder", lr_scale=0.1)]. With
+        several models, the names of parameters begin with the name of the model. The user's `optim.groups` come first, and the
+        first group that matches a parameter counts. A factor of `optim.layer_decay` is multiplied with `lr_scale`.
+
+        Args:
+            model: the model that the update trains.
+        """
+        return ()
 
     def huggingface(self, model: nn.Module, folder: Path) -> None:
         """Write the files that a Hugging Face export of `model` needs besides the weights into `folder`.

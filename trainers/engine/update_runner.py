@@ -14,6 +14,8 @@ from trainers.contract import heartbeat
 from trainers.contract.errors import TrainingError, UserError
 from trainers.engine.batches.noise import seed_noise
 from trainers.engine.batches.sampling import Shuffled
+from trainers.engine.ema import Average
+from trainers.engine.groups import ParameterGroup, grouped
 from trainers.engine.parallel.strategy import Strategy
 from trainers.engine.precision import LossScale, autocast
 from trainers.engine.schedule import learning_rate
@@ -38,15 +40,23 @@ class UpdateRunner:
         applied: optimizer steps that changed the parameters.
         skipped: optimizer steps that changed nothing because gradients overflowed.
         skipped_in_row: the steps skipped since the last applied step.
-        lr: learning rate of the last optimizer step.
+        groups: the parameters that share settings of the optimizer.
+        lr: learning rate of the last optimizer step, before the factors of groups.
+        average: the averaged weights of the trained model (`train.ema`), which the loop sets; None: no average.
     """
 
     def __init__(self, update: Update, config: RunConfig, world: World, strategy: Strategy, dataset: Dataset,
-                 models: Mapping[str, nn.Module]):
-        """Make the optimizer of `models[update.trains]`. The strategy must have placed the models already."""
+                 models: Mapping[str, nn.Module], groups: Sequence[ParameterGroup] | None = None):
+        """Make the optimizer of `models[update.trains]`. The strategy must have placed the models already.
+
+        Args:
+            groups: the parameter groups of the optimizer; None: those of the settings.
+        """
         self.update, self.config, self.world, self.strategy, self.dataset = update, config, world, strategy, dataset
         self.optim = update.optim or config.optim
-        self.sharded = strategy.shard(models[update.trains], self.optim)
+        model = models[update.trains]
+        self.groups = grouped(model, self.optim, self.optim.groups) if groups is None else groups
+        self.sharded = strategy.shard(model, self.optim, self.groups)
         # Only the trained model runs through its wrapper (DDP). A backward through the wrapper of another model would start
         # the reduction of that model's gradients.
         self.models = {**models, update.trains: self.sharded.module}
@@ -56,6 +66,7 @@ class UpdateRunner:
         self.samples = Shuffled(len(dataset), self.split.batch, config.train.seed, update.name, self.split.most)
         self.applied = self.skipped = self.skipped_in_row = 0
         self.lr = self.optim.lr
+        self.average: Average | None = None
         self._data_wait_s = 0.0  # seconds spent making batches since the last call of `read_counters`
         self._items = torch.zeros((), dtype=torch.float64, device=world.device)  # items since then, over all ranks
         self._last = torch.zeros(2, dtype=torch.float64, device=world.device)  # [loss sum, count] of the last step
@@ -83,7 +94,7 @@ class UpdateRunner:
         """
         self.lr = learning_rate(self.optim, self.applied, total)
         for group in self.sharded.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.lr * group["lr_scale"]
         self._clear_gradients()
         sums = self._accumulate(draw)
         if self.world.size > 1:
@@ -101,6 +112,8 @@ class UpdateRunner:
         applied = self.sharded.step(factor, self.optim.clip_norm, finite_only=self.loss_scale.enabled,
                                     repeat_backward=repeat_backward)
         self.loss_scale.adjust(applied)
+        if applied and self.average is not None:
+            self.average.update(self.applied)
         self.applied += applied
         self.skipped += not applied
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1

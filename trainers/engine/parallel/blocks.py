@@ -20,7 +20,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     def search(module: nn.Module) -> None:
         for child in module.children():
             listed = isinstance(module, nn.ModuleList) and not names and not isinstance(child, (nn.ModuleList, nn.ModuleDict))
-            if listed or type(child).__name__ in names:
+            # `fully_shard` puts a class of another name in front of the block's own class.
+            if listed or any(cls.__name__ in names for cls in type(child).__mro__):
                 result.append(child)
             else:
                 search(child)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Mapping, cast
 
@@ -11,6 +11,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from trainers.config.schema import Optim, RunConfig
+from trainers.engine.groups import ParameterGroup
 from trainers.engine.optimizer import make_optimizer
 from trainers.engine.parallel.blocks import checkpoint_activations
 from trainers.engine.parallel.fragments import Fragment, model_tensors
@@ -38,12 +39,12 @@ class Ddp:
             checkpoint_activations(model)
         return model.to(self.world.device)
 
-    def shard(self, model: nn.Module, optim: Optim) -> ShardedModel:
+    def shard(self, model: nn.Module, optim: Optim, groups: Sequence[ParameterGroup]) -> ShardedModel:
         if model not in self._wrapped:
             # torch declares a compiled module as a callable.
             module = cast(nn.Module, torch.compile(model)) if self.config.compile else model
             self._wrapped[model] = self.accelerator.prepare_model(module) if self.accelerator else module
-        return DdpModel(self._wrapped[model], model, make_optimizer(optim, model.parameters()))
+        return DdpModel(self._wrapped[model], model, make_optimizer(optim, model, groups))
 
     def clear_gradients(self, models: Iterable[nn.Module]) -> None:
         for model in models:

@@ -6,7 +6,7 @@ while the block computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainers.config.schema import Optim, RunConfig
 from trainers.contract.errors import UserError
+from trainers.engine.groups import ParameterGroup
 from trainers.engine.optimizer import make_optimizer
 from trainers.engine.parallel.blocks import blocks, checkpoint_activations
 from trainers.engine.parallel.fragments import Fragment, model_tensors
@@ -67,9 +68,9 @@ class Fsdp:
             buffer.data = buffer.data.to(self.world.device)
         return model
 
-    def shard(self, model: nn.Module, optim: Optim) -> ShardedModel:
+    def shard(self, model: nn.Module, optim: Optim, groups: Sequence[ParameterGroup]) -> ShardedModel:
         fused = optim.name != "sgd"  # torch's fused SGD does not support sharded parameters (2.14)
-        return FsdpModel(model, model, make_optimizer(optim, model.parameters(), fused))
+        return FsdpModel(model, model, make_optimizer(optim, model, groups, fused))
 
     def clear_gradients(self, models: Iterable[nn.Module]) -> None:
         for model in models:
@@ -94,11 +95,14 @@ class FsdpModel(ShardedModel):
         _reshard(self.model)
         super().allocate(update, shapes)
 
+    def after_fill(self) -> None:
+        _reshard(self.model)  # otherwise the next forward computes with parameters that were gathered before
+
     def _fragment(self, tensor: Tensor) -> Fragment:
         return _local_fragment(tensor)
 
     def _local(self, tensor: Tensor) -> Tensor:
-        assert isinstance(tensor, DTensor)  # fully_shard makes every gradient a DTensor
+        assert isinstance(tensor, DTensor)  # fully_shard makes every parameter and gradient a DTensor
         return tensor.to_local()
 
     def _norms(self, gradients: list[Tensor]) -> Tensor:

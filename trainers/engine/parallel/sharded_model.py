@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,15 @@ class ShardedModel:
 
     def after_fill(self) -> None:
         """Bring the rest of the state up to date after new values were copied into the fragments."""
+
+    def masters(self) -> list[Tensor]:
+        """Return the tensors that the optimizer changes: this rank's part of the trained parameters, in fp32."""
+        return [self._local(parameter) for parameter in self._parameters]
+
+    def parts(self, values: Sequence[Tensor]) -> dict[str, Fragment]:
+        """Return the fragments of tensors that are laid out as `masters`, by the names of the parameters."""
+        return {name: replace(self._fragment(parameter), part=value)
+                for name, parameter, value in zip(self._names, self._parameters, values, strict=True)}
 
     def _fragment(self, tensor: Tensor) -> Fragment:
         return Fragment.whole(tensor)

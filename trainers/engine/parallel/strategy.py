@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch.distributed as dist
 from torch import nn
 
 from trainers.config.schema import Optim, RunConfig
+from trainers.engine.groups import ParameterGroup
 from trainers.engine.parallel.fragments import Fragment
 from trainers.engine.parallel.sharded_model import ShardedModel
 from trainers.engine.world import World
@@ -27,8 +28,8 @@ class Strategy(Protocol):
         """Prepare a model for training: move it to the device, or shard it. Every rank has built the same model on the CPU."""
         ...
 
-    def shard(self, model: nn.Module, optim: Optim) -> ShardedModel:
-        """Combine a placed model with a new optimizer for its parameters."""
+    def shard(self, model: nn.Module, optim: Optim, groups: Sequence[ParameterGroup]) -> ShardedModel:
+        """Combine a placed model with a new optimizer for the parameters of `groups`."""
         ...
 
     def clear_gradients(self, models: Iterable[nn.Module]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import inf
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from trainers.config.deepspeed_json import STAGES, deepspeed_config
 from trainers.config.schema import Optim, RunConfig
 from trainers.contract.errors import UserError
+from trainers.engine.groups import ParameterGroup
 from trainers.engine.optimizer import make_optimizer
 from trainers.engine.parallel.blocks import checkpoint_activations
 from trainers.engine.parallel.fragments import Fragment, buffers, optimizer_slots
@@ -56,17 +57,17 @@ class Zero:
         # models stay in host memory.
         return model if self.stage == 3 else model.to(self.world.device)
 
-    def shard(self, model: nn.Module, optim: Optim) -> ShardedModel:
+    def shard(self, model: nn.Module, optim: Optim, groups: Sequence[ParameterGroup]) -> ShardedModel:
         if self._sharded:
             raise UserError(f"`train.strategy` is `{self.config.train.strategy}`, which supports only one update; this task "
                             "has several", "use train.strategy=ddp or fsdp")
-        self._sharded[model] = ZeroModel(self._engine(model, optim), model, self.stage, self.world)
+        self._sharded[model] = ZeroModel(self._engine(model, optim, groups), model, self.stage, self.world)
         for other in self._placed:
             if other is not model:
                 other.to(self.world.device)
         return self._sharded[model]
 
-    def _engine(self, model: nn.Module, optim: Optim) -> Any:
+    def _engine(self, model: nn.Module, optim: Optim, groups: Sequence[ParameterGroup]) -> Any:
         forward = model.forward
 
         def in_precision(*args: Any, **kwargs: Any) -> Any:
@@ -82,7 +83,7 @@ class Zero:
             self.deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=torch.float32)
             for buffer in model.buffers():
                 buffer.data = buffer.data.to(self.world.device)
-        engine, *_ = self.deepspeed.initialize(model=model, optimizer=make_optimizer(optim, model.parameters()),
+        engine, *_ = self.deepspeed.initialize(model=model, optimizer=make_optimizer(optim, model, groups),
                                                config=settings, dist_init_required=False)
         return engine
 
@@ -119,10 +120,10 @@ class Slice:
 
     name: str
     parameter: DeepSpeedParameter
-    partition: Tensor | None  # None: this rank holds no part of the parameter
-    start: int                # the part's first element in the flattened parameter
-    count: int                # the part's number of elements
-    offset: int               # the part's first element in the partition
+    partition: int | None  # its number in the list of partitions; None: this rank holds no part of the parameter
+    start: int             # the part's first element in the flattened parameter
+    count: int             # the part's number of elements
+    offset: int            # the part's first element in the partition
 
     def fragment(self, partition: Tensor) -> Fragment:
         """Return the part, read from a partition of the same layout (parameters, or a state of the optimizer)."""
@@ -184,7 +185,7 @@ class ZeroModel(ShardedModel):
 
     def parameters(self) -> dict[str, Fragment]:
         """Return this rank's part of the model's parameters, by name."""
-        held = {part.name: part.fragment(part.partition) for part in self._slices() if part.partition is not None}
+        held = self.parts(self.masters())
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 held[name] = self._frozen(parameter)
@@ -201,10 +202,13 @@ class ZeroModel(ShardedModel):
                     result[key] = part.fragment(value)
         return result
 
+    def parts(self, values: Sequence[Tensor]) -> dict[str, Fragment]:
+        return {part.name: part.fragment(values[part.partition]) for part in self._slices() if part.partition is not None}
+
     def allocate(self, update: str, shapes: Shapes) -> None:
         kinds = {slot: has_parameter_shape for slots in optimizer_slots(update, self.model, shapes).values()
                  for slot, has_parameter_shape in slots.items()}
-        for partition in self._partitions():
+        for partition in self.masters():
             for slot, has_parameter_shape in kinds.items():
                 self.optimizer.optimizer.state[partition][slot] = (
                     torch.zeros_like(partition, requires_grad=False) if has_parameter_shape
@@ -217,7 +221,8 @@ class ZeroModel(ShardedModel):
             for group in range(len(self.optimizer.bit16_groups)):
                 self.optimizer._update_model_bit16_weights(group)
             return
-        for group in range(len(self._partitions())):
+        self.optimizer.checkpoint_event_prologue()  # frees gathered parameters, which hold the old values
+        for group in range(len(self.masters())):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
         self._gather_persistent()
 
@@ -226,14 +231,14 @@ class ZeroModel(ShardedModel):
         if self.stage == 3 and (persistent := self.optimizer.persistent_parameters):
             persistent[0].all_gather(persistent)
 
-    def _partitions(self) -> list[Tensor]:
+    def masters(self) -> list[Tensor]:
         """Return the fp32 partitions of this rank."""
         return self.optimizer.single_partition_of_fp32_groups if self.stage < 3 else self.optimizer.fp32_partitioned_groups_flat
 
-    def _states(self, partition: Tensor | None) -> dict[str, Tensor]:
+    def _states(self, partition: int | None) -> dict[str, Tensor]:
         """Return the optimizer's states for a partition. For None, return those of the first partition: states that are single
         numbers are the same for all partitions."""
-        states = self.optimizer.optimizer.state[self._partitions()[0] if partition is None else partition]
+        states = self.optimizer.optimizer.state[self.masters()[partition or 0]]
         return {slot: value for slot, value in states.items() if isinstance(value, Tensor)}
 
     def _slices(self) -> Iterator[Slice]:
@@ -249,12 +254,12 @@ class ZeroModel(ShardedModel):
                     yield Slice(name, parameter, None, 0, 0, 0)
                     continue
                 address = part.hp_fragment_address
-                yield Slice(name, parameter, self._partitions()[part.param_group_index], part.lp_fragment_address.start,
+                yield Slice(name, parameter, part.param_group_index, part.lp_fragment_address.start,
                             address.numel, address.start)
             else:
                 group, offset, padded = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
                 start = min(self.world.rank * padded, parameter.ds_numel)
-                yield Slice(name, parameter, self._partitions()[group], start, min(padded, parameter.ds_numel - start), offset)
+                yield Slice(name, parameter, group, start, min(padded, parameter.ds_numel - start), offset)
 
     def _frozen(self, parameter: DeepSpeedParameter) -> Fragment:
         """Return this rank's part of a parameter that is not trained."""

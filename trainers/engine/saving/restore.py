@@ -17,10 +17,12 @@ from trainers.engine.world import World
 
 
 def fragments(setup: Setup, runners: Sequence[UpdateRunner]) -> dict[str, Fragment]:
-    """Return this rank's parts of all tensors in a checkpoint, by name: models and optimizer states."""
+    """Return this rank's parts of all tensors in a checkpoint, by name: models, optimizer states and averaged weights."""
     found = setup.strategy.fragments(setup.models)
     for runner in runners:
         found |= runner.sharded.fragments(runner.update.name)
+        if runner.average is not None:
+            found |= runner.average.fragments(runner.update.trains)
     return found
 
 
@@ -32,6 +34,9 @@ def load_tensors(reader: Reader, setup: Setup, runners: Sequence[UpdateRunner]) 
     """
     shapes = reader.shapes
     check_no_unknown(shapes, {place.key for place in setup.layout})
+    if any(name.startswith("ema/") for name in shapes) != any(runner.average is not None for runner in runners):
+        raise UserError("either the checkpoint or the spec has averaged weights (`train.ema`), and the other has none",
+                        "restore `train.ema` in run.yaml, or start a new run from these weights: --from RUN")
     for runner in runners:
         runner.sharded.allocate(runner.update.name, shapes)
     fill(fragments(setup, runners), shapes, reader.read)
@@ -47,10 +52,12 @@ def load_initial_weights(weights: str, config: RunConfig, setup: Setup, runners:
         UserError: the weights cannot be read, or do not fit the models.
     """
     path = paths.first_weights(weights)
-    source = open_source(path, world)
+    source = open_source(path, world, config.init)
     note = load_weights(source, setup.layout, setup.strategy.fragments(setup.models), config.init.skip, f"`{weights}`")
     for runner in runners:
         runner.sharded.after_fill()
+        if runner.average is not None:
+            runner.average.restart()
     notes = [("info", note)]
     changes = facts.differences(facts.names(facts.read(path)), setup.facts)
     if changes and not config.init.skip:

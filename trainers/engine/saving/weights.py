@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainers.checkpoints import manifest
+from trainers.checkpoints.export import tensors_of_models
+from trainers.config.schema import Init
 from trainers.contract.errors import UserError
 from trainers.contract.text import MOST_SHOWN, first_few
 from trainers.engine.parallel.fragments import Fragment, fill, model_tensors
@@ -72,14 +74,17 @@ class Source(Protocol):
         ...
 
 
-def open_source(path: Path, world: World) -> Source:
+def open_source(path: Path, world: World, init: Init = Init()) -> Source:
     """Open a checkpoint or safetensors files. Every rank must call this: the ranks share the work of verifying a checkpoint.
+
+    Args:
+        init: says which weights of a checkpoint to take.
 
     Raises:
         UserError: the path does not exist, is broken, or holds no weights.
     """
     if (path / manifest.NAME).exists():
-        return Checkpoint(path, world)
+        return Checkpoint(path, world, init.raw)
     if not path.exists():
         raise UserError(f"`{path}` does not exist any more, but this run starts from its weights (`init.source`)",
                         "put it back, or start a new run from other weights")
@@ -93,16 +98,15 @@ def open_source(path: Path, world: World) -> Source:
 
 
 class Checkpoint:
-    """The models in a checkpoint that `launch` has written."""
+    """The models in a checkpoint that `launch` has written. `raw`: the trained weights, even if there is an average of them."""
 
-    def __init__(self, folder: Path, world: World):
+    def __init__(self, folder: Path, world: World, raw: bool):
         self.step = _verified(folder, world)
         self._reader = storage.Reader(folder)
-        shapes = {key: shape for key, shape in self._reader.shapes.items() if key.startswith("models/")}
-        one_model = len({key.split("/")[1] for key in shapes}) == 1
-        self._keys = {key.split("/", 2)[2] if one_model else key.removeprefix("models/").replace("/", ".", 1): key
-                      for key in shapes}
-        self.shapes = {name: shapes[key] for name, key in self._keys.items()}
+        keys = tensors_of_models(self._reader.shapes, raw)
+        one_model = len({model for model, _ in keys}) == 1
+        self._keys = {name if one_model else f"{model}.{name}": key for (model, name), key in keys.items()}
+        self.shapes = {name: self._reader.shapes[key] for name, key in self._keys.items()}
         self.integers: dict[str, str] = {}
 
     def read(self, name: str, start: int, count: int) -> Tensor:

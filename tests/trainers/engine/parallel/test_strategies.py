@@ -13,6 +13,10 @@ from ranks import Ranks, serve
 
 SENTENCES = Path(__file__).parents[3] / "sentences"
 SHARDED = ("zero1", "zero2", "zero3", "fsdp")
+# Five parameter groups, some smaller than a rank's share, and averaged weights.
+GROUPS = {"train.ema": 0.9, "optim.decay_norms_and_biases": False,
+          "optim.groups": [{"match": "out", "lr_scale": 0.5, "weight_decay": 0.1}, {"match": "norm.bias", "betas": [0.8, 0.99]},
+                           {"match": "*.inner", "lr_scale": 2.0}]}
 STRATEGIES = ("ddp", *SHARDED)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -33,10 +37,10 @@ def ranks():
         ranks.close()
 
 
-def furthest(one: list[dict], other: list[dict], key: str = "loss") -> float:
-    """Return the largest difference between two runs' values of `key`."""
+def furthest(one: list[dict], other: list[dict], *keys: str) -> float:
+    """Return the largest difference between two runs' values of `keys`; by default of the losses in training and evaluation."""
     assert [row["step"] for row in one] == [row["step"] for row in other] and one
-    return max(abs(a[key] - b[key]) for a, b in zip(one, other))
+    return max(abs(a[key] - b[key]) for a, b in zip(one, other) for key in keys or ("loss", "eval loss") if key in a)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -66,17 +70,20 @@ def test_half_precision_stays_near_fp32(ranks, tmp_path, precision, bound):
 def test_any_strategy_continues_from_the_checkpoint_of_any_other(ranks, tmp_path):
     """Every strategy continues the checkpoint of every strategy, on another number of ranks."""
     sizes = {"ddp": (4, 2), "zero1": (2, 3), "zero2": (1, 4), "zero3": (4, 2), "fsdp": (3, 1)}
-    whole = ranks(4)("trained", root=tmp_path / "whole", keys={"train.steps": 40})[0]
+    averaged = {"train.steps": 40, **GROUPS}
+    whole = ranks(4)("trained", root=tmp_path / "whole", keys=averaged)[0]
+    raw = ranks(4)("trained", root=tmp_path / "raw", keys={**averaged, "train.ema": None})[0]
+    assert furthest(whole, raw, "loss") == 0 and furthest(whole, raw, "eval loss") > 1e-3  # evaluations use the average
     table = {}
     for first in STRATEGIES:
         root = tmp_path / first
         size = sizes[first][0]
-        ranks(size)("trained", root=root, keys={"train.strategy": first, "train.steps": 40}, until=10)
+        ranks(size)("trained", root=root, keys={"train.strategy": first, **averaged}, until=10)
         for second in STRATEGIES:
             onward = root.with_name(f"{first}-{second}")
             copy(root, onward)
             size_then = sizes[second][1]
-            keys = {"train.strategy": second, "train.steps": 40}
+            keys = {"train.strategy": second, **averaged}
             rows = ranks(size_then)("trained", root=onward, keys=keys)[0]
             table[first, second] = furthest(whole, rows)
             print(f"{first} on {size} rank(s) -> {second} on {size_then}: 30 steps within {table[first, second]:.1e}")
@@ -98,7 +105,8 @@ def test_a_run_continues_on_another_number_of_ranks(ranks, tmp_path, name, chang
 @pytest.mark.parametrize("name", SHARDED)
 def test_four_ranks_resume_to_the_bit(ranks, tmp_path, name):
     for precision in ("fp32", "fp16"):
-        keys = {"train.strategy": name, "train.micro_batch_size": 3, "model": {"dropout": 0.1}, "train.precision": precision}
+        keys = {"train.strategy": name, "train.micro_batch_size": 3, "model": {"dropout": 0.1}, "train.precision": precision,
+                **GROUPS}
         whole = ranks(4)("trained", root=tmp_path / f"{precision} whole", keys=keys)[0]
         ranks(4)("trained", root=tmp_path / precision, keys=keys, until=13)
         assert ranks(4)("trained", root=tmp_path / precision, keys=keys)[0] == whole
@@ -205,15 +213,18 @@ def loop_of(world, root, keys):
 
 
 def trained(world, root, keys, until=None):
-    """Return the training rows of a run that continues to its end, or is asked to stop at step `until`."""
+    """Return the training rows of a run that continues to its end, or is asked to stop at step `until`. A row has the loss of
+    the evaluation of its step too."""
     loop = loop_of(world, root, keys)
     if until is not None:
         loop.stopping.at_boundary = lambda: loop.step >= until
     code = loop.run()
     assert code == (0 if until is None else 75)
-    rows = map(json.loads, (Path(root) / "metrics.jsonl").read_text().splitlines())
+    rows = [json.loads(line) for line in (Path(root) / "metrics.jsonl").read_text().splitlines()]
+    evaluated = {row["step"]: {"eval loss": row["loss"]} for row in rows if row["split"] == "eval"}
     names = ("step", "loss", "grad_norm", "lr", "skipped")
-    return [{name: row[name] for name in names if name in row} for row in rows if row["split"] == "train"]
+    return [{name: row[name] for name in names if name in row} | evaluated.get(row["step"], {})
+            for row in rows if row["split"] == "train"]
 
 
 def cifar10(world, root, strategy, precision, synchronized=False):

@@ -242,6 +242,7 @@ def measure(path: Path) -> dict[str, list[float]]:
 
     from trainers.engine.evaluate_only import placed
     from trainers.engine.evaluation import evaluate
+    from trainers.engine.groups import grouped
     from trainers.engine.setup import set_up
 
     world, losses = World.from_env(), {}
@@ -249,10 +250,11 @@ def measure(path: Path) -> dict[str, list[float]]:
         for strategy in STRATEGIES:
             config = schema.RunConfig(name="x", task="sentences:Counting", init=schema.Init(source=str(path)),
                                       train=schema.Train(steps=5, batch_size=8, strategy=strategy, precision=precision))
-            task, pair = Counting(config), []
+            task, optim, pair = Counting(config), config.optim, []
             for training in (True, False):
                 setup = set_up(task, config, world, config if training else placed(config))
-                sharded = setup.strategy.shard(setup.models["model"], config.optim) if training else None
+                model = setup.models["model"]
+                sharded = setup.strategy.shard(model, optim, grouped(model, optim, ())) if training else None
                 load_weights(open_source(path, world), setup.layout, setup.strategy.fragments(setup.models), (), "it")
                 if sharded:
                     sharded.after_fill()
