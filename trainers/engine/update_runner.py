@@ -13,7 +13,7 @@ from trainers.config.schema import RunConfig
 from trainers.contract import heartbeat
 from trainers.contract.errors import TrainingError, UserError
 from trainers.engine.batches.noise import seed_noise
-from trainers.engine.batches.sampling import Shuffled
+from trainers.engine.batches.sampling import NUMPY, Shuffled
 from trainers.engine.ema import Average
 from trainers.engine.groups import ParameterGroup, grouped
 from trainers.engine.parallel.strategy import Strategy
@@ -210,11 +210,12 @@ class UpdateRunner:
         return values
 
     def state(self) -> dict[str, Any]:
-        """Return the counters and the loss scale, for a checkpoint's state.json."""
-        return {"applied": self.applied, "skipped": self.skipped, "in_row": self.skipped_in_row,
+        """Return the order of the samples, the counters and the loss scale, for a checkpoint's state.json."""
+        return {"order": self.samples.order, "applied": self.applied, "skipped": self.skipped, "in_row": self.skipped_in_row,
                 "scale": self.loss_scale.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned."""
+        """Take over what `state` returned. Raises: UserError: the order of the samples is unknown."""
+        self.samples.continue_in(state.get("order", NUMPY))  # older versions had one order, and did not name it
         self.applied, self.skipped, self.skipped_in_row = state["applied"], state["skipped"], state["in_row"]
         self.loss_scale.load_state(state["scale"])

@@ -14,9 +14,11 @@ from torch import nn
 
 from trainers.checkpoints import evaluation, folders, manifest
 from trainers.config.schema import RunConfig
+from trainers.contract.errors import UserError
 from trainers.contract.files import replace_json
 from trainers.contract.paths import RunPaths
 from trainers.engine import loop
+from trainers.engine.batches.sampling import Shuffled
 from trainers.engine.task import Loss, Task
 
 
@@ -137,10 +139,8 @@ def test_a_report_that_fails_costs_no_step_that_was_saved(whole, tmp_path, monke
     assert kept(tmp_path / "run") == kept(whole)
 
 
-@pytest.mark.parametrize("cut", [4, 8, 16, 20])
-def test_an_evaluation_that_was_not_recorded_is_repeated_and_logged_once(whole, tmp_path, monkeypatch, cut):
-    """The attempt is cut off after the evaluation of step `cut`, before anything else is written. Steps 8 and 16 are saved
-    before the evaluation, step 4 would be saved as a new best, and step 20 is not saved."""
+def run_until(root: Path, cut: int) -> None:
+    """Train the first attempt until the evaluation of step `cut`, which is not recorded."""
     class CutOff(loop.Loop):
         def _compare_with_best(self):
             if self.step == cut:
@@ -148,10 +148,25 @@ def test_an_evaluation_that_was_not_recorded_is_repeated_and_logged_once(whole, 
                 raise KeyboardInterrupt
             super()._compare_with_best()
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Loop", CutOff)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "run", 1)
+            run(root, 1)
+
+
+def reseal(folder: Path, step: int, state: dict, **about) -> None:
+    """Replace the state of a checkpoint, and what its manifest says."""
+    replace_json(folder / manifest.STATE, state)
+    content = manifest.read(folder, step)
+    entries = {**content.pop("files"), manifest.STATE: manifest.entry(folder / manifest.STATE)}
+    manifest.write(folder, entries=entries, **{key: value for key, value in content.items() if key != "format"}, **about)
+
+
+@pytest.mark.parametrize("cut", [4, 8, 16, 20])
+def test_an_evaluation_that_was_not_recorded_is_repeated_and_logged_once(whole, tmp_path, cut):
+    """The attempt is cut off after the evaluation of step `cut`, before anything else is written. Steps 8 and 16 are saved
+    before the evaluation, step 4 would be saved as a new best, and step 20 is not saved."""
+    run_until(tmp_path / "run", cut)
     assert run(tmp_path / "run", 2) == 0
     assert logged(tmp_path / "run") == logged(whole)
     assert kept(tmp_path / "run") == kept(whole)
@@ -168,15 +183,36 @@ def test_checkpoints_of_older_versions_are_read(whole, tmp_path):
         folder = paths.checkpoint(step)
         found = evaluation.read(folder, step)
         state = json.loads((folder / manifest.STATE).read_text())
-        replace_json(folder / manifest.STATE, {**state, "evaluated": True, "metrics": found.metrics, "best": found.best})
         (folder / evaluation.NAME).unlink()
-        content = manifest.read(folder, step)
-        entries = {**content.pop("files"), manifest.STATE: manifest.entry(folder / manifest.STATE)}
-        manifest.write(folder, entries=entries, metrics=found.metrics,
-                       **{key: value for key, value in content.items() if key != "format"})
+        reseal(folder, step, {**state, "evaluated": True, "metrics": found.metrics, "best": found.best}, metrics=found.metrics)
     assert {step: metrics["top1"] for step, metrics in folders.metrics(paths).items()} == {16: 0.6}
     assert run(tmp_path / "run", 2) == 0
     assert logged(tmp_path / "run") == logged(whole) and list(kept(tmp_path / "run")) == [16, 24]
+
+
+def test_a_run_continues_in_the_order_of_samples_in_which_it_began(whole, tmp_path):
+    """Older versions had another order, and checkpoints did not name it."""
+    init = Shuffled.__init__
+
+    def older(self, *args, **keys):
+        init(self, *args, **keys)
+        self.order = "numpy"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shuffled, "__init__", older)
+        assert run(tmp_path / "older", 1) == 0
+        run_until(tmp_path / "run", 20)
+    assert logged(tmp_path / "older") != logged(whole)
+    paths = RunPaths(tmp_path / "run")
+    folder, state = paths.checkpoint(16), kept(tmp_path / "run")[16][0]
+    assert state["updates"]["model"].pop("order") == "numpy"
+    reseal(folder, 16, {**state, "updates": {"model": {**state["updates"]["model"], "order": "of tomorrow"}}})
+    with pytest.raises(UserError, match="in the order `of tomorrow`, which this version does not know"):
+        run(tmp_path / "run", 2)
+    reseal(folder, 16, state)
+    assert run(tmp_path / "run", 3) == 0
+    assert logged(tmp_path / "run") == logged(tmp_path / "older")
+    assert kept(whole)[24][0]["updates"]["model"]["order"] == "feistel"
 
 
 def test_the_evaluation_of_a_save_that_failed_is_lost_with_it(tmp_path, monkeypatch, whole):

@@ -11,7 +11,13 @@ import hashlib
 import numpy as np
 
 from trainers.config.batching import Batching
+from trainers.contract.errors import UserError
+from trainers.engine.batches.permutation import permuted
 from trainers.engine.task import Share
+
+# Names of the ways to put an epoch in order, as in a checkpoint. A run that began under one of them continues under it.
+FEISTEL = "feistel"  # trainers/engine/batches/permutation.py
+NUMPY = "numpy"      # numpy's permutation, which holds the whole epoch in memory; checkpoints without a name have this order
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -30,11 +36,21 @@ class Shuffled:
     Args:
         stream: name of the update. Updates with different names get different orders.
         most: the largest micro-batch that is allowed, in samples; None: no limit.
+
+    Attributes:
+        order: how an epoch is put in order.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, stream: str, most: int | None = None):
         self.length, self.batch_size, self.seed, self.stream, self.most = length, batch_size, seed, stream, most
-        self._orders: dict[int, np.ndarray] = {}
+        self.order = FEISTEL
+        self._orders: dict[int, np.ndarray] = {}  # for NUMPY: the epochs of the last batch, by their seeds
+
+    def continue_in(self, order: str) -> None:
+        """Take over the order that a checkpoint names. Raises: UserError: this version does not know it."""
+        if order not in (FEISTEL, NUMPY):
+            raise unknown_order(order)
+        self.order = order
 
     def steps(self, epochs: float) -> int:
         """Return the number of batches in `epochs` epochs, rounded up and at least 1."""
@@ -60,15 +76,21 @@ class Shuffled:
     def _indices(self, positions: np.ndarray) -> np.ndarray:
         """Return the rows of the data set at these positions of the endless sequence."""
         epochs, within = np.divmod(positions, self.length)
-        needed = range(epochs[0], epochs[-1] + 1)
-        self._orders = {e: self._orders[e] if e in self._orders else self._order(e) for e in needed}
-        if len(needed) == 1:
-            return self._orders[needed[0]][within]
-        return np.array([self._orders[e][w] for e, w in zip(epochs.tolist(), within.tolist())])
+        needed, of_each = np.unique(epochs, return_inverse=True)
+        seeds = [derive_seed(self.seed, "order", self.stream, epoch) for epoch in needed.tolist()]
+        if self.order == FEISTEL:
+            return permuted(within, self.length, np.array(seeds, dtype=np.uint64)[of_each])
+        self._orders = {seed: self._orders[seed] if seed in self._orders else
+                        np.random.Generator(np.random.Philox(seed)).permutation(self.length) for seed in seeds}
+        indices = np.empty_like(positions)
+        for number, seed in enumerate(seeds):
+            indices[of_each == number] = self._orders[seed][within[of_each == number]]
+        return indices
 
-    def _order(self, epoch: int) -> np.ndarray:
-        bits = np.random.Philox(derive_seed(self.seed, "order", self.stream, epoch))
-        return np.random.Generator(bits).permutation(self.length)
+
+def unknown_order(order: str) -> UserError:
+    return UserError(f"the checkpoint says that its samples come in the order `{order}`, which this version does not know",
+                     "continue with the version of `launch` that started this run")
 
 
 def evaluation_shares(length: int, batch_size: int, rank: int, ranks: int) -> list[Share]:
