@@ -339,3 +339,24 @@ def test_a_grace_that_is_too_short_for_a_checkpoint_gives_a_warning(launch):
                      done.stdout)
     assert attempt(launch.run(), 1)["checkpoint_s"] > 0.001
     assert "warning: a checkpoint took" not in launch(BLOBS, "--procs", 1, "train.steps=20").stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_early_is_finished_and_can_go_on(launch):
+    """The learning rate is so small that no evaluation is better than the first one."""
+    words = ["model.exact_over_ranks=true", "train.steps=20", "optim.lr=1e-20", "eval.every=2", "train.patience=2"]
+    done = launch(BLOBS, *words, "--procs", 2)
+    assert done.returncode == 0, done.stderr
+    run = launch.run()
+    reason = "top1 has not become better in 2 evaluations"
+    assert f"finished at step 6/20, stopped early: {reason}" in done.stdout
+    assert record(run)["state"] == "finished" and record(run)["stopped_early"].startswith(reason)
+    assert "finished early  6/20" in launch("runs").stdout
+    assert f"finished (stopped early: {reason}" in launch("status", run.name).stdout
+    told = launch("explain", run.name).stdout
+    assert f"it stopped early, because {reason}" in told and f"launch resume {run.name} train.patience=4" in told
+    again = launch("resume", run.name)
+    assert again.returncode == 0 and "stopped early at step 6 of 20" in again.stdout and "train.patience=N" in again.stdout
+    more = launch("resume", run.name, "train.patience=3")
+    assert more.returncode == 0 and "finished at step 8/20, stopped early" in more.stdout, more.stderr
+    assert [row["step"] for row in rows(run, "eval")] == [2, 4, 6, 8]

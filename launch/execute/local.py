@@ -93,8 +93,8 @@ def resume(run: Run, *, wanted: Wanted, changes: Sequence[str] = (), json: bool,
         raise UserError(f"run {paths.id} is running{where}",
                         f"if that host or process is gone: `launch resume {command_name(paths)} --take-over`" if elsewhere else
                         f"see `launch status {command_name(paths)}`, or stop the run: `launch cancel {command_name(paths)}`")
-    if state == "finished":
-        view.notice(f"run {paths.id} is finished: nothing to resume")
+    if state == "finished" and (told := renewal.complete(run, changes)):
+        view.notice(told)
         view.close()
         return 0
     spec = spec_of(paths)

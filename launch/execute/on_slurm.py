@@ -24,7 +24,7 @@ from launch.cluster.slurm_command import environment
 from launch.execute import after, record, snapshot
 from launch.execute.copies import adopt
 from launch.execute.prefetch import missing, prefetch
-from launch.execute.renewal import renew, resources_again, say_cluster_changes, survey
+from launch.execute.renewal import complete, renew, resources_again, say_cluster_changes, survey
 from launch.execute.submission_plan import code_of, describe_code, make_submission
 from launch.execute.submit import hand_over, release, submit, try_out
 from launch.plan.initial_weights import warn_of_broken, with_weights
@@ -95,8 +95,8 @@ def resume(run: Run, *, request: Request | None, wanted: Wanted, changes: Sequen
     number = next_submission(paths, sweep)
     run = run.reread()
     job = run.record.get("job") or {}
-    if run.record["state"] == "finished":
-        print(f"run {paths.id} is finished: nothing to resume")
+    if run.record["state"] == "finished" and (told := complete(run, changes)):
+        print(told)
         return 0
     if job.get("kind") == "slurm" and not job["ids"]:
         if ids := _unrecorded_jobs(paths, job):

@@ -18,14 +18,26 @@ from launch.cluster.config import ClusterConfig
 from launch.cluster.resources import Resources, Wanted, resources_of
 from launch.execute import snapshot
 from launch.execute.submission_plan import code_of, take_code
-from launch.plan.spec import Spec, with_values
-from launch.records.naming import short_path
+from launch.plan.spec import PATIENCE, Spec, with_values
+from launch.records.naming import command_name, short_path
+from launch.records.run import Run
 from trainers.config.schema import SearchConfig
 from trainers.contract.errors import UserError
 from trainers.contract.files import exchange_folder, temporary_path
 
 # Keys of a cluster's file that decide what a run gets.
 RESOURCE_KEYS = ("device", "gpus_per_node", "cpus_per_node", "cpus_per_gpu", "cpus_per_rank", "max_nodes")
+
+
+def complete(run: Run, changes: Sequence[str]) -> str | None:
+    """Return what to tell a user who resumes a finished run; None if it stopped early, and `changes` set its patience anew."""
+    early, record = run.record.get("stopped_early"), run.record
+    if not early:
+        return f"run {run.id} is finished: nothing to resume"
+    if any(word.partition("=")[0] == PATIENCE for word in changes):
+        return None
+    return (f"run {run.id} is finished: it stopped early at step {record['step']} of {record['total']}, because {early}; "
+            f"`launch resume {command_name(run.paths)} {PATIENCE}=N` trains on with more patience")
 
 
 def survey(specs: Sequence[Spec], code: Path) -> tuple[list[Spec], snapshot.Snapshot | None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.records.run import Run
 from launch.records.state import waits_for
-from launch.report.causes import GOING, RESUME, RESUME_AFTER_FIX, WAITING, Cause
+from launch.report.causes import GOING, MORE_PATIENCE, RESUME, RESUME_AFTER_FIX, WAITING, Cause
 from trainers.config.batching import Batching
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
@@ -65,6 +65,7 @@ def facts_of(run: Run, status: Status, spec: Mapping[str, Any], attempts: Sequen
         "grace_s": str(round(3 * spec["run"]["grace_s"])) if "run" in spec else None,
         "hang_s": f"{3 * spec['run']['hang_s']:g}" if (spec.get("run") or {}).get("hang_s") else None,
         "report_s": f"{3 * spec['eval']['report_s']:g}" if (spec.get("eval") or {}).get("report_s") else None,
+        "patience": str(2 * train["patience"]) if train.get("patience") else None,
         "cluster": shlex.quote(submission.cluster.name) if submission else None,
         "node": cause["node"] if cause and on_slurm else None,
         "memory": _more_memory(run, status) if submission else None, "time": _more_time(submission) if submission else None,
@@ -93,7 +94,7 @@ def next_steps(status: Status, cause: Mapping[str, Any] | None, kind: Cause | No
     """The commands to run next, each with the reason."""
     advice = kind.advice if kind else ()
     if status["state"] == "finished":
-        return []
+        return _steps_of([MORE_PATIENCE], facts) if status.get("stopped_early") else []
     if not any(" resume " in command for command in status["next"]):  # the run continues by itself, or may do so
         reason = (status["queue"] or {}).get("reason") or ""
         advice = (*(step for pattern, step in WAITING if re.match(pattern, reason)), *GOING)

@@ -20,6 +20,7 @@ class Cause(NamedTuple):
 
 RESUME = ("{resume}", "{onward}")
 RESUME_AFTER_FIX = ("{resume}", "after you have fixed this: {onward}")
+MORE_PATIENCE = ("{resume} train.patience={patience}", "trains on with more patience: {onward}")
 NODES = ("launch doctor --cluster {cluster} --job", "tests the nodes and their network in a job of about a minute, and names the "
                                                     "nodes that fail")
 ELSEWHERE = ("{resume} sbatch.exclude={node}", "without this node, if the node caused the failure")

@@ -350,7 +350,8 @@ def _sentence(run: Run, status: Status, attempts: Sequence[Mapping[str, Any]], c
         return f"{_waits(run, status)}; it {ended}{where}{f': {why}' if why else ''}{kept}"
     match state:
         case "finished":
-            return state + where
+            early = run.record.get("stopped_early")
+            return state + where + (f": it stopped early, because {early}" if early else "")
         case "running":
             return _runs(run, status, last, script)
         case "submitted":

@@ -85,7 +85,7 @@ def _comparison(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     lines = [(*heads, "STATE", "STEP", *metrics, "RUN")]
     for row, overrides in zip(rows, values):
         measured = row.get("metrics") or {}
-        lines.append((*(cut(overrides.get(key, "-"), VALUE_WIDTH) for key in differing), row["state"], _step(row),
+        lines.append((*(cut(overrides.get(key, "-"), VALUE_WIDTH) for key in differing), _state(row), _step(row),
                       *(number(measured[name]) if name in measured else "-" for name in metrics),
                       row["id"] + (f"  {row['problem']}" if row.get("problem") else "")))
     return lines
@@ -151,6 +151,8 @@ def _explained(status: dict[str, Any]) -> str:
     """A remark on the state, in parentheses."""
     if status["note"]:
         return f" ({status['note']})"
+    if status.get("stopped_early"):
+        return f" (stopped early: {status['stopped_early']})"
     return " (its processes are gone, and the reason is not known)" if status["state"] == "lost" else ""
 
 
@@ -182,7 +184,11 @@ def _start(queue: dict[str, Any]) -> str:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     metrics = row.get("problem") or metrics_line(brief(row.get("metrics") or {}))
-    return row["id"], row["task"] or "-", row["state"], _step(row), _ago(row.get("updated")), metrics
+    return row["id"], row["task"] or "-", _state(row), _step(row), _ago(row.get("updated")), metrics
+
+
+def _state(row: dict[str, Any]) -> str:
+    return f"{row['state']} early" if row["state"] == "finished" and row.get("stopped_early") else row["state"]
 
 
 def _step(row: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.checkpoints import manifest
+from trainers.config.schema import Checkpoint
 from trainers.contract.files import jsonable, replace_text
 
 NAME = "evaluation.json"
@@ -23,12 +24,21 @@ class Evaluation:
     """What an evaluation has found."""
 
     metrics: Mapping[str, float]
-    best: Sequence[float]  # the best values of `checkpoint.metric` in the run, with this evaluation
+    best: Sequence[float]  # the best values of `checkpoint.metric` in the run, with this evaluation, the best first
+    waited: int = 0        # evaluations in a row, this one included, that brought no better value
+
+    def then(self, metrics: Mapping[str, float], settings: Checkpoint) -> Evaluation:
+        """Return the next evaluation, with these metrics. A value that is missing or not finite is not better."""
+        value = None if settings.metric is None else metrics.get(settings.metric)
+        if settings.metric is None or value is None or not math.isfinite(value):
+            return Evaluation(metrics, self.best, self.waited + (settings.metric is not None))
+        best = sorted([*self.best, value], reverse=settings.mode == "max")[:max(1, settings.keep_best)]
+        return Evaluation(metrics, best, 0 if best[:1] != self.best[:1] else self.waited + 1)
 
 
 def write(folder: Path, step: int, found: Evaluation) -> None:
     """Write the evaluation of checkpoint `step` in one piece. Raises: OSError: the file cannot be written."""
-    content = {"step": step, "metrics": jsonable(dict(found.metrics)), "best": list(found.best)}
+    content = {"step": step, "metrics": jsonable(dict(found.metrics)), "best": list(found.best), "waited": found.waited}
     replace_text(folder / NAME, manifest.sealed(content))
 
 
@@ -39,7 +49,7 @@ def read(folder: Path, step: int) -> Evaluation | None:
         if content["step"] != step:
             return None
         metrics = {name: math.nan if value is None else value for name, value in content["metrics"].items()}
-        return Evaluation(metrics, content["best"])
+        return Evaluation(metrics, content["best"], content.get("waited", 0))  # older versions wrote no `waited`
     except (OSError, ValueError, KeyError, TypeError, AttributeError, manifest.Broken):
         return None
 

@@ -96,6 +96,9 @@ class Train(Section):
         default_factory=dict, description="for zero1, zero2 and zero3: your own DeepSpeed settings, merged over launch's; an "
                                           "object, or the path of a JSON file"
     )
+    patience: PositiveInt | None = Field(
+        None, description="stop early once `checkpoint.metric` has not become better in so many evaluations in a row; null: never"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="decay of an exponential moving average of the weights, for example 0.999: evaluations and exports use "
@@ -329,6 +332,14 @@ class RunConfig(TaskConfig):
     checkpoint: Checkpoint = Checkpoint()
     wandb: Wandb = Wandb()
     run: WatchedRun = WatchedRun()
+
+    @model_validator(mode="after")
+    def _patience_needs_a_metric(self) -> "RunConfig":
+        if self.train.patience is not None and self.checkpoint.metric is None:
+            raise ValueError("train.patience is given without checkpoint.metric, which names what must become better")
+        if self.train.patience is not None and self.eval.every == "never":
+            raise ValueError("train.patience counts evaluations, but eval.every is never")
+        return self
 
     @model_validator(mode="after")
     def _only_needs_source(self) -> "RunConfig":

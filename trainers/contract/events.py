@@ -16,6 +16,7 @@ separator of RFC 7464. Other output may stand between events. The node process r
 | error      | message, hint, exit_code, retry (bool): a rank's last event, shown by the launcher         |
 | failure    | what attempt.json records about the first failed rank: from the launcher, for `--json`     |
 | end        | state (`finished` or `preempted`), step, total, metrics, checkpoint; of a search also unit |
+|            | stopped_early (why a finished run ended before its last step, in words, or null)           |
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def line(event: Mapping[str, Any]) -> str:
             return f"error: {event['message']}" + (f"\nhint: {event['hint']}" if event.get("hint") else "")
         case "end":
             unit = "fit" if event.get("unit") == "fits" else "step"
-            return f"{event['state']} at {unit} {event['step']}/{event['total']}  {metrics_line(brief(event['metrics']))}"
+            early = f", stopped early: {event['stopped_early']}" if event.get("stopped_early") else ""
+            return f"{event['state']} at {unit} {event['step']}/{event['total']}{early}  {metrics_line(brief(event['metrics']))}"
         case _:
             return json.dumps(dict(event), ensure_ascii=False)
 

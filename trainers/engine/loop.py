@@ -5,19 +5,19 @@ A training step runs every update of the task, each for `Update.draws` optimizer
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
-from typing import Mapping, Sequence
+from typing import Mapping
 
 from torch import Tensor, nn
 
 from trainers.checkpoints.evaluation import Evaluation
 from trainers.config.schema import Every, RunConfig, Train
 from trainers.contract import events, exit_codes, heartbeat
-from trainers.contract.errors import TrainingError
+from trainers.contract.errors import TrainingError, UserError
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
+from trainers.contract.text import number
 from trainers.engine.batches.sampling import Shuffled
 from trainers.engine.ema import models_to_evaluate, start_averages
 from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
@@ -87,9 +87,9 @@ class Loop:
         self.total = total_steps(train, self.samples)
         self.step = 0                # training steps done
         self.evaluated = False       # whether the evaluation that is due at this step is done
-        self.metrics: Mapping[str, float] = {}  # of the last evaluation
-        self.best: Sequence[float] = []  # the best values of `checkpoint.metric`, at most `checkpoint.keep_best` of them
-        self.before = Evaluation(self.metrics, self.best)  # `metrics` and `best` before the evaluation of this step
+        self.early: str | None = None  # why training ends at this step, before the last one; None: it goes on
+        self.latest = Evaluation({}, [])  # the last evaluation
+        self.before = self.latest         # the last evaluation before this step
         self.tracker: NoTracker = NoTracker()
         self.checkpoints = Checkpoints(paths, world, config.checkpoint, strategy=train.strategy, attempt=attempt,
                                        emit=events.emit, on_commit=self._on_commit)
@@ -122,7 +122,7 @@ class Loop:
                     return self._stop()
             if self._is_best:
                 self._save()
-            if self.step == self.total:
+            if self.step == self.total or self.early:
                 return self._finish()
             if self.stopping.at_boundary():
                 return self._stop()
@@ -140,7 +140,7 @@ class Loop:
         self.step += 1
         heartbeat.step_ends(self.step)
         self.evaluated = self._is_best = False
-        self.before = Evaluation(self.metrics, self.best)
+        self.before = self.latest
 
     def _due(self, every: Every) -> bool:
         """Return whether an evaluation or a save with the interval `every` is due at this step.
@@ -167,11 +167,14 @@ class Loop:
                                                  self.world)
         notes += [("info", f"parameter groups of update `{runner.update.name}`: {described(runner.groups)}")
                   for runner in self.runners if len(runner.groups) > 1]
+        if self.eval_set is None and self.config.train.patience is not None:
+            raise UserError("`train.patience` counts evaluations, but the task has no evaluation set",
+                            "use data with an evaluation set, or train.patience=null")
         if self.eval_set is None and self.config.checkpoint.metric is not None:
             notes.append(("warning", f"there is no evaluation set, so `{self.config.checkpoint.metric}` (`checkpoint.metric`) is "
                                      "not measured, and no checkpoint is kept as a best one"))
         if self.world.main:
-            self.tracker = Tracker(self.config, self.paths, self.step, self.total, self.metrics, self.evaluated,
+            self.tracker = Tracker(self.config, self.paths, self.step, self.total, self.latest.metrics, self.evaluated,
                                    self.checkpoints.attempt)
             self.tracker.checkpoint = newest
         self.tracker.emit({
@@ -187,17 +190,16 @@ class Loop:
         """Load the checkpoint of this step: position, metrics, models and optimizers."""
         reader, state = self.checkpoints.load(step)
         self.step, self._saved = step, step
-        self.metrics, self.best = state["metrics"], state["best"]
-        self.before = Evaluation(self.metrics, self.best)
+        self.before = self.latest = Evaluation(state["metrics"], state["best"], state.get("waited", 0))
         self.evaluated = state.get("evaluated", False)  # only in checkpoints of older versions
         if found := self.checkpoints.evaluation(step):
-            self.evaluated, self.metrics, self.best = True, found.metrics, found.best
+            self.evaluated, self.latest, self.early = True, found, self._out_of_patience(found)
         restore.check_data(self.setup, state["samples"], state.get("facts"))
         restore.load_tensors(reader, self.setup, self.runners)
         for runner in self.runners:
             runner.load_state(state["updates"][runner.update.name])
-        if self.step == self.total:
-            self.evaluated, self.best = False, self.before.best  # evaluate again: the pictures need the measures
+        if self.step == self.total or self.early:
+            self.evaluated = False  # evaluate again: the pictures need the measures
 
     def _on_commit(self, step: int) -> None:
         """Record a committed checkpoint. Runs on rank 0, in the writing thread."""
@@ -214,13 +216,13 @@ class Loop:
             if measured is None:
                 return False
             heartbeat.report()
-            self.metrics = plain_metrics(self.task.report(measured, None))
             self.measured = measured
-            self.tracker.evaluation(self.step, self.total, self.metrics)
+            self.latest = self.before.then(plain_metrics(self.task.report(measured, None)), self.config.checkpoint)
+            self.tracker.evaluation(self.step, self.total, self.latest.metrics)
             self._compare_with_best()
             if self._saved == self.step:
                 self.tracker.flush()
-                self.checkpoints.add_evaluation(self.step, Evaluation(self.metrics, self.best))
+                self.checkpoints.add_evaluation(self.step, self.latest)
         self.evaluated = True
         self._leave_out_of_rates(began)
         return True
@@ -237,9 +239,9 @@ class Loop:
         began = time.perf_counter()
         self._check_finite()
         self.tracker.flush()
-        found = Evaluation(self.metrics, self.best) if self.evaluated and self.eval_set is not None else None
+        found = self.latest if self.evaluated and self.eval_set is not None else None
         state = {
-            "step": self.step, "metrics": self.before.metrics, "best": self.before.best,
+            "step": self.step, "metrics": self.before.metrics, "best": self.before.best, "waited": self.before.waited,
             "samples": restore.sample_counts(self.setup), "tied": self.tied, "facts": self.setup.facts,
             "updates": {runner.update.name: runner.state() for runner in self.runners},
         }
@@ -260,20 +262,28 @@ class Loop:
             raise self._superseded() if self.checkpoints.superseded else TrainingError(f"{failure}: {reason}", hint)
 
     def _compare_with_best(self) -> None:
-        """Set `_is_best` to whether the evaluation of this step is among the best so far. All ranks get the same answer."""
-        settings = self.config.checkpoint
-        if settings.metric is None or settings.keep_best == 0:
-            return
-        value = self.metrics.get(settings.metric)
-        if value is None and not self._warned_of_metric:
-            self._warned_of_metric = True
-            self.tracker.note("warning", f"`checkpoint.metric` is `{settings.metric}`, but the evaluation reports only "
-                              f"{', '.join(self.metrics) or 'nothing'}: no checkpoint is kept as a best one")
-        if value is None or not math.isfinite(value):
-            return
-        best = sorted([*self.best, value], reverse=settings.mode == "max")[:settings.keep_best]
-        self._is_best = best != self.best
-        self.best = best
+        """Set whether the evaluation of this step is among the best so far, and whether training ends with it. All ranks come to
+        the same result."""
+        settings, metrics = self.config.checkpoint, self.latest.metrics
+        self._is_best = settings.keep_best > 0 and self.latest.best != self.before.best
+        self.early = self.early or self._out_of_patience(self.latest)
+        if settings.metric is not None and settings.metric not in metrics:
+            missing = (f"`checkpoint.metric` is `{settings.metric}`, but the evaluation reports only "
+                       f"{', '.join(metrics) or 'nothing'}")
+            if self.config.train.patience is not None:
+                raise UserError(f"{missing}, so `train.patience` can never be satisfied",
+                                "set checkpoint.metric to a metric of the evaluation, or use train.patience=null")
+            if settings.keep_best and not self._warned_of_metric:
+                self._warned_of_metric = True
+                self.tracker.note("warning", f"{missing}: no checkpoint is kept as a best one")
+
+    def _out_of_patience(self, found: Evaluation) -> str | None:
+        """Return why training ends with this evaluation; None if it goes on."""
+        patience = self.config.train.patience
+        if patience is None or found.waited < patience:
+            return None
+        metric, best = self.config.checkpoint.metric, f" (best: {number(found.best[0])})" if found.best else ""
+        return f"{metric} has not become better in {found.waited} evaluation{'s' * (found.waited > 1)}{best}"
 
     def _log(self) -> None:
         """Report the losses, learning rates and rates since the last logged step. Waits for the device."""
@@ -334,5 +344,5 @@ class Loop:
         heartbeat.rest()
         self.checkpoints.close()
         self.stopping.close()
-        self.tracker.end(state, self.step, self.total)
+        self.tracker.end(state, self.step, self.total, self.early if state == "finished" else None)
         close_process_group()

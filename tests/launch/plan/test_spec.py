@@ -416,9 +416,18 @@ def test_the_limits_of_a_run_may_change_when_it_is_resumed(folder: Path) -> None
         assert (again.config.run.grace_s, again.config.run.max_restarts) == (5, 2) and again.text == spec.text
         specs.record_changes(paths, specs.with_changes(again, ["run.grace_s=7"]))
         assert (read_run(paths).run.grace_s, read_run(paths).run.max_restarts) == (7, 2)
-        for word in ("optim.lr=1", "name=other", "run.grace=5", "run.grace_s=soon"):
+        for word in ("optim.lr=1", "name=other", "run.grace=5", "run.grace_s=soon", "train.seed=1"):
             with pytest.raises(UserError):
                 specs.with_changes(again, [word])
+
+
+def test_patience_may_change_when_a_run_is_resumed(folder: Path) -> None:
+    paths = RunPaths(folder / "run-1")
+    paths.root.mkdir()
+    paths.spec.write_text(load("checkpoint.metric=loss", "train.patience=2").text)
+    for word, patience in (("train.patience=3", 3), ("train.patience=null", None)):
+        specs.record_changes(paths, specs.with_changes(specs.spec_of(paths), [word]))
+        assert read_run(paths).train.patience == patience
 
 
 def test_a_strategy_that_an_older_version_has_recorded_still_counts(folder: Path) -> None:

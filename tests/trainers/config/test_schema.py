@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from trainers.config.schema import Checkpoint, better
+from trainers.config.schema import Checkpoint, RunConfig, better
 
 
 @pytest.mark.parametrize("metric, mode", {
@@ -26,3 +26,17 @@ def test_the_mode_follows_the_metric_unless_the_spec_gives_it():
     assert Checkpoint().best_by is None and Checkpoint(metric="loss", keep_best=0).best_by is None
     with pytest.raises(ValidationError, match="checkpoint.mode must be max or min: the name `closeness` does not tell"):
         Checkpoint(metric="closeness")
+
+
+@pytest.mark.parametrize("sections, problem", [
+    ({}, "train.patience is given without checkpoint.metric"),
+    ({"checkpoint": {"metric": "loss"}, "eval": {"every": "never"}}, "counts evaluations, but eval.every is never"),
+    ({"checkpoint": {"metric": "loss"}}, None),
+])
+def test_patience_needs_a_metric_and_evaluations(sections, problem):
+    values = {"name": "a", "task": "a:A", "train": {"steps": 1, "patience": 2}, **sections}
+    if problem is None:
+        assert RunConfig.model_validate(values).train.patience == 2
+        return
+    with pytest.raises(ValidationError, match=problem):
+        RunConfig.model_validate(values)

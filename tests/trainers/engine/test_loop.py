@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -231,3 +232,71 @@ def test_the_evaluation_of_a_save_that_failed_is_lost_with_it(tmp_path, monkeypa
 def test_the_first_line_says_which_checkpoints_are_the_best(tmp_path, capsys):
     assert run(tmp_path / "run", 1, train={"steps": 1}) == 0
     assert ", 64 samples, best by top1 (highest)\n" in capsys.readouterr().out
+
+
+# Early stopping: `scores` are 0.3, 0.5, 0.4 at the steps 4, 8 and 12
+
+PATIENT = {"train": {"patience": 1}}
+
+
+@pytest.fixture(scope="module")
+def early(tmp_path_factory, whole) -> Path:
+    """The folder of a run that nothing has interrupted and that stops early."""
+    paths = RunPaths(tmp_path_factory.mktemp("early") / "run")
+    paths.root.mkdir()
+    replace_json(paths.record, {})
+    assert run(paths.root, 1, **PATIENT) == 0
+    return paths.root
+
+
+def test_a_run_stops_early_with_its_last_and_best_checkpoints(whole, early):
+    record = json.loads(RunPaths(early).record.read_text())
+    assert record["stopped_early"] == "top1 has not become better in 1 evaluation (best: 0.5)"
+    assert (record["step"], record["total"]) == (12, 24)
+    assert logged(early) == [row for row in logged(whole) if row[0] <= 12]
+    assert {step: found[1] for step, (_, found) in kept(early).items()} == {8: [0.5], 12: [0.5]}
+
+
+@pytest.mark.parametrize("cut", [4, 8, 12])
+def test_an_interrupted_run_stops_at_the_same_step(early, tmp_path, monkeypatch, cut):
+    """The attempt is cut off after an evaluation, before it counts; the third attempt follows a cut just before the end."""
+    compare = loop.Loop._compare_with_best
+
+    def cut_off(self):
+        if self.step == cut:
+            self.checkpoints.close()
+            raise KeyboardInterrupt
+        compare(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_compare_with_best", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", 1, **PATIENT)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_close", lambda self, state: self.checkpoints.close())
+        assert run(tmp_path / "run", 2, **PATIENT) == 0
+    assert run(tmp_path / "run", 3, **PATIENT) == 0
+    assert logged(tmp_path / "run") == logged(early)
+    assert kept(tmp_path / "run") == kept(early)
+
+
+def test_more_patience_continues_a_run_that_stopped_early(whole, early, tmp_path):
+    shutil.copytree(early, tmp_path / "run")
+    assert run(tmp_path / "run", 2, train={"patience": 3}) == 0
+    assert logged(tmp_path / "run") == logged(whole)
+    assert json.loads(RunPaths(tmp_path / "run").record.read_text())["stopped_early"] is None
+
+
+def test_nan_is_no_improvement_and_patience_needs_no_kept_best(whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Toy, "scores", (0.3, float("nan"), 0.3, 0.2, 0.9, 0.9))
+    assert run(tmp_path / "run", 1, train={"patience": 3}, checkpoint={"keep_best": 0}) == 0
+    assert "finished at step 16/24, stopped early: top1 has not become better in 3 evaluations" in capsys.readouterr().out
+    assert list(kept(tmp_path / "run")) == [16]
+
+
+def test_patience_without_its_metric_or_an_evaluation_set_is_an_error(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="reports only loss, top1, so `train.patience` can never be satisfied"):
+        run(tmp_path / "metric", 1, train={"patience": 1}, checkpoint={"metric": "auc"})
+    monkeypatch.setattr(Toy, "data", lambda self, world: (Points(), None))
+    with pytest.raises(UserError, match="the task has no evaluation set"):
+        run(tmp_path / "set", 1, **PATIENT)

@@ -28,7 +28,7 @@ class NoTracker:
     def evaluation(self, step: int, total: int, metrics: Mapping[str, float]) -> None: ...
     def committed(self, step: int) -> None: ...
     def flush(self) -> None: ...
-    def end(self, state: str, step: int, total: int) -> None: ...
+    def end(self, state: str, step: int, total: int, early: str | None = None) -> None: ...
 
 
 class Tracker(NoTracker):
@@ -66,7 +66,7 @@ class Tracker(NoTracker):
             raise TrainingError(f"{paths.metrics} cannot be written: {error.strerror}",
                                 f"fix the problem, then use `launch resume {paths.id}`") from error
         self._wandb = self._start_wandb(config) if config.wandb.mode != "off" else None
-        self._record(step=step, total=total, metrics=self.metrics)
+        self._record(step=step, total=total, metrics=self.metrics, stopped_early=None)
 
     def _start_wandb(self, config: RunConfig) -> WandbRun | None:
         """Return the W&B run, or None after a warning if W&B cannot work (bad project name, folder that it cannot write)."""
@@ -114,14 +114,19 @@ class Tracker(NoTracker):
         self.checkpoint = step
         self._record(checkpoint=step)
 
-    def end(self, state: str, step: int, total: int) -> None:
-        """Close everything and report the end. `state`: "finished" or "preempted"."""
-        self._record(step=step, metrics=self.metrics)
+    def end(self, state: str, step: int, total: int, early: str | None = None) -> None:
+        """Close everything and report the end.
+
+        Args:
+            state: "finished" or "preempted".
+            early: why a finished run ended before its last step, in words.
+        """
+        self._record(step=step, metrics=self.metrics, stopped_early=early)
         if self._wandb:
             self._wandb.finish(step, self.paths.figures, finished=state == "finished")
         self._file.close()
         self.emit({"event": "end", "state": state, "step": step, "total": total, "metrics": self.metrics,
-                   "checkpoint": self.checkpoint})
+                   "checkpoint": self.checkpoint, "stopped_early": early})
 
     def _record(self, **changes: Any) -> None:
         """Write `changes` into run.json, if the file exists. Without `launch` the run directory may have no run.json."""
