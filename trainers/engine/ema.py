@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from trainers.engine.parallel.buffers import share_buffers
 from trainers.engine.parallel.fragments import Fragment
 from trainers.engine.parallel.sharded_model import ShardedModel
-from trainers.engine.parallel.strategy import share_buffers
 from trainers.engine.world import World
 
 if TYPE_CHECKING:

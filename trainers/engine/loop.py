@@ -22,8 +22,9 @@ from trainers.engine.batches.sampling import Shuffled
 from trainers.engine.ema import models_to_evaluate, start_averages
 from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
 from trainers.engine.groups import described, groups_of
+from trainers.engine.parallel.buffers import share_buffers
 from trainers.engine.parallel.fragments import tied_names
-from trainers.engine.parallel.strategy import close_process_group, share_buffers
+from trainers.engine.parallel.strategy import close_process_group
 from trainers.engine.saving import restore
 from trainers.engine.saving.checkpoint import Checkpoints
 from trainers.engine.saving.huggingface import describe
@@ -133,6 +134,7 @@ class Loop:
     def _take_step(self) -> None:
         """Run one training step: every update, for its number of optimizer steps."""
         heartbeat.step_begins()
+        share_buffers(self.models, self.world)
         for runner in self.runners:
             draws = runner.update.draws
             for draw in range(self.step * draws, (self.step + 1) * draws):

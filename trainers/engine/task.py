@@ -53,6 +53,8 @@ class Dataset(Protocol):
 
         Augmentation draws from `share.generator()`. The global generators of Python, numpy and torch are seeded for each
         micro-batch of a rank: a resumed run draws the same values from them, but another number of ranks draws others.
+        `normal` and `uniform` of trainers.engine.batches.noise draw on the device, and depend neither on the ranks nor on the
+        micro-batches: a GAN's batch holds its noise beside the samples.
         """
         ...
 

@@ -16,6 +16,7 @@ from trainers.engine.batches.noise import seed_noise
 from trainers.engine.batches.sampling import NUMPY, Shuffled
 from trainers.engine.ema import Average
 from trainers.engine.groups import ParameterGroup, grouped
+from trainers.engine.parallel.buffers import replaced, snapshot
 from trainers.engine.parallel.strategy import Strategy
 from trainers.engine.precision import LossScale, autocast
 from trainers.engine.schedule import learning_rate
@@ -163,12 +164,10 @@ class UpdateRunner:
 
     def settle(self, draw: int) -> None:
         """Run two backwards and discard everything that they changed. `Strategy.needs_settling` says why."""
-        buffers = [(b, b.clone()) for model in self.all_models for b in model.buffers()]
-        for _ in range(2):
-            self._accumulate(draw, factor=0.0)
+        with replaced(snapshot(self.all_models)):
+            for _ in range(2):
+                self._accumulate(draw, factor=0.0)
         self._clear_gradients()
-        for buffer, value in buffers:
-            buffer.copy_(value)
         self._data_wait_s = 0.0
 
     def check_finite(self) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from trainers.engine.parallel.buffers import replaced, snapshot
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -34,4 +37,12 @@ def checkpoint_activations(model: nn.Module) -> None:
     """Keep only each block's input for backward, and recompute the block's other activations (Chen et al. 2016,
     arXiv:1604.06174). Changes the blocks in place, so that parameters keep their names."""
     for block in blocks(model):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        # torch.compile does not support `context_fn`, so blocks without buffers do not get it.
+        contexts = {"context_fn": functools.partial(_contexts, block)} if any(True for _ in block.buffers()) else {}
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return the contexts of a block's forward and of its recomputation. The recomputation reads the buffers as the forward
+    found them and leaves them alone: otherwise BatchNorm would count every batch twice."""
+    return nullcontext(), replaced(snapshot([block]))

@@ -60,7 +60,9 @@ def _accelerator(world: World) -> Accelerator:
     return Accelerator(
         cpu=world.device.type == "cpu",
         mixed_precision="no",  # the engine sets the precision; this ignores ACCELERATE_MIXED_PRECISION
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        # The loop shares buffers once a step. DDP would share them in every forward, and a backward through two forwards then
+        # fails, because DDP has written into the buffers in between.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
 
 

@@ -46,15 +46,6 @@ def make_strategy(world: World, config: RunConfig) -> Strategy:
     return STRATEGIES[config.train.strategy](world, config)
 
 
-def share_buffers(models: Mapping[str, nn.Module], world: World) -> None:
-    """Copy rank 0's buffers (BatchNorm statistics) to every rank. Buffers of ranks drift apart in training, and a checkpoint
-    holds rank 0's."""
-    if world.size > 1:
-        for model in models.values():
-            for buffer in model.buffers():
-                dist.broadcast(buffer, src=0)
-
-
 def close_process_group() -> None:
     """Shut down the process group, if there is one."""
     if dist.is_initialized():
