@@ -45,7 +45,9 @@ def run(paths: RunPaths, attempt: int | None) -> int:
         return _run_search(task_class, config, paths, attempt)
     import torch
 
-    if config.eval.only:
+    if config.eval.rows is not None:
+        from trainers.engine.rows.predict import predict as work
+    elif config.eval.only:
         from trainers.engine.evaluate_only import evaluate_only as work
     else:
         from trainers.engine.loop import train as work

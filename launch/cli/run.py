@@ -1,4 +1,4 @@
-"""The commands that start ranks: a task, a spec or a script; `resume`, `eval` and `sweep`."""
+"""The commands that start ranks: a task, a spec or a script; `resume`, `eval`, `predict` and `sweep`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 
 from launch.cli.options import (
     ALIASES,
+    Folder,
     Script,
     cluster_of,
     command,
@@ -164,6 +165,36 @@ def eval(word: str, root: Path, which: str | None, raw: bool, overrides: Sequenc
 
 
 @command
+@run_argument
+@click.argument("words", nargs=-1, metavar="[FILE]... [key=value]...")
+@click.option("--step", "which", metavar="N|best", help="Step of the checkpoint, or `best` (default: the newest).")
+@raw_option
+@click.option("--set", "which_set", type=click.Choice(["eval"]), help="Predict the run's evaluation set, in place of lines.")
+@click.option("-o", "output", type=Folder(path_type=Path, dir_okay=False), metavar="FILE",
+              help="Write the rows to this file (default: standard output). The file appears whole, or not at all.")
+@click.option("--format", type=click.Choice(["text", "json"]), default="text",
+              help="text: a row that is text is a line (default). json: every row is JSON.")
+@data_option
+@wanted_options("gpus", "procs")
+@runs_option
+def predict(word: str, words: Sequence[str], root: Path, which: str | None, raw: bool, which_set: str | None,
+            output: Path | None, format: Any, data: str | None, wanted: Wanted) -> int:
+    """Predict a row for each line of text, with a checkpoint of a run, on this machine.
+
+    The lines come from the files, or from standard input. The rows go to standard output in the order of the lines, everything
+    else to standard error.
+    """
+    from launch.execute import predict
+    from launch.records.read import find_run
+
+    run = find_run(root, word)
+    files = [word for word in words if "=" not in word or os.path.exists(word)]
+    overrides = [*(word for word in words if word not in files), *([f"{ALIASES['data']}={data}"] if data is not None else [])]
+    return predict.predict(run, which=which, init={"raw": raw}, files=files, evaluation_set=which_set is not None,
+                           overrides=overrides, wanted=wanted, format=format, output=output)
+
+
+@command
 @click.argument("task", required=False)
 @spec_options
 @wanted_options("gpus", "procs", "nodes", "cpus")
@@ -241,4 +272,4 @@ def show_log(run: Run) -> None:
     logs.follow(run, follow=True, write=lambda text: print(text, end="", flush=True))
 
 
-COMMANDS = (resume, eval, sweep)
+COMMANDS = (resume, eval, predict, sweep)

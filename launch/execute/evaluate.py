@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster.config import load_cluster
-from launch.cluster.resources import Wanted, local_resources
+from launch.cluster.resources import Resources, Wanted, local_resources
 from launch.execute import record
 from launch.execute.local import as_before, plan_here, ranks_text, run_attempts
 from launch.plan.initial_weights import warn_of_broken, weights_of
@@ -56,8 +56,7 @@ def evaluate(run: Run, *, which: str | None, init: Mapping[str, Any], overrides:
     spec = evaluation_spec(run, which, overrides, init)
     warn_of_broken([spec])
     assert isinstance(spec.config, RunConfig) and spec.weights  # only a run with steps has checkpoints
-    was_local = (run.record["job"] or {}).get("kind") == "local"
-    resources, cwd = as_before(run.paths, spec, wanted) if was_local else (local_resources(wanted), Path.cwd())
+    resources, cwd = resources_like(run, spec, wanted)
     spec.config.check()
     plan_of = partial(plan_here, new_run_id(spec.name), spec, load_cluster("local"), resources,
                       run.paths.evaluations.absolute(), cwd)
@@ -81,6 +80,12 @@ def submit(run: Run, *, which: str | None, init: Mapping[str, Any], overrides: S
 
     return on_slurm.start(spec=evaluation_spec(run, which, overrides, init), root=run.paths.evaluations.absolute(),
                           request=request, wanted=wanted, dry_run=False, json=json, show_log=show_log, here=False)
+
+
+def resources_like(run: Run, spec: Spec, wanted: Wanted) -> tuple[Resources, Path]:
+    """The resources and the working folder of the run, if it was last on this machine; otherwise what this machine has."""
+    was_local = (run.record["job"] or {}).get("kind") == "local"
+    return as_before(run.paths, spec, wanted) if was_local else (local_resources(wanted), Path.cwd())
 
 
 def evaluation_spec(run: Run, which: str | None, overrides: Sequence[str], init: Mapping[str, Any] = {}) -> Spec:

@@ -88,7 +88,8 @@ class Cifar10Config(RunConfig):
             raise UserError(f"unknown architecture `{self.model.arch}` (`model.arch`)",
                             (f"did you mean {either(near)}? " if near else "") +
                             "use vgg, resnet18, or a classifier of torchvision.models")
-        if self.data.source not in ("cifar10", "sample"):
+        from_lines = self.eval.rows is not None and self.eval.rows.lines is not None
+        if self.data.source not in ("cifar10", "sample") and not from_lines:
             from trainers.data.folders import list_images
             trained = facts.read(Path(self.init.source)) if self.eval.only and self.init.source else {}
             list_images(Path(self.data.source), self.data.eval_fraction, self.data.eval_split, trained or None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 
 from trainers.cifar10.config import Cifar10Config
 from trainers.cifar10.model import make_model
+from trainers.contract.errors import UserError
 from trainers.contract.events import emit
+from trainers.contract.text import first_few
 from trainers.data.augment import Augment
 from trainers.data.folders import list_images
+from trainers.data.image_files import ImageFiles
 from trainers.data.image_folder import load_folder
 from trainers.data.images import Images, Statistics, as_trained, fetch_cifar10, load_cifar10, resident
 from trainers.engine.task import Loss, Measures, Task
@@ -57,6 +61,20 @@ class Cifar10(Task):
                                Statistics(trained["mean"], trained["std"]) if trained else None)
         self.statistics = train.statistics
         return train, test
+
+    def inputs(self, lines: Sequence[str], world: World) -> ImageFiles:
+        """Return the images whose paths are the lines. Each is scaled and normalised as in training."""
+        data, trained = self.config.data, self.trained_facts
+        if missing := [line for line in lines if not os.path.isfile(line)]:
+            raise UserError(f"{len(missing):,} of {len(lines):,} lines are not the path of a file: "
+                            f"{first_few([f'`{line}`' for line in missing])}", "give one path of an image in each line")
+        if trained:
+            if world.main:
+                self._compare_settings(trained)
+            self.classes, self.statistics = trained["classes"], Statistics(trained["mean"], trained["std"])
+        else:  # a checkpoint of an older version says nothing of its training data
+            self.data(world)
+        return ImageFiles(lines, world.device, data.size, data.bits, self.statistics)
 
     def facts(self) -> dict[str, Any]:
         """Return `classes` (in the order of the logits), `mean` and `std` (of each channel, for pixels in [0, 1]), `size` (the
@@ -108,6 +126,13 @@ class Cifar10(Task):
             "class": (pairs.diagonal(), pairs.sum(1)),
             "confusion": (pairs, n),
         }
+
+    def rows(self, models: Mapping[str, nn.Module], batch: tuple[Tensor, Any]) -> list[dict[str, Any]]:
+        """Return the most probable class of each image, and its probability."""
+        images, _ = batch
+        probabilities, classes = models["model"](images).float().softmax(1).max(1)
+        return [{"class": self.classes[number], "probability": round(probability, 4)}
+                for number, probability in zip(classes.tolist(), probabilities.tolist())]
 
     def report(self, measured: Mapping[str, Tensor], figures: Path | None) -> dict[str, float]:
         metrics = super().report(measured, figures)

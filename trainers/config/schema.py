@@ -197,6 +197,15 @@ class Log(Section):
     every: PositiveInt = Field(10, description="log every so many steps; 1: every step")
 
 
+class Rows(Section):
+    """What `launch predict` asks of its ranks."""
+
+    format: Literal["text", "json"] = Field("text", description="text: a row that is text is one line, all others are JSON; "
+                                                                "json: every row is JSON")
+    lines: str | None = Field(None, description="file with one input in each line; null: the evaluation set")
+    output: str | None = Field(None, description="file for the rows; null: rows.txt in the run's folder")
+
+
 class Eval(Section):
     every: Every = Field(
         "epoch", description="when to evaluate: a number of steps, `epoch` or `never`; the end is also evaluated, unless `never`"
@@ -209,6 +218,7 @@ class Eval(Section):
                             "never, as with `run.hang_s: null`"
     )
     only: bool = Field(False, description="evaluate the weights of init.source once and do not train, as `launch eval` does")
+    rows: Rows | None = Field(None, description="with `only`: write the task's rows in place of measures, as `launch predict`")
 
 
 # Words in the names of metrics, by which values are better.
@@ -345,6 +355,8 @@ class RunConfig(TaskConfig):
     def _only_needs_source(self) -> "RunConfig":
         if self.eval.only and self.init.source is None:
             raise ValueError("eval.only is given without init.source, which names the weights to evaluate")
+        if self.eval.rows is not None and not self.eval.only:
+            raise ValueError("eval.rows is for `launch predict`, which also sets eval.only")
         return self
 
     def batching(self, ranks: int) -> Batching:

@@ -87,6 +87,21 @@ class RunPaths:
     def figures(self) -> Path:
         return self.root / "figures"
 
+    @property
+    def rows(self) -> Path:
+        """A prediction's rows, in the order of its input, unless they go into another file."""
+        return self.root / "rows.txt"
+
+    @property
+    def row_parts(self) -> Path:
+        """Folder with the rows of each rank, until rank 0 has merged them."""
+        return self.root / "rows"
+
+    @property
+    def lines(self) -> Path:
+        """The input of a prediction, if it did not come from one file."""
+        return self.root / "lines.txt"
+
     def export(self, step: int) -> Path:
         """Folder with the models of a checkpoint, exported as files for other tools."""
         return self.root / "export" / f"step_{step}"

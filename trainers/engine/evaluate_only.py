@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 from trainers.checkpoints import facts
@@ -15,8 +16,8 @@ from trainers.contract.signals import hold
 from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
 from trainers.engine.parallel.strategy import close_process_group
 from trainers.engine.saving.weights import load_weights, open_source
-from trainers.engine.setup import set_up
-from trainers.engine.task import Task
+from trainers.engine.setup import Setup, set_up
+from trainers.engine.task import Dataset, Task
 from trainers.engine.world import World
 
 # Without an optimizer ZeRO 1 and 2 hold all weights on every rank, the same as ddp. ZeRO 3 shards the weights, the same as
@@ -37,29 +38,21 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
     Raises:
         UserError: the weights are missing or do not fit the model, the task has no evaluation set, or the input is bad.
     """
-    weights = config.init.source
-    assert weights is not None  # the schema allows eval.only only with init.source
-    task.trained_facts = facts.read(paths.first_weights(weights))
-    setup = set_up(task, config, world, placed(config))
+    setup, step = set_up_trained(task, config, world, paths)
     if setup.eval_set is None or not len(setup.eval_set):
-        raise UserError(f"the task `{config.task}` has no evaluation set",
-                        "use data=PATH with an evaluation set, or return an evaluation set from the task's `data`")
-    source = open_source(paths.first_weights(weights), world, config.init)
-    load_weights(source, setup.layout, setup.strategy.fragments(setup.models), config.init.skip, f"`{weights}`",
-                 "the size of the model depends on the data: use data with the same number of classes or words as in training")
+        raise no_evaluation_set(config)
     hold()
-    note = _note if world.main else _silent
-    note("info", f"evaluating {weights}: {world.size} rank(s) on {world.device.type}, {config.train.precision}, "
-         f"{setup.parameters:,} parameters, {len(setup.eval_set):,} samples")
+    note = note_of(world)
+    note("info", f"evaluating {config.init.source}: {about(setup, config, world)}, {len(setup.eval_set):,} samples")
     if setup.facts and not task.trained_facts:
-        note("warning", f"`{weights}` does not say what the model was trained with: "
+        note("warning", f"`{config.init.source}` does not say what the model was trained with: "
              f"{', '.join(f'`{name}`' for name in setup.facts)} are those of the data that is evaluated")
     measured = evaluate(task, setup.models, setup.eval_set, config, world, setup.stopping)
     heartbeat.report()
     if measured is not None:
         metrics = plain_metrics(task.report(measured, None))
         if world.main:
-            events.emit({"event": "eval", "step": source.step or 0, "total": None, "metrics": metrics})
+            events.emit({"event": "eval", "step": step or 0, "total": None, "metrics": metrics})
             draw_figures(task, measured, paths.figures, note)
             if paths.record.exists():  # without `launch` the run directory may have no run.json
                 update_json(paths.record, metrics=metrics)
@@ -69,9 +62,47 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
     return exit_codes.PREEMPTED if measured is None else exit_codes.FINISHED
 
 
+def set_up_trained(task: Task, config: RunConfig, world: World, paths: RunPaths, inputs: Callable[[], Dataset] | None = None
+                   ) -> tuple[Setup, int | None]:
+    """Set up the models with the weights of `init.source`, for work without an optimizer. All ranks call this together.
+
+    Args:
+        inputs: as in `set_up`.
+
+    Returns:
+        The setup, and the step of the checkpoint that holds the weights (None if they are not from a checkpoint).
+
+    Raises:
+        UserError: the weights are missing or do not fit the model, or the input is bad.
+    """
+    weights = config.init.source
+    assert weights is not None  # the schema allows eval.only only with init.source
+    task.trained_facts = facts.read(paths.first_weights(weights))
+    setup = set_up(task, config, world, placed(config), inputs=inputs)
+    source = open_source(paths.first_weights(weights), world, config.init)
+    load_weights(source, setup.layout, setup.strategy.fragments(setup.models), config.init.skip, f"`{weights}`",
+                 "the size of the model depends on the data: use data with the same number of classes or words as in training")
+    return setup, source.step
+
+
+def no_evaluation_set(config: RunConfig) -> UserError:
+    return UserError(f"the task `{config.task}` has no evaluation set",
+                     "use data=PATH with an evaluation set, or return an evaluation set from the task's `data`")
+
+
+def about(setup: Setup, config: RunConfig, world: World) -> str:
+    """Return in words on what the models run."""
+    return f"{world.size} rank(s) on {world.device.type}, {config.train.precision}, {setup.parameters:,} parameters"
+
+
 def placed(config: RunConfig) -> RunConfig:
     """Return the settings that place the models for an evaluation: the strategy needs no room for an optimizer."""
     return config.model_copy(update={"train": config.train.model_copy(update=REPLACEMENTS.get(config.train.strategy, {}))})
+
+
+def note_of(world: World) -> Callable[[str, str], None]:
+    """Return the function that writes a note (level, message) for the user: once, and not on every rank."""
+    return _note if world.main else _silent
 
 
 def _note(level: str, message: str) -> None:

@@ -23,6 +23,8 @@ from trainers.engine.stopping import Stopping
 from trainers.engine.task import Dataset, Task
 from trainers.engine.world import World
 
+ADVICE = 'see `Dataset` in trainers/engine/task.py, and README, "A task of your own"'
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -30,7 +32,7 @@ class Setup:
 
     strategy: Strategy
     stopping: Stopping
-    train_set: Dataset
+    train_set: Dataset            # in a prediction from lines: the lines
     eval_set: Dataset | None
     models: dict[str, nn.Module]  # by name, placed by the strategy
     layout: Layout                # names and shapes of the models' tensors, read before the models were placed
@@ -39,12 +41,14 @@ class Setup:
 
 
 def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None = None,
-           before_placement: Callable[[Mapping[str, nn.Module]], None] = lambda models: None) -> Setup:
+           before_placement: Callable[[Mapping[str, nn.Module]], None] = lambda models: None,
+           inputs: Callable[[], Dataset] | None = None) -> Setup:
     """Load the data, then make and place the models. All ranks call this together.
 
     Args:
         placed: the settings that the strategy follows; None: `config`.
         before_placement: called with the models by name, before the strategy places them.
+        inputs: makes the only data set, in place of the task's `data`; then there are no facts either.
 
     Raises:
         UserError: the input is bad, settings contradict each other, or the device does not support the precision.
@@ -57,8 +61,11 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
         set_deterministic(train.compile)
     strategy = make_strategy(world, placed or config)
     stopping = Stopping(world)
-    train_set, eval_set = _data_of(task, world)
-    facts = checked(task.facts())
+    if inputs is None:
+        train_set, eval_set = _data_of(task, world)
+        facts = checked(task.facts())
+    else:
+        train_set, eval_set, facts = _checked_set("set of inputs", inputs()), None, {}
     torch.manual_seed(derive_seed(train.seed, "models"))
     models = task.models()
     before_placement(models)
@@ -76,17 +83,21 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
 
 def _data_of(task: Task, world: World) -> tuple[Dataset, Dataset | None]:
     """Return the task's training set and evaluation set. Raises: UserError: they are not what the loop needs."""
-    advice = 'see `Dataset` in trainers/engine/task.py, and README, "A task of your own"'
     sets = task.data(world)
     if not isinstance(sets, tuple) or len(sets) != 2:
         raise UserError(f"the task's `data` returns a {type(sets).__name__}, but must return (training set, evaluation set or "
-                        "None)", advice)
+                        "None)", ADVICE)
     for name, dataset in zip(("training", "evaluation"), sets):
-        if dataset is None and name == "evaluation":
-            continue
-        if missing := [method for method in ("__len__", "batch") if not hasattr(dataset, method)]:
-            raise UserError(f"the {name} set is a {type(dataset).__name__} without the method `{missing[0]}`: the loop asks a "
-                            "data set for whole micro-batches, `batch(share)`", advice)
+        if dataset is not None or name == "training":
+            _checked_set(f"{name} set", dataset)
     if not len(sets[0]):
         raise UserError("the training set is empty", "check `data`")
     return sets
+
+
+def _checked_set(name: str, dataset: Any) -> Dataset:
+    """Return the data set. Raises: UserError: it is not a data set."""
+    if missing := [method for method in ("__len__", "batch") if not hasattr(dataset, method)]:
+        raise UserError(f"the {name} is a {type(dataset).__name__} without the method `{missing[0]}`: the loop asks a "
+                        "data set for whole micro-batches, `batch(share)`", ADVICE)
+    return dataset

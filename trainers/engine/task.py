@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from trainers.config.schema import Group, Optim, RunConfig
+from trainers.contract.errors import UserError
 from trainers.engine.world import World
 
 
@@ -229,3 +230,31 @@ class Task:
     def evaluate(self, models: Mapping[str, nn.Module], batch: Any) -> Measures:
         """Return the measures of one evaluation batch, as `measure` does. The default calls `measure` with "model"."""
         return self.measure(models["model"], batch)
+
+    def rows(self, models: Mapping[str, nn.Module], batch: Any) -> Sequence[Any]:
+        """Return one row for each sample of a batch, in the order of the batch: what `launch predict` writes.
+
+        A row is text (a translation, a tag sequence), or whatever JSON can hold. The batch is from the evaluation set, or from
+        the data set that `inputs` returned. Runs without gradients, under autocast, with the models in evaluation mode.
+
+        Every sample gets its row once, at any number of ranks. Ranks that share a model (fsdp) must run it equally often: under
+        such a strategy, a decoder must run a fixed number of steps.
+
+        Raises:
+            TypeError: the task does not define this method.
+        """
+        raise TypeError(f"{type(self).__name__} must define rows(self, models, batch)")
+
+    def inputs(self, lines: Sequence[str], world: World) -> Dataset:
+        """Return a data set with one sample for each line of text, in order, for `rows`. Batches must be on `world.device`.
+
+        The engine calls this in place of `data`, before `model`: the training data need not exist any more. `trained_facts`
+        has what `facts` returned in training, for example the vocabulary. A line may be empty. The lines are read from a file
+        when they are used, so that a large input need not fit in memory.
+
+        Raises:
+            UserError: the task takes no lines of text, or a line is wrong.
+        """
+        raise UserError(f"the task `{self.config.task}` takes no lines of text",
+                        "`launch predict RUN --set eval` predicts the run's own evaluation set; your own task can define "
+                        "inputs(self, lines, world)")
