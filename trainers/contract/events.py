@@ -11,6 +11,7 @@ separator of RFC 7464. Other output may stand between events. The node process r
 |            | of a search, whose steps are fits: step, total, about (a text), resumed                    |
 | step       | step, total, rate, unit, data_wait (share of time), eta_s, and what was measured: loss, lr |
 | eval       | step, total (null in `launch eval`), metrics                                               |
+| test       | checkpoint (the step of the checkpoint that was scored on the test set), metrics           |
 | checkpoint | step, path, bytes, seconds, stall_s                                                        |
 | note       | level (`info` or `warning`), message; unsaved, if the checkpoint of that step has failed   |
 | error      | message, hint, exit_code, retry (bool): a rank's last event, shown by the launcher         |
@@ -77,6 +78,8 @@ def line(event: Mapping[str, Any]) -> str:
         case "eval":
             total = f"/{event['total']}" if event["total"] is not None else ""
             return f"eval {event['step']}{total}  {metrics_line(brief(event['metrics']))}"
+        case "test":
+            return f"test of checkpoint {event['checkpoint']}  {metrics_line(brief(event['metrics']))}"
         case "checkpoint":
             return (f"checkpoint {event['step']}  {event['bytes'] / 2**20:.1f} MiB in {event['seconds']:.2f} s, "
                     f"training stalled {event['stall_s']:.3f} s")

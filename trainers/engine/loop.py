@@ -30,6 +30,7 @@ from trainers.engine.saving.checkpoint import Checkpoints
 from trainers.engine.saving.huggingface import describe
 from trainers.engine.setup import set_up
 from trainers.engine.task import Task
+from trainers.engine.testing import score_test_set
 from trainers.engine.tracking.tracker import NoTracker, Tracker
 from trainers.engine.update_runner import UpdateRunner
 from trainers.engine.world import World
@@ -325,6 +326,11 @@ class Loop:
         self._save()
         self._wait_for_commit(f"training reached step {self.step}, but its last checkpoint could not be written",
                               f"make room on the disk, then use `launch resume {self.paths.id}`")
+        if self.setup.test_set is not None:
+            score = score_test_set(self.task, self.config, self.setup, self.runners, self.checkpoints, self.world, self.step)
+            if score is None:
+                return self._stop()  # everything is saved: the next attempt evaluates and scores again
+            self.tracker.test(self.step, *score)
         heartbeat.report()
         self._draw_figures()  # after the commit: drawing cannot lose the checkpoint
         self._close("finished")

@@ -34,6 +34,7 @@ class Setup:
     stopping: Stopping
     train_set: Dataset            # in a prediction from lines: the lines
     eval_set: Dataset | None
+    test_set: Dataset | None      # None also in an evaluation without training
     models: dict[str, nn.Module]  # by name, placed by the strategy
     layout: Layout                # names and shapes of the models' tensors, read before the models were placed
     parameters: int               # number of parameters of all models, counted before the models were placed
@@ -61,8 +62,11 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
         set_deterministic(train.compile)
     strategy = make_strategy(world, placed or config)
     stopping = Stopping(world)
+    test_set = None
     if inputs is None:
         train_set, eval_set = _data_of(task, world)
+        if not config.eval.only:
+            test_set = _test_set_of(task, world)
         facts = checked(task.facts())
     else:
         train_set, eval_set, facts = _checked_set("set of inputs", inputs()), None, {}
@@ -77,8 +81,8 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
                         "train.checkpoint_activations=false")
     if train.sync_batchnorm and world.size > 1:
         models = {name: synchronize(model, world.device) for name, model in models.items()}
-    return Setup(strategy, stopping, train_set, eval_set, {name: strategy.place(model) for name, model in models.items()},
-                 tensors, parameters, facts)
+    models = {name: strategy.place(model) for name, model in models.items()}
+    return Setup(strategy, stopping, train_set, eval_set, test_set, models, tensors, parameters, facts)
 
 
 def _data_of(task: Task, world: World) -> tuple[Dataset, Dataset | None]:
@@ -93,6 +97,12 @@ def _data_of(task: Task, world: World) -> tuple[Dataset, Dataset | None]:
     if not len(sets[0]):
         raise UserError("the training set is empty", "check `data`")
     return sets
+
+
+def _test_set_of(task: Task, world: World) -> Dataset | None:
+    """Return the task's test set; None if it has none, or an empty one. Raises: UserError: it is not a data set."""
+    test_set = task.test_set(world)
+    return _checked_set("test set", test_set) if test_set is not None and len(test_set) else None
 
 
 def _checked_set(name: str, dataset: Any) -> Dataset:

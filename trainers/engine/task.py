@@ -133,6 +133,17 @@ class Task:
         """
         raise TypeError(f"{type(self).__name__} must define data(self, world)")
 
+    def test_set(self, world: World) -> Dataset | None:
+        """Return samples that neither train nor choose a checkpoint; None if the task has none. Called after `data`.
+
+        At the end of a run, the best checkpoint by `checkpoint.metric` is evaluated on them once. Its metrics are `test_loss`
+        and so on in run.json.
+
+        Raises:
+            UserError: the data is missing or malformed.
+        """
+        return None
+
     def facts(self) -> dict[str, Any]:
         """Return what the weights mean only together with: facts of the training data, by name. The engine calls this after
         `data`.

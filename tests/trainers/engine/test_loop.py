@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made import flip
 from saving import ONE
 from torch import nn
 
@@ -18,7 +19,7 @@ from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
 from trainers.contract.files import replace_json
 from trainers.contract.paths import RunPaths
-from trainers.engine import loop
+from trainers.engine import loop, testing
 from trainers.engine.batches.sampling import Shuffled
 from trainers.engine.task import Loss, Task
 
@@ -300,3 +301,58 @@ def test_patience_without_its_metric_or_an_evaluation_set_is_an_error(tmp_path, 
     monkeypatch.setattr(Toy, "data", lambda self, world: (Points(), None))
     with pytest.raises(UserError, match="the task has no evaluation set"):
         run(tmp_path / "set", 1, **PATIENT)
+
+
+# A test set, which here is the evaluation set again: the best checkpoint has the same scores as at its own step
+
+
+@pytest.fixture
+def tested(monkeypatch):
+    monkeypatch.setattr(Toy, "test_set", lambda self, world: Points())
+
+
+def scores_of(root: Path) -> list[dict]:
+    return [row for row in map(json.loads, RunPaths(root).metrics.read_text().splitlines()) if row["split"] == "test"]
+
+
+def test_the_best_checkpoint_is_scored_on_the_test_set(whole, tested, tmp_path, monkeypatch, capsys):
+    paths = RunPaths(tmp_path / "run")
+    paths.root.mkdir()
+    replace_json(paths.record, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(testing, "evaluate", lambda *_: None)  # a stop signal arrives during the test
+        assert run(paths.root, 1) == 75
+    assert scores_of(paths.root) == []
+    for attempt in (2, 3):  # the third attempt follows a cut just before the end
+        assert run(paths.root, attempt) == 0
+        [loss] = [row[2] for row in logged(whole) if row[:2] == (16, "eval")]
+        assert scores_of(paths.root) == [{"step": 24, "split": "test", "checkpoint": 16, "loss": loss, "top1": 0.6}]
+        metrics = json.loads(paths.record.read_text())["metrics"]
+        assert (metrics["test_loss"], metrics["test_top1"], metrics["top1"]) == (loss, 0.6, 0.2)
+    assert "test of checkpoint 16  loss" in capsys.readouterr().out
+    assert [row for row in logged(paths.root) if row[1] != "test"] == logged(whole) and kept(paths.root) == kept(whole)
+
+
+@pytest.mark.parametrize("checkpoint", [{"metric": None}, {"keep_best": 0}])
+def test_without_a_best_checkpoint_the_last_weights_are_scored(whole, tested, tmp_path, checkpoint):
+    assert run(tmp_path / "run", 1, checkpoint=checkpoint) == 0
+    assert scores_of(tmp_path / "run") == [{"step": 24, "split": "test", "checkpoint": 24, "loss": logged(whole)[-1][2],
+                                           "top1": 0.2}]
+
+
+def test_a_best_checkpoint_that_is_broken_is_not_scored(tested, tmp_path, monkeypatch):
+    finish = loop.Loop._finish
+
+    def damage(self):
+        flip(self.paths.checkpoint(16) / "0.safetensors")
+        return finish(self)
+
+    monkeypatch.setattr(loop.Loop, "_finish", damage)
+    assert run(tmp_path / "run", 1) == 0
+    assert [row["checkpoint"] for row in scores_of(tmp_path / "run")] == [24]
+
+
+def test_a_test_set_must_be_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(Toy, "test_set", lambda self, world: [1, 2])
+    with pytest.raises(UserError, match="the test set is a list without the method `batch`"):
+        run(tmp_path / "run", 1)

@@ -125,6 +125,19 @@ class Checkpoints:
                             "put a good copy back, or delete that folder to start from the beginning")
         return None
 
+    def best(self) -> int | None:
+        """Return the step of the best whole checkpoint by `checkpoint.metric`; None if no checkpoint is kept for being good, or
+        none was evaluated. Waits for everything that the thread has begun."""
+        if self.config.metric is None or not self.config.keep_best:
+            return None
+
+        def ranked() -> list[int]:
+            if self._last is not None:
+                wait([self._last])
+            return retention.ranked(folders.metrics(self.paths), self.config)
+
+        return next((step for step in reversed(self._on_rank_0(ranked)) if self._problem(step) is None), None)
+
     def load(self, step: int) -> tuple[storage.Reader, dict[str, Any]]:
         """Return a reader of the tensors and the state of a step that `newest` returned. The number of ranks may differ from
         that of the save.

@@ -17,13 +17,27 @@ from trainers.engine.world import World
 
 
 def fragments(setup: Setup, runners: Sequence[UpdateRunner]) -> dict[str, Fragment]:
-    """Return this rank's parts of all tensors in a checkpoint, by name: models, optimizer states and averaged weights."""
-    found = setup.strategy.fragments(setup.models)
+    """Return this rank's parts of all tensors in a checkpoint, by name: models, averaged weights and optimizer states."""
+    found = _weights(setup, runners)
     for runner in runners:
         found |= runner.sharded.fragments(runner.update.name)
+    return found
+
+
+def _weights(setup: Setup, runners: Sequence[UpdateRunner]) -> dict[str, Fragment]:
+    """Return this rank's parts of the models and averaged weights."""
+    found = setup.strategy.fragments(setup.models)
+    for runner in runners:
         if runner.average is not None:
             found |= runner.average.fragments(runner.update.trains)
     return found
+
+
+def load_models(reader: Reader, setup: Setup, runners: Sequence[UpdateRunner]) -> None:
+    """Load the models and averaged weights of a checkpoint of this run, without the optimizer states."""
+    fill(_weights(setup, runners), reader.shapes, reader.read)
+    for runner in runners:
+        runner.sharded.after_fill()
 
 
 def load_tensors(reader: Reader, setup: Setup, runners: Sequence[UpdateRunner]) -> None:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object in each line, for a logged step or an evaluation.
+"""metrics.jsonl: one JSON object in each line, for a logged step, an evaluation or the test at the end.
 
 Each logged step and each evaluation is in the file once, even if an attempt repeated it.
 """
@@ -37,7 +37,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, step: int, evaluated: bool, warn: Callable[[str], None]):
-        """Open the file and remove the rows after `step`.
+        """Open the file and remove the rows after `step`, and the test's: the test is repeated at the end.
 
         Args:
             step: the step from which the run resumes.
@@ -51,8 +51,8 @@ class MetricsFile:
         self._waiting: list[str] = []
         self._failing = False
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self.kept = [row for row in whole_rows(text)
-                     if row["step"] < step or row["step"] == step and (evaluated or row.get("split") != "eval")]
+        self.kept = [row for row in whole_rows(text) if row.get("split") != "test"
+                     and (row["step"] < step or row["step"] == step and (evaluated or row.get("split") != "eval"))]
         # Write a new file even if all rows stay: an older attempt that is still running on another host then appends to
         # the old file, which has no name any more.
         if path.exists():

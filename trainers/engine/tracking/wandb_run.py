@@ -83,6 +83,8 @@ class WandbRun:
             self._late = {}
         elif row["split"] == "eval":
             self._late = {} if self._has_evaluation(row["step"], values) else values
+        elif row["split"] == "test":
+            self._late = {**self._late, **values}
 
     def _has_evaluation(self, step: int, values: Mapping[str, Any]) -> bool:
         """Return whether W&B has this evaluation from an earlier attempt. An evaluation that is repeated has the same values, so

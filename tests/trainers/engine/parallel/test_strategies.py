@@ -151,6 +151,16 @@ def test_steps_that_fp16_skips_do_not_advance_the_schedule(ranks, tmp_path):
         assert [row.get("skipped", 0) for row in rows] == [0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2, 2], name
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_best_checkpoint_is_scored_at_the_end(ranks, tmp_path, name):
+    """The test set is the evaluation set again. The best checkpoint is the first one, so another one's weights are loaded."""
+    for keys in ({}, GROUPS):
+        keys = {"train.strategy": name, "checkpoint.metric": "loss", "checkpoint.mode": "max", **keys}
+        evaluations, test = ranks(2)("tested", root=tmp_path / f"{len(keys)}", keys=keys)[0]
+        assert list(evaluations) == ["15", "30"] and evaluations["15"] != evaluations["30"]
+        assert (test["step"], test["checkpoint"], test["loss"]) == (30, 15, evaluations["15"])
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_cifar10_trains_under_every_strategy(ranks, tmp_path, precision):
     """The model has convolutions and BatchNorm, and no repeated blocks."""
@@ -225,6 +235,20 @@ def trained(world, root, keys, until=None):
     names = ("step", "loss", "grad_norm", "lr", "skipped")
     return [{name: row[name] for name in names if name in row} | evaluated.get(row["step"], {})
             for row in rows if row["split"] == "train"]
+
+
+def tested(world, root, keys):
+    """Return the losses of the evaluations of a run by step, and the row of its test."""
+    sys.path.append(str(SENTENCES))
+    from sentences import Counting, Sentences
+
+    Counting.test_set = lambda self, world: Sentences(67, 2, world.device)
+    try:
+        assert loop_of(world, root, keys).run() == 0
+    finally:
+        del Counting.test_set
+    rows = [json.loads(line) for line in (Path(root) / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if row["split"] == "eval"}, rows[-1]
 
 
 def cifar10(world, root, strategy, precision, synchronized=False):
