@@ -17,9 +17,10 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainers.config import micro_batch
-from trainers.config.schema import ScriptConfig, SearchConfig
+from trainers.config import determinism, micro_batch
+from trainers.config.schema import RunConfig, ScriptConfig, SearchConfig
 from trainers.config.spec import read_run, resolve
 from trainers.contract import events, exit_codes, heartbeat
 from trainers.contract.errors import UserError
@@ -27,6 +28,9 @@ from trainers.contract.paths import RunPaths
 from trainers.contract.signals import Stopped, hold, listen
 from trainers.contract.streams import prepare_streams
 from trainers.runner import Place, Runner
+
+if TYPE_CHECKING:
+    from trainers.engine.world import World
 
 
 def run(paths: RunPaths, attempt: int | None) -> int:
@@ -51,26 +55,45 @@ def run(paths: RunPaths, attempt: int | None) -> int:
         from trainers.engine.evaluate_only import evaluate_only as work
     else:
         from trainers.engine.loop import train as work
+    from trainers.engine.failures import out_of_memory, without_deterministic_kernel, work_without_memory
     from trainers.engine.task import Task
-    from trainers.engine.world import World, out_of_memory
+    from trainers.engine.world import World
 
     if not (isinstance(task_class, type) and issubclass(task_class, Task)):
         raise UserError(f"`task` is `{config.task}`, which is not a subclass of trainers.engine.task.Task",
                         f"write `class {config.task.partition(':')[2]}(Task)`")
     torch.autograd.set_detect_anomaly(debugging)
     world = World.from_env()
-    settled = micro_batch.settled(config, paths, world.size)
-    if settled is not config:
-        settled = micro_batch.with_size(settled, world.minimum(settled.batching(world.size).micro))
-        if world.main:
-            events.emit({"event": "note", "level": "info", "message": micro_batch.note(settled, paths, world.size)})
+    settled = _settled(config, paths, world)
     try:
         return work(task_class(settled), settled, world, paths, attempt)
     except Exception as error:
-        if config.eval.only or not out_of_memory(error):
+        operation = without_deterministic_kernel(error)
+        if operation is None and not out_of_memory(error):
             raise
         traceback.print_exc()
-        raise micro_batch.too_large(config, settled, paths, attempt, world.rank, world.size) from error
+        if operation is not None:
+            raise determinism.without_kernel(paths, attempt, world.rank, operation) from error
+        raise micro_batch.out_of_memory(config, settled, paths, attempt, world.rank, world.size,
+                                        work_without_memory(error)) from error
+
+
+def _settled(config: RunConfig, paths: RunPaths, world: World) -> RunConfig:
+    """Return the config with what earlier attempts have found out about the micro-batch size and about determinism.
+
+    The ranks agree, because a network file system may not show yet what another node has just written. Collective.
+    """
+    notes = []
+    settled = micro_batch.settled(config, paths, world.size)
+    if settled is not config:
+        settled = micro_batch.with_size(settled, world.minimum(settled.batching(world.size).micro))
+        notes.append(("info", micro_batch.note(settled, paths, world.size)))
+    if config.train.deterministic is True and not world.minimum(int(determinism.found(paths) is None)):
+        settled = determinism.with_warnings(settled)
+        notes.append(("warning", determinism.note(paths)))
+    for level, message in notes if world.main else ():
+        events.emit({"event": "note", "level": level, "message": message})
+    return settled
 
 
 def _run_search(task_class: type, config: SearchConfig, paths: RunPaths, attempt: int | None) -> int:

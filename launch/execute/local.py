@@ -35,7 +35,7 @@ from launch.supervise.port import reserved_port
 from launch.supervise.rank import Failure, Outcome
 from launch.supervise.supervisor import folder_deleted, is_there, supervise
 from launch.supervise.terminal import View, make_view
-from trainers.config.micro_batch import retries_smaller
+from trainers.config.retries import changes_settings
 from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json
@@ -203,7 +203,7 @@ def execute(plan_of: Callable[[int], Plan], paths: RunPaths, number: int, view: 
         if failure and not is_there(paths.root):
             outcome = Outcome("failed", folder_deleted(str(paths.root)), outcome.signal)
         elif failure and _worth_retrying(outcome, restarts, paths, plan.attempt):
-            if retries_smaller(paths, plan.attempt):
+            if changes_settings(paths, plan.attempt):
                 view.notice(f"attempt {plan.attempt} ended: {failure.message}; {failure.hint or 'trying again'}")
                 continue
             restarts -= 1
@@ -224,11 +224,11 @@ def _attempt(plan: Plan, paths: RunPaths, view: View, restarts: int) -> Outcome:
 
 
 def _worth_retrying(outcome: Outcome, restarts: int, paths: RunPaths, attempt: int) -> bool:
-    """Whether the next attempt may succeed. A retry with a smaller micro-batch does not count as a restart."""
+    """Whether the next attempt may succeed. A retry with other settings does not count as a restart."""
     failure = outcome.failure
     if failure is None or outcome.signal is not None:
         return False
-    return retries_smaller(paths, attempt) or failure.retry and restarts > 0
+    return changes_settings(paths, attempt) or failure.retry and restarts > 0
 
 
 def _debug(plan: Plan, paths: RunPaths, view: View) -> int:

@@ -155,7 +155,7 @@ def spec_of(paths: RunPaths) -> Spec:
 
 
 STRATEGY_KEYS = ("strategy", "offload", "checkpoint_activations")  # keys of `train` that do not change the results of training
-REPORT_LIMIT = "eval.report_s"
+EVALUATION_KEYS = ("report_s", "batch_size")  # keys of `eval` that change measures by rounding at most
 PATIENCE = "train.patience"  # changes when training ends, not what it computes until then
 # Keys of `data` that say where the data lies. The ranks compare the numbers of samples, and what the task's `facts` returns.
 PLACES = ("source", "root", "path")
@@ -173,14 +173,15 @@ def with_changes(spec: Spec, words: Sequence[str]) -> Spec:
     is_task = hasattr(spec.config, "model")  # a script has settings for accelerate under `train`
     trains = is_task and "train" in spec.values
     allowed = [*(["data", *(f"data.{key}" for key in PLACES)] if is_task else []),
-               *((*(f"train.{key}" for key in STRATEGY_KEYS), REPORT_LIMIT, PATIENCE) if trains else ())]
+               *((*(f"train.{key}" for key in STRATEGY_KEYS), *(f"eval.{key}" for key in EVALUATION_KEYS), PATIENCE)
+                 if trains else ())]
     for word in words:
         key = word.partition("=")[0]
         if key not in allowed and not key.startswith("run."):
             raise UserError(f"`{word}` cannot be set: a run's spec never changes",
-                            f"start a new run for that; resume takes run.KEY=VALUE, {REPORT_LIMIT}, sbatch.KEY=VALUE, "
-                            f"--strategy, train.offload, train.checkpoint_activations, {PATIENCE}, and data=PATH for data that "
-                            "has moved")
+                            "start a new run for that; resume takes run.KEY=VALUE, eval.report_s, eval.batch_size, "
+                            f"sbatch.KEY=VALUE, --strategy, train.offload, train.checkpoint_activations, {PATIENCE}, and "
+                            "data=PATH for data that has moved")
     changed = with_overrides(spec, words)
     if trains and not changed.values["train"]["strategy"].startswith("zero"):
         changed = with_values(changed, {"train": {**changed.values["train"], "deepspeed": {}}})
@@ -197,7 +198,7 @@ def record_changes(paths: RunPaths, spec: Spec) -> None:
     if hasattr(spec.config, "model"):  # not a script
         if train := spec.values.get("train"):
             changes["train"] = {key: train[key] for key in (*STRATEGY_KEYS, "patience", "deepspeed")}
-            changes["eval"] = {"report_s": spec.values["eval"]["report_s"]}
+            changes["eval"] = {key: spec.values["eval"][key] for key in EVALUATION_KEYS}
         if isinstance(data := spec.values["data"], dict):
             changes["data"] = {key: data[key] for key in PLACES if key in data}
     replace_json(paths.changes, changes)

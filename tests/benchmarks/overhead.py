@@ -109,7 +109,7 @@ def measure(width: int, rounds: int) -> tuple[list[float], list[float]]:
             ours.append(time.perf_counter() - ended)
             torch.set_deterministic_debug_mode("default")
             theirs.append(plain.step())
-            torch.set_deterministic_debug_mode("warn")  # as the loop sets it
+            torch.set_deterministic_debug_mode("error")  # as the loop sets it
             ended = time.perf_counter()
             return False
 

@@ -2,8 +2,7 @@
 
 A rank that runs out of memory cannot continue with a smaller micro-batch, because the other ranks wait for it in a collective.
 The rank records the size that did not fit, and fails. The next attempt continues from the newest checkpoint with the next
-smaller size. The code that starts attempts needs to know only one thing: such an end does not count as a failure
-(`retries_smaller`).
+smaller size. Such an end does not count as a failure (`retries.changes_settings`).
 """
 
 from __future__ import annotations
@@ -11,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from trainers.config.schema import RunConfig
-from trainers.contract.errors import OutOfMemory
+from trainers.contract.errors import OutOfMemory, Work
 from trainers.contract.files import read_json, replace_json
 from trainers.contract.paths import RunPaths
+
+LESS = "train.checkpoint_activations=true, --strategy fsdp or more ranks (`launch plan` shows what each needs)"
 
 
 def tried_sizes(paths: RunPaths) -> list[dict[str, Any]]:
@@ -26,14 +27,6 @@ def tried_sizes(paths: RunPaths) -> list[dict[str, Any]]:
         return read_json(paths.micro_batch)
     except FileNotFoundError:
         return []
-
-
-def retries_smaller(paths: RunPaths, attempt: int) -> bool:
-    """Return whether this attempt ended so that the next attempt can use a smaller micro-batch."""
-    try:
-        return any(entry["attempt"] == attempt for entry in tried_sizes(paths))
-    except (OSError, ValueError):
-        return False
 
 
 def settled(config: RunConfig, paths: RunPaths, ranks: int) -> RunConfig:
@@ -58,26 +51,43 @@ def note(settled: RunConfig, paths: RunPaths, ranks: int) -> str:
     return f"train.micro_batch_size=auto: {split.micro} micro-batch x {split.accumulation} accumulation{why}"
 
 
-def too_large(config: RunConfig, settled: RunConfig, paths: RunPaths, attempt: int | None, rank: int, ranks: int
-              ) -> OutOfMemory:
-    """Return the error of a rank that ran out of memory. With `auto`, also record the size for the next attempt.
+def out_of_memory(config: RunConfig, settled: RunConfig, paths: RunPaths, attempt: int | None, rank: int, ranks: int,
+                  work: Work | None) -> OutOfMemory:
+    """Return the error of a rank that ran out of memory. With `auto`, also record the size for the next attempt, if a smaller
+    micro-batch needs less memory for this work.
 
     Args:
         config: the config in the spec.
         settled: the config that the rank used.
+        work: what the rank was doing; None: something else than steps, evaluations and checkpoints.
     """
     split = settled.batching(ranks)
-    message, smaller = f"rank {rank} ran out of memory with a micro-batch of {split.micro}", split.smaller()
-    less = "use train.checkpoint_activations=true, --strategy fsdp or more ranks (`launch plan` shows what each needs)"
+    match work:
+        case "step":
+            message = f"rank {rank} ran out of memory with a micro-batch of {split.micro}"
+        case "evaluation":
+            message = f"rank {rank} ran out of memory in an evaluation, {split.evaluation} samples at a time"
+        case "checkpoint":
+            return OutOfMemory(f"rank {rank} ran out of memory while it copied a checkpoint into the host's memory",
+                               "give each rank more of the host's memory (sbatch.mem=SIZE), or use train.strategy=fsdp on more "
+                               "ranks", retry=False)
+        case None:
+            return OutOfMemory(f"rank {rank} ran out of memory outside of steps, evaluations and checkpoints: see its log",
+                               f"use {LESS}", retry=False)
+    follows = work == "step" or config.eval.batch_size is None  # whether a smaller micro-batch needs less memory
+    smaller = split.smaller() if follows and not config.eval.only else None
+    if smaller and config.train.micro_batch_size == "auto":
+        entry = {"attempt": attempt, "size": split.micro, "next": smaller}
+        entries = tried_sizes(paths)
+        if entry not in entries:  # another rank may have written the same entry
+            replace_json(paths.micro_batch, [*entries, entry])
+        return OutOfMemory(message, f"the next attempt uses a micro-batch of {smaller}", retry=True)
+    if work == "evaluation":
+        verb = "start again" if config.eval.only else f"use `launch resume {paths.id}`"
+        return OutOfMemory(message, f"{verb} with eval.batch_size={max(1, split.evaluation // 2)}", retry=False)
     if smaller is None:
-        return OutOfMemory(f"{message}, the smallest possible", less, retry=False)
-    if config.train.micro_batch_size != "auto":
-        return OutOfMemory(message, f"start a new run with train.micro_batch_size={smaller} or auto, or {less}", retry=False)
-    entry = {"attempt": attempt, "size": split.micro, "next": smaller}
-    entries = tried_sizes(paths)
-    if entry not in entries:  # another rank may have written the same entry
-        replace_json(paths.micro_batch, [*entries, entry])
-    return OutOfMemory(message, f"the next attempt uses a micro-batch of {smaller}", retry=True)
+        return OutOfMemory(f"{message}, the smallest possible", f"use {LESS}", retry=False)
+    return OutOfMemory(message, f"start a new run with train.micro_batch_size={smaller} or auto, or use {LESS}", retry=False)
 
 
 def with_size(config: RunConfig, micro: int) -> RunConfig:

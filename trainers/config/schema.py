@@ -105,7 +105,10 @@ class Train(Section):
                           "the average; null: no average"
     )
     compile: bool = Field(False, description="compile the models with torch.compile")
-    deterministic: bool = Field(True, description="use deterministic kernels; false: a resumed run on GPUs may differ slightly")
+    deterministic: bool | Literal["warn"] = Field(
+        True, description="use deterministic kernels; an operation without one makes the run continue with warnings; warn: with "
+                          "warnings from the start; false: use the fastest kernels, so a resumed run on GPUs may differ slightly"
+    )
 
     @model_validator(mode="after")
     def _epochs_or_steps(self) -> "Train":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Literal
 
 from trainers.contract import exit_codes
 
@@ -61,6 +62,15 @@ def system_error(error: OSError) -> UserError:
     """Return an error of the operating system in words: the file, what is wrong, and what to do."""
     file = f"`{error.filename}`: " if error.filename else ""
     return UserError(f"{file}{error.strerror or error}", HINTS.get(error.errno or 0))
+
+
+Work = Literal["step", "evaluation", "checkpoint"]  # what a rank may be doing when its memory is full
+
+
+class NotDeterministic(TrainingError):
+    """An operation has no deterministic kernel. The next attempt accepts that."""
+
+    retry = True
 
 
 class OutOfMemory(TrainingError):

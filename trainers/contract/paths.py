@@ -45,6 +45,11 @@ class RunPaths:
         return self.root / "micro_batch.json"
 
     @property
+    def not_deterministic(self) -> Path:
+        """For `train.deterministic`: the operation without a deterministic kernel, and the attempt that met it."""
+        return self.root / "not_deterministic.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object for each logged step or evaluation."""
         return self.root / "metrics.jsonl"

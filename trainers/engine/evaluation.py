@@ -18,6 +18,7 @@ from trainers.contract import heartbeat
 from trainers.contract.errors import UserError
 from trainers.engine.batches.noise import seed_noise
 from trainers.engine.batches.sampling import evaluation_shares
+from trainers.engine.failures import memory_for
 from trainers.engine.precision import autocast
 from trainers.engine.stopping import Stopping
 from trainers.engine.task import Dataset, Measures, Task
@@ -61,7 +62,7 @@ def evaluating(models: Mapping[str, nn.Module], config: RunConfig, world: World)
     try:
         for model in models.values():
             model.eval()
-        with torch.no_grad(), autocast(config.train.precision, world.device):
+        with torch.no_grad(), autocast(config.train.precision, world.device), memory_for("evaluation"):
             yield
     finally:
         for name, model in models.items():

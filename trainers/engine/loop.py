@@ -21,6 +21,7 @@ from trainers.contract.text import number
 from trainers.engine.batches.sampling import Shuffled
 from trainers.engine.ema import models_to_evaluate, start_averages
 from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
+from trainers.engine.failures import memory_for
 from trainers.engine.groups import described, groups_of
 from trainers.engine.parallel.buffers import share_buffers
 from trainers.engine.parallel.fragments import tied_names
@@ -112,8 +113,9 @@ class Loop:
         self._resume()
         hold()  # from now on a signal takes effect at the next boundary, where all ranks save and stop together
         if self.strategy.needs_settling and self.step < self.total:
-            for runner in self.runners:
-                runner.settle(self.step * runner.update.draws)
+            with memory_for("step"):
+                for runner in self.runners:
+                    runner.settle(self.step * runner.update.draws)
         self._logged_at = (self.step, time.perf_counter())
         while True:
             if self._due(self.config.checkpoint.every) or self.step == self.total:
@@ -132,6 +134,7 @@ class Loop:
             if self.step % self.config.log.every == 0 or self.step in (1, self.total):
                 self._log()
 
+    @memory_for("step")
     def _take_step(self) -> None:
         """Run one training step: every update, for its number of optimizer steps."""
         heartbeat.step_begins()
@@ -249,7 +252,8 @@ class Loop:
             "updates": {runner.update.name: runner.state() for runner in self.runners},
         }
         share_buffers(self.models, self.world)
-        self.checkpoints.save(self.step, restore.fragments(self.setup, self.runners), state, found)
+        with memory_for("checkpoint"):
+            self.checkpoints.save(self.step, restore.fragments(self.setup, self.runners), state, found)
         if self.checkpoints.superseded:
             raise self._superseded()
         self._saved = self.step

@@ -5,8 +5,9 @@ Parameters, gradients, optimizer states and BatchNorm statistics are fp32 in eve
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Mapping
+from typing import Any, Literal, Mapping
 
 import torch
 
@@ -30,20 +31,29 @@ def set_precision(precision: Precision, device: torch.device) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def set_deterministic(compiled: bool) -> None:
-    """Use deterministic kernels. An operation that has no deterministic kernel prints a warning and runs as usual.
+def set_deterministic(deterministic: bool | Literal["warn"], compiled: bool, device: torch.device) -> None:
+    """Choose kernels by `train.deterministic`.
+
+    True: an operation that has no deterministic kernel raises a RuntimeError, which `failures.without_deterministic_kernel`
+    recognises. "warn": such an operation warns and runs as usual. In this mode the backward pass of attention is not
+    deterministic either, although torch has deterministic kernels for it. False: the fastest kernels.
 
     Args:
         compiled: whether the run compiles its models (`train.compile`).
     """
-    torch.backends.cudnn.benchmark = False  # the benchmark chooses kernels by their measured time
-    torch.set_deterministic_debug_mode("warn")
+    # The benchmark measures the kernels of each convolution, and takes the fastest. This may be another one in the next attempt.
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.set_deterministic_debug_mode("default" if not deterministic else "warn" if deterministic == "warn" else "error")
+    if not deterministic:
+        return
+    if device.type == "cuda":  # cuBLAS reads this when it starts, and may otherwise sum in another order each time
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Filling every new tensor helps to find bugs, but costs time. mypy does not see this attribute: torch defines it on the
     # class of the module.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if compiled:
         # This sets the same mode for torch's compiler too. It imports the compiler, which takes seconds.
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True, warn_only=deterministic == "warn")
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager:

@@ -58,8 +58,7 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
     compatibility.check(config, world.device.type)  # torchrun may have started the ranks, without the checks of `launch`
     world.use_device()
     set_precision(train.precision, world.device)
-    if train.deterministic:
-        set_deterministic(train.compile)
+    set_deterministic(train.deterministic, train.compile, world.device)
     strategy = make_strategy(world, placed or config)
     stopping = Stopping(world)
     test_set = None

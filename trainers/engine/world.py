@@ -98,17 +98,3 @@ class World:
         finally:
             if group and self.local_rank == 0:
                 dist.barrier(group)
-
-
-MEMORY_FULL = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Return whether `error`, or an error that caused it, says that a device's memory is full."""
-    while error is not None:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            return True
-        if isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_FULL):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -17,7 +17,7 @@ from launch.records.life_sign import LifeSign
 from launch.records.requeue import REQUEUE, code_of_head
 from launch.supervise.group import NodeGroup
 from launch.supervise.rank import Failure, Outcome
-from trainers.config.micro_batch import retries_smaller
+from trainers.config.retries import changes_settings
 from trainers.contract.clock import utc_now
 from trainers.contract.files import read_json, replace_json, update_json
 from trainers.contract.paths import RunPaths
@@ -108,7 +108,7 @@ def _read(file: Path) -> str:
 def count_failures(paths: RunPaths, submission: Submission) -> int:
     """How many attempts of this submission have failed or were killed.
 
-    Two kinds of attempts do not count: those that SLURM stopped, and those after which a smaller micro-batch is tried.
+    Two kinds of attempts do not count: those that SLURM stopped, and those after which the next attempt uses other settings.
     """
     def failed(attempt: dict[str, Any] | None) -> bool:
         if attempt is None:  # not even its record could be written
@@ -117,7 +117,7 @@ def count_failures(paths: RunPaths, submission: Submission) -> int:
         counts = attempt["outcome"] == "failed" or attempt["outcome"] == "lost" and retry
         return counts and attempt.get("submission") == submission.number
 
-    return sum(failed(attempt_of(paths, number)) and not retries_smaller(paths, number) for number in paths.attempt_numbers())
+    return sum(failed(attempt_of(paths, number)) and not changes_settings(paths, number) for number in paths.attempt_numbers())
 
 
 def record_lost_attempts(paths: RunPaths, place: Place, folder: Path) -> None:

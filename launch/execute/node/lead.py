@@ -25,7 +25,7 @@ from launch.supervise.rank import Failure, Outcome
 from launch.supervise.signals import StopSignals
 from launch.supervise.supervisor import is_there
 from launch.supervise.terminal import View
-from trainers.config.micro_batch import retries_smaller
+from trainers.config.retries import changes_settings
 from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 from trainers.contract.files import read_json, update_json
@@ -69,10 +69,10 @@ def lead(submission: Submission, place: Place, paths: RunPaths, group: NodeGroup
                 code = record.exit_code(plan, outcome)
                 failure = outcome.failure
                 down = down_nodes(hosts) if outcome.signal == "SIGTERM" else {}
-                # The next attempt uses less memory: this does not count as a failure.
-                smaller = failure is not None and retries_smaller(paths, number)
-                failures = patience(lambda: count_failures(paths, submission)) + (failure is not None and not smaller)
-                retryable = failure is not None and (smaller or failure.retry and failures <= submission.max_restarts)
+                # If the next attempt uses other settings (a smaller micro-batch), this does not count as a failure.
+                changes = failure is not None and changes_settings(paths, number)
+                failures = patience(lambda: count_failures(paths, submission)) + (failure is not None and not changes)
+                retryable = failure is not None and (changes or failure.retry and failures <= submission.max_restarts)
                 signals = {outcome.signal, *(signal.Signals(number).name for number in stop.received)} - {None}
                 retry_here = retryable and not signals and group.complete
                 # The run is not over if its job will start again, or if the next job of its chain will continue the run. After

@@ -233,6 +233,8 @@ def test_a_known_traceback_is_explained(make, last, meaning, command):
      "gets no further", "launch resume bert-1 run.grace_s=180"),
     ("rank 1 needs GPU 1; torch 2.15.0 sees 1", "torch sees 1 GPU(s) on that machine, fewer than the run was given",
      "nvidia-smi"),
+    ("rank 1 ran out of memory in an evaluation, 64 samples at a time", "the memory of the GPU, or of the CPU rank, was too "
+     "small to evaluate 64 samples at a time", "launch resume bert-1 eval.batch_size=16"),
 ])
 def test_a_known_message_is_explained(make, message, meaning, command):
     found = make("failed", ("failed", failure(1, message=message, hint="its own")), logs={(1, 1): "error: x\n"})

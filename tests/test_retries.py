@@ -1,13 +1,14 @@
-"""`train.micro_batch_size=auto` finds a micro-batch that fits in memory."""
+"""After some ends the next attempt uses other settings: a smaller micro-batch, or warnings about determinism."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from conftest import Command, attempt, record, rows, set_pause, wait_until
 
-NARROW = Path(__file__).parent / "sentences" / "narrow.yaml"
+NARROW, SCATTERED = (Path(__file__).parent / "sentences" / name for name in ("narrow.yaml", "scattered.yaml"))
 
 
 def losses(run: Path) -> list[float]:
@@ -53,3 +54,22 @@ def test_out_of_memory_with_a_micro_batch_of_1_is_not_retried(launch):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-2:-1] == ["error: rank 1 ran out of memory with a micro-batch of 1, the smallest possible"]
     assert record(launch.run())["attempt"] == 1
+
+
+@pytest.mark.slow
+def test_an_operation_without_a_deterministic_kernel_makes_the_next_attempt_warn(tmp_path):
+    """Only rank 1 meets the operation, in step 3. The other rank must neither hang nor go on."""
+    met, warned = (Command(tmp_path / name) for name in ("met", "warned"))
+    for command, *more in ((met,), (warned, "train.deterministic=warn")):
+        command.folder.mkdir()
+        done = command(SCATTERED, "--procs", 2, "run.max_restarts=0", *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        if command is met:
+            assert "resuming at step 2 " in done.stdout
+            assert "warning: `put_` has no deterministic kernel, so operations without one only give warnings" in done.stdout
+    assert record(met.run())["attempt"] == 2 and record(warned.run())["attempt"] == 1
+    failure = attempt(met.run(), 1)["failure"]
+    assert (failure["rank"], failure["retry"], failure["message"]) == (1, True, "rank 1: `put_` has no deterministic kernel")
+    assert json.loads((met.run() / "not_deterministic.json").read_text()) == {"attempt": 1, "operation": "put_"}
+    assert "put_ does not have a deterministic implementation" in (met.run() / "attempts/2/logs/1.log").read_text()
+    assert losses(met.run()) == losses(warned.run())
