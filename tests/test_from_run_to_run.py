@@ -12,8 +12,9 @@ from conftest import BLOBS, Command, logged_steps, ranks_of, record, rows, wait_
 
 pytestmark = pytest.mark.slow
 SENTENCES = BLOBS.parents[1] / "sentences/sentences.yaml"
-# The task has BatchNorm, dropout, and noise that depends on the rank. Equal results here are equal to the last bit.
-ARGS = [BLOBS, "train.steps=30", "eval.every=10", "checkpoint.every=10", "checkpoint.keep_last=9"]
+# The task has BatchNorm, dropout, noise that depends on the rank, and averaged weights. Equal results here are equal to the last
+# bit.
+ARGS = [BLOBS, "train.steps=30", "eval.every=10", "checkpoint.every=10", "checkpoint.keep_last=9", "train.ema=0.9"]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,30 @@ def test_an_evaluation_gives_the_metrics_of_the_run_to_the_last_bit(source):
     assert not list(run.glob("evals/*/init")), "the disk space of a deleted checkpoint would not be freed"
 
 
+def test_other_weights_of_a_checkpoint_are_evaluated_and_exported(source):
+    """The trained weights instead of their average, and the mean of three checkpoints."""
+    run, losses = source.run(), []
+    for words, about in ((["--raw"], "trained weights"), (["--average", 3], "the mean of steps 10, 20, 30")):
+        evaluated = source("eval", run, *words, "--json")
+        exported = source("export", run, *words)
+        assert (evaluated.returncode, exported.returncode) == (0, 0), evaluated.stderr + exported.stderr
+        assert f"step 30, {about}, " in exported.stderr
+        again = source(BLOBS, "--runs", "others", "--procs", 2, "eval.only=true", "--from", exported.stdout.strip())
+        assert again.returncode == 0, again.stderr
+        newest = max((source.folder / "others").iterdir(), key=lambda path: path.stat().st_mtime)
+        metrics = json.loads(evaluated.stdout)["metrics"]
+        assert record(newest)["metrics"] == metrics
+        losses.append(metrics["loss"])
+        shutil.rmtree(run / "evals" / json.loads(evaluated.stdout)["id"])
+    assert len({*losses, rows(run, "eval")[-1]["loss"]}) == 3
+    assert sorted(path.name for path in (run / "export").iterdir()) == ["step_30-average-3", "step_30-raw"]
+    shutil.rmtree(run / "export")
+    refused = source("eval", run, "--average", 4)
+    assert (refused.returncode, refused.stderr) == (
+        2, f"error: `{run.name}` has 3 whole checkpoints up to step 30, but the weights of 4 are to be averaged\n"
+        "hint: use --average 3 (init.average=3); a run keeps as many of its newest checkpoints as `checkpoint.keep_last` says\n")
+
+
 def test_an_evaluation_that_is_not_possible_ends_with_a_short_error(source):
     folder = source.folder
     (folder / "noeval.py").write_text(
@@ -81,7 +106,7 @@ def test_a_run_keeps_its_initial_weights_until_it_has_a_checkpoint(source, tmp_p
     done = whole(*args)
     assert done.returncode == 0, done.stderr
     (new,) = [run for run in whole.runs() if run.name != "source"]
-    assert "step_20`: " in done.stdout and "tensors loaded" in done.stdout
+    assert "step_20` (averaged weights: train.ema): " in done.stdout and "tensors loaded" in done.stdout
     assert record(new)["init"]["step"] == 20 and not (new / "init").exists()
     assert rows(new)[0]["loss"] < rows(source.run())[0]["loss"]
 

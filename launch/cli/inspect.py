@@ -12,6 +12,7 @@ import click
 
 from launch.cli.options import (
     Folder,
+    average_option,
     cluster_of,
     command,
     json_option,
@@ -277,15 +278,17 @@ def sync(word: str, root: Path) -> int:
               help="safetensors (default): one file per model. huggingface: a folder that from_pretrained loads.")
 @click.option("-o", "--output", type=Folder(path_type=Path), metavar="PATH",
               help="A folder, or a .safetensors file if the run has one model (default: export/step_N in the run's folder).")
+@average_option
 @raw_option
 @runs_option
 @json_option
-def export(word: str, root: Path, which: str | None, to: str, output: Path | None, raw: bool, json: bool) -> None:
+def export(word: str, root: Path, which: str | None, to: str, output: Path | None, raw: bool, average: int | None,
+           json: bool) -> None:
     """Write the models of a checkpoint to files for other programs."""
     from launch.records import export as exports
     from launch.records.read import find_run
 
-    result = exports.export(find_run(root, word), which=which, to=to, output=output, raw=raw)
+    result = exports.export(find_run(root, word), which=which, to=to, output=output, raw=raw, average=average or 1)
     print_json(result) if json else exports.say(result)
 
 

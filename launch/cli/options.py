@@ -67,6 +67,8 @@ def runs_option(command: Callable) -> Callable:
 
 json_option = click.option("--json", is_flag=True, help="Print JSON.")
 run_argument = click.argument("word", metavar="RUN")
+average_option = click.option("--average", type=click.IntRange(min=2), metavar="K",
+                              help="The mean of the trained weights of K checkpoints: this one and those before it.")
 raw_option = click.option("--raw", is_flag=True, help="Of a run with `train.ema`: the trained weights, not their average.")
 data_option = click.option("--data", metavar="PATH", help="Short for data=PATH. data=sample needs no download.")
 

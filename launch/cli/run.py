@@ -14,6 +14,7 @@ from launch.cli.options import (
     ALIASES,
     Folder,
     Script,
+    average_option,
     cluster_of,
     command,
     data_option,
@@ -141,14 +142,16 @@ def resume(word: str, root: Path, wanted: Wanted, json: bool, take_over: bool, s
 @run_argument
 @click.argument("overrides", nargs=-1, metavar="[key=value]...")
 @click.option("--step", "which", metavar="N|best", help="Step of the checkpoint, or `best` (default: the newest).")
+@average_option
 @raw_option
 @data_option
 @wanted_options("gpus", "procs", "nodes")
 @slurm_options
 @runs_option
 @json_option
-def eval(word: str, root: Path, which: str | None, raw: bool, overrides: Sequence[str], data: str | None, wanted: Wanted,
-         json: bool, slurm: bool, cluster_name: str | None, time: str | None, after: str | None, follow: bool) -> int:
+def eval(word: str, root: Path, which: str | None, raw: bool, average: int | None, overrides: Sequence[str],
+         data: str | None, wanted: Wanted, json: bool, slurm: bool, cluster_name: str | None, time: str | None,
+         after: str | None, follow: bool) -> int:
     """Evaluate a checkpoint of a run, without training."""
     from launch.execute import evaluate
     from launch.records.read import find_run
@@ -157,17 +160,18 @@ def eval(word: str, root: Path, which: str | None, raw: bool, overrides: Sequenc
     words, options = sbatch_options([*overrides, *([f"{ALIASES['data']}={data}"] if data is not None else [])])
     cluster = cluster_of(slurm, cluster_name)
     if cluster.kind == "slurm":
-        return evaluate.submit(run, which=which, init={"raw": raw}, overrides=words, wanted=wanted,
+        return evaluate.submit(run, which=which, init={"raw": raw, "average": average}, overrides=words, wanted=wanted,
                                request=request_of(cluster, root, time, after, options), json=json,
                                show_log=show_log if follow else None)
     only_on_slurm(nodes=wanted.nodes, time=time, after=after, follow=follow, **options)
-    return evaluate.evaluate(run, which=which, init={"raw": raw}, overrides=words, wanted=wanted, json=json)
+    return evaluate.evaluate(run, which=which, init={"raw": raw, "average": average}, overrides=words, wanted=wanted, json=json)
 
 
 @command
 @run_argument
 @click.argument("words", nargs=-1, metavar="[FILE]... [key=value]...")
 @click.option("--step", "which", metavar="N|best", help="Step of the checkpoint, or `best` (default: the newest).")
+@average_option
 @raw_option
 @click.option("--set", "which_set", type=click.Choice(["eval"]), help="Predict the run's evaluation set, in place of lines.")
 @click.option("-o", "output", type=Folder(path_type=Path, dir_okay=False), metavar="FILE",
@@ -177,8 +181,8 @@ def eval(word: str, root: Path, which: str | None, raw: bool, overrides: Sequenc
 @data_option
 @wanted_options("gpus", "procs")
 @runs_option
-def predict(word: str, words: Sequence[str], root: Path, which: str | None, raw: bool, which_set: str | None,
-            output: Path | None, format: Any, data: str | None, wanted: Wanted) -> int:
+def predict(word: str, words: Sequence[str], root: Path, which: str | None, raw: bool, average: int | None,
+            which_set: str | None, output: Path | None, format: Any, data: str | None, wanted: Wanted) -> int:
     """Predict a row for each line of text, with a checkpoint of a run, on this machine.
 
     The lines come from the files, or from standard input. The rows go to standard output in the order of the lines, everything
@@ -190,8 +194,8 @@ def predict(word: str, words: Sequence[str], root: Path, which: str | None, raw:
     run = find_run(root, word)
     files = [word for word in words if "=" not in word or os.path.exists(word)]
     overrides = [*(word for word in words if word not in files), *([f"{ALIASES['data']}={data}"] if data is not None else [])]
-    return predict.predict(run, which=which, init={"raw": raw}, files=files, evaluation_set=which_set is not None,
-                           overrides=overrides, wanted=wanted, format=format, output=output)
+    return predict.predict(run, which=which, init={"raw": raw, "average": average}, files=files,
+                           evaluation_set=which_set is not None, overrides=overrides, wanted=wanted, format=format, output=output)
 
 
 @command

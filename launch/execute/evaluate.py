@@ -94,7 +94,7 @@ def evaluation_spec(run: Run, which: str | None, overrides: Sequence[str], init:
     Raises:
         UserError: the run has no such checkpoint, or an override would change what is evaluated.
     """
-    weights = weights_of(run.paths, which)
+    weights = weights_of(run.paths, which, init.get("average") or 1)
     for word in overrides:
         key = word.partition("=")[0]
         section = key.partition(".")[0]

@@ -41,8 +41,11 @@ class Weights:
     run: str | None = None   # the id of the run that wrote the checkpoint, if known
     step: int | None = None  # the checkpoint's step; None: not a checkpoint
     warnings: tuple[str, ...] = ()  # one for each broken checkpoint that was passed over
+    older: tuple[int, ...] = ()     # the steps of the checkpoints beside it, newest first, with which it is averaged
 
     def __str__(self) -> str:
+        if self.run and self.older:
+            return f"run {self.run}, the mean of steps {', '.join(map(str, [*reversed(self.older), self.step]))}"
         return f"run {self.run}, step {self.step}" if self.run else self.path
 
 

@@ -10,6 +10,7 @@ from launch.records.naming import command_name
 from launch.records.run import Run
 from launch.records.state import ACTIVE, true_states
 from trainers.checkpoints import evaluation, folders, manifest, retention
+from trainers.checkpoints.averaging import too_few
 from trainers.config import yaml12
 from trainers.config.schema import Checkpoint
 from trainers.config.spec import mapping, read_text, validate
@@ -143,22 +144,24 @@ class Choice:
 
     step: int
     passed_over: dict[int, str]  # by step: the problem of each broken checkpoint that is preferred to this one, or may be
+    older: tuple[int, ...] = ()  # the steps of the checkpoints before it, newest first, if several were asked for
 
     def warnings(self) -> list[str]:
         """Return one line for each checkpoint that was passed over."""
         return [f"the checkpoint of step {step} is broken ({problem}): passed over" for step, problem in self.passed_over.items()]
 
 
-def choose(paths: RunPaths, which: str | None) -> Choice:
+def choose(paths: RunPaths, which: str | None, count: int = 1) -> Choice:
     """Choose a whole checkpoint of a run. Reads all files of the checkpoint, which finds any changed byte.
 
     Broken checkpoints are passed over, except when `which` is a step.
 
     Args:
         which: `newest` or None; `best` by the run's `checkpoint.metric` (of equal ones the newer); or a step.
+        count: how many checkpoints to choose: this one and those before it.
 
     Raises:
-        UserError: there is no such checkpoint, or no such checkpoint is whole.
+        UserError: there is no such checkpoint, or no such checkpoint is whole, or fewer than `count` are.
     """
     steps = existing(paths)
     passed_over: dict[int, str] = {}
@@ -173,7 +176,7 @@ def choose(paths: RunPaths, which: str | None) -> Choice:
     for step in steps:
         try:
             manifest.verify(paths.checkpoint(step), step)
-            return Choice(step, passed_over)
+            return Choice(step, passed_over, _older(paths, step, count - 1, passed_over))
         except manifest.Broken as error:
             if paths.checkpoint(step).exists():
                 passed_over[step] = str(error)
@@ -187,6 +190,25 @@ def choose(paths: RunPaths, which: str | None) -> Choice:
         hint = newest_hint if which == "best" else "restore a good copy"
         raise UserError(f"no checkpoint of `{paths.id}`{evaluated} is whole (step {step}: {problem})", f"{hint}; {verify_hint}")
     raise UserError(f"the checkpoint of step {step} of `{paths.id}` is broken: {problem}", f"{newest_hint}; {verify_hint}")
+
+
+def _older(paths: RunPaths, step: int, count: int, passed_over: dict[int, str]) -> tuple[int, ...]:
+    """Return the steps of the last `count` whole checkpoints before a step, newest first. Adds broken ones to `passed_over`.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    found: list[int] = []
+    for earlier in reversed(paths.checkpoint_steps()):
+        if earlier < step and len(found) < count:
+            try:
+                manifest.verify(paths.checkpoint(earlier), earlier)
+                found.append(earlier)
+            except manifest.Broken as error:
+                passed_over[earlier] = str(error)
+    if len(found) < count:
+        raise too_few(f"`{paths.id}`", step, len(found) + 1, count + 1)
+    return tuple(found)
 
 
 def existing(paths: RunPaths, step: int | None = None) -> list[int]:

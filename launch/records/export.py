@@ -16,15 +16,18 @@ from trainers.contract.text import size
 SUFFIX = ".safetensors"
 
 
-def export(run: Run, *, which: str | None, to: str, output: Path | None, raw: bool = False) -> dict[str, Any]:
+def export(run: Run, *, which: str | None, to: str, output: Path | None, raw: bool = False,
+           average: int = 1) -> dict[str, Any]:
     """Write the models of one checkpoint to files, without optimizer states and other data.
 
     Args:
         which: a step, `best`, or None for the newest whole checkpoint.
         to: `safetensors` for one file per model, or `huggingface` for one folder per model.
-        output: a folder; by default the run's `export/step_<n>/`. With `safetensors` and a single model it may also be
-            the file itself, if its name ends in .safetensors. With `huggingface` and a single model it is the model's folder.
+        output: a folder; by default the run's `export/step_<n>/`, or beside it `step_<n>-raw/` or `step_<n>-average-<k>/`.
+            With `safetensors` and a single model it may also be the file itself, if its name ends in .safetensors. With
+            `huggingface` and a single model it is the model's folder.
         raw: write the trained weights, even if the checkpoint has averages of them (`train.ema`).
+        average: write the mean of the trained weights of so many checkpoints: this one and those before it.
 
     Returns:
         `step`, `weights` (what they are, in words), `warnings` (about checkpoints that were passed over), `files` (the path of
@@ -34,12 +37,12 @@ def export(run: Run, *, which: str | None, to: str, output: Path | None, raw: bo
     Raises:
         UserError: there is no such checkpoint, it is broken, a model has no such layout, or the output cannot be written.
     """
-    choice = choose(run.paths, which)
+    choice = choose(run.paths, which, average)
     step = choice.step
     checkpoint = run.paths.checkpoint(step)
     try:
-        models = engine.read_models(checkpoint, raw)
-        places = _outputs(run, step, to, output, list(models))
+        models = engine.read_models(checkpoint, raw, [run.paths.checkpoint(older) for older in choice.older])
+        places = _outputs(run, step, to, output, _default_folder(run, step, raw, average), list(models))
         known = facts.read(checkpoint)
         about = facts.metadata(known, run.id, step)
         if to == "huggingface":
@@ -58,6 +61,8 @@ def export(run: Run, *, which: str | None, to: str, output: Path | None, raw: bo
         raise
     files = {name: str(path) for name, path in places.items()}
     weights = "averaged weights (train.ema)" if any(model.averaged for model in models.values()) else "trained weights"
+    if choice.older:
+        weights = f"the mean of steps {', '.join(map(str, [*reversed(choice.older), step]))}"
     return {"step": step, "weights": weights, "warnings": choice.warnings(), "files": files, "bytes": written, "facts": known}
 
 
@@ -73,7 +78,13 @@ def say(exported: dict[str, Any]) -> None:
         print(path)
 
 
-def _outputs(run: Run, step: int, to: str, output: Path | None, names: list[str]) -> dict[str, Path]:
+def _default_folder(run: Run, step: int, raw: bool, average: int) -> Path:
+    """Return the folder for these weights. Other weights of the same step have another."""
+    folder = run.paths.export(step)
+    return folder.with_name(folder.name + (f"-average-{average}" if average > 1 else "-raw" if raw else ""))
+
+
+def _outputs(run: Run, step: int, to: str, output: Path | None, default: Path, names: list[str]) -> dict[str, Path]:
     """Return the file or folder that each model is written to.
 
     Raises:
@@ -81,7 +92,7 @@ def _outputs(run: Run, step: int, to: str, output: Path | None, names: list[str]
     """
     if not names:
         raise UserError(f"the checkpoint of step {step} contains no model")
-    folder = output.absolute() if output else run.paths.export(step)
+    folder = output.absolute() if output else default
     if to == "huggingface":
         folder = folder if output else folder / "huggingface"
         return {name: folder if len(names) == 1 else folder / name for name in names}

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainers.checkpoints.averaging import Mean
 from trainers.checkpoints.manifest import STATE
 from trainers.checkpoints.tensor_files import Layout, Parts, write
 from trainers.contract.errors import UserError
@@ -70,19 +71,20 @@ def tensors_of_models(names: Iterable[str], raw: bool) -> dict[tuple[str, str], 
     return {**found["models"], **({} if raw else found["ema"])}
 
 
-def read_models(checkpoint: Path, raw: bool = False) -> dict[str, Model]:
+def read_models(checkpoint: Path, raw: bool = False, older: Sequence[Path] = ()) -> dict[str, Model]:
     """Return the models of a checkpoint by name. The checkpoint must be whole.
 
     Args:
         raw: take the trained weights; otherwise their averages, if the checkpoint has averages.
+        older: checkpoints of the same run. If there are any, take the mean of the trained weights of all.
 
     Raises:
         Exception: of any kind, if a file is not as this software writes it.
     """
-    parts = Parts(checkpoint)
+    parts = Mean([checkpoint, *older]) if older else Parts(checkpoint)
     tied = read_json(checkpoint / STATE).get("tied", {})
     models: dict[str, Model] = {}
-    for (model, name), key in tensors_of_models(parts.shapes, raw).items():
+    for (model, name), key in tensors_of_models(parts.shapes, raw or bool(older)).items():
         models.setdefault(model, Model(parts, {}, {})).tensors[name] = key
     for alias, key in tied.items():
         _, model, name = alias.split("/", 2)

@@ -186,11 +186,14 @@ class Init(Section):
         default_factory=list, description="modules and tensors that are not loaded from `source`, for example [head, blocks.0]"
     )
 
+    average: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="the mean of the trained weights of so many checkpoints of a run: of `source` and those before it"
+    )
     raw: bool = Field(False, description="of a run with `train.ema`, take the trained weights; false: take their average")
 
     @model_validator(mode="after")
     def _only_with_source(self) -> "Init":
-        for key in ("skip", "raw"):
+        for key in ("skip", "raw", "average"):
             if getattr(self, key) and self.source is None:
                 raise ValueError(f"init.{key} is given without init.source")
         return self

@@ -15,7 +15,7 @@ from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
 from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
 from trainers.engine.parallel.strategy import close_process_group
-from trainers.engine.saving.weights import load_weights, open_source
+from trainers.engine.saving.weights import Source, load_weights, open_source
 from trainers.engine.setup import Setup, set_up
 from trainers.engine.task import Dataset, Task
 from trainers.engine.world import World
@@ -38,12 +38,12 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
     Raises:
         UserError: the weights are missing or do not fit the model, the task has no evaluation set, or the input is bad.
     """
-    setup, step = set_up_trained(task, config, world, paths)
+    setup, source = set_up_trained(task, config, world, paths)
     if setup.eval_set is None or not len(setup.eval_set):
         raise no_evaluation_set(config)
     hold()
     note = note_of(world)
-    note("info", f"evaluating {config.init.source}: {about(setup, config, world)}, {len(setup.eval_set):,} samples")
+    note("info", f"evaluating {config.init.source}{source.about}: {about(setup, config, world)}, {len(setup.eval_set):,} samples")
     if setup.facts and not task.trained_facts:
         note("warning", f"`{config.init.source}` does not say what the model was trained with: "
              f"{', '.join(f'`{name}`' for name in setup.facts)} are those of the data that is evaluated")
@@ -52,7 +52,7 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
     if measured is not None:
         metrics = plain_metrics(task.report(measured, None))
         if world.main:
-            events.emit({"event": "eval", "step": step or 0, "total": None, "metrics": metrics})
+            events.emit({"event": "eval", "step": source.step or 0, "total": None, "metrics": metrics})
             draw_figures(task, measured, paths.figures, note)
             if paths.record.exists():  # without `launch` the run directory may have no run.json
                 update_json(paths.record, metrics=metrics)
@@ -63,14 +63,14 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
 
 
 def set_up_trained(task: Task, config: RunConfig, world: World, paths: RunPaths, inputs: Callable[[], Dataset] | None = None
-                   ) -> tuple[Setup, int | None]:
+                   ) -> tuple[Setup, Source]:
     """Set up the models with the weights of `init.source`, for work without an optimizer. All ranks call this together.
 
     Args:
         inputs: as in `set_up`.
 
     Returns:
-        The setup, and the step of the checkpoint that holds the weights (None if they are not from a checkpoint).
+        The setup, and the weights that it has loaded.
 
     Raises:
         UserError: the weights are missing or do not fit the model, or the input is bad.
@@ -82,7 +82,7 @@ def set_up_trained(task: Task, config: RunConfig, world: World, paths: RunPaths,
     source = open_source(paths.first_weights(weights), world, config.init)
     load_weights(source, setup.layout, setup.strategy.fragments(setup.models), config.init.skip, f"`{weights}`",
                  "the size of the model depends on the data: use data with the same number of classes or words as in training")
-    return setup, source.step
+    return setup, source
 
 
 def no_evaluation_set(config: RunConfig) -> UserError:

@@ -22,7 +22,7 @@ from launch.plan.plan import make_plan
 from launch.plan.show import show
 from launch.plan.spec import Weights, load_spec, spec_of
 from launch.records.run import read_run
-from trainers.checkpoints import manifest
+from trainers.checkpoints import averaging, manifest
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 
@@ -95,6 +95,25 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over(paths, root, capsys, wo
     printed = capsys.readouterr()
     assert [plan["weights"]["step"] for plan in json.loads(printed.out)["plans"]] == [step, step]
     assert printed.err.count(f"step {broken} is broken") == 1
+
+
+def test_the_checkpoints_of_a_mean_are_all_kept(paths, root):
+    plan = a_plan(root, "mean", "init.source=blobs@30", "init.average=2")
+    assert plan.weights == Weights(str(paths.checkpoint(30)), "blobs-1", 30, (), (20,))
+    assert str(plan.weights) == "run blobs-1, the mean of steps 20, 30"
+    run = create_run(plan)
+    assert sorted(path.name for path in run.init.iterdir()) == ["step_20", "step_30"]
+    assert averaging.older(run.first_weights(plan.weights.path), 1) == [run.init / "step_20"]
+    assert find_weights(str(paths.checkpoint(30)), root, 2).older == (20,)
+    assert evaluation_spec(read_run(paths.root), "30", [], {"average": 3}).weights.older == (20, 10)
+    for word, count, message in (("blobs-1@20", 3, "`blobs-1` has 2 whole checkpoints up to step 20, but the weights of 3 are"),
+                                 (str(run.init / "step_30"), 2, "is one checkpoint, and not in the folder of its run")):
+        with pytest.raises(UserError, match=message):
+            find_weights(word, root, count)
+    file = root.parent / "x.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match="`.*x.safetensors` is no run's checkpoint, so there are no older ones to"):
+        find_weights(str(file), root, 2)
 
 
 def test_files_and_folders(paths, root, tmp_path):
@@ -177,7 +196,8 @@ def test_from_is_an_alias_of_init_source(paths, capsys):
     assert "source: blobs@best" in capsys.readouterr().out
     assert main([str(BLOBS), "--from", "blobs@best", "--procs", "1", "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["weights"] | {"warnings": []} == {"path": str(paths.checkpoint(20)), "run": "blobs-1", "step": 20, "warnings": []}
+    assert plan["weights"] | {"warnings": []} == {"path": str(paths.checkpoint(20)), "run": "blobs-1", "step": 20, "warnings": [],
+                                              "older": []}
     assert main([str(BLOBS), "--from", "blobs@best", "--procs", "1", "--dry-run"]) == 0
     assert "warning: the checkpoint of step 40 is broken" in capsys.readouterr().err
     assert main(["sweep", str(BLOBS), "--from", "blobs@10", "train.seed=1,2", "--procs", "1", "--dry-run", "--json"]) == 0

@@ -66,6 +66,44 @@ def test_a_model_becomes_one_file(paths, capsys, words, step):
     assert os.listdir(file.parent) == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("words, steps", [(["--average", "3"], [10, 20, 30]), (["--average", "2", "--step", "20"], [10, 20])])
+def test_the_mean_of_several_checkpoints(paths, capsys, monkeypatch, words, steps):
+    monkeypatch.setattr("trainers.checkpoints.tensor_files.CHUNK_BYTES", 1000)
+    assert main(["export", "r-1", *words, "-o", "mean.safetensors"]) == 0
+    assert capsys.readouterr().err.startswith(f"step {steps[-1]}, the mean of steps {', '.join(map(str, steps))}, ")
+    found, newest = load_file("mean.safetensors"), expected(steps[-1])
+    mean = {name: torch.stack([expected(step)[name].double() for step in steps]).mean(0).to(value.dtype)
+            if value.is_floating_point() else value for name, value in newest.items()}
+    assert equal(found, mean) and not equal(found, newest)
+
+
+def test_broken_checkpoints_are_left_out_of_a_mean(paths, capsys):
+    flip(paths.checkpoint(20) / "2.safetensors")
+    assert main(["export", "r-1", "--average", "2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[0].startswith("warning: the checkpoint of step 20 is broken (2.safetensors has changed")
+    assert "step 30, the mean of steps 10, 30, " in printed.err and "/step_30-average-2/model.safetensors" in printed.out
+    assert main(["export", "r-1", "--average", "3"]) == 2
+    assert "`r-1` has 2 whole checkpoints up to step 30, but the weights of 3 are to be averaged\nhint: use --average 2" in \
+        capsys.readouterr().err
+    make_checkpoint(paths, 40, command_name("model", {**model(40), "half": torch.zeros(3, 5)}))
+    assert main(["export", "r-1", "--average", "2"]) == 2
+    assert "`models/model/half` of " in (error := capsys.readouterr().err) and "has another shape or type than in" in error
+
+
+def test_averaged_weights_are_exported_unless_raw(paths, capsys):
+    averages = {f"ema/model/{key}": value for key, value in model(7).items() if key in ("words.weight", "half")}
+    make_checkpoint(paths, 40, command_name("model", model(40)) | averages, ranks=3,
+                    tied={"models/model/out.weight": "models/model/words.weight"})
+    for words, about, expectation in (
+            ([], "averaged weights (train.ema)", {**expected(40), "half": model(7)["half"],
+                                                  **dict.fromkeys(("words.weight", "out.weight"), model(7)["words.weight"])}),
+            (["--raw"], "trained weights", expected(40))):
+        assert main(["export", "r-1", *words]) == 0
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"step 40, {about}, ") and equal(load_file(printed.out.strip()), expectation)
+
+
 def test_output_paths(paths, capsys):
     for output, file in [("a.safetensors", "a.safetensors"), ("b/c", "b/c/model.safetensors")]:
         assert main(["export", "r-1", "-o", output, "--json"]) == 0

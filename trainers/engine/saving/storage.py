@@ -8,7 +8,7 @@ Reading these files executes no code.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trainers.checkpoints import tensor_files
+from trainers.checkpoints.averaging import Mean
 from trainers.checkpoints.manifest import INDEX
 from trainers.checkpoints.tensor_files import Layout, Parts
 from trainers.contract.errors import UserError
@@ -76,16 +77,20 @@ def write_index(folder: Path, places: Mapping[str, Places]) -> None:
 
 
 class Reader:
-    """The tensors of one checkpoint. Reads only the requested parts of the files.
+    """The tensors of one checkpoint, or their means over several. Reads only the requested parts of the files.
+
+    Args:
+        folder: the checkpoint.
+        older: checkpoints of the same run, over which tensors are averaged too.
 
     Raises:
         UserError: from every method, if the files are not what `write` has written.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, older: Sequence[Path] = ()):
         self.folder = folder
         with self._user_errors():
-            self._parts = Parts(folder)
+            self._parts = Mean([folder, *older]) if older else Parts(folder)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -113,6 +118,8 @@ class Reader:
         """Turn every error into a UserError: reading a file that `write` has not written may raise anything."""
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"{self.folder} cannot be loaded: {str(error) or type(error).__name__}",
                             "do not trust a checkpoint that you did not write; delete that folder to use the next older "

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainers.checkpoints import manifest
+from trainers.checkpoints import averaging, manifest
 from trainers.checkpoints.export import tensors_of_models
 from trainers.config.schema import Init
 from trainers.contract.errors import UserError
@@ -62,6 +62,10 @@ class Source(Protocol):
         """The step of the checkpoint; None if the files are not a checkpoint."""
 
     @property
+    def about(self) -> str:
+        """Which weights of a run these are, in words in parentheses; empty if there is no choice."""
+
+    @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of each tensor, by name."""
 
@@ -84,7 +88,7 @@ def open_source(path: Path, world: World, init: Init = Init()) -> Source:
         UserError: the path does not exist, is broken, or holds no weights.
     """
     if (path / manifest.NAME).exists():
-        return Checkpoint(path, world, init.raw)
+        return Checkpoint(path, world, init.raw, init.average or 1)
     if not path.exists():
         raise UserError(f"`{path}` does not exist any more, but this run starts from its weights (`init.source`)",
                         "put it back, or start a new run from other weights")
@@ -98,12 +102,23 @@ def open_source(path: Path, world: World, init: Init = Init()) -> Source:
 
 
 class Checkpoint:
-    """The models in a checkpoint that `launch` has written. `raw`: the trained weights, even if there is an average of them."""
+    """The models in a checkpoint that `launch` has written.
 
-    def __init__(self, folder: Path, world: World, raw: bool):
-        self.step = _verified(folder, world)
-        self._reader = storage.Reader(folder)
-        keys = tensors_of_models(self._reader.shapes, raw)
+    Args:
+        raw: take the trained weights, even if the checkpoint has an average of them (`train.ema`).
+        count: if above 1, take the mean of the trained weights of this checkpoint and those before it.
+    """
+
+    def __init__(self, folder: Path, world: World, raw: bool, count: int):
+        older = averaging.older(folder, count - 1)
+        self.step, *steps = [_verified(each, world) for each in (folder, *older)]
+        self._reader = storage.Reader(folder, older)
+        keys = tensors_of_models(self._reader.shapes, raw or count > 1)
+        self.about = ""
+        if steps:
+            self.about = f" (the mean of steps {', '.join(map(str, [*reversed(steps), self.step]))})"
+        elif any(key.startswith("ema/") for key in keys.values()):
+            self.about = " (averaged weights: train.ema)"
         one_model = len({model for model, _ in keys}) == 1
         self._keys = {name if one_model else f"{model}.{name}": key for (model, name), key in keys.items()}
         self.shapes = {name: self._reader.shapes[key] for name, key in self._keys.items()}
@@ -142,6 +157,7 @@ class Files:
     """One safetensors file, or all safetensors files of a folder as Hugging Face's libraries write them."""
 
     step = None
+    about = ""
 
     def __init__(self, path: Path):
         from safetensors import safe_open
@@ -232,7 +248,7 @@ def load_weights(source: Source, models: Layout, fragments: Mapping[str, Fragmen
 
     fill({key: fragment for key, fragment in fragments.items() if key in loaded},
          {place.key: place.shape for place in models if place.key in loaded}, read)
-    message = f"weights of {where}: {len(loaded)} tensors loaded"
+    message = f"weights of {where}{source.about}: {len(loaded)} tensors loaded"
     if kept:
         message += f"; not loaded because of init.skip: {first_few([f'`{name}`' for name in kept])}"
     if ignored:
