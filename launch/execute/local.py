@@ -298,7 +298,8 @@ def _ending(outcome: Outcome, paths: RunPaths, seconds: float, script: bool) -> 
     if outcome.kind == "finished":
         checkpoint = [paths.checkpoint(record["checkpoint"])] if record["checkpoint"] is not None else []
         files = [*(("model", path) for path in (*checkpoint, paths.model)), ("table", paths.results),
-                 *(("figure", path) for path in sorted(paths.figures.glob("*.png")))]
+                 *(("figure", path) for folder in (paths.figures, *map(paths.pictures, paths.picture_steps()[-1:]))
+                   for path in sorted(folder.glob("*.png")))]
         return [*(f"{what:<8}{short_path(path)}" for what, path in files if path.exists()), f"took    {duration(seconds)}"]
     longer = f"; raise it if a checkpoint takes longer: `launch resume {command_name(paths)} run.grace_s=SECONDS`"
     late = [f"warning: {outcome.note}{longer if 'run.grace_s' in outcome.note else ''}"] if outcome.note else []

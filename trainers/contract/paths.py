@@ -90,7 +90,16 @@ class RunPaths:
 
     @property
     def figures(self) -> Path:
+        """Folder with the pictures of the end, and with a folder for the pictures of each evaluation: see `pictures`."""
         return self.root / "figures"
+
+    def pictures(self, step: int) -> Path:
+        """Folder with the pictures that the task drew at the evaluation of a step."""
+        return self.figures / f"step_{step}"
+
+    def picture_steps(self) -> list[int]:
+        """Return the steps with pictures, oldest first."""
+        return _steps(self.figures)
 
     @property
     def rows(self) -> Path:
@@ -188,11 +197,16 @@ class RunPaths:
 
     def checkpoint_steps(self) -> list[int]:
         """Return the steps with a committed checkpoint, oldest first. Only a checkpoint's manifest can prove it whole."""
-        try:
-            names = os.listdir(self.checkpoints)
-        except FileNotFoundError:
-            return []
-        return sorted(int(m[1]) for m in (re.fullmatch(r"step_(\d+)", name) for name in names) if m)
+        return _steps(self.checkpoints)
+
+
+def _steps(folder: Path) -> list[int]:
+    """Return the numbers of the names `step_<n>` in a folder, sorted."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(int(m[1]) for m in (re.fullmatch(r"step_(\d+)", name) for name in names) if m)
 
 
 def _numbers(folder: Path) -> list[int]:

@@ -15,6 +15,7 @@ from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
 from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
 from trainers.engine.parallel.strategy import close_process_group
+from trainers.engine.pictures import Pictures
 from trainers.engine.saving.weights import Source, load_weights, open_source
 from trainers.engine.setup import Setup, set_up
 from trainers.engine.task import Dataset, Task
@@ -57,6 +58,7 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
             if paths.record.exists():  # without `launch` the run directory may have no run.json
                 update_json(paths.record, metrics=metrics)
             shutil.rmtree(paths.init, ignore_errors=True)
+        Pictures(task, config, world, paths, note).draw(setup.models, source.step or 0)
     setup.stopping.close()
     close_process_group()
     return exit_codes.PREEMPTED if measured is None else exit_codes.FINISHED

@@ -26,6 +26,7 @@ from trainers.engine.groups import described, groups_of
 from trainers.engine.parallel.buffers import share_buffers
 from trainers.engine.parallel.fragments import tied_names
 from trainers.engine.parallel.strategy import close_process_group
+from trainers.engine.pictures import Pictures
 from trainers.engine.saving import restore
 from trainers.engine.saving.checkpoint import Checkpoints
 from trainers.engine.saving.huggingface import describe
@@ -96,6 +97,7 @@ class Loop:
         self.tracker: NoTracker = NoTracker()
         self.checkpoints = Checkpoints(paths, world, config.checkpoint, strategy=train.strategy, attempt=attempt,
                                        emit=events.emit, on_commit=self._on_commit)
+        self.pictures = Pictures(task, config, world, paths, lambda *note: self.tracker.note(*note))
         self.measured: Mapping[str, Tensor] | None = None  # result of the last evaluation in this attempt
         self._saved: int | None = None                     # step of the last save
         self._is_best = False                              # whether the evaluation of this step is among the best
@@ -230,6 +232,11 @@ class Loop:
                 self.tracker.flush()
                 self.checkpoints.add_evaluation(self.step, self.latest)
         self.evaluated = True
+        if self.pictures.active:
+            with models_to_evaluate(self.models, self.runners, self.world) as models:
+                folder = self.pictures.draw(models, self.step)
+            if folder is not None:
+                self.tracker.pictures(self.step, folder)
         self._leave_out_of_rates(began)
         return True
 

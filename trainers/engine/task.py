@@ -199,7 +199,8 @@ class Task:
             measured: for each measure its sum divided by its count, over the whole evaluation set: float64 on the rank's
                 device, in the shape that the two broadcast to, the same on every rank. Of a plain sum, the sum itself:
                 int64 if it holds integers, otherwise float64.
-            figures: an existing folder for pictures (*.png). None: draw no pictures. Only rank 0 draws, at the end of a run.
+            figures: an existing folder for pictures (*.png). None: draw no pictures. Only rank 0 draws, at the end of a run;
+                `draw` draws during a run.
         """
         return {name: value.item() for name, value in measured.items() if value.ndim == 0}
 
@@ -269,3 +270,15 @@ class Task:
         raise UserError(f"the task `{self.config.task}` takes no lines of text",
                         "`launch predict RUN --set eval` predicts the run's own evaluation set; your own task can define "
                         "inputs(self, lines, world)")
+
+    def draw(self, models: Mapping[str, nn.Module], folder: Path | None, step: int) -> None:
+        """Draw pictures (*.png) of this step into `folder`: samples of a generator, attention. The default draws nothing.
+
+        The engine calls this after each evaluation that is due, also if there is no evaluation set, and W&B gets the pictures.
+        Every rank calls this, because ranks may share a model and must run it together: run the same forward passes and
+        collectives on every rank. Only rank 0 has a folder; on the others `folder` is None.
+
+        Runs without gradients, under autocast, with the models in evaluation mode. torch's generators have the same seed on all
+        ranks and at all steps, so noise from them gives comparable pictures, and the noise of training stays as it is. An error
+        is a warning, and the run goes on.
+        """

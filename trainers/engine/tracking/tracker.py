@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any, Mapping
 
 from trainers.config.schema import RunConfig
@@ -27,6 +28,7 @@ class NoTracker:
     def step(self, event: Mapping[str, Any]) -> None: ...
     def evaluation(self, step: int, total: int, metrics: Mapping[str, float]) -> None: ...
     def test(self, step: int, checkpoint: int, metrics: Mapping[str, float]) -> None: ...
+    def pictures(self, step: int, folder: Path) -> None: ...
     def committed(self, step: int) -> None: ...
     def flush(self) -> None: ...
     def end(self, state: str, step: int, total: int, early: str | None = None) -> None: ...
@@ -106,6 +108,11 @@ class Tracker(NoTracker):
         self.metrics |= {f"test_{name}": value for name, value in metrics.items()}
         self.emit({"event": "test", "checkpoint": checkpoint, "metrics": dict(metrics)})
         self._log({"step": step, "split": "test", "checkpoint": checkpoint, **metrics})
+
+    def pictures(self, step: int, folder: Path) -> None:
+        """Give the pictures (*.png) of a step to W&B."""
+        if self._wandb:
+            self._wandb.pictures(step, folder)
 
     def _log(self, row: Mapping[str, Any]) -> None:
         self._file.append(row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -71,8 +72,12 @@ class WandbRun:
         self._summary = {} if offline else dict(self._run.summary)  # the server's last value of each metric
         if self._run.url:
             note("info", f"W&B: {self._run.url}")
-        for row in rows:
-            self.log(row)
+        drawn = set(paths.picture_steps())
+        for step, of_step in groupby(rows, key=lambda row: row["step"]):
+            for row in of_step:
+                self.log(row)
+            if step in drawn:
+                self.pictures(step, paths.pictures(step))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Log a row of metrics.jsonl, unless W&B has its step already."""
@@ -85,6 +90,22 @@ class WandbRun:
             self._late = {} if self._has_evaluation(row["step"], values) else values
         elif row["split"] == "test":
             self._late = {**self._late, **values}
+
+    def pictures(self, step: int, folder: Path) -> None:
+        """Log the pictures (*.png) of a step, next to its rows. A step that W&B has already keeps the pictures that it has; where
+        its evaluation is logged late, the pictures are too."""
+
+        def log() -> None:
+            images = self._images(folder)
+            if step > self._logged:
+                self._run.log(images, step=step)
+            elif self._late:
+                self._late |= images
+
+        self._safely(log)
+
+    def _images(self, folder: Path) -> dict[str, Any]:
+        return {f"figures/{path.stem}": self._wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))}
 
     def _has_evaluation(self, step: int, values: Mapping[str, Any]) -> bool:
         """Return whether W&B has this evaluation from an earlier attempt. An evaluation that is repeated has the same values, so
@@ -108,7 +129,7 @@ class WandbRun:
         """
 
         def log_last() -> None:
-            pictures = {f"figures/{p.stem}": self._wandb.Image(str(p)) for p in sorted(figures.glob("*.png"))}
+            pictures = self._images(figures)
             if pictures or self._late:
                 self._run.log({**self._late, **pictures}, step=max(step, self._logged + 1))
 

@@ -1,0 +1,112 @@
+"""Pictures at each evaluation. This file is also the program of two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks, serve
+from torch import nn
+
+from trainers.config.schema import RunConfig
+from trainers.contract.errors import TrainingError
+from trainers.contract.paths import RunPaths
+from trainers.engine import pictures
+from trainers.engine.pictures import Pictures
+from trainers.engine.task import Task
+
+CONFIG = RunConfig.model_validate({"name": "x", "task": "x:X", "train": {"steps": 1}})
+
+
+@pytest.mark.slow
+def test_every_rank_draws_and_only_rank_0_writes(tmp_path):
+    two = Ranks(2, __file__)
+    try:
+        values, again = two("draw", root=tmp_path), two("draw", root=tmp_path)
+        # The noise of a picture is the same on every rank and at every step, and the model is in evaluation mode.
+        assert values[0][0] == values[1][0] == again[0][0] and [value[1] for value in values] == ["step_7", None]
+        assert [path.name for path in (tmp_path / "figures").iterdir()] == ["step_7"]
+        assert (tmp_path / "figures/step_7/a.png").read_text() == f"{values[0][0]}"
+        # Failures. On all ranks, on one rank, and where another rank waits in a collective.
+        first, second = two("draw", root=tmp_path, fails=[0, 1])
+        assert first == [None, None, ["step 7: the task's pictures cannot be drawn: ValueError: a fault"]] == second
+        first, second = two("draw", root=tmp_path, fails=[1])
+        assert first[1:] == ["step_7", ["step 7: the task's `draw` failed on rank 1: its log says why"]]
+        assert second[2] == ["step 7: the task's pictures cannot be drawn: ValueError: a fault"]
+        first, second = two("draw", root=tmp_path, fails=[0])
+        assert first[1] is None and (tmp_path / "figures/step_7/a.png").exists()
+        assert two("stuck", root=tmp_path) == [None, "step 7: the task's `draw` failed on rank 1, and other ranks still wait for "
+                                                     "it: ValueError: a fault"]
+    finally:
+        two.close()
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["step_7"]
+
+
+def test_a_task_that_draws_nothing_has_no_pictures(tmp_path):
+    class World:
+        size, main, device = 1, True, torch.device("cpu")
+
+        def new_gloo_group(self, timeout):
+            return None
+
+    class Nothing(Task):
+        def draw(self, models, folder, step):
+            assert folder.is_dir()
+
+    class Full(Task):
+        def draw(self, models, folder, step):
+            raise OSError(28, "No space left on device")
+
+    notes = []
+    for task in (Task, Nothing, Full):
+        drawing = Pictures(task(CONFIG), CONFIG, World(), RunPaths(tmp_path), lambda *note: notes.append(note))
+        assert drawing.active == (task is not Task) and drawing.draw({}, 3) is None
+    assert notes == [("warning", "step 3: the task's pictures cannot be drawn: No space left on device")]
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- on the ranks
+
+
+class Draws(Task):
+    def draw(self, models, folder, step):
+        assert not models["model"].training and not torch.is_grad_enabled()
+        noise = torch.randn(1)
+        dist.all_reduce(noise)
+        self.value = noise.item()
+        if self.rank in self.fails:
+            raise ValueError("a fault")
+        if folder is not None:
+            (folder / "a.png").write_text(f"{self.value}")
+
+
+def draw(world, root, fails=()):
+    """Returns (the noise, the folder's name, the warnings)."""
+    task, model, notes = Draws(CONFIG), nn.Dropout(), []
+    task.rank, task.fails = world.rank, fails
+    drawing = Pictures(task, CONFIG, world, RunPaths(Path(root)), lambda _, message: notes.append(message))
+    folder = drawing.draw({"model": model}, 7)
+    assert model.training
+    return [None if fails else task.value, folder and folder.name, notes]
+
+
+def stuck(world, root):
+    """Rank 1 fails before a collective. Then it joins the collective, so that the test can end."""
+    class Stuck(Task):
+        def draw(self, models, folder, step):
+            if world.rank == 1:
+                raise ValueError("a fault")
+            dist.all_reduce(torch.zeros(1))
+
+    pictures.FAILED_WAITS_S = 1.0
+    try:
+        Pictures(Stuck(CONFIG), CONFIG, world, RunPaths(Path(root)), lambda *note: None).draw({}, 7)
+    except TrainingError as error:
+        dist.all_reduce(torch.zeros(1))
+        return error.message
+
+
+if __name__ == "__main__":
+    serve(globals())
