@@ -9,7 +9,8 @@ The process starts no other rank. It writes one JSON object into the file RESULT
     error          instead of both: an error of the user's, with `message` and `hint`
 
 On a GPU, `activations` is the largest number of bytes that was allocated at once. On a CPU (ACCELERATE_USE_CPU=true), it is
-the number of bytes that autograd keeps for backward. The first batch is measured, also where samples have uneven lengths.
+the number of bytes that autograd keeps for backward. With `train.batch_tokens` the longest samples are measured, and micro-batch
+sizes are tokens. Otherwise the first batch is measured, also where samples have uneven lengths.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from trainers.config.spec import read_spec, resolve
 from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 from trainers.contract.files import replace_json
-from trainers.engine.batches.sampling import Shuffled
+from trainers.engine.batches.sampler import make_sampler
+from trainers.engine.batches.token_batches import TokenBatches
 from trainers.engine.parallel.blocks import blocks, checkpoint_activations
 from trainers.engine.precision import autocast, set_precision
 from trainers.engine.task import Dataset, Share, Task, Update
@@ -71,8 +73,6 @@ def measure(task: Task, config: RunConfig, world: World, ranks: int) -> tuple[Co
     dataset, _ = task.data(world)
     models = {name: model.to(world.device) for name, model in task.models().items()}
     counts = count(models)
-    largest = min(config.batching(ranks).share, len(dataset))
-    sizes = sorted({max(1, min(4, largest) // 2), min(4, largest)})
     add_block = False
     if config.train.checkpoint_activations:
         if world.device.type == "cpu":
@@ -81,17 +81,28 @@ def measure(task: Task, config: RunConfig, world: World, ranks: int) -> tuple[Co
             for model in models.values():
                 checkpoint_activations(model)
     updates = task.updates()
-    activations = {}
-    for size in sizes:
-        activations[size] = max(_update(update, models, _batch(dataset, config, update, ranks, size), config, world, add_block)
-                                for update in updates)
+    activations: dict[int, int] = {}
+    for update in updates:
+        for size, share in _micro_batches(dataset, config, update, ranks).items():
+            needed = _update(update, models, dataset.batch(share), config, world, add_block)
+            activations[size] = max(needed, activations.get(size, 0))
     return counts, activations
 
 
-def _batch(dataset: Dataset, config: RunConfig, update: Update, ranks: int, size: int) -> Any:
-    """Return the first `size` samples of rank 0's share of the first batch."""
-    share, = Shuffled(len(dataset), config.batching(ranks).batch, config.train.seed, update.name).shares(0, 0, ranks)
-    return dataset.batch(Share(share.indices[:size], share.slots[:size], share.size, share.seed))
+def _micro_batches(dataset: Dataset, config: RunConfig, update: Update, ranks: int) -> dict[int, Share]:
+    """Return up to two micro-batches of up to 4 samples, by their sizes in samples or tokens.
+
+    With `train.batch_tokens` these are the longest samples, which need most for each token. Otherwise the first ones of rank 0's
+    part of the first batch are taken.
+    """
+    split = replace(config.batching(ranks), most=None)
+    sampler = make_sampler(dataset, split, config.train.seed, update.name)
+    if isinstance(sampler, TokenBatches):
+        return {tokens: share for share, tokens in map(sampler.longest, (2, 4))}
+    share = sampler.shares(0, 0, ranks)[0]
+    most = min(4, len(share.indices), len(dataset))
+    return {size: Share(share.indices[:size], share.slots[:size], share.size, share.seed, share.epochs[:size])
+            for size in sorted({max(1, most // 2), most})}
 
 
 def _update(update: Update, models: Mapping[str, nn.Module], batch: Any, config: RunConfig, world: World, add_block: bool) -> int:

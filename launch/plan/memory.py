@@ -86,7 +86,7 @@ def _compare_strategies(name: str, config: RunConfig, cluster: ClusterConfig, re
     return {
         "task": name, "ranks": resources.ranks, "nodes": resources.nodes, "device": resources.device,
         "batch": config.batching(resources.ranks).described(config.train.micro_batch_size == "auto"),
-        "batch_size": config.train.batch_size, "strategy": config.train.strategy,
+        "batch_size": config.train.batch_size, "batch_tokens": config.train.batch_tokens, "strategy": config.train.strategy,
         "micro_batch_size": config.train.micro_batch_size, "precision": config.train.precision,
         "counts": {**vars(counts)}, "room": room.bytes, "room_said": room.source,
         "activations": activations,

@@ -184,7 +184,7 @@ def _batch_split(config: RunConfig | SearchConfig, resources: Resources) -> str:
     compatibility.check(config, resources.device)
     split = config.batching(ranks)
     if config.eval.only:
-        return f"evaluation of {split.evaluation} samples per rank at a time"
+        return f"evaluation of {split.evaluation} {split.evaluation_unit} per rank at a time"
     return split.described(auto=config.train.micro_batch_size == "auto")
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     Layer = dict[KeyPath, tuple[Any, str]]  # (value, origin) by key, for the values that are not mappings
 
 # Keys that set the same thing in different ways. A later layer's key replaces the other key of an earlier layer.
-ALTERNATIVES = (("train.epochs", "train.steps"),)
+ALTERNATIVES = (("train.epochs", "train.steps"), ("train.batch_size", "train.batch_tokens"),
+                ("eval.batch_size", "eval.batch_tokens"))
 
 # WANDB_DISABLED is wandb's older form of WANDB_MODE=disabled.
 WANDB_VARIABLES = {"WANDB_MODE": "mode", "WANDB_PROJECT": "project", "WANDB_ENTITY": "entity", "WANDB_DISABLED": "mode"}
@@ -158,7 +159,7 @@ def spec_of(paths: RunPaths) -> Spec:
 
 
 STRATEGY_KEYS = ("strategy", "offload", "checkpoint_activations")  # keys of `train` that do not change the results of training
-EVALUATION_KEYS = ("report_s", "batch_size")  # keys of `eval` that change measures by rounding at most
+EVALUATION_KEYS = ("report_s", "batch_size", "batch_tokens")  # keys of `eval` that change measures by rounding at most
 PATIENCE = "train.patience"  # changes when training ends, not what it computes until then
 # Keys of `data` that say where the data lies. The ranks compare the numbers of samples, and what the task's `facts` returns.
 PLACES = ("source", "root", "path")
@@ -183,6 +184,7 @@ def with_changes(spec: Spec, words: Sequence[str]) -> Spec:
         if key not in allowed and not key.startswith("run."):
             raise UserError(f"`{word}` cannot be set: a run's spec never changes",
                             "start a new run for that; resume takes run.KEY=VALUE, eval.report_s, eval.batch_size, "
+                            "eval.batch_tokens, "
                             f"sbatch.KEY=VALUE, --strategy, train.offload, train.checkpoint_activations, {PATIENCE}, and "
                             "data=PATH for data that has moved")
     changed = with_overrides(spec, words)

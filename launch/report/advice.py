@@ -41,8 +41,7 @@ def facts_of(run: Run, status: Status, spec: Mapping[str, Any], attempts: Sequen
         where = f" {option} {ranks} --nodes {submission.resources.nodes} --cluster {shlex.quote(submission.cluster.name)}"
     train = {} if "script" in spec else spec.get("train") or {}
     given = train.get("micro_batch_size")
-    most, evaluated = given if isinstance(given, int) else None, (spec.get("eval") or {}).get("batch_size")
-    split = Batching(train["batch_size"], ranks, most, evaluated) if train and ranks else None
+    split = Batching.of(ranks, train, spec.get("eval") or {}) if train and ranks else None
     smaller = split.smaller() if split and given != "auto" else None  # `auto` tries smaller micro-batches by itself
     kept = status["checkpoint"]
     repeated = (attempts[-1]["to_step"] or 0) - kept if attempts and kept is not None else 0
@@ -61,7 +60,7 @@ def facts_of(run: Run, status: Status, spec: Mapping[str, Any], attempts: Sequen
         "new": f"launch {shlex.quote(short_path(paths.spec))}" if train or "search" in spec else None,
         "plan": f"launch plan {shlex.quote(short_path(paths.spec))}" if train else None,
         "smaller": str(smaller) if smaller else None,
-        "evaluated": str(max(1, split.evaluation // 2)) if split else None,
+        "less_evaluated": f"{split.evaluation_key}={max(1, split.evaluation // 2)}" if split else None,
         "more": f"{option} {2 * ranks}" if split and split.fits(2 * ranks) and not given else None,
         "lower": f"{spec['optim']['lr'] / 3:.2g}" if train else None,
         "grace_s": str(round(3 * spec["run"]["grace_s"])) if "run" in spec else None,

@@ -46,8 +46,8 @@ CAUSES = (
           (("{resume} run.grace_s={grace_s}", "with a longer limit: {onward}"), RESUME)),
     Cause(r"ran out of memory with a micro-batch of (\d+)", "the memory of the GPU, or of the CPU rank, was too small for a "
           "micro-batch of {0}", (*LESS, ("{plan}{where}", "shows what fits in memory"))),
-    Cause(r"ran out of memory in an evaluation, (\d+) samples at a time", "the memory of the GPU, or of the CPU rank, was too "
-          "small to evaluate {0} samples at a time", (("{resume} eval.batch_size={evaluated}", "in smaller batches: {onward}"),)),
+    Cause(r"ran out of memory in an evaluation, (\d+ \w+) at a time", "the memory of the GPU, or of the CPU rank, was too "
+          "small to evaluate {0} at a time", (("{resume} {less_evaluated}", "in smaller batches: {onward}"),)),
     Cause(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|unable to find an engine to execute",
           "the GPU's memory was full", LESS),
     Cause(r"oom[-_]kill|state OUT_OF_MEMORY|Out Of Memory|OOM Killed|Exceeded (?:job|step) memory limit|Cannot allocate memory"

@@ -56,9 +56,9 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, width=32, heads=2, depth=2, dropout=0.0, words=WORDS):
+    def __init__(self, width=32, heads=2, depth=2, dropout=0.0, words=WORDS, longest=LONGEST):
         super().__init__()
-        self.words, self.positions = nn.Embedding(words, width), nn.Embedding(LONGEST, width)
+        self.words, self.positions = nn.Embedding(words, width), nn.Embedding(longest, width)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, words, bias=False)
 

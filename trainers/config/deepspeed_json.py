@@ -62,7 +62,8 @@ def deepspeed_config(config: RunConfig, ranks: int, clip_norm: float | None) -> 
     if train.offload == "parameters":
         zero["offload_param"] = {"device": "cpu"}
     ours = {
-        "train_batch_size": split.batch, "train_micro_batch_size_per_gpu": split.micro,
+        # Under `train.batch_tokens` these are tokens, which DeepSpeed only compares with each other.
+        "train_batch_size": ranks * split.micro * split.accumulation, "train_micro_batch_size_per_gpu": split.micro,
         "gradient_accumulation_steps": split.accumulation, "gradient_clipping": clip_norm or 0.0,
         "zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,

@@ -64,9 +64,9 @@ def out_of_memory(config: RunConfig, settled: RunConfig, paths: RunPaths, attemp
     split = settled.batching(ranks)
     match work:
         case "step":
-            message = f"rank {rank} ran out of memory with a micro-batch of {split.micro}"
+            message = f"rank {rank} ran out of memory with a micro-batch of {split.micro}{' tokens' if split.tokens else ''}"
         case "evaluation":
-            message = f"rank {rank} ran out of memory in an evaluation, {split.evaluation} samples at a time"
+            message = f"rank {rank} ran out of memory in an evaluation, {split.evaluation} {split.evaluation_unit} at a time"
         case "checkpoint":
             return OutOfMemory(f"rank {rank} ran out of memory while it copied a checkpoint into the host's memory",
                                "give each rank more of the host's memory (sbatch.mem=SIZE), or use train.strategy=fsdp on more "
@@ -74,7 +74,7 @@ def out_of_memory(config: RunConfig, settled: RunConfig, paths: RunPaths, attemp
         case None:
             return OutOfMemory(f"rank {rank} ran out of memory outside of steps, evaluations and checkpoints: see its log",
                                f"use {LESS}", retry=False)
-    follows = work == "step" or config.eval.batch_size is None  # whether a smaller micro-batch needs less memory
+    follows = work == "step" or split.evaluated is None  # whether a smaller micro-batch needs less memory
     smaller = split.smaller() if follows and not config.eval.only else None
     if smaller and config.train.micro_batch_size == "auto":
         entry = {"attempt": attempt, "size": split.micro, "next": smaller}
@@ -84,7 +84,7 @@ def out_of_memory(config: RunConfig, settled: RunConfig, paths: RunPaths, attemp
         return OutOfMemory(message, f"the next attempt uses a micro-batch of {smaller}", retry=True)
     if work == "evaluation":
         verb = "start again" if config.eval.only else f"use `launch resume {paths.id}`"
-        return OutOfMemory(message, f"{verb} with eval.batch_size={max(1, split.evaluation // 2)}", retry=False)
+        return OutOfMemory(message, f"{verb} with {split.evaluation_key}={max(1, split.evaluation // 2)}", retry=False)
     if smaller is None:
         return OutOfMemory(f"{message}, the smallest possible", f"use {LESS}", retry=False)
     return OutOfMemory(message, f"start a new run with train.micro_batch_size={smaller} or auto, or use {LESS}", retry=False)

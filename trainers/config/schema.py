@@ -73,12 +73,16 @@ class Train(Section):
     steps: Annotated[int, Field(gt=0, le=10**15)] | None = Field(
         None, description="number of optimizer steps; give `steps` or `epochs`"
     )
-    batch_size: Annotated[int, Field(gt=0, le=10**9)] = Field(
-        64, description="number of samples in one optimizer step, over all ranks"
+    batch_size: Annotated[int, Field(gt=0, le=10**9)] | None = Field(
+        None, description="number of samples in one optimizer step, over all ranks; 64 unless `batch_tokens` is given"
+    )
+    batch_tokens: Annotated[int, Field(gt=0, le=10**12)] | None = Field(
+        None, description="instead of `batch_size`: the most tokens in one optimizer step, over all ranks, in samples of similar "
+                          "length; padding counts, and so does each side of a pair"
     )
     micro_batch_size: Union[PositiveInt, Literal["auto"], None] = Field(
-        None, description="most samples that one rank computes at a time; null: batch_size / ranks, without gradient "
-                          "accumulation; auto: as many as fit in memory"
+        None, description="most samples (with `batch_tokens`: tokens) that one rank computes at a time; null: its whole part of "
+                          "the batch, without gradient accumulation; auto: as many as fit in memory"
     )
     precision: Precision = "fp32"
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] = Field(
@@ -109,6 +113,19 @@ class Train(Section):
         True, description="use deterministic kernels; an operation without one makes the run continue with warnings; warn: with "
                           "warnings from the start; false: use the fastest kernels, so a resumed run on GPUs may differ slightly"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_batch(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("batch_size") is None and values.get("batch_tokens") is None:
+            return {**values, "batch_size": 64}
+        return values
+
+    @model_validator(mode="after")
+    def _size_or_tokens(self) -> "Train":
+        if self.batch_size is not None and self.batch_tokens is not None:
+            raise ValueError("give one of train.batch_size and train.batch_tokens")
+        return self
 
     @model_validator(mode="after")
     def _epochs_or_steps(self) -> "Train":
@@ -219,12 +236,22 @@ class Eval(Section):
     batch_size: PositiveInt | None = Field(
         None, description="number of samples that one rank evaluates at a time; null: 4 x the micro-batch size"
     )
+    batch_tokens: PositiveInt | None = Field(
+        None, description="instead of `batch_size`: the most tokens that one rank evaluates at a time; null: 4 x the micro-batch "
+                          "size, where that counts tokens"
+    )
     report_s: PositiveFloat | None = Field(
         1800.0, description="like run.hang_s, but while the task's `report` computes metrics or draws figures; null: "
                             "never, as with `run.hang_s: null`"
     )
     only: bool = Field(False, description="evaluate the weights of init.source once and do not train, as `launch eval` does")
     rows: Rows | None = Field(None, description="with `only`: write the task's rows in place of measures, as `launch predict`")
+
+    @model_validator(mode="after")
+    def _size_or_tokens(self) -> "Eval":
+        if self.batch_size is not None and self.batch_tokens is not None:
+            raise ValueError("give one of eval.batch_size and eval.batch_tokens")
+        return self
 
 
 # Words in the names of metrics, by which values are better.
@@ -371,8 +398,7 @@ class RunConfig(TaskConfig):
         Raises:
             UserError: the run trains, and the ranks cannot share its batch.
         """
-        most = self.train.micro_batch_size
-        split = Batching(self.train.batch_size, ranks, most if isinstance(most, int) else None, self.eval.batch_size)
+        split = Batching.of(ranks, vars(self.train), vars(self.eval))
         if not self.eval.only:
             split.check()
         return split

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from trainers.config.schema import RunConfig
 from trainers.contract import heartbeat
 from trainers.contract.errors import UserError
+from trainers.engine.batches.evaluating import shares_to_evaluate
 from trainers.engine.batches.noise import seed_noise
-from trainers.engine.batches.sampling import evaluation_shares
 from trainers.engine.failures import memory_for
 from trainers.engine.precision import autocast
 from trainers.engine.stopping import Stopping
@@ -40,14 +40,15 @@ def evaluate(task: Task, models: Mapping[str, nn.Module], dataset: Dataset, conf
         UserError: the task returns something else than measures, or other measures on another rank.
     """
     totals: Totals = {}
-    shares = evaluation_shares(len(dataset), config.batching(world.size).evaluation, world.rank, world.size)
+    shares = shares_to_evaluate(dataset, config.batching(world.size), world.rank, world.size)
     with evaluating(models, config, world):
         for number, share in enumerate(shares):
             if stopping.at_boundary():
                 return None
             heartbeat.beat("evaluation")
             seed_noise(world.device, config.train.seed, "evaluation", world.rank, number)
-            totals = _plus(totals, _checked(task.evaluate(models, dataset.batch(share)), world.device))
+            measures = _checked(task.evaluate(models, dataset.batch(share)), world.device)
+            totals = _plus(totals, _zeroed(measures) if share.filler else measures)
             heartbeat.done("evaluation")
     tensors = {name: tuple(_tensor(part, world.device) for part in parts) for name, parts in totals.items()}
     _check_equal_measures(tensors, world)
@@ -92,6 +93,12 @@ def _checked(measures: Measures, device: torch.device) -> Totals:
     return checked
 
 
+def _zeroed(measures: Totals) -> Totals:
+    """Return measures of the same names and shapes that count nothing."""
+    return {name: tuple(torch.zeros_like(part) if isinstance(part, Tensor) else 0.0 for part in parts)
+            for name, parts in measures.items()}
+
+
 def _plus(totals: Totals, measures: Totals) -> Totals:
     """Return the totals with the measures of one more batch. Raises: UserError: a measure has changed its shape."""
     added = dict(totals)
@@ -128,7 +135,7 @@ def _check_equal_measures(totals: Mapping[str, tuple[Tensor, ...]], world: World
             names = sorted(name for name in {*other, *gathered[0]} if other.get(name) != gathered[0].get(name))
             raise UserError(f"the measures of rank {rank} differ from those of rank 0: `{names[0]}` is missing on one of them, "
                             "or has another shape",
-                            "return the same names with the same shapes for every batch, also for a batch without samples")
+                            "return the same names with the same shapes for every batch")
 
 
 def _sum_over_ranks(totals: Mapping[str, tuple[Tensor, ...]], world: World) -> Mapping[str, tuple[Tensor, ...]]:

@@ -18,7 +18,7 @@ from trainers.contract.errors import TrainingError, UserError
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
 from trainers.contract.text import number
-from trainers.engine.batches.sampling import Shuffled
+from trainers.engine.batches.sampler import Sampler
 from trainers.engine.ema import models_to_evaluate, start_averages
 from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
 from trainers.engine.failures import memory_for
@@ -64,7 +64,7 @@ def train(task: Task, config: RunConfig, world: World, paths: RunPaths, attempt:
         raise
 
 
-def total_steps(train: Train, samples: Shuffled) -> int:
+def total_steps(train: Train, samples: Sampler) -> int:
     """Return the number of training steps of the whole run."""
     if train.steps is not None:
         return train.steps

@@ -13,6 +13,7 @@ from trainers.checkpoints.facts import checked
 from trainers.config import compatibility
 from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
+from trainers.engine.batches.evaluating import lengths_to_evaluate
 from trainers.engine.batches.sampling import derive_seed
 from trainers.engine.parallel.batch_norm import synchronize
 from trainers.engine.parallel.blocks import blocks
@@ -69,6 +70,9 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
         facts = checked(task.facts())
     else:
         train_set, eval_set, facts = _checked_set("set of inputs", inputs()), None, {}
+    to_evaluate = eval_set if inputs is None else train_set
+    if to_evaluate is not None and len(to_evaluate):
+        lengths_to_evaluate(to_evaluate, config.batching(world.size))  # refuse now what would fail at the first evaluation
     torch.manual_seed(derive_seed(train.seed, "models"))
     models = task.models()
     before_placement(models)

@@ -17,9 +17,9 @@ from trainers.engine.world import World
 
 @dataclass(frozen=True)
 class Share:
-    """The samples of one micro-batch on one rank.
+    """The samples of one micro-batch on one rank, at least one.
 
-    In an evaluation the whole evaluation set counts as one global batch, and a share may be empty (n = 0).
+    In an evaluation the whole evaluation set counts as one global batch.
     """
 
     indices: np.ndarray  # int64 [n]: rows of the data set
@@ -28,6 +28,9 @@ class Share:
     seed: int            # seed of the global batch, the same on every rank
     # int64 [n]: the epoch, from 0, in which each sample is drawn; 0 in an evaluation
     epochs: np.ndarray = None  # type: ignore[assignment]  # __post_init__ sets it
+    # The batch has too few samples for all ranks and micro-batches: this is a sample of another share, so that every rank makes
+    # the same number of forward passes. The engine counts neither its loss nor its measures and rows.
+    filler: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs is None:
@@ -43,7 +46,11 @@ class Share:
 
 
 class Dataset(Protocol):
-    """A training set or an evaluation set. Every rank has the same samples in the same order."""
+    """A training set or an evaluation set. Every rank has the same samples in the same order.
+
+    A data set whose samples have uneven lengths may also have an attribute `lengths`: whole numbers, [samples], or [samples,
+    sides] for pairs. An evaluation then takes samples of similar lengths together, and `train.batch_tokens` can be used.
+    """
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -172,8 +179,8 @@ class Task:
     def loss(self, model: nn.Module, batch: Any) -> Loss:
         """Return the summed loss of one micro-batch and the number of items in that sum.
 
-        Runs under autocast, in the run's precision. In training the batch has at least one sample. The default `measure` calls
-        this too, with the model in evaluation mode and perhaps with a batch that has no samples.
+        Runs under autocast, in the run's precision. The batch has at least one sample. The default `measure` calls this too,
+        with the model in evaluation mode.
 
         Args:
             batch: what `Dataset.batch` returned.
@@ -187,7 +194,7 @@ class Task:
         """Return the measures of one evaluation batch: (sum, count), or a plain sum, by name. The default measures the loss.
 
         Runs without gradients, under autocast, with the model in evaluation mode. All batches on all ranks return the same
-        names, with the same shapes. A batch may have no samples: then the sums and counts are 0.
+        names, with the same shapes.
         """
         total, count = self.loss(model, batch)
         return {"loss": (total, count)}

@@ -13,7 +13,8 @@ from trainers.config.schema import RunConfig
 from trainers.contract import heartbeat
 from trainers.contract.errors import TrainingError, UserError
 from trainers.engine.batches.noise import seed_noise
-from trainers.engine.batches.sampling import NUMPY, Shuffled
+from trainers.engine.batches.sampler import make_sampler
+from trainers.engine.batches.sampling import NUMPY
 from trainers.engine.ema import Average
 from trainers.engine.groups import ParameterGroup, grouped
 from trainers.engine.parallel.buffers import replaced, snapshot
@@ -64,7 +65,7 @@ class UpdateRunner:
         self.all_models = list(models.values())
         self.loss_scale = LossScale(config.train.precision)
         self.split = config.batching(world.size)
-        self.samples = Shuffled(len(dataset), self.split.batch, config.train.seed, update.name, self.split.most)
+        self.samples = make_sampler(dataset, self.split, config.train.seed, update.name)
         self.applied = self.skipped = self.skipped_in_row = 0
         self.lr = self.optim.lr
         self.average: Average | None = None
@@ -144,9 +145,10 @@ class UpdateRunner:
             with self.sharded.accumulating(last=micro == len(shares) - 1):
                 loss = self._loss(batch)
                 heartbeat.beat()
-                self.sharded.backward(loss.sum * scale)
-            loss_sum += loss.sum.detach()
-            count += loss.count
+                self.sharded.backward(loss.sum * (0.0 if share.filler else scale))
+            if not share.filler:
+                loss_sum += loss.sum.detach()
+                count += loss.count
         return torch.stack([loss_sum.double(), loss_sum.new_full((), count, dtype=torch.float64)])
 
     def _loss(self, batch: Any) -> Loss:

@@ -58,6 +58,12 @@ def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do(ranks, overr
     assert (error.value.message, error.value.hint) == (message, hint)
 
 
+def test_a_batch_of_tokens_is_shown_in_words():
+    made = plan(Resources("cpu", 3), "train.batch_tokens=4000", "train.micro_batch_size=700")
+    assert made.batch == "up to 4000 tokens = 3 rank(s) x about 700 micro-batch x 2 accumulation"
+    assert "up to 4000 tokens" in show(made)
+
+
 def gpus(root: Path, uuids: list[str]) -> Path:
     """Make the device nodes of one GPU for each UUID, and what NVIDIA's driver says about the GPUs, below a root folder."""
     (root / "dev").mkdir()

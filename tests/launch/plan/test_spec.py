@@ -92,6 +92,7 @@ def test_a_later_layer_may_set_the_alternative_key(folder: Path) -> None:
     assert (spec.config.train.steps, spec.config.train.epochs) == (5, None)
     (folder / "over.yaml").write_text("train.steps: 7\n")
     assert load("train.epochs=0.5", config_file="over.yaml").config.train.epochs == 0.5
+    assert (load("train.batch_tokens=9").config.train.batch_size, load().config.train.batch_tokens) == (None, None)
     assert "both `train.epochs` and `train.steps`" in error_of("train.steps=1", "train.epochs=1")
     (folder / "over.yaml").write_text("train:\n  steps: 7\n  epochs: 1\n")
     assert "(over.yaml:3, over.yaml:2)" in error_of(config_file="over.yaml")

@@ -26,6 +26,11 @@ def test_it_is_merged_over_the_settings_from_the_spec():
     assert merged["zero_optimization"]["stage"] == 3 and merged["train_micro_batch_size_per_gpu"] == 4
 
 
+def test_sizes_in_tokens_are_consistent():
+    made = deepspeed_config(config(batch_size=None, batch_tokens=1000, micro_batch_size=300), 3, None)
+    assert made["train_batch_size"] == 3 * made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] == 1800
+
+
 @pytest.mark.parametrize("theirs, message, hint", [
     ({"fp16": {"enabled": True}}, "sets `fp16`, which only the spec may set", "set train.precision"),
     ({"train_batch_size": "auto"}, "sets `train_batch_size`, which only the spec", "set train.batch_size"),

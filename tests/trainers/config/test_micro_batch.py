@@ -46,6 +46,17 @@ def test_recorded_sizes_also_count_for_other_numbers_of_ranks(tmp_path: Path):
     assert split(asked, paths, 8) == (3, 1)
 
 
+def test_a_budget_of_tokens_is_halved(tmp_path: Path):
+    paths, sizes = RunPaths(tmp_path), []
+    asked = RunConfig(name="run", task="module:Task", train={"steps": 1, "batch_tokens": 4096, "micro_batch_size": "auto"})
+    for attempt in range(1, 4):
+        sizes.append(split(asked, paths, 4))
+        error = runs_out(asked, paths, attempt, ranks=4)
+    assert sizes == [(1024, 1), (512, 2), (256, 4)] and error.retry
+    assert error.message == "rank 1 ran out of memory with a micro-batch of 256 tokens"
+    assert split(asked, paths, 64) == (64, 1)
+
+
 def test_two_ranks_of_one_attempt_make_one_entry(tmp_path: Path):
     paths, asked = RunPaths(tmp_path), config("auto")
     used = settled(asked, paths, 2)

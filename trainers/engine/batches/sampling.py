@@ -91,15 +91,3 @@ class Shuffled:
 def unknown_order(order: str) -> UserError:
     return UserError(f"the checkpoint says that its samples come in the order `{order}`, which this version does not know",
                      "continue with the version of `launch` that started this run")
-
-
-def evaluation_shares(length: int, batch_size: int, rank: int, ranks: int) -> list[Share]:
-    """Return the batches, of up to `batch_size` samples, that rank `rank` evaluates.
-
-    All ranks together evaluate every sample exactly once. All ranks get the same number of batches, because each rank must
-    take part in every collective. The last batches may be empty.
-    """
-    rows = np.arange(rank, length, ranks)
-    batches = -(-(-(-length // ranks)) // batch_size)
-    parts = [rows[i * batch_size:(i + 1) * batch_size] for i in range(batches)]
-    return [Share(part, part, length, 0) for part in parts]

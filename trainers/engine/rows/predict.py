@@ -13,8 +13,8 @@ from trainers.contract import exit_codes, heartbeat
 from trainers.contract.errors import UserError, system_error
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
+from trainers.engine.batches.evaluating import shares_to_evaluate
 from trainers.engine.batches.noise import seed_noise
-from trainers.engine.batches.sampling import evaluation_shares
 from trainers.engine.evaluate_only import about, no_evaluation_set, note_of, set_up_trained
 from trainers.engine.evaluation import evaluating
 from trainers.engine.parallel.strategy import close_process_group
@@ -79,7 +79,7 @@ def _inputs(task: Task, lines: Lines, world: World) -> Dataset:
 
 def _write(part: Part, task: Task, setup: Setup, dataset: Dataset, config: RunConfig, world: World) -> bool:
     """Write this rank's rows. Return False if the run must stop before the end."""
-    shares = evaluation_shares(len(dataset), config.batching(world.size).evaluation, world.rank, world.size)
+    shares = shares_to_evaluate(dataset, config.batching(world.size), world.rank, world.size)
     note, told_at = note_of(world), time.monotonic()
     with evaluating(setup.models, config, world):
         for number, share in enumerate(shares):
@@ -87,7 +87,9 @@ def _write(part: Part, task: Task, setup: Setup, dataset: Dataset, config: RunCo
                 return False
             heartbeat.beat("rows")
             seed_noise(world.device, config.train.seed, "rows", world.rank, number)
-            part.write(share.indices, task.rows(setup.models, dataset.batch(share)))
+            rows = task.rows(setup.models, dataset.batch(share))
+            if not share.filler:
+                part.write(share.indices, rows)
             heartbeat.done("rows")
             if time.monotonic() > told_at + PROGRESS_S:
                 told_at = time.monotonic()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainers.engine.batches.sampling import Shuffled, derive_seed, evaluation_shares
+from trainers.engine.batches.sampling import Shuffled, derive_seed
 
 
 def rows(samples: Shuffled, draw: int, ranks: int = 1) -> np.ndarray:
@@ -47,11 +47,3 @@ def test_a_sample_gets_the_same_random_values_on_any_number_of_ranks_and_micro_b
             assert (share.generator().random(share.size)[share.slots] == expected[share.slots]).all()
     (other,) = Shuffled(64, 16, seed=0, stream="model").shares(6, 0, 1)
     assert (other.generator().random(16) != expected).any()
-
-
-@pytest.mark.parametrize("length", [1, 7, 8, 100])
-@pytest.mark.parametrize("ranks", [1, 3, 8])
-def test_an_evaluation_takes_every_sample_once_and_gives_all_ranks_the_same_number_of_batches(length, ranks):
-    shares = [evaluation_shares(length, 4, rank, ranks) for rank in range(ranks)]
-    assert len({len(of_rank) for of_rank in shares}) == 1
-    assert sorted(i for of_rank in shares for share in of_rank for i in share.indices) == list(range(length))
