@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,8 +16,9 @@ from trainers.engine.task import Loss, Task
 WORDS, LONGEST = 17, 12
 PACE = Path(os.environ.get("LAUNCH_RUN_DIR", ".")) / "pace"  # a test writes a new pause into this file
 # Keys of `model` that tests use to disturb a run: a pause before each batch (seconds), the index of a sample that makes the
-# logits of its micro-batch NaN, and the numbers (from 1) of the training losses whose logits are multiplied by 1e30.
-TEST_KEYS = ("pause_s", "bad_row", "big_steps")
+# logits of its micro-batch NaN, the numbers (from 1) of the training losses whose logits are multiplied by 1e30, and whether each
+# rank of Queued has a queue of its own.
+TEST_KEYS = ("pause_s", "bad_row", "big_steps", "apart")
 
 
 class Sentences:
@@ -91,3 +93,28 @@ class Counting(Task):
                 logits = logits * 1e30
         loss = F.cross_entropy(logits.flatten(0, 1), words[:, 1:].flatten(), ignore_index=0, reduction="sum")
         return Loss(loss, int((lengths - 1).sum()))
+
+
+class Queued(Counting):
+    """Keeps a queue of the mean losses of the last micro-batches, which weighs the loss."""
+
+    def data(self, world):
+        self.world, self.queue, self.pushed = world, torch.zeros(8, device=world.device), 0
+        return super().data(world)
+
+    def state(self):
+        return {"queue": self.queue, "pushed": self.pushed}
+
+    def load_state(self, values):
+        self.pushed = values["pushed"]
+
+    def loss(self, model, batch):
+        total, count = super().loss(model, batch)
+        if not torch.is_grad_enabled():
+            return Loss(total, count)
+        mean = total.detach().float() / count
+        if self.world.size > 1 and not self.config.model.get("apart"):
+            dist.all_reduce(mean)
+        self.queue[self.pushed % 8] = mean
+        self.pushed += 1
+        return Loss(total * (1 + self.queue.mean() / 10), count)

@@ -24,19 +24,22 @@ HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 SHOWN = 8  # items of a list in a message
 
 
-def checked(facts: Any) -> dict[str, Any]:
+def checked(facts: Any, method: str = "facts") -> dict[str, Any]:
     """Return the facts that a task gives, as they will be read from a checkpoint.
+
+    Args:
+        method: the task's method that has returned them, for messages.
 
     Raises:
         UserError: the facts are not a mapping of names to values that JSON can hold.
     """
     if not isinstance(facts, Mapping):
-        raise UserError(f"the task's `facts` returns a {type(facts).__name__}, but must return names with values")
+        raise UserError(f"the task's `{method}` returns a {type(facts).__name__}, but must return names with values")
     for name, value in facts.items():
         try:
             json.dumps({name: value})
         except (TypeError, ValueError) as error:
-            raise UserError(f"the task's `facts` returns `{name}`, which JSON cannot hold: {error}",
+            raise UserError(f"the task's `{method}` returns `{name}`, which JSON cannot hold: {error}",
                             "return text, numbers, and lists and mappings of text and numbers") from error
     return json.loads(json.dumps(dict(facts)))
 

@@ -16,7 +16,8 @@ from trainers.contract.signals import hold
 from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
 from trainers.engine.parallel.strategy import close_process_group
 from trainers.engine.pictures import Pictures
-from trainers.engine.saving.weights import Source, load_weights, open_source
+from trainers.engine.saving import task_state
+from trainers.engine.saving.weights import Checkpoint, Source, load_weights, open_source
 from trainers.engine.setup import Setup, set_up
 from trainers.engine.task import Dataset, Task
 from trainers.engine.world import World
@@ -84,6 +85,8 @@ def set_up_trained(task: Task, config: RunConfig, world: World, paths: RunPaths,
     source = open_source(paths.first_weights(weights), world, config.init)
     load_weights(source, setup.layout, setup.strategy.fragments(setup.models), config.init.skip, f"`{weights}`",
                  "the size of the model depends on the data: use data with the same number of classes or words as in training")
+    if isinstance(source, Checkpoint):
+        task_state.load(task, source.reader, strict=False)
     return setup, source
 
 

@@ -27,7 +27,7 @@ from trainers.engine.parallel.buffers import share_buffers
 from trainers.engine.parallel.fragments import tied_names
 from trainers.engine.parallel.strategy import close_process_group
 from trainers.engine.pictures import Pictures
-from trainers.engine.saving import restore
+from trainers.engine.saving import restore, task_state
 from trainers.engine.saving.checkpoint import Checkpoints
 from trainers.engine.saving.huggingface import describe
 from trainers.engine.setup import set_up
@@ -115,7 +115,7 @@ class Loop:
         self._resume()
         hold()  # from now on a signal takes effect at the next boundary, where all ranks save and stop together
         if self.strategy.needs_settling and self.step < self.total:
-            with memory_for("step"):
+            with memory_for("step"), task_state.preserved(self.task):
                 for runner in self.runners:
                     runner.settle(self.step * runner.update.draws)
         self._logged_at = (self.step, time.perf_counter())
@@ -257,7 +257,9 @@ class Loop:
             "step": self.step, "metrics": self.before.metrics, "best": self.before.best, "waited": self.before.waited,
             "samples": restore.sample_counts(self.setup), "tied": self.tied, "facts": self.setup.facts,
             "updates": {runner.update.name: runner.state() for runner in self.runners},
+            task_state.KEY: task_state.values(self.task),
         }
+        task_state.check_equal(self.task, self.world)
         share_buffers(self.models, self.world)
         with memory_for("checkpoint"):
             self.checkpoints.save(self.step, restore.fragments(self.setup, self.runners), state, found)

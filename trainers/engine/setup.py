@@ -31,6 +31,7 @@ ADVICE = 'see `Dataset` in trainers/engine/task.py, and README, "A task of your 
 class Setup:
     """What a rank needs before it trains or evaluates."""
 
+    task: Task
     strategy: Strategy
     stopping: Stopping
     train_set: Dataset            # in a prediction from lines: the lines
@@ -85,7 +86,7 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
     if train.sync_batchnorm and world.size > 1:
         models = {name: synchronize(model, world.device) for name, model in models.items()}
     models = {name: strategy.place(model) for name, model in models.items()}
-    return Setup(strategy, stopping, train_set, eval_set, test_set, models, tensors, parameters, facts)
+    return Setup(task, strategy, stopping, train_set, eval_set, test_set, models, tensors, parameters, facts)
 
 
 def _data_of(task: Task, world: World) -> tuple[Dataset, Dataset | None]:
@@ -105,7 +106,7 @@ def _data_of(task: Task, world: World) -> tuple[Dataset, Dataset | None]:
 def _test_set_of(task: Task, world: World) -> Dataset | None:
     """Return the task's test set; None if it has none, or an empty one. Raises: UserError: it is not a data set."""
     test_set = task.test_set(world)
-    return _checked_set("test set", test_set) if test_set is not None and len(test_set) else None
+    return test_set if test_set is not None and len(_checked_set("test set", test_set)) else None
 
 
 def _checked_set(name: str, dataset: Any) -> Dataset:

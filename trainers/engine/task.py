@@ -161,6 +161,20 @@ class Task:
         """
         return {}
 
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold besides the models and optimizers, by name: a queue, running statistics, a counter.
+
+        Buffers of the models need no place here, because a checkpoint holds them. Return the tensors that the task uses, not
+        copies: a resumed run fills them in place. JSON must be able to hold all other values, which go to `load_state`. The
+        state must be the same on all ranks: reduce or gather what goes into it. Change it in the loss, and not in an evaluation,
+        which an interrupted run may repeat. It begins anew in a run that starts from the
+        weights of another one (`init.source`); an evaluation of a checkpoint fills it too.
+        """
+        return {}
+
+    def load_state(self, values: dict[str, Any]) -> None:
+        """Take over the values of `state` that are not tensors, as JSON gives them back, by name."""
+
     def model(self) -> nn.Module:
         """Return a new model on the CPU. Every rank calls this, after `data`.
 

@@ -9,6 +9,7 @@ from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 from trainers.engine.parallel.fragments import Fragment, check_no_unknown, fill
+from trainers.engine.saving import task_state
 from trainers.engine.saving.storage import Reader
 from trainers.engine.saving.weights import load_weights, open_source
 from trainers.engine.setup import Setup
@@ -17,11 +18,12 @@ from trainers.engine.world import World
 
 
 def fragments(setup: Setup, runners: Sequence[UpdateRunner]) -> dict[str, Fragment]:
-    """Return this rank's parts of all tensors in a checkpoint, by name: models, averaged weights and optimizer states."""
+    """Return this rank's parts of all tensors in a checkpoint, by name: models, averaged weights, optimizer states and the task's
+    own state."""
     found = _weights(setup, runners)
     for runner in runners:
         found |= runner.sharded.fragments(runner.update.name)
-    return found
+    return found | task_state.fragments(setup.task)
 
 
 def _weights(setup: Setup, runners: Sequence[UpdateRunner]) -> dict[str, Fragment]:
@@ -34,14 +36,15 @@ def _weights(setup: Setup, runners: Sequence[UpdateRunner]) -> dict[str, Fragmen
 
 
 def load_models(reader: Reader, setup: Setup, runners: Sequence[UpdateRunner]) -> None:
-    """Load the models and averaged weights of a checkpoint of this run, without the optimizer states."""
+    """Load the models, averaged weights and task's own state of a checkpoint of this run, without the optimizer states."""
+    task_state.load(setup.task, reader)
     fill(_weights(setup, runners), reader.shapes, reader.read)
     for runner in runners:
         runner.sharded.after_fill()
 
 
 def load_tensors(reader: Reader, setup: Setup, runners: Sequence[UpdateRunner]) -> None:
-    """Load the models and optimizer states of a checkpoint.
+    """Load the models, optimizer states and the task's own state of a checkpoint.
 
     Raises:
         UserError: the models, or the parameters that are trained, differ from those of the checkpoint.
@@ -51,6 +54,7 @@ def load_tensors(reader: Reader, setup: Setup, runners: Sequence[UpdateRunner]) 
     if any(name.startswith("ema/") for name in shapes) != any(runner.average is not None for runner in runners):
         raise UserError("either the checkpoint or the spec has averaged weights (`train.ema`), and the other has none",
                         "restore `train.ema` in run.yaml, or start a new run from these weights: --from RUN")
+    task_state.load(setup.task, reader)
     for runner in runners:
         runner.sharded.allocate(runner.update.name, shapes)
     fill(fragments(setup, runners), shapes, reader.read)

@@ -112,8 +112,8 @@ class Checkpoint:
     def __init__(self, folder: Path, world: World, raw: bool, count: int):
         older = averaging.older(folder, count - 1)
         self.step, *steps = [_verified(each, world) for each in (folder, *older)]
-        self._reader = storage.Reader(folder, older)
-        keys = tensors_of_models(self._reader.shapes, raw or count > 1)
+        self.reader = storage.Reader(folder, older)
+        keys = tensors_of_models(self.reader.shapes, raw or count > 1)
         self.about = ""
         if steps:
             self.about = f" (the mean of steps {', '.join(map(str, [*reversed(steps), self.step]))})"
@@ -121,11 +121,11 @@ class Checkpoint:
             self.about = " (averaged weights: train.ema)"
         one_model = len({model for model, _ in keys}) == 1
         self._keys = {name if one_model else f"{model}.{name}": key for (model, name), key in keys.items()}
-        self.shapes = {name: self._reader.shapes[key] for name, key in self._keys.items()}
+        self.shapes = {name: self.reader.shapes[key] for name, key in self._keys.items()}
         self.integers: dict[str, str] = {}
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        return self._reader.read(self._keys[name], start, count)
+        return self.reader.read(self._keys[name], start, count)
 
 
 def _verified(folder: Path, world: World) -> int:

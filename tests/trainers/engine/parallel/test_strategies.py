@@ -152,6 +152,23 @@ def test_steps_that_fp16_skips_do_not_advance_the_schedule(ranks, tmp_path):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
+def test_the_state_of_a_tasks_own_resumes_to_the_bit(ranks, tmp_path, name):
+    """With three ranks, backwards that are discarded run before the first step. They must not change the queue."""
+    keys = {"train.strategy": name, "train.micro_batch_size": 8, "train.steps": 12, "task": "sentences:Queued"}
+    whole = ranks(3)("trained", root=tmp_path / "whole", keys=keys)[0]
+    plain = ranks(3)("trained", root=tmp_path / "plain", keys={**keys, "task": "sentences:Counting"})[0]
+    assert furthest(whole, plain, "loss") > 1e-3  # the queue has an effect
+    ranks(3)("trained", root=tmp_path / "run", keys=keys, until=5)
+    assert ranks(3)("trained", root=tmp_path / "run", keys=keys)[0] == whole
+
+
+def test_a_state_that_differs_between_ranks_is_an_error(ranks, tmp_path):
+    keys = {"task": "sentences:Queued", "model": {"apart": True}, "train.steps": 2}
+    messages = ranks(2)("error_of", root=tmp_path / "run", keys=keys)
+    assert messages[0] == messages[1] and "the task's `state` gives another `queue` on rank 1 than on rank 0" in messages[0]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_the_best_checkpoint_is_scored_at_the_end(ranks, tmp_path, name):
     """The test set is the evaluation set again. The best checkpoint is the first one, so another one's weights are loaded."""
     for keys in ({}, GROUPS):
@@ -211,7 +228,7 @@ def settings(keys):
 
 def loop_of(world, root, keys):
     sys.path.append(str(SENTENCES))
-    from sentences import Counting
+    import sentences
 
     from trainers.contract.paths import RunPaths
     from trainers.engine import loop
@@ -219,7 +236,8 @@ def loop_of(world, root, keys):
     loop.close_process_group = lambda: None  # the process group serves the next call too
     config = settings(keys)
     Path(root).mkdir(parents=True, exist_ok=True)
-    return loop.Loop(Counting(config), config, world, RunPaths(Path(root)), None)
+    task = getattr(sentences, config.task.partition(":")[2])(config)
+    return loop.Loop(task, config, world, RunPaths(Path(root)), None)
 
 
 def trained(world, root, keys, until=None):
@@ -268,10 +286,10 @@ def cifar10(world, root, strategy, precision, synchronized=False):
 
 
 def error_of(world, root, keys):
-    from trainers.contract.errors import TrainingError
+    from trainers.contract.errors import UserError
 
     loop = loop_of(world, root, keys)
-    with pytest.raises(TrainingError) as error:
+    with pytest.raises(UserError) as error:
         loop.run()
     loop.checkpoints.close()
     return str(error.value)
