@@ -67,5 +67,17 @@ def test_what_a_model_was_trained_with_stays_with_it(launch):
     assert refused.returncode == 2 and "own does not exist" in refused.stderr and "data=PATH" in refused.stderr
     refused = launch("resume", run.name, "data=renamed")
     assert refused.returncode == 2 and "`classes` was [1, 10, 2], and is [1, 10, 3]" in refused.stderr
+    # Images of two of the classes, without their data set. The paths are relative, and one file is no image.
+    (launch.folder / "files.txt").write_text("flat/2/0.png\nflat/1/3.png\nflat/2/1.png")
+    done = launch("predict", run.name, "files.txt", "--procs", 2)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(row)["class"] for row in done.stdout.splitlines()] == ["2", "1", "2"]
+    (launch.folder / "files.txt").write_text("flat/2/0.png\n\nnone.png")
+    done = launch("predict", run.name, "files.txt")
+    assert done.returncode == 2 and "error: 2 of 3 lines are not the path of a file: ``, `none.png`" in done.stderr
+    (launch.folder / "files.txt").write_text("flat/2/0.png\nfiles.txt")
+    done = launch("predict", run.name, "files.txt", "--procs", 1)
+    assert done.returncode == 2 and "error: files.txt cannot be read as an image" in done.stderr and not done.stdout
+
     done = launch("resume", run.name, "data=moved")
     assert done.returncode == 0 and record(run)["state"] == "finished", done.stderr

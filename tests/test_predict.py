@@ -69,6 +69,9 @@ class Labels(Task):
         scores, words = models["model"](codes).softmax(1).max(1)
         return [f"{self.words[word]} {score:.3f} {text}" for text, score, word in zip(texts, scores.tolist(), words.tolist())]
 
+    def test_set(self, world):
+        return Texts(["x", "yy"], world.device)
+
 class Silent(Labels):
     rows = Task.rows
 
@@ -136,14 +139,16 @@ def test_the_evaluation_set_is_predicted_with_its_data(source):
     (source.folder / "words.txt").write_text("red green blue")
     try:
         code, out, err = predict(source, "--set", "eval", "--procs", 2)
+        _, test, _ = predict(source, "--set", "test", "--procs", 1)
     finally:
         (source.folder / "words.txt").unlink()
     assert code == 0 and [row.split(" ", 2)[2] for row in out.splitlines()] == ["a", "bb", "ccc", "dddd", "eeeee", "f", "gg"], err
+    assert [row.split(" ", 2)[2] for row in test.splitlines()] == ["x", "yy"]
 
 
 @pytest.mark.parametrize("words, text, errors", [
     (["none.txt"], b"", ["error: there is no file `none.txt`", "hint: give files of lines, or key=value"]),
-    (["--set", "eval", "lines.txt"], b"", ["error: --set eval predicts the run's evaluation set, and takes no files",
+    (["--set", "eval", "lines.txt"], b"", ["error: --set eval predicts the run's own data, and takes no files",
                                            "hint: leave out --set, or the files"]),
     (["-o", "no/file"], b"a", ["error: the folder of `-o no/file` does not exist", "hint: mkdir -p no"]),
     (["-o", "/dev/null"], b"a", ["error: `-o /dev/null` is not a file", "hint: leave out -o to write to standard output"]),
@@ -151,6 +156,10 @@ def test_the_evaluation_set_is_predicted_with_its_data(source):
     (["train.steps=4"], b"a", ["error: `train.steps` cannot be overridden in an evaluation: nothing is trained", "hint: "]),
     ([], b"a\nb\xff\n", ["error: line 2 of standard input is not valid UTF-8",
                          "hint: convert the text, for example: iconv -f GB18030 -t UTF-8"]),
+    (["--slurm"], b"a", ["error: a prediction on SLURM ends after this command, so its rows need a file", "hint: add -o FILE"]),
+    (["--slurm", "-o", "x"], b"a", ["error: a prediction on SLURM reads its lines when its job starts, so they must lie in one ",
+                                    "hint: launch predict RUN FILE -o ROWS --slurm"]),
+    (["--time", "1h"], b"a", ["error: `--time` is for SLURM", "hint: add --slurm, or --cluster NAME"]),
     (["."], b"", ["error: `.`: Is a directory"]),
 ])
 def test_what_the_user_can_fix_starts_no_ranks_and_leaves_nothing(source, words, text, errors):

@@ -173,20 +173,23 @@ def eval(word: str, root: Path, which: str | None, raw: bool, average: int | Non
 @click.option("--step", "which", metavar="N|best", help="Step of the checkpoint, or `best` (default: the newest).")
 @average_option
 @raw_option
-@click.option("--set", "which_set", type=click.Choice(["eval"]), help="Predict the run's evaluation set, in place of lines.")
+@click.option("--set", "which_set", type=click.Choice(["eval", "test"]),
+              help="Predict the run's own evaluation set or test set, in place of lines.")
 @click.option("-o", "output", type=Folder(path_type=Path, dir_okay=False), metavar="FILE",
               help="Write the rows to this file (default: standard output). The file appears whole, or not at all.")
 @click.option("--format", type=click.Choice(["text", "json"]), default="text",
               help="text: a row that is text is a line (default). json: every row is JSON.")
 @data_option
-@wanted_options("gpus", "procs")
+@wanted_options("gpus", "procs", "nodes")
+@slurm_options
 @runs_option
 def predict(word: str, words: Sequence[str], root: Path, which: str | None, raw: bool, average: int | None,
-            which_set: str | None, output: Path | None, format: Any, data: str | None, wanted: Wanted) -> int:
-    """Predict a row for each line of text, with a checkpoint of a run, on this machine.
+            which_set: Any, output: Path | None, format: Any, data: str | None, wanted: Wanted, slurm: bool,
+            cluster_name: str | None, time: str | None, after: str | None, follow: bool) -> int:
+    """Predict a row for each line of text, with a checkpoint of a run.
 
     The lines come from the files, or from standard input. The rows go to standard output in the order of the lines, everything
-    else to standard error.
+    else to standard error. On SLURM, the lines come from one file, and the rows go to the file of -o.
     """
     from launch.execute import predict
     from launch.records.read import find_run
@@ -194,8 +197,15 @@ def predict(word: str, words: Sequence[str], root: Path, which: str | None, raw:
     run = find_run(root, word)
     files = [word for word in words if "=" not in word or os.path.exists(word)]
     overrides = [*(word for word in words if word not in files), *([f"{ALIASES['data']}={data}"] if data is not None else [])]
-    return predict.predict(run, which=which, init={"raw": raw, "average": average}, files=files,
-                           evaluation_set=which_set is not None, overrides=overrides, wanted=wanted, format=format, output=output)
+    overrides, options = sbatch_options(overrides)
+    question = predict.Question(files, which_set, format, output)
+    init = {"raw": raw, "average": average}
+    cluster = cluster_of(slurm, cluster_name)
+    if cluster.kind == "slurm":
+        return predict.submit(run, question, which=which, init=init, overrides=overrides, wanted=wanted,
+                              request=request_of(cluster, root, time, after, options), show_log=show_log if follow else None)
+    only_on_slurm(nodes=wanted.nodes, time=time, after=after, follow=follow, **options)
+    return predict.predict(run, question, which=which, init=init, overrides=overrides, wanted=wanted)
 
 
 @command

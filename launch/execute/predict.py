@@ -1,16 +1,17 @@
 """Predict: write one row for each line of text, or for each sample of a run's evaluation set, from the weights of a run.
 
-A prediction is a run of its own, in `evals/` of the run's folder, as an evaluation is. Its folder goes when the prediction ends,
-and stays only if a rank has failed: the folder then has the rank's log.
+A prediction is a run of its own, in `evals/` of the run's folder, as an evaluation is. On this machine its folder goes when the
+prediction ends, and stays only if a rank has failed: the folder then has the rank's log.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -21,6 +22,7 @@ from launch.execute import record
 from launch.execute.evaluate import evaluation_spec, resources_like
 from launch.execute.local import execute, plan_here, ranks_text
 from launch.plan.initial_weights import warn_of_broken
+from launch.plan.job_script import Request
 from launch.plan.spec import Spec, with_values
 from launch.records.naming import new_run_id, short_path
 from launch.records.run import Run
@@ -35,33 +37,68 @@ STDIN = "-"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def predict(run: Run, *, which: str | None, init: Mapping[str, Any] = {}, files: Sequence[str], evaluation_set: bool,
-            overrides: Sequence[str], wanted: Wanted, format: Literal["text", "json"], output: Path | None) -> int:
-    """Predict on this machine, and write the rows to `output` or to standard output. Returns the exit code.
+@dataclass(frozen=True)
+class Question:
+    """What is predicted, and where the rows go."""
 
-    Nothing else goes to standard output.
+    files: Sequence[str]                  # of lines, one after the other; `-` is standard input; none: standard input
+    set: Literal["eval", "test"] | None   # the run's own evaluation set or test set, in place of lines
+    format: Literal["text", "json"]
+    output: Path | None                   # appears whole or not at all; None: standard output
+
+    def check(self) -> None:
+        """Raise a UserError if there is no input, or too much of it, or if the output cannot be a file."""
+        if self.set and self.files:
+            raise UserError(f"--set {self.set} predicts the run's own data, and takes no files", "leave out --set, or the files")
+        if not self.set and (not self.files or STDIN in self.files) and sys.stdin.isatty():
+            raise UserError("`launch predict` reads lines from standard input, which is a terminal",
+                            "launch predict RUN FILE, or launch predict RUN < FILE, or launch predict RUN --set eval")
+        for file in self.files:
+            if file != STDIN and not Path(file).exists():
+                raise UserError(f"there is no file `{file}`", "give files of lines, or key=value")
+        if self.output is None:
+            return
+        folder = self.output.absolute().parent
+        if self.output.exists() and not self.output.is_file():
+            raise UserError(f"`-o {self.output}` is not a file", "leave out -o to write to standard output")
+        if not folder.is_dir():
+            raise UserError(f"the folder of `-o {self.output}` does not exist", f"mkdir -p {self.output.parent}")
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"the folder of `-o {self.output}` cannot be written", "choose another file")
+
+    @property
+    def only_file(self) -> Path | None:
+        """The one file that ranks can read where it lies; None: the lines must be gathered into a file."""
+        return Path(self.files[0]).absolute() if len(self.files) == 1 and Path(self.files[0]).is_file() else None
+
+    def spec(self, spec: Spec, lines: Path | None) -> Spec:
+        """The spec of the prediction, from the spec of an evaluation. `lines`: the file of lines."""
+        rows: dict[str, Any] = {"format": self.format, "lines": lines and str(lines), "set": self.set or "eval",
+                                "output": self.output and str(self.output.resolve())}
+        return replace(with_values(spec, {"eval": {**spec.values["eval"], "rows": rows}}), weights=spec.weights)
+
+
+def predict(run: Run, question: Question, *, which: str | None, init: Mapping[str, Any] = {}, overrides: Sequence[str],
+            wanted: Wanted) -> int:
+    """Predict on this machine. Returns the exit code. Standard output gets rows, or nothing.
 
     Args:
-        which, init: as in an evaluation.
-        files: the files of lines, one after the other; `-` is standard input; none: standard input.
-        evaluation_set: predict the run's evaluation set in place of lines.
-        wanted: as in an evaluation.
-        output: the file for the rows, which appears whole or not at all.
+        which, init, wanted: as in an evaluation.
 
     Raises:
         UserError: the user must fix something; nothing was written.
     """
-    _check(files, evaluation_set, output)
+    question.check()
     spec = evaluation_spec(run, which, overrides, init)
     warn_of_broken([spec])
     assert spec.weights
     run_id, root = new_run_id(spec.name), run.paths.evaluations.absolute()
     paths = RunPaths(root / run_id)
-    lines = None if evaluation_set else _only_file(files) or paths.lines
+    lines = None if question.set else question.only_file or paths.lines
     resources, cwd = resources_like(run, spec, wanted)
     if lines is not None:  # the lines may hold relative paths
         cwd = Path.cwd()
-    spec = _spec(spec, format, lines, output)
+    spec = question.spec(spec, lines)
     assert isinstance(spec.config, RunConfig)  # only a run with steps has checkpoints
     spec.config.check()
     plan_of = partial(plan_here, run_id, spec, load_cluster("local"), resources, root, cwd)
@@ -69,8 +106,8 @@ def predict(run: Run, *, which: str | None, init: Mapping[str, Any] = {}, files:
     kept = False
     try:
         record.create_run(plan)
-        if lines is not None and _gather(files, lines, copy=lines == paths.lines) == 0:
-            _write_nothing(output)
+        if lines is not None and _gather(question.files, lines, copy=lines == paths.lines) == 0:
+            _write_nothing(question.output)
             return exit_codes.FINISHED
         view = make_view(json=False, stream=sys.stderr)
         try:
@@ -85,7 +122,7 @@ def predict(run: Run, *, which: str | None, init: Mapping[str, Any] = {}, files:
         if outcome.kind != "finished":
             print("stopped: no rows were written", file=sys.stderr)
             return exit_codes.KILLED
-        if output is None:
+        if question.output is None:
             sys.stdout.flush()
             with open(paths.rows, "rb") as rows:
                 shutil.copyfileobj(rows, sys.stdout.buffer)
@@ -98,33 +135,28 @@ def predict(run: Run, *, which: str | None, init: Mapping[str, Any] = {}, files:
                 root.rmdir()
 
 
-def _check(files: Sequence[str], evaluation_set: bool, output: Path | None) -> None:
-    """Raise a UserError if there is no input, or too much of it, or if the output cannot be a file."""
-    if evaluation_set and files:
-        raise UserError("--set eval predicts the run's evaluation set, and takes no files", "leave out --set, or the files")
-    if not evaluation_set and (not files or STDIN in files) and sys.stdin.isatty():
-        raise UserError("`launch predict` reads lines from standard input, which is a terminal",
-                        "launch predict RUN FILE, or launch predict RUN < FILE, or launch predict RUN --set eval")
-    for file in files:
-        if file != STDIN and not Path(file).exists():
-            raise UserError(f"there is no file `{file}`", "give files of lines, or key=value")
-    if output is None:
-        return
-    if output.exists() and not output.is_file():
-        raise UserError(f"`-o {output}` is not a file", "leave out -o to write to standard output")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"the folder of `-o {output}` does not exist", f"mkdir -p {output.parent}")
+def submit(run: Run, question: Question, *, which: str | None, init: Mapping[str, Any] = {}, overrides: Sequence[str],
+           request: Request, wanted: Wanted, show_log: Callable[[Run], None] | None) -> int:
+    """Submit the prediction to SLURM. Its folder stays, as that of an evaluation. Returns the exit code.
 
+    Raises:
+        UserError: the user must fix something; nothing was written or submitted.
+    """
+    from launch.execute import on_slurm
 
-def _only_file(files: Sequence[str]) -> Path | None:
-    """Return the one file that ranks can read where it lies; None: the lines must be gathered into a file."""
-    return Path(files[0]).absolute() if len(files) == 1 and Path(files[0]).is_file() else None
-
-
-def _spec(spec: Spec, format: str, lines: Path | None, output: Path | None) -> Spec:
-    rows: dict[str, Any] = {"format": format, "lines": lines and str(lines), "output": output and str(output.resolve())}
-    changed = with_values(spec, {"eval": {**spec.values["eval"], "rows": rows}})
-    return replace(changed, weights=spec.weights)
+    question.check()
+    if question.output is None:
+        raise UserError("a prediction on SLURM ends after this command, so its rows need a file", "add -o FILE")
+    lines = None if question.set else question.only_file
+    if lines is None and not question.set:
+        raise UserError("a prediction on SLURM reads its lines when its job starts, so they must lie in one file",
+                        "launch predict RUN FILE -o ROWS --slurm")
+    spec = question.spec(evaluation_spec(run, which, overrides, init), lines)
+    if lines is not None and _gather(question.files, lines, copy=False) == 0:
+        _write_nothing(question.output)
+        return exit_codes.FINISHED
+    return on_slurm.start(spec=spec, root=run.paths.evaluations.absolute(), request=request, wanted=wanted, dry_run=False,
+                          json=False, show_log=show_log, here=False)
 
 
 def _gather(files: Sequence[str], target: Path, copy: bool) -> int:

@@ -582,6 +582,11 @@ def test_initial_weights_are_copied_at_submission_and_an_evaluation_is_a_job(slu
     assert evaluation.parent == other / "evals"
     wait_for_end(evaluation)
     assert record(evaluation)["metrics"] == record(other)["metrics"]
+    done = slurm_launch("predict", other, "--set", "eval", "-o", "rows.txt", "--procs", 2, *ON_TEST_CLUSTER)
+    assert done.returncode == 0, done.stderr
+    (prediction,) = [path for path in (other / "evals").iterdir() if path != evaluation]
+    wait_for_end(prediction)
+    assert set((slurm_launch.folder / "rows.txt").read_text().split("\n", 101)) == {"0", "1", ""}
     shutil.rmtree(other)
     slurm.start_now(job)
     wait_for_end(run)

@@ -225,7 +225,8 @@ class Rows(Section):
 
     format: Literal["text", "json"] = Field("text", description="text: a row that is text is one line, all others are JSON; "
                                                                 "json: every row is JSON")
-    lines: str | None = Field(None, description="file with one input in each line; null: the evaluation set")
+    lines: str | None = Field(None, description="file with one input in each line; null: the samples of `set`")
+    set: Literal["eval", "test"] = Field("eval", description="without `lines`: the task's evaluation set or test set")
     output: str | None = Field(None, description="file for the rows; null: rows.txt in the run's folder")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -44,12 +46,17 @@ def predict(task: Task, config: RunConfig, world: World, paths: RunPaths, attemp
         raise UserError(f"the task `{config.task}` gives no rows to predict",
                         "your own task can define rows(self, models, batch), which returns one row for each sample")
     lines = None if settings.lines is None else Lines(Path(settings.lines))
-    setup, _ = set_up_trained(task, config, world, paths, None if lines is None else lambda: _inputs(task, lines, world))
-    dataset = setup.train_set if lines is not None else setup.eval_set
+    inputs: Callable[[], Dataset] | None = None  # the task's `data` gives the evaluation set
+    if lines is not None:
+        inputs = partial(_of_lines, task, lines, world)
+    elif settings.set == "test":
+        inputs = partial(_test_set, task, world)
+    setup, source = set_up_trained(task, config, world, paths, inputs)
+    dataset = setup.eval_set if inputs is None else setup.train_set
     if dataset is None:
         raise no_evaluation_set(config)
     hold()
-    note_of(world)("info", f"{len(dataset):,} samples: {about(setup, config, world)}")
+    note_of(world)("info", f"{len(dataset):,} samples, {config.init.source}{source.about}: {about(setup, config, world)}")
     target = Path(settings.output) if settings.output is not None else paths.rows
     try:
         with Part(paths.row_parts, world.rank, settings.format) as part:
@@ -68,7 +75,15 @@ def predict(task: Task, config: RunConfig, world: World, paths: RunPaths, attemp
     return exit_codes.FINISHED if complete else exit_codes.PREEMPTED
 
 
-def _inputs(task: Task, lines: Lines, world: World) -> Dataset:
+def _test_set(task: Task, world: World) -> Dataset:
+    """Return the task's test set. Raises: UserError: it has none."""
+    task.data(world)
+    if (dataset := task.test_set(world)) is None:
+        raise UserError(f"the task `{task.config.task}` has no test set", "--set eval predicts the evaluation set")
+    return dataset
+
+
+def _of_lines(task: Task, lines: Lines, world: World) -> Dataset:
     """Return the task's data set of the lines. Raises: UserError: it does not have one sample for each line."""
     dataset = task.inputs(lines, world)
     if hasattr(dataset, "__len__") and len(dataset) != len(lines):
