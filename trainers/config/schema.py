@@ -68,10 +68,11 @@ class Section(BaseModel):
 
 class Train(Section):
     epochs: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
-        None, description="number of passes over the training set; give `epochs` or `steps`"
+        None, description="number of passes over the training set (of several updates: by the one that draws most); give "
+                          "`epochs` or `steps`"
     )
     steps: Annotated[int, Field(gt=0, le=10**15)] | None = Field(
-        None, description="number of optimizer steps; give `steps` or `epochs`"
+        None, description="number of training steps; give `steps` or `epochs`"
     )
     batch_size: Annotated[int, Field(gt=0, le=10**9)] | None = Field(
         None, description="number of samples in one optimizer step, over all ranks; 64 unless `batch_tokens` is given"

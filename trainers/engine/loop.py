@@ -12,14 +12,14 @@ from typing import Mapping
 from torch import Tensor, nn
 
 from trainers.checkpoints.evaluation import Evaluation
-from trainers.config.schema import Every, RunConfig, Train
+from trainers.config.schema import Every, RunConfig
 from trainers.contract import events, exit_codes, heartbeat
 from trainers.contract.errors import TrainingError, UserError
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
 from trainers.contract.text import number
-from trainers.engine.batches.sampler import Sampler
 from trainers.engine.ema import models_to_evaluate, start_averages
+from trainers.engine.epochs import defines_epochs, ends_epoch, total_steps, total_steps_before_draws
 from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
 from trainers.engine.failures import memory_for
 from trainers.engine.groups import described, groups_of
@@ -27,6 +27,7 @@ from trainers.engine.parallel.buffers import share_buffers
 from trainers.engine.parallel.fragments import tied_names
 from trainers.engine.parallel.strategy import close_process_group
 from trainers.engine.pictures import Pictures
+from trainers.engine.rates import Rates
 from trainers.engine.saving import restore, task_state
 from trainers.engine.saving.checkpoint import Checkpoints
 from trainers.engine.saving.huggingface import describe
@@ -34,7 +35,7 @@ from trainers.engine.setup import set_up
 from trainers.engine.task import Task
 from trainers.engine.testing import score_test_set
 from trainers.engine.tracking.tracker import NoTracker, Tracker
-from trainers.engine.update_runner import UpdateRunner
+from trainers.engine.update_runner import Reading, UpdateRunner, read
 from trainers.engine.world import World
 
 COMMIT_WITHIN_S = 600.0  # how long a rank that failed waits for a save that is under way on several ranks
@@ -64,14 +65,6 @@ def train(task: Task, config: RunConfig, world: World, paths: RunPaths, attempt:
         raise
 
 
-def total_steps(train: Train, samples: Sampler) -> int:
-    """Return the number of training steps of the whole run."""
-    if train.steps is not None:
-        return train.steps
-    assert train.epochs is not None  # the schema demands `steps` or `epochs`
-    return samples.steps(train.epochs)
-
-
 class Loop:
     """One rank's training, from the last checkpoint to the end or a stop. `run` does all of it."""
 
@@ -87,8 +80,7 @@ class Loop:
         self.runners = [UpdateRunner(update, config, world, self.strategy, self.train_set, self.models, group)
                          for update, group in zip(updates, groups)]
         start_averages(self.runners, train.ema)
-        self.samples = self.runners[0].samples  # of the first update: defines what an epoch is
-        self.total = total_steps(train, self.samples)
+        self.total = total_steps(train, self.runners)
         self.step = 0                # training steps done
         self.evaluated = False       # whether the evaluation that is due at this step is done
         self.early: str | None = None  # why training ends at this step, before the last one; None: it goes on
@@ -102,7 +94,7 @@ class Loop:
         self._saved: int | None = None                     # step of the last save
         self._is_best = False                              # whether the evaluation of this step is among the best
         self._warned_of_metric = False
-        self._logged_at = (0, 0.0)  # (step, time in seconds) from which the rates of the next logged step are measured
+        self.rates = Rates()
 
     def _before_placement(self, models: Mapping[str, nn.Module]) -> None:
         """Read what the models lose when the strategy places them: placing changes their classes."""
@@ -117,8 +109,9 @@ class Loop:
         if self.strategy.needs_settling and self.step < self.total:
             with memory_for("step"), task_state.preserved(self.task):
                 for runner in self.runners:
-                    runner.settle(self.step * runner.update.draws)
-        self._logged_at = (self.step, time.perf_counter())
+                    runner.settle(runner.draws(self.step)[0])
+        first = self.step + 1  # the first step of this attempt
+        self.rates.begin(self.step, [])
         while True:
             if self._due(self.config.checkpoint.every) or self.step == self.total:
                 self._save()  # before the evaluation, which may fail, and does not wait for the save
@@ -135,6 +128,8 @@ class Loop:
             self._take_step()
             if self.step % self.config.log.every == 0 or self.step in (1, self.total):
                 self._log()
+            elif self.step == first:  # it compiles, and allocates memory: leave it out of the rates
+                self.rates.begin(self.step, self._read())
 
     @memory_for("step")
     def _take_step(self) -> None:
@@ -142,9 +137,8 @@ class Loop:
         heartbeat.step_begins()
         share_buffers(self.models, self.world)
         for runner in self.runners:
-            draws = runner.update.draws
-            for draw in range(self.step * draws, (self.step + 1) * draws):
-                runner.take_step(draw, total=self.total * draws)
+            for draw in runner.draws(self.step):
+                runner.take_step(draw, total=self.total * runner.update.draws)
         self.step += 1
         heartbeat.step_ends(self.step)
         self.evaluated = self._is_best = False
@@ -159,7 +153,7 @@ class Loop:
             return False
         if self.step == self.total:
             return True
-        return self.step % every == 0 if isinstance(every, int) else self.samples.ends_epoch(self.step - 1)
+        return self.step % every == 0 if isinstance(every, int) else ends_epoch(self.step - 1, self.runners)
 
     def _resume(self) -> None:
         """Restore the newest whole checkpoint. If the run has no checkpoint yet, load the weights of `init.source`, if set.
@@ -169,7 +163,11 @@ class Loop:
         newest = self.checkpoints.newest()
         notes: list[tuple[str, str]] = []
         if newest is not None:
+            planned = self.total
             self._restore(newest)
+            if self.total != planned:
+                notes.append(("info", f"this run keeps its {self.total} steps, although {self.config.train.epochs:g} epochs are "
+                                      f"{planned} steps today: an older version counted them in another way"))
         elif self.config.init.source is not None:
             notes = restore.load_initial_weights(self.config.init.source, self.config, self.setup, self.runners, self.paths,
                                                  self.world)
@@ -198,6 +196,8 @@ class Loop:
         """Load the checkpoint of this step: position, metrics, models and optimizers."""
         reader, state = self.checkpoints.load(step)
         self.step, self._saved = step, step
+        if self.config.train.epochs is not None:  # what an epoch is may have changed since the run began, but not the run's end
+            self.total = state.get("total", total_steps_before_draws(self.config.train, self.runners))
         self.before = self.latest = Evaluation(state["metrics"], state["best"], state.get("waited", 0))
         self.evaluated = state.get("evaluated", False)  # only in checkpoints of older versions
         if found := self.checkpoints.evaluation(step):
@@ -216,7 +216,7 @@ class Loop:
 
     def _evaluate(self) -> bool:
         """Evaluate at this step. Return False if the run must stop before the evaluation is complete."""
-        self._check_finite()
+        self._read()
         began = time.perf_counter()
         if self.eval_set is not None:
             with models_to_evaluate(self.models, self.runners, self.world) as models:
@@ -237,7 +237,7 @@ class Loop:
                 folder = self.pictures.draw(models, self.step)
             if folder is not None:
                 self.tracker.pictures(self.step, folder)
-        self._leave_out_of_rates(began)
+        self.rates.leave_out(began)
         return True
 
     def _draw_figures(self) -> None:
@@ -249,12 +249,13 @@ class Loop:
         """Start to save a checkpoint of this step, unless that was done already."""
         if self._saved == self.step:
             return
-        began = time.perf_counter()
-        self._check_finite()
+        self._read()
+        began = time.perf_counter()  # after the device is done: the steps before the save count in the rates
         self.tracker.flush()
         found = self.latest if self.evaluated and self.eval_set is not None else None
         state = {
-            "step": self.step, "metrics": self.before.metrics, "best": self.before.best, "waited": self.before.waited,
+            "step": self.step, "total": self.total,
+            "metrics": self.before.metrics, "best": self.before.best, "waited": self.before.waited,
             "samples": restore.sample_counts(self.setup), "tied": self.tied, "facts": self.setup.facts,
             "updates": {runner.update.name: runner.state() for runner in self.runners},
             task_state.KEY: task_state.values(self.task),
@@ -266,7 +267,7 @@ class Loop:
         if self.checkpoints.superseded:
             raise self._superseded()
         self._saved = self.step
-        self._leave_out_of_rates(began)
+        self.rates.leave_out(began)
 
     def _superseded(self) -> TrainingError:
         return TrainingError(f"step {self.step}: {self.checkpoints.wait()}",
@@ -303,36 +304,19 @@ class Loop:
 
     def _log(self) -> None:
         """Report the losses, learning rates and rates since the last logged step. Waits for the device."""
-        steps = self.step - self._logged_at[0]
-        self._check_finite()
-        event = {"event": "step", "step": self.step, "total": self.total}
-        single = len(self.runners) == 1
-        for runner in self.runners:
-            prefix = "" if single else f"{runner.update.name}/"
-            event[f"{prefix}loss"] = runner.last_loss()
-            event[f"{prefix}lr"] = runner.lr
-            event[f"{prefix}grad_norm"] = runner.norm.item()
+        event = {"event": "step", "step": self.step, "total": self.total, "unit": self.task.unit}
+        readings = self._read()
+        for runner, reading in zip(self.runners, readings):
+            prefix = "" if len(self.runners) == 1 else f"{runner.update.name}/"
+            event |= {f"{prefix}loss": reading.loss, f"{prefix}lr": runner.lr, f"{prefix}grad_norm": reading.norm}
             if runner.skipped:
                 event[f"{prefix}skipped"] = runner.skipped
-        counters = [runner.read_counters() for runner in self.runners]
-        seconds = max(time.perf_counter() - self._logged_at[1], 1e-9)  # the device is done: the lines above waited for it
-        event |= {
-            "rate": counters[0][0] / seconds, "unit": self.task.unit,
-            "data_wait": sum(wait_s for _, wait_s in counters) / seconds,
-            "eta_s": (self.total - self.step) * seconds / max(steps, 1),
-        }
-        self.tracker.step(event)
-        self._logged_at = (self.step, time.perf_counter())
+        leader = self.runners.index(defines_epochs(self.runners))
+        self.tracker.step(event | self.rates.measured(self.step, self.total, readings, leader))
 
-    def _leave_out_of_rates(self, began: float) -> None:
-        """Do not count the time since `began` in the rates of the next logged step."""
-        step, since = self._logged_at
-        self._logged_at = (step, since + time.perf_counter() - began)
-
-    def _check_finite(self) -> None:
+    def _read(self) -> list[Reading]:
         # Called before the run logs, evaluates or saves: none of these may happen after a gradient or loss that is not finite.
-        for runner in self.runners:
-            runner.check_finite()
+        return read(self.runners)
 
     def _finish(self) -> int:
         """Save and close after the last step. Return the exit code."""

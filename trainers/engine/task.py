@@ -72,11 +72,12 @@ class Loss(NamedTuple):
 
     Attributes:
         sum: scalar with its autograd graph: the loss summed over `count` items.
-        count: number of items (images, tokens).
+        count: number of items (images, tokens): a number, or a scalar on the rank's device, which spares the host a wait
+            (`mask.sum()`). In half precision it would not be exact.
     """
 
     sum: Tensor
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls on a Loss
+    count: int | Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls on a Loss
 
 
 # By name, (sum, count): the engine adds up both over all batches and ranks, then divides the sum by the count. The two may have
@@ -88,7 +89,16 @@ Measures = Mapping[str, tuple[Tensor, Tensor | int] | Tensor]
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer, the model that it trains and the loss that it lowers. A classifier has one update, a GAN has two."""
+    """One optimizer, the model that it trains and the loss that it lowers. A classifier has one update, a GAN has two.
+
+    Updates are counted as follows. `train.steps` are training steps, in each of which every update takes its `draws` optimizer
+    steps. An epoch of `train.epochs` is one pass over the training set by the update that draws most (of several, the first);
+    an update that draws less passes more slowly. The learning rate of an update follows its own optimizer steps, so that
+    `optim.warmup` counts these too. Updates draw the samples in orders of their own.
+
+    While the loss of an update runs, only the model that it trains requires gradients. The gradient flows through other models,
+    so a GAN's generator learns from its critic, and a critic's loss needs no `torch.no_grad` around the generator.
+    """
 
     name: str                                             # different from the task's other updates
     trains: str                                           # name of the model whose parameters the optimizer changes

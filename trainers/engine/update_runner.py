@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import time
+from dataclasses import dataclass
 from typing import Any, Mapping, Sequence
 
 import torch
@@ -18,6 +21,7 @@ from trainers.engine.batches.sampling import NUMPY
 from trainers.engine.ema import Average
 from trainers.engine.groups import ParameterGroup, grouped
 from trainers.engine.parallel.buffers import replaced, snapshot
+from trainers.engine.parallel.gradients import without_gradients
 from trainers.engine.parallel.strategy import Strategy
 from trainers.engine.precision import LossScale, autocast
 from trainers.engine.schedule import learning_rate
@@ -27,6 +31,39 @@ from trainers.engine.world import World
 HINT = "lower optim.lr, set optim.clip_norm, or use train.precision=fp32; the checkpoints of earlier steps are whole"
 CHECK_EVERY = 100  # optimizer steps after which gradients are checked, even if nothing was logged or saved meanwhile
 MOST_SKIPS = 25    # steps skipped in a row: 25 halvings bring the loss scale of fp16 from 2**16 to below 1
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Numbers of one update, read from the device after a training step.
+
+    Attributes:
+        loss: mean loss of the last optimizer step over its global batch.
+        norm: norm of the last optimizer step's gradients before clipping.
+        items: items of all losses of this attempt, over all ranks.
+        data_wait_s: seconds in which this rank has waited for batches in this attempt.
+    """
+
+    loss: float
+    norm: float
+    items: float
+    data_wait_s: float
+
+    @classmethod
+    def nothing(cls) -> Reading:
+        """Return the reading of an update that has not taken a step."""
+        return cls(0.0, 0.0, 0.0, 0.0)
+
+
+def read(runners: Sequence[UpdateRunner]) -> list[Reading]:
+    """Read the numbers of all updates in one copy from the device. Waits for the device.
+
+    Raises:
+        TrainingError: a gradient since the last reading, or the last loss, is not finite, or fp16 skipped more than MOST_SKIPS
+            steps in a row.
+    """
+    rows = torch.stack([runner.packed() for runner in runners]).tolist()
+    return [runner.checked(values) for runner, values in zip(runners, rows)]
 
 
 class UpdateRunner:
@@ -69,16 +106,18 @@ class UpdateRunner:
         self.applied = self.skipped = self.skipped_in_row = 0
         self.lr = self.optim.lr
         self.average: Average | None = None
-        self._data_wait_s = 0.0  # seconds spent making batches since the last call of `read_counters`
-        self._items = torch.zeros((), dtype=torch.float64, device=world.device)  # items since then, over all ranks
+        trained = set(model.parameters())
+        self._untrained = [parameter for other in self.all_models for parameter in other.parameters()
+                           if parameter.requires_grad and parameter not in trained]
+        self._data_wait_s = 0.0  # seconds in which this rank has waited for batches
+        self._items = torch.zeros((), dtype=torch.float64, device=world.device)  # items of all losses, over all ranks
         self._last = torch.zeros(2, dtype=torch.float64, device=world.device)  # [loss sum, count] of the last step
         # (draw, norms of the gradients, names of their parameters) of each step since the last check
         self._norms: list[tuple[int, Tensor, Sequence[str | None]]] = []
 
-    @property
-    def norm(self) -> Tensor:
-        """The norm of the last step's gradients before clipping, a scalar on the device."""
-        return self.sharded.norm
+    def draws(self, step: int) -> range:
+        """Return the numbers of the global batches that this update takes in training step `step` (from 0)."""
+        return range(step * self.update.draws, (step + 1) * self.update.draws)
 
     def take_step(self, draw: int, total: int) -> None:
         """Do one optimizer step on one global batch.
@@ -122,16 +161,22 @@ class UpdateRunner:
         if not self.loss_scale.enabled:
             self._norms.append((draw, self.sharded.norms, self.sharded.norm_names))
             if not applied or len(self._norms) == CHECK_EVERY:
-                self.check_finite()
+                read([self])
 
     def _accumulate(self, draw: int, factor: float = 1.0) -> Tensor:
         """Run forward and backward over this rank's micro-batches of global batch `draw`.
 
+        Models that this update does not train get no gradients: the gradient only flows through them.
+
         Returns:
             [loss sum, count] of this rank, float64 [2], on the device.
         """
-        loss_sum = torch.zeros((), device=self.world.device)
-        count = 0
+        with without_gradients(self._untrained):
+            return self._accumulate_trained(draw, factor)
+
+    def _accumulate_trained(self, draw: int, factor: float) -> Tensor:
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        count: float = 0  # of the losses that count on the host
         # The strategies average gradients over ranks. Multiplying by the number of ranks makes the average a sum.
         scale = factor * self.loss_scale.scale * self.world.size / self.split.batch
         shares = self.samples.shares(draw, self.world.rank, self.world.size)
@@ -146,17 +191,21 @@ class UpdateRunner:
                 loss = self._loss(batch)
                 heartbeat.beat()
                 self.sharded.backward(loss.sum * (0.0 if share.filler else scale))
-            if not share.filler:
-                loss_sum += loss.sum.detach()
+            if share.filler:
+                continue
+            sums[0] += loss.sum.detach()  # in fp64, also if the loss is in half precision
+            if isinstance(loss.count, Tensor):
+                sums[1] += loss.count
+            else:
                 count += loss.count
-        return torch.stack([loss_sum.double(), loss_sum.new_full((), count, dtype=torch.float64)])
+        sums[1] += count
+        return sums
 
     def _loss(self, batch: Any) -> Loss:
         with autocast(self.config.train.precision, self.world.device):
             loss = self.update.loss(self.models, batch)
-        if not isinstance(loss, Loss):
-            raise UserError(f"the loss of update `{self.update.name}` is a {type(loss).__name__}, but must be "
-                            "Loss(sum, count) of trainers.engine.task",
+        if fault := _fault(loss):
+            raise UserError(f"the loss of update `{self.update.name}` {fault}",
                             "return Loss(the loss summed over all items, the number of items): README, \"A task of your own\"")
         return loss
 
@@ -172,43 +221,37 @@ class UpdateRunner:
         self._clear_gradients()
         self._data_wait_s = 0.0
 
-    def check_finite(self) -> None:
-        """Check that all gradients since the last check, and the last loss, are finite. Waits for the device.
+    def packed(self) -> Tensor:
+        """Return the numbers that `checked` expects, float64 [5], on the device."""
+        norms = [norms for _, norms, _ in self._norms]
+        finite = torch.cat(norms).isfinite().all() if norms else torch.ones(())
+        return torch.stack([*self._last, *(value.to(self._last) for value in (self.sharded.norm, self._items, finite))])
+
+    def checked(self, values: Sequence[float]) -> Reading:
+        """Return the reading of the values that `packed` returned.
 
         Raises:
-            TrainingError: a gradient or the loss is not finite, or fp16 skipped more than MOST_SKIPS steps in a row.
+            TrainingError: as `read` describes.
         """
+        loss, count, norm, items, finite = values
         steps, self._norms = self._norms, []
-        if steps and not torch.cat([norms for _, norms, _ in steps]).isfinite().all():
+        loss /= max(count, 1.0)
+        if not finite:
             for draw, norms, names in steps:
-                if not all(finite := norms.isfinite().tolist()):
-                    raise self._not_finite(draw, names[finite.index(False)])
+                if not all(each := norms.isfinite().tolist()):
+                    raise self._not_finite(draw, names[each.index(False)], loss)
         step = (self.applied + self.skipped - 1) // self.update.draws + 1
         if self.skipped_in_row > MOST_SKIPS:
             raise TrainingError(f"the gradients of update `{self.update.name}` overflowed in {self.skipped_in_row} steps in a "
                                 f"row, up to step {step}", "lower optim.lr, or use train.precision=bf16 or fp32")
-        if not torch.isfinite(self._last).all() and not self.skipped_in_row:
-            raise TrainingError(f"the loss of update `{self.update.name}` is {self.last_loss()} at step {step}", HINT)
+        if not (math.isfinite(loss) and math.isfinite(count)) and not self.skipped_in_row:
+            raise TrainingError(f"the loss of update `{self.update.name}` is {loss} at step {step}", HINT)
+        return Reading(loss, norm, items, self._data_wait_s)
 
-    def _not_finite(self, draw: int, name: str | None) -> TrainingError:
+    def _not_finite(self, draw: int, name: str | None, loss: float) -> TrainingError:
         parameter = f"`{name}`" if name else "a parameter"
         return TrainingError(f"update `{self.update.name}`, step {draw // self.update.draws + 1}: the gradient of {parameter} "
-                             f"is not finite (the last loss is {self.last_loss():g})", HINT)
-
-    def last_loss(self) -> float:
-        """Return the mean loss of the last step over its global batch. Waits for the device."""
-        loss, count = self._last.tolist()
-        return loss / max(count, 1.0)
-
-    def read_counters(self) -> tuple[float, float]:
-        """Return (items over all ranks, seconds spent making batches on this rank) since the last call, and reset both.
-
-        Waits for the device.
-        """
-        values = self._items.item(), self._data_wait_s
-        self._items.zero_()
-        self._data_wait_s = 0.0
-        return values
+                             f"is not finite (the last loss is {loss:g})", HINT)
 
     def state(self) -> dict[str, Any]:
         """Return the order of the samples, the counters and the loss scale, for a checkpoint's state.json."""
@@ -220,3 +263,27 @@ class UpdateRunner:
         self.samples.continue_in(state.get("order", NUMPY))  # older versions had one order, and did not name it
         self.applied, self.skipped, self.skipped_in_row = state["applied"], state["skipped"], state["in_row"]
         self.loss_scale.load_state(state["scale"])
+
+
+def _fault(loss: object) -> str | None:
+    """Return in words what is wrong with the loss that a task returned; None if it can be trained on."""
+    if not isinstance(loss, Loss):
+        return f"is a {type(loss).__name__}, but must be Loss(sum, count) of trainers.engine.task"
+    total, count = loss
+    if not isinstance(total, Tensor) or total.ndim or not total.is_floating_point():
+        return f"has {_described(total)} as its sum, but the sum must be a tensor of one number"
+    if not total.requires_grad:
+        return ("does not depend on the parameters that the update trains: the sum was computed without gradients (under "
+                "torch.no_grad, or from detached values), or from other models alone")
+    if isinstance(count, Tensor):
+        if count.ndim or count.is_complex() or count.dtype in (torch.bfloat16, torch.float16):
+            return f"has {_described(count)} as its count, but the count must be one number, of integers or fp32"
+    elif not isinstance(count, numbers.Real):
+        return f"has {_described(count)} as its count, but the count must be one number"
+    return None
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +15,7 @@ from trainers.contract.errors import TrainingError, UserError
 from trainers.engine.parallel.ddp import Ddp
 from trainers.engine.precision import LossScale
 from trainers.engine.task import Loss, Update
-from trainers.engine.update_runner import UpdateRunner
+from trainers.engine.update_runner import UpdateRunner, read
 from trainers.engine.world import World
 
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
@@ -56,11 +60,11 @@ class Heads(nn.Module):
         return (self.first if self.calls % 2 else self.second)(self.body(tokens)) * factor
 
 
-def make_runner(update=None, momentum=0.0, model=None, name="sgd", **train) -> UpdateRunner:
-    config = RunConfig(name="x", task="x:X", train=Train(steps=5, batch_size=8, **train),
+def make_runner(update=None, momentum=0.0, model=None, other=None, name="sgd", **train) -> UpdateRunner:
+    config = RunConfig(name="x", task="x:X", train=Train(**{"steps": 5, "batch_size": 8, **train}),
                        optim=Optim(name=name, lr=0.1, momentum=momentum))
     torch.manual_seed(0)
-    models = {"model": model or nn.Linear(4, 1), "other": nn.Linear(4, 4)}
+    models = {"model": model or nn.Linear(4, 1), "other": other or nn.Linear(4, 4)}
     update = update or Update("model", trains="model", loss=token_loss)
     return UpdateRunner(update, config, WORLD, Ddp(WORLD, config), Sentences(), models)
 
@@ -75,21 +79,30 @@ def test_micro_batches_give_the_gradient_of_the_mean_over_all_tokens(micro):
     runner.take_step(3, 5)
     for parameter, old, gradient in zip(runner.models["model"].parameters(), before, expected):
         torch.testing.assert_close(parameter.detach(), old - 0.1 * gradient)
-    assert runner.last_loss() == pytest.approx((total / count).item())
-    assert runner.read_counters()[0] == count and runner.read_counters()[0] == 0
+    assert read([runner])[0].loss == pytest.approx((total / count).item())
+    assert read([runner])[0].items == count
+    runner.take_step(3, 5)
+    assert read([runner])[0].items == 2 * count
 
 
-def test_gradients_in_the_model_of_another_update_are_cleared():
+def test_the_gradient_flows_through_a_model_that_the_update_does_not_train():
+    seen = []
+
     def loss(models, batch):
         tokens, counted = batch
-        return Loss(models["model"](models["other"](tokens)).pow(2).sum(), int(counted.sum()))
+        seen.append([p.requires_grad for p in models["other"].parameters()])
+        return Loss(models["other"](models["model"](tokens).expand(-1, -1, 4)).pow(2).sum(), int(counted.sum()))
 
-    runner = make_runner(Update("model", trains="model", loss=loss))
+    model = nn.Linear(4, 1)
+    model.bias.requires_grad_(False)
+    other = nn.Linear(4, 4)
+    other.bias.requires_grad_(False)  # frozen by the task
+    runner = make_runner(Update("model", trains="model", loss=loss), model=model, other=other)
+    before = model.weight.detach().clone()
     runner.take_step(0, 5)
-    assert runner.models["other"].weight.grad is not None  # the gradient flows through both models
-    runner._clear_gradients()
-    assert all(p.grad is None for model in runner.all_models for p in model.parameters())
-    assert len(runner.sharded.optimizer.param_groups[0]["params"]) == 2
+    assert seen == [[False, False]] and other.weight.grad is None
+    assert other.weight.requires_grad and not other.bias.requires_grad
+    assert not torch.equal(model.weight, before) and model.weight.requires_grad and not model.bias.requires_grad
 
 
 def test_a_step_that_fp16_skips_does_not_count_as_applied():
@@ -133,7 +146,7 @@ def test_the_first_gradient_that_was_not_finite_is_named_even_if_the_check_comes
     for draw in range(4):
         runner.take_step(draw, 5)
     with pytest.raises(TrainingError, match="update `model`, step 3: the gradient of `first.weight` is not finite"):
-        runner.check_finite()
+        read([runner])
 
 
 def test_gradients_are_checked_regularly_even_if_nothing_is_logged(monkeypatch):
@@ -164,7 +177,74 @@ def test_a_parameter_may_get_its_first_gradient_after_others():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_loss_that_is_not_a_loss_is_refused_and_named():
-    update = Update("critic", trains="model", loss=lambda models, batch: token_loss(models, batch).sum)
-    with pytest.raises(UserError, match=r"the loss of update `critic` is a Tensor, but must be Loss\(sum, count\)"):
+@pytest.mark.parametrize("change, message", [
+    (lambda loss: loss.sum, r"is a Tensor, but must be Loss\(sum, count\)"),
+    (lambda loss: Loss(loss.sum.expand(3), 3), r"has a float32 tensor of shape \[3\] as its sum"),
+    (lambda loss: Loss(loss.sum.item(), 3), "has a float as its sum"),
+    (lambda loss: Loss(loss.sum.detach(), 3), "does not depend on the parameters that the update trains"),
+    (lambda loss: Loss(loss.sum, torch.ones(3)), r"has a float32 tensor of shape \[3\] as its count"),
+    (lambda loss: Loss(loss.sum, torch.tensor(3).bfloat16()), r"has a bfloat16 tensor of shape \[\] as its count"),
+    (lambda loss: Loss(loss.sum, None), "has a NoneType as its count"),
+])
+def test_a_loss_that_cannot_be_trained_on_is_refused_and_named(change, message):
+    update = Update("critic", trains="model", loss=lambda models, batch: change(token_loss(models, batch)))
+    with pytest.raises(UserError, match=f"the loss of update `critic` {message}"):
         make_runner(update).take_step(0, 5)
+
+
+def test_a_loss_without_any_gradient_of_the_trained_model_is_refused():
+    """The loss has a graph, but the graph does not reach the model."""
+    free = nn.Parameter(torch.ones(()))
+    with pytest.raises(UserError, match="no parameter that is trained has got a gradient"):
+        make_runner(Update("critic", trains="model", loss=lambda models, batch: Loss(free * 2, 1))).take_step(0, 5)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.float32, torch.float64])
+def test_a_count_on_the_device_gives_the_same_steps_as_a_number(kind):
+    def counted_on_device(models, batch):
+        loss = token_loss(models, batch)
+        return Loss(loss.sum, batch[1].sum().to(kind))
+
+    on_host = make_runner(micro_batch_size=2)
+    on_device = make_runner(Update("model", trains="model", loss=counted_on_device), micro_batch_size=2)
+    for draw in range(3):
+        on_host.take_step(draw, 5)
+        on_device.take_step(draw, 5)
+    assert read([on_host]) == [replace(read([on_device])[0], data_wait_s=read([on_host])[0].data_wait_s)]
+    assert all(map(torch.equal, on_host.sharded.model.parameters(), on_device.sharded.model.parameters()))
+
+
+def test_losses_in_half_precision_are_summed_in_fp32():
+    """A sum in bf16 would leave out every loss after the first."""
+    losses = iter([256.0, 1, 1, 1, 1, 1, 1])
+
+    def loss(models, batch):
+        return Loss((models["model"].bias.sum() * 0 + next(losses)).bfloat16(), 1)
+
+    runner = make_runner(Update("model", trains="model", loss=loss), batch_size=7, micro_batch_size=1)
+    runner.take_step(0, 5)
+    assert read([runner])[0].loss == pytest.approx(262 / 7)
+
+
+def test_a_step_that_is_not_logged_reads_nothing_from_the_device(monkeypatch):
+    reads = Counter()
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def counting(tensor, *args, name=name, original=original):
+            # On a CPU only, a step asks whether the factor on the gradients is 1.
+            if sys._getframe(1).f_code.co_name != "step":
+                reads[name] += 1
+            return original(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counting)
+    critic = make_runner(Update("critic", trains="model", loss=lambda models, batch: Loss(
+        models["model"](batch[0]).squeeze(-1).pow(2).mul(batch[1]).sum(), batch[1].sum()), draws=3))
+    generator = make_runner(Update("model", trains="model", loss=lambda models, batch: Loss(
+        models["model"](batch[0]).sum(), len(batch[0]))))
+    for step in range(4):
+        for runner in (critic, generator):
+            for draw in runner.draws(step):
+                runner.take_step(draw, 20)
+    assert not reads
+    assert len(read([critic, generator])) == 2 and reads == {"tolist": 1}

@@ -43,7 +43,7 @@ class Ddp:
         if model not in self._wrapped:
             # torch declares a compiled module as a callable.
             module = cast(nn.Module, torch.compile(model)) if self.config.compile else model
-            self._wrapped[model] = self.accelerator.prepare_model(module) if self.accelerator else module
+            self._wrapped[model] = _ddp(self.accelerator, module) if self.accelerator else module
         return DdpModel(self._wrapped[model], model, make_optimizer(optim, model, groups))
 
     def clear_gradients(self, models: Iterable[nn.Module]) -> None:
@@ -60,10 +60,16 @@ def _accelerator(world: World) -> Accelerator:
     return Accelerator(
         cpu=world.device.type == "cpu",
         mixed_precision="no",  # the engine sets the precision; this ignores ACCELERATE_MIXED_PRECISION
-        # The loop shares buffers once a step. DDP would share them in every forward, and a backward through two forwards then
-        # fails, because DDP has written into the buffers in between.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+
+
+def _ddp(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    wrapped = accelerator.prepare_model(module)
+    # The loop shares buffers once a step. DDP would share them in every forward, and a backward through two forwards then fails,
+    # because DDP has written into the buffers in between. As an argument of DDP, torch 2.14 calls this deprecated.
+    wrapped.broadcast_buffers = False
+    return wrapped
 
 
 class DdpModel(ShardedModel):

@@ -6,6 +6,7 @@ while the block computes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -64,6 +65,9 @@ class Fsdp:
             if self.config.compile:
                 module.compile()  # before sharding, so that the hooks of fully_shard stay outside the compiled code
             fully_shard(module, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.register_forward_pre_hook(functools.partial(_copy_flags, _own_parameters(module)))
         for buffer in model.buffers():
             buffer.data = buffer.data.to(self.world.device)
         return model
@@ -109,6 +113,26 @@ class FsdpModel(ShardedModel):
         squares = super()._norms(gradients).square()
         dist.all_reduce(squares)
         return squares.sqrt()
+
+
+Places = list[tuple[nn.Module, str, nn.Parameter]]  # (module, name of the parameter in it, sharded parameter)
+
+
+def _own_parameters(module: nn.Module) -> Places:
+    """Return the parameters that `fully_shard` gathers for this module, without those of sharded modules inside."""
+    places = [(module, name, parameter) for name, parameter in module.named_parameters(recurse=False)]
+    for child in module.children():
+        places += [] if isinstance(child, FSDPModule) else _own_parameters(child)
+    return places
+
+
+def _copy_flags(places: Places, *_: object) -> None:
+    """Let gathered parameters require gradients as the sharded ones do: updates change that from turn to turn. Runs after the
+    hook that gathers them."""
+    for module, name, sharded in places:
+        gathered = getattr(module, name)
+        if gathered.requires_grad != sharded.requires_grad:
+            gathered.requires_grad_(sharded.requires_grad)
 
 
 def _shares_no_parameter(block: nn.Module, model: nn.Module) -> bool:

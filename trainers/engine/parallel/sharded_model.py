@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from trainers.contract.errors import UserError
 from trainers.engine.parallel.fragments import Fragment, optimizer_slots
 
 Shapes = Mapping[str, tuple[int, ...]]  # the shapes of a checkpoint's tensors, by name
@@ -58,8 +59,14 @@ class ShardedModel:
 
         Returns:
             Whether the optimizer took the step.
+
+        Raises:
+            UserError: the loss does not depend on the trained model.
         """
         gradients = [self._local(p.grad) for p in self._parameters if p.grad is not None]
+        if not gradients:
+            raise UserError("no parameter that is trained has got a gradient", "compute the loss from the model that the update "
+                            "trains, without torch.no_grad and without detached values")
         self.norm_names = self._names if len(gradients) == len(self._names) else [
             name for name, p in zip(self._names, self._parameters) if p.grad is not None]
         self.norms = self._norms(gradients)
