@@ -1,6 +1,7 @@
 """Measure the memory of the ranks under each strategy, next to the memory that `launch plan` expects.
 
-    python tests/benchmarks/memory.py [--width 1024] [--depth 16] [--ranks 4] [--accumulation 1] [strategy[+offload]...]
+    python tests/benchmarks/memory.py [--width 1024] [--depth 16] [--ranks 4] [--accumulation 1] [--ema 0.99]
+        [strategy[+offload]...]
 
 The model is the small Transformer of the tests, made large (1024 x 16: 202M parameters). The batches are so small that their
 activations do not matter. Each CPU rank reports how far its resident memory rose above its memory before the model was made:
@@ -75,7 +76,7 @@ def measure(args: argparse.Namespace, strategy: str) -> list[int]:
             [sys.executable, "-P", "-m", "launch", str(spec), "--procs", str(args.ranks), "--strategy", name,
              f"train.batch_size={args.ranks * args.accumulation}", "train.micro_batch_size=1", "train.steps=100",
              f"model.width={args.width}", f"model.depth={args.depth}", "model.heads=8", f"train.offload={offload or 'none'}",
-             f"optim.name={args.optim}", f"train.precision={args.precision}", *args.keys],
+             f"optim.name={args.optim}", f"train.precision={args.precision}", f"train.ema={args.ema or 'null'}", *args.keys],
             cwd=folder, env=env, capture_output=True, text=True, check=False)
         peaks = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(args.ranks)
                  if Path(folder, str(rank)).exists()]
@@ -90,6 +91,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--optim", default="adamw")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--ema", type=float, default=None)
     parser.add_argument("--keys", nargs="*", default=[], help="more overrides of the run, KEY=VALUE")
     parser.add_argument("strategies", nargs="*", default=["ddp", "zero1", "zero2", "zero3", "fsdp"])
     args = parser.parse_args()
@@ -104,7 +106,7 @@ def main() -> None:
         first = first or most
         name, _, offload = strategy.partition("+")
         train = {"steps": 1, "batch_size": args.ranks * args.accumulation, "micro_batch_size": 1, "strategy": name,
-                 "offload": offload or "none", "precision": args.precision}
+                 "offload": offload or "none", "precision": args.precision, "ema": args.ema}
         spec = RunConfig(name="run", task="sentences:Counting", train=train, optim={"name": args.optim})
         expected_bytes = expected(spec, counts, args.ranks, "cpu").total
         print(f"{strategy:20}  {most / 2**20:9.0f}  {most / first:8.2f}  {expected_bytes / 2**20:9.0f}  "

@@ -14,7 +14,7 @@ from trainers.config.counts import Counts
 from trainers.config.deepspeed_json import STAGES, deepspeed_config
 
 if TYPE_CHECKING:
-    from trainers.config.schema import Optim, RunConfig
+    from trainers.config.schema import RunConfig
 
 FULL, HALF = 4, 2  # bytes of a number
 
@@ -25,7 +25,7 @@ class Memory:
 
     parameters: int          # with the fp32 copies that ZeRO updates
     gradients: int
-    optimizer: int           # the optimizer's states
+    optimizer: int           # the optimizer's states, and averaged weights
     buffers: int             # the model's own buffers, and buffers that collect gradients for communication
     gathered: int = 0        # whole parameters and gradients, or half-precision copies, during computation
     host: int = 0            # moved to the host's memory (`train.offload`)
@@ -68,18 +68,17 @@ def expected(config: RunConfig, counts: Counts, ranks: int, device: str) -> Memo
     return replace(memory, buffers=memory.buffers + FULL * counts.buffers)
 
 
-def states(optim: Optim) -> int:
-    """Return how many numbers the optimizer keeps for each parameter."""
-    if optim.name == "sgd":
-        return int(optim.momentum > 0)
-    return 2
+def states(config: RunConfig) -> int:
+    """Return how many numbers lie beside each parameter: the optimizer's states, and the averaged weight (`train.ema`)."""
+    optim = config.optim
+    return (int(optim.momentum > 0) if optim.name == "sgd" else 2) + (config.train.ema is not None)
 
 
 def _ddp(config: RunConfig, counts: Counts, ranks: int) -> Memory:
     whole = FULL * counts.parameters
     # Gradients lie in DDP's buckets. With accumulation, the gradients of earlier micro-batches lie outside the buckets.
     outside = whole if ranks > 1 and _accumulation(config, ranks) > 1 else 0
-    return Memory(parameters=whole, gradients=whole + outside, optimizer=states(config.optim) * whole, buffers=0,
+    return Memory(parameters=whole, gradients=whole + outside, optimizer=states(config) * whole, buffers=0,
                   gathered=_casts(config, counts))
 
 
@@ -88,7 +87,7 @@ def _fsdp(config: RunConfig, counts: Counts, ranks: int) -> Memory:
     and the previous block's gradients while they cross ranks. Parameters outside of blocks are held all the time, and their
     gradients twice at the end."""
     shard = FULL * _part(counts.parameters, ranks)
-    held = states(config.optim) * shard
+    held = states(config) * shard
     half = HALF if config.train.precision in ("bf16", "fp16") else FULL
     block = counts.block or counts.rest
     in_blocks = (3 * half + FULL) * counts.block
@@ -105,7 +104,7 @@ def _zero12(config: RunConfig, counts: Counts, ranks: int) -> Memory:
     gradients cross ranks."""
     whole, part = FULL * counts.parameters, FULL * _part(counts.parameters, ranks)
     bucket = FULL * min(_bucket(config, ranks), counts.parameters)
-    optimizer = states(config.optim) * part
+    optimizer = states(config) * part
     accumulating = _accumulation(config, ranks) > 1
     if config.train.strategy == "zero1":  # all gradients exist when the first bucket is sent; each sent bucket frees room
         gradients, buffers = whole, max(bucket, part)
@@ -129,7 +128,7 @@ def _zero3(config: RunConfig, counts: Counts, ranks: int) -> Memory:
     step holds a second copy of the gradients instead.
     """
     part = FULL * _part(counts.parameters, ranks)
-    optimizer = states(config.optim) * part
+    optimizer = states(config) * part
     bucket = FULL * min(_bucket(config, ranks), counts.parameters)
     ahead = min(_setting(config, ranks, "stage3_prefetch_bucket_size"), counts.parameters)
     # DeepSpeed gathers ahead until max_live_parameters are live. It keeps a parameter from forward to backward if fewer than

@@ -15,7 +15,18 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from trainers.config.batching import Batching
 from trainers.contract.home import expanded
@@ -146,6 +157,11 @@ class Group(Section):
     momentum: Fraction | None = Field(None, description="for sgd")
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None = Field(None, description="for adam and adamw")
     eps: PositiveFloat | None = Field(None, description="for adam and adamw")
+
+    @model_serializer(mode="wrap")
+    def _without_null(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Without this, most of a printed group would be null.
+        return {key: value for key, value in serialize(self).items() if value is not None}
 
     @property
     def patterns(self) -> list[str]:

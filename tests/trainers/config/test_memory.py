@@ -44,6 +44,14 @@ def test_with_more_ranks_each_rank_needs_less():
         assert totals == sorted(totals, reverse=True) and totals[1] < memory("ddp").total
 
 
+@pytest.mark.parametrize("strategy, share, offload", [("ddp", 1, "none"), ("zero2", 8, "none"), ("zero3", 8, "none"),
+                                                      ("fsdp", 8, "none"), ("zero2", 8, "optimizer"), ("fsdp", 8, "parameters")])
+def test_averaged_weights_lie_where_the_optimizers_states_lie(strategy, share, offload):
+    place = "optimizer" if offload == "none" else "host"
+    averaged, plain = memory(strategy, offload=offload, ema=0.99), memory(strategy, offload=offload)
+    assert getattr(averaged, place) - getattr(plain, place) == 4 * P / share
+
+
 def test_a_model_without_blocks_is_gathered_whole():
     without_blocks = expected(config("fsdp"), Counts(parameters=P, tensor=10**6), 8, "cuda")
     assert without_blocks.gathered >= 8 * P >= memory("fsdp").gathered * 50

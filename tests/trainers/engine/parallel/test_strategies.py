@@ -114,17 +114,31 @@ def test_four_ranks_resume_to_the_bit(ranks, tmp_path, name):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_more_settings_change_no_loss(ranks, tmp_path, name):
-    """Recomputed activations, states in host memory, DeepSpeed's own keys, compilation."""
+    """Recomputed activations, states in host memory, DeepSpeed's own keys, compilation; each with parameter groups and averaged
+    weights."""
     more = [{"train.checkpoint_activations": True}]
     more += {"zero1": [{"train.offload": "optimizer"}], "zero2": [{"train.offload": "optimizer"}],
              "zero3": [{"train.offload": "parameters"}], "fsdp": [{"train.offload": "parameters"}, {"train.compile": True}],
              "ddp": [{"train.compile": True}]}[name]
     if name.startswith("zero"):
         more += [{"train.deepspeed": {"zero_optimization": {"reduce_bucket_size": 5000, "overlap_comm": True}}}]
-    plain = ranks(2)("trained", root=tmp_path / "plain", keys={"train.strategy": name})[0]
+    plain = ranks(2)("trained", root=tmp_path / "plain", keys={"train.strategy": name, **GROUPS})[0]
     for number, keys in enumerate(more):
-        rows = ranks(2)("trained", root=tmp_path / str(number), keys={"train.strategy": name, **keys})[0]
+        rows = ranks(2)("trained", root=tmp_path / str(number), keys={"train.strategy": name, **GROUPS, **keys})[0]
         assert furthest(plain, rows) < 1e-5, keys
+
+
+def test_parameter_groups_are_the_same_under_every_strategy(ranks, tmp_path):
+    """Strategies change the classes of modules and flatten parameters."""
+    keys = {"optim.layer_decay": 0.5, "optim.decay_norms_and_biases": False}
+    found = [ranks(2)("groups", root=tmp_path / name, keys={"train.strategy": name, **keys})[0] for name in STRATEGIES]
+    print(found[0])
+    assert found[0] == (
+        "928 in 2 tensors (lr x0.125, weight_decay 0.01), 416 in 8 tensors (lr x0.25, weight_decay 0.0), "
+        "12,288 in 4 tensors (lr x0.25, weight_decay 0.01), 416 in 8 tensors (lr x0.5, weight_decay 0.0), "
+        "12,288 in 4 tensors (lr x0.5, weight_decay 0.01), 64 in 2 tensors (lr x1, weight_decay 0.0), "
+        "544 in 1 tensors (lr x1, weight_decay 0.01)")
+    assert found == [found[0]] * 5
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -227,7 +241,6 @@ def settings(keys):
 
 
 def loop_of(world, root, keys):
-    sys.path.append(str(SENTENCES))
     import sentences
 
     from trainers.contract.paths import RunPaths
@@ -269,6 +282,22 @@ def tested(world, root, keys):
     return {row["step"]: row["loss"] for row in rows if row["split"] == "eval"}, rows[-1]
 
 
+def groups(world, root, keys):
+    """Return the parameter groups of a model that names its blocks by their class, as transformers' models do."""
+    from sentences import Model
+
+    from trainers.engine.groups import described
+
+    Model._no_split_modules = ["Block"]
+    try:
+        loop = loop_of(world, root, keys)
+    finally:
+        del Model._no_split_modules
+    loop.stopping.close()
+    loop.checkpoints.close()
+    return described(loop.runners[0].groups)
+
+
 def cifar10(world, root, strategy, precision, synchronized=False):
     from launch.cluster.config import load_cluster
     from launch.plan.spec import load_spec
@@ -296,4 +325,5 @@ def error_of(world, root, keys):
 
 
 if __name__ == "__main__":
+    sys.path.append(str(SENTENCES))
     serve(globals())
