@@ -34,7 +34,7 @@ def test_what_a_model_was_trained_with_stays_with_it(launch):
         fill(launch.folder / "own" / name, ("1", "10", "2"), count=5, seed=1 + (name == "test"))
     done = launch("cifar10", "data=own", *ARGS)
     assert done.returncode == 0, done.stderr
-    assert "15 of validation/ for evaluation (test/ not used: data.eval_split chooses); 3 classes: 1, 10, 2" in done.stdout
+    assert "15 of validation/ for evaluation, 15 of test/ for the test at the end; 3 classes: 1, 10, 2" in done.stdout
     run = launch.run()
     assert record(run)["metrics"]["top1"] == 1.0
 
@@ -42,7 +42,10 @@ def test_what_a_model_was_trained_with_stays_with_it(launch):
         done = launch("eval", run.name, "--json", *words)
         return json.loads(done.stdout)["metrics"] if done.returncode == 0 else done.stderr
 
-    assert evaluated() == record(run)["metrics"]
+    metrics = record(run)["metrics"]
+    assert evaluated() == {name: value for name, value in metrics.items() if not name.startswith("test_")}
+    tested = evaluated("--step", "best", "data.eval_split=test")
+    assert metrics["test_loss"] == tested["loss"] != metrics["loss"] and metrics["test_class/10"] == tested["class/10"]
     # The statistics of other images would make dimmed images look like the training images.
     fill(launch.folder / "dim/test", ("1", "10", "2"), dim=True)
     assert evaluated("data=dim")["loss"] > 10 * record(run)["metrics"]["loss"]

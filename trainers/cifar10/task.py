@@ -21,7 +21,7 @@ from trainers.data.augment import Augment
 from trainers.data.folders import list_images
 from trainers.data.image_files import ImageFiles
 from trainers.data.image_folder import load_folder
-from trainers.data.images import Images, Statistics, as_trained, fetch_cifar10, load_cifar10, resident
+from trainers.data.images import Images, Statistics, as_trained, fetch_cifar10, load_cifar10, resident, to_evaluate
 from trainers.engine.task import Loss, Measures, Task
 from trainers.engine.world import World
 
@@ -60,7 +60,14 @@ class Cifar10(Task):
         train, test = resident(sets, world.device, data.size, Augment(data.pad, data.flip, data.cutout),
                                Statistics(trained["mean"], trained["std"]) if trained else None)
         self.statistics = train.statistics
+        self.final = sets.final
         return train, test
+
+    def test_set(self, world: World) -> Images | None:
+        """Return the images of `test/`, if the run evaluates another folder."""
+        if self.final is None:
+            return None
+        return to_evaluate(self.final, self.classes, world.device, self.config.data.size, self.statistics)
 
     def inputs(self, lines: Sequence[str], world: World) -> ImageFiles:
         """Return the images whose paths are the lines. Each is scaled and normalised as in training."""

@@ -18,6 +18,7 @@ TRAINING = ("train", "training")
 # The first that exists is used. A validation set comes before a test set: it decides which checkpoint is the best one, and a
 # test set that decides this says too much for the model.
 EVALUATION = ("val", "valid", "validation", "dev", "test", "testing")
+TEST = ("test", "testing")  # scored once at the end of a run, if another folder is for evaluation
 # Pillow opens these formats, but they are no pictures, or need a program that may be missing.
 NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
@@ -40,6 +41,7 @@ class Listing(NamedTuple):
     #   evaluation, evaluation_files: the name of the evaluation folder, and a hash of the names of its files; None without one
     deep: bool = False             # no class folder holds images itself, but only folders of images
     warning: str = ""              # what makes the evaluation doubtful
+    final: list[tuple[Path, int]] = []  # as `test`, of the folder that is scored once at the end; empty in an evaluation
 
 
 def list_images(path: Path, eval_fraction: float, eval_split: str | None = None,
@@ -90,17 +92,21 @@ def list_images(path: Path, eval_fraction: float, eval_split: str | None = None,
     if trained_on is None and len(files) == 1:
         raise UserError(f"{source} holds only one class folder, `{next(iter(files))}`, but a classifier needs two classes",
                         f"give {source / next(iter(files))} if the classes are in there; {LAYOUT}")
-    unused = [] if train is None else [f"{name}/" for name in names if path / name not in (train, test)]
+    classes = list(files)
+    end = next((folders[name] for name in TEST if name in folders), None) if train and test else None
+    finals = _test_images(end, classes, source) if end and end != test else None
+    unused = [] if train is None else [f"{name}/" for name in names
+                                       if path / name not in (train, test) and (finals is None or path / name != end)]
     passed = f" ({first_few(unused)} not used: data.eval_split chooses)" if unused else ""
     if test is not None:
-        classes = list(files)
         tests = _by_class(test, passed_over)
         _check_known(tests, classes, test, source)
         facts = {"files": hashed, "held_out": None, "evaluation": same_class(test.name),
                  "evaluation_files": _hash(tests)}
         return Listing(classes, _numbered(source, files), _numbered(test, tests, classes),
                        f"{path}: {_count(files)} images of {source.name}/ for training, {_count(tests)} of {test.name}/ for "
-                       f"evaluation{passed}", passed_over, facts, deep)
+                       "evaluation" + (f", {_count(finals)} of {end.name}/ for the test at the end" if end and finals else "") +
+                       passed, passed_over, facts, deep, final=_numbered(end, finals, classes) if end and finals else [])
     if trained_on is not None:
         return _to_evaluate(source, files, eval_fraction, trained_on, f"{path}: ", passed_over)
     kept, held = _hold_out(files, eval_fraction)
@@ -109,6 +115,17 @@ def list_images(path: Path, eval_fraction: float, eval_split: str | None = None,
         "every run)" if _count(held) else f"all {_count(files)} images are for training")
     return Listing(list(files), _numbered(source, kept), _numbered(source, held), about, passed_over,
                    {"files": hashed, "held_out": eval_fraction, "evaluation": None, "evaluation_files": None}, deep)
+
+
+def _test_images(folder: Path, classes: Sequence[str], train: Path) -> Files | None:
+    """Return the image files of a test folder; None if they are not images of the training classes in class folders, such as
+    unlabelled images: the run can do without them."""
+    try:
+        files = _by_class(folder, Counter())
+        _check_known(files, classes, folder, train)
+    except UserError:
+        return None
+    return files
 
 
 def _to_evaluate(source: Path, files: Files, eval_fraction: float, trained_on: Mapping[str, Any], where: str,

@@ -41,6 +41,8 @@ def load_folder(path: Path, size: int, world: World, *, eval_fraction: float = 0
         _describe(listing)
     files = [*listing.train, *listing.test]
     decoded = decode_all([file for file, _ in files], size, bits)
+    final = (Raw(decode_all([file for file, _ in listing.final], size, bits).pixels,
+                 np.array([label for _, label in listing.final])) if listing.final else None)
     labels, cut = np.array([label for _, label in files]), len(listing.train)
     if trained_on is None:
         _check_brightness(decoded, bits)
@@ -50,7 +52,7 @@ def load_folder(path: Path, size: int, world: World, *, eval_fraction: float = 0
     test = Raw(decoded.pixels[cut:], labels[cut:]) if listing.test else None
     train = Raw(decoded.pixels[:cut], labels[:cut]) if trained_on is None else test
     assert train is not None  # an evaluation has images to evaluate on
-    return RawSets(train, test, listing.classes, listing.facts)
+    return RawSets(train, test, listing.classes, listing.facts, final)
 
 
 def _describe(listing: Listing) -> None:

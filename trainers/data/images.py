@@ -38,6 +38,7 @@ class RawSets(NamedTuple):
     test: Raw | None
     classes: list[str]
     facts: Mapping[str, Any] = {}  # `Listing.facts`, if the training images are from a folder
+    final: Raw | None = None       # images that are scored once, at the end of a run
 
 
 class Statistics(NamedTuple):
@@ -109,10 +110,14 @@ def resident(sets: RawSets, device: torch.device, size: int, augment: Augment, s
     Both are normalised by `statistics`; None: by those of the training set.
     """
     train = _resized(sets.train, size)
-    test = _resized(sets.test, size) if sets.test else None
     mean, std = statistics or mean_and_std(train.pixels)
     return (Images(train, sets.classes, device, mean=mean, std=std, augment=augment),
-            Images(test, sets.classes, device, mean=mean, std=std) if test else None)
+            to_evaluate(sets.test, sets.classes, device, size, Statistics(mean, std)) if sets.test else None)
+
+
+def to_evaluate(raw: Raw, classes: list[str], device: torch.device, size: int, statistics: Statistics) -> Images:
+    """Return images on `device` as an evaluation sees them: scaled to `size` pixels a side, normalised, not augmented."""
+    return Images(_resized(raw, size), classes, device, mean=statistics.mean, std=statistics.std)
 
 
 def mean_and_std(pixels: np.ndarray) -> Statistics:

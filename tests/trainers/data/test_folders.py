@@ -36,8 +36,20 @@ def test_validation_decides_before_test(tmp_path, names, chosen):
     assert folders_of(listing.test) == {chosen} and len(listing.train) == 8
     assert listing.facts["held_out"] is None and listing.facts["evaluation"] == chosen
     assert f"8 images of train/ for training, 4 of {chosen}/ for evaluation" in listing.about
-    unused = set(names) - {chosen}
+    final = next((name for name in names if name.lower() == "test" and name != chosen), None)
+    assert folders_of(listing.final) == ({final} if final else set())
+    assert (f", 4 of {final}/ for the test at the end" in listing.about) == bool(final)
+    unused = set(names) - {chosen, final}
     assert all(f"{name}/ not used: data.eval_split chooses" in listing.about for name in unused)
+
+
+def test_a_test_folder_without_the_training_classes_is_not_used(tmp_path):
+    fill(tmp_path / "train")
+    fill(tmp_path / "val", count=2)
+    fill(tmp_path / "test", ("a", "unknown"))
+    listing = list_images(tmp_path, 0.1)
+    assert listing.final == [] and "test/ not used: data.eval_split chooses" in listing.about
+    assert list_images(tmp_path, 0.1, trained_on={"classes": ["a", "b"]}).final == []
 
 
 def test_the_folder_to_evaluate_on_can_be_chosen(tmp_path):
