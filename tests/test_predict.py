@@ -24,12 +24,14 @@ from trainers.errors import UserError
 class Texts:
     def __init__(self, texts, device):
         self.texts, self.device = texts, device
+        self.lengths = torch.tensor([1 + len(text.encode()) for text in texts]).numpy()
     def __len__(self):
         return len(self.texts)
     def batch(self, share):
         texts = [self.texts[i] for i in share.indices.tolist()]
         codes = [torch.tensor([0, *(1 + byte for byte in text.encode())]) for text in texts]
-        codes = nn.utils.rnn.pad_sequence(codes, True, 299) if codes else torch.zeros(0, 1).long()
+        codes = nn.utils.rnn.pad_sequence(codes, True, 299)
+        print(len(texts), "samples in a batch of", codes.numel(), "tokens")
         return texts, codes.to(self.device)
 
 class Model(nn.Module):
@@ -65,7 +67,6 @@ class Labels(Task):
             time.sleep(60)
         if self.config.model["fault"] == "crash" and os.environ["RANK"] == "1":
             raise ValueError("a fault of the task")
-        print("printed by the task")
         scores, words = models["model"](codes).softmax(1).max(1)
         return [f"{self.words[word]} {score:.3f} {text}" for text, score, word in zip(texts, scores.tolist(), words.tolist())]
 
@@ -111,12 +112,15 @@ def test_rows_come_in_the_order_of_the_lines_at_any_number_of_ranks(source):
     before = sorted(source.run().rglob("*"))
     code, out, err = predict(source, "lines.txt", "--procs", 3, "--step", 2)
     assert code == 0, err
-    assert "step 2: 3 CPU ranks" in err and "printed by the task" in err and "27 samples" in err
+    assert "step 2: 3 CPU ranks" in err and "27 samples, " in err and "samples in a batch of" in err
     assert [row.split(" ", 2)[2] for row in out.split("\n")[:-1]] == LINES
     assert {row.split(" ", 1)[0] for row in out.split("\n")[:-1]} <= {"red", "green", "blue"}
     # One rank, standard input, and a file: the same rows.
     code, other, err = predict(source, "--procs", 1, "--step", 2, "-o", "rows.txt", text=(folder / "lines.txt").read_bytes())
     assert (code, other, (folder / "rows.txt").read_bytes().decode()) == (0, "", out), err
+    # Batches of similar length, up to 40 tokens: other samples together, and the same rows in the same order.
+    code, tokens, err = predict(source, "lines.txt", "--procs", 3, "--step", 2, "eval.batch_size=null", "eval.batch_tokens=40")
+    assert (code, tokens) == (0, out) and "1 samples in a batch of 501 tokens" in err, err
     # More ranks than lines, and several files: each ends its last line.
     (folder / "one.txt").write_text("one")
     code, out, err = predict(source, "one.txt", "-", "--procs", 3, "--format", "json", "eval.batch_size=1",
