@@ -38,7 +38,7 @@ def make_optimizer(optim: Optim, model: nn.Module, groups: Sequence[ParameterGro
          **group.options} for group in groups]
     match optim.name:
         case "sgd":
-            return Sgd(settings, lr=optim.lr, nesterov=optim.nesterov, momentum=optim.momentum, fused=fused)
+            return Sgd(settings, lr=optim.lr, nesterov=optim.nesterov, momentum=optim.momentum, fused=fused, foreach=not fused)
         case "adam":
             return torch.optim.Adam(settings, lr=optim.lr, fused=fused)
         case "adamw":

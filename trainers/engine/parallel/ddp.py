@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Mapping, cast
@@ -27,6 +28,9 @@ class Ddp:
         # Accelerate wraps models, and the engine does everything else. A single rank needs neither a process group nor wrapped
         # models: starting NCCL for one GPU takes seconds.
         self.accelerator = _accelerator(world) if world.size > 1 else None
+        # Tensor cores compute convolutions in this order, and would otherwise convert every layer's inputs. DeepSpeed and
+        # `fully_shard` need weights in the usual order.
+        self.channels_last = world.device.type == "cuda" and config.train.precision != "fp32"
         self._wrapped: dict[nn.Module, nn.Module] = {}  # two updates may train the same model
 
     @property
@@ -37,7 +41,8 @@ class Ddp:
     def place(self, model: nn.Module) -> nn.Module:
         if self.config.checkpoint_activations:
             checkpoint_activations(model)
-        return model.to(self.world.device)
+        model = model.to(self.world.device)
+        return channels_last(model) if self.channels_last else model
 
     def shard(self, model: nn.Module, optim: Optim, groups: Sequence[ParameterGroup]) -> ShardedModel:
         if model not in self._wrapped:
@@ -55,8 +60,23 @@ class Ddp:
                 for key, tensor in model_tensors(model).items()}
 
 
+def channels_last(model: nn.Module) -> nn.Module:
+    """Change the memory order of the weights of 2-d convolutions in place: the channels of a pixel become neighbours.
+
+    Outputs of a convolution have the memory order of its weights, so activations follow. Convolutions in groups have fast
+    kernels for the usual order only, so a model that has one stays as it is. Values, shapes and checkpoints stay the same.
+    """
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
+    if all(convolution.groups == 1 for convolution in convolutions):
+        for convolution in convolutions:
+            convolution.to(memory_format=torch.channels_last)
+    return model
+
+
 def _accelerator(world: World) -> Accelerator:
     world.start_process_group()
+    # torch has a new name for this setting, which Accelerate does not pass on yet.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     return Accelerator(
         cpu=world.device.type == "cpu",
         mixed_precision="no",  # the engine sets the precision; this ignores ACCELERATE_MIXED_PRECISION

@@ -73,7 +73,8 @@ class Fsdp:
         return model
 
     def shard(self, model: nn.Module, optim: Optim, groups: Sequence[ParameterGroup]) -> ShardedModel:
-        fused = optim.name != "sgd"  # torch's fused SGD does not support sharded parameters (2.14)
+        # torch's fused SGD does not support sharded parameters (2.14), and torch does not choose foreach for them by itself.
+        fused = optim.name != "sgd"
         return FsdpModel(model, model, make_optimizer(optim, model, groups, fused))
 
     def clear_gradients(self, models: Iterable[nn.Module]) -> None:

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from trainers.config.schema import RunConfig
+from trainers.engine.groups import grouped
 from trainers.engine.parallel import ddp
 from trainers.engine.world import World
 
@@ -15,4 +16,4 @@ def test_a_single_rank_starts_no_process_group_and_wraps_no_model(monkeypatch):
     config = RunConfig(name="x", task="a:B", train={"steps": 1})
     strategy = ddp.Ddp(World(0, 1, 0, 1, torch.device("cpu")), config)
     model = torch.nn.Linear(2, 2)
-    assert strategy.shard(strategy.place(model), config.optim).module is model
+    assert strategy.shard(strategy.place(model), config.optim, grouped(model, config.optim, [])).module is model

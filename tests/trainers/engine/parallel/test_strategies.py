@@ -214,6 +214,19 @@ def test_synchronized_batchnorm_computes_the_same_on_any_number_of_ranks(ranks, 
         assert max(differences[:2]) < 1e-5, name
 
 
+def test_weights_in_another_memory_order_train_resume_and_are_saved_as_usual(ranks, tmp_path):
+    """GPUs get the weights of convolutions in the order `channels_last`. Here CPU ranks get them too."""
+    plain = ranks(2)("cifar10", root=tmp_path / "plain", strategy="ddp", precision="fp32")[0]
+    other = {"strategy": "ddp", "precision": "fp32", "channels_last": True}
+    whole = ranks(2)("cifar10", root=tmp_path / "whole", **other)[0]
+    assert max(abs(a - b) for a, b in zip(plain, whole, strict=True)) < 1e-5
+    ranks(2)("cifar10", root=tmp_path / "apart", until=2, **other)
+    copy(tmp_path / "apart", tmp_path / "onward")
+    assert ranks(2)("cifar10", root=tmp_path / "apart", **other)[0] == whole
+    usual = ranks(2)("cifar10", root=tmp_path / "onward", strategy="fsdp", precision="fp32")[0]
+    assert max(abs(a - b) for a, b in zip(plain, usual, strict=True)) < 1e-5
+
+
 def copy(source: Path, target: Path) -> None:
     import shutil
 
@@ -298,19 +311,31 @@ def groups(world, root, keys):
     return described(loop.runners[0].groups)
 
 
-def cifar10(world, root, strategy, precision, synchronized=False):
+def cifar10(world, root, strategy, precision, synchronized=False, channels_last=False, until=None):
     from launch.cluster.config import load_cluster
     from launch.plan.spec import load_spec
     from trainers.cifar10.task import Cifar10
     from trainers.contract.paths import RunPaths
     from trainers.engine import loop
+    from trainers.engine.parallel import ddp
 
     keys = ["data=sample", "model.width=0.1", "train.steps=4", "train.batch_size=16", "log.every=1", "eval.every=never",
             f"train.strategy={strategy}", f"train.precision={precision}", f"train.sync_batchnorm={str(synchronized).lower()}"]
     loop.close_process_group = lambda: None
     config = load_spec("cifar10", keys, cluster=load_cluster("local"), environment={}).config
     Path(root).mkdir(parents=True, exist_ok=True)
-    assert loop.Loop(Cifar10(config), config, world, RunPaths(Path(root)), None).run() == 0
+    place = ddp.Ddp.place
+    if channels_last:
+        ddp.Ddp.place = lambda self, model: ddp.channels_last(place(self, model))
+    try:
+        run = loop.Loop(Cifar10(config), config, world, RunPaths(Path(root)), None)
+    finally:
+        ddp.Ddp.place = place
+    orders = {p.is_contiguous() for model in run.models.values() for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1}
+    assert orders == {not channels_last} or strategy == "zero3" and not orders  # parameters of zero3 are flat
+    if until is not None:
+        run.stopping.at_boundary = lambda: run.step >= until
+    assert run.run() == (0 if until is None else 75)
     return [json.loads(line)["loss"] for line in (Path(root) / "metrics.jsonl").read_text().splitlines() if "train" in line]
 
 
