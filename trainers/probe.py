@@ -31,6 +31,7 @@ from trainers.config.spec import read_spec, resolve
 from trainers.contract import exit_codes
 from trainers.contract.errors import UserError
 from trainers.contract.files import replace_json
+from trainers.engine.batches.data_sets import data_of
 from trainers.engine.batches.sampler import make_sampler
 from trainers.engine.batches.token_batches import TokenBatches
 from trainers.engine.parallel.blocks import blocks, checkpoint_activations
@@ -70,7 +71,7 @@ def measure(task: Task, config: RunConfig, world: World, ranks: int) -> tuple[Co
         The sizes of the models, and the bytes by micro-batch size. Of several updates, the one that needs most counts.
     """
     set_precision(config.train.precision, world.device)
-    dataset, _ = task.data(world)
+    dataset, _ = data_of(task, config.train.seed, world)
     models = {name: model.to(world.device) for name, model in task.models().items()}
     counts = count(models)
     add_block = False

@@ -161,8 +161,9 @@ def spec_of(paths: RunPaths) -> Spec:
 STRATEGY_KEYS = ("strategy", "offload", "checkpoint_activations")  # keys of `train` that do not change the results of training
 EVALUATION_KEYS = ("report_s", "batch_size", "batch_tokens")  # keys of `eval` that change measures by rounding at most
 PATIENCE = "train.patience"  # changes when training ends, not what it computes until then
-# Keys of `data` that say where the data lies. The ranks compare the numbers of samples, and what the task's `facts` returns.
-PLACES = ("source", "root", "path")
+# Keys of `data` that change no sample: where the data lies (the ranks compare the numbers of samples, and what the task's `facts`
+# returns), and how many worker processes read it.
+DATA_KEYS = ("source", "root", "path", "workers")
 
 
 def with_changes(spec: Spec, words: Sequence[str]) -> Spec:
@@ -176,7 +177,7 @@ def with_changes(spec: Spec, words: Sequence[str]) -> Spec:
     """
     is_task = hasattr(spec.config, "model")  # a script has settings for accelerate under `train`
     trains = is_task and "train" in spec.values
-    allowed = [*(["data", *(f"data.{key}" for key in PLACES)] if is_task else []),
+    allowed = [*(["data", *(f"data.{key}" for key in DATA_KEYS)] if is_task else []),
                *((*(f"train.{key}" for key in STRATEGY_KEYS), *(f"eval.{key}" for key in EVALUATION_KEYS), PATIENCE)
                  if trains else ())]
     for word in words:
@@ -205,7 +206,7 @@ def record_changes(paths: RunPaths, spec: Spec) -> None:
             changes["train"] = {key: train[key] for key in (*STRATEGY_KEYS, "patience", "deepspeed")}
             changes["eval"] = {key: spec.values["eval"][key] for key in EVALUATION_KEYS}
         if isinstance(data := spec.values["data"], dict):
-            changes["data"] = {key: data[key] for key in PLACES if key in data}
+            changes["data"] = {key: data[key] for key in DATA_KEYS if key in data}
     replace_json(paths.changes, changes)
 
 

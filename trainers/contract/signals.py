@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
@@ -42,6 +44,35 @@ def request_stop() -> None:
 def stop_requested() -> bool:
     """Return whether a stop was requested."""
     return bool(_received)
+
+
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Let stop signals wait until the end of a block. Processes that start in it are born with the signals blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_stops_to_rank(worker: int = 0) -> None:
+    """In a process that works for a rank: ignore stop signals, and die when the parent dies. Start it while they are `blocked`.
+
+    SLURM sends its signals to all processes of a job. The rank needs its workers until it has stopped at a boundary. Programs
+    that the worker starts do not ignore the signals.
+
+    Args:
+        worker: its number; torch passes this.
+    """
+    for number in STOP:
+        signal.signal(number, _ignore)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
+
+
+def _ignore(number: int, frame: object) -> None: ...  # SIG_IGN would be inherited by programs that the process starts
 
 
 def _on_signal(number: int, frame: object) -> None:

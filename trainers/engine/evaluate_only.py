@@ -19,7 +19,7 @@ from trainers.engine.pictures import Pictures
 from trainers.engine.saving import task_state
 from trainers.engine.saving.weights import Checkpoint, Source, load_weights, open_source
 from trainers.engine.setup import Setup, set_up
-from trainers.engine.task import Dataset, Task
+from trainers.engine.task import Dataset, MapDataset, Task
 from trainers.engine.world import World
 
 # Without an optimizer ZeRO 1 and 2 hold all weights on every rank, the same as ddp. ZeRO 3 shards the weights, the same as
@@ -65,7 +65,8 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
     return exit_codes.PREEMPTED if measured is None else exit_codes.FINISHED
 
 
-def set_up_trained(task: Task, config: RunConfig, world: World, paths: RunPaths, inputs: Callable[[], Dataset] | None = None
+def set_up_trained(task: Task, config: RunConfig, world: World, paths: RunPaths,
+                   inputs: Callable[[], Dataset | MapDataset] | None = None
                    ) -> tuple[Setup, Source]:
     """Set up the models with the weights of `init.source`, for work without an optimizer. All ranks call this together.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trainers.config.schema import RunConfig
 from trainers.contract import heartbeat
 from trainers.contract.errors import UserError
+from trainers.engine.batches.data_sets import make_ahead
 from trainers.engine.batches.evaluating import shares_to_evaluate
 from trainers.engine.batches.noise import seed_noise
 from trainers.engine.failures import memory_for
@@ -41,6 +42,7 @@ def evaluate(task: Task, models: Mapping[str, nn.Module], dataset: Dataset, conf
     """
     totals: Totals = {}
     shares = shares_to_evaluate(dataset, config.batching(world.size), world.rank, world.size)
+    make_ahead(dataset, shares)
     with evaluating(models, config, world):
         for number, share in enumerate(shares):
             if stopping.at_boundary():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from typing import Mapping
+from typing import Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from trainers.contract.errors import TrainingError, UserError
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
 from trainers.contract.text import number
+from trainers.engine.batches.data_sets import make_ahead
 from trainers.engine.ema import models_to_evaluate, start_averages
 from trainers.engine.epochs import defines_epochs, ends_epoch, total_steps, total_steps_before_draws
 from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
@@ -32,7 +33,7 @@ from trainers.engine.saving import restore, task_state
 from trainers.engine.saving.checkpoint import Checkpoints
 from trainers.engine.saving.huggingface import describe
 from trainers.engine.setup import set_up
-from trainers.engine.task import Task
+from trainers.engine.task import Share, Task
 from trainers.engine.testing import score_test_set
 from trainers.engine.tracking.tracker import NoTracker, Tracker
 from trainers.engine.update_runner import Reading, UpdateRunner, read
@@ -104,7 +105,11 @@ class Loop:
 
     def run(self) -> int:
         """Train and return the exit code, as `train` does."""
+        make_ahead(self.train_set, ())  # workers are forked before other threads start
+        if self.eval_set is not None and self.config.eval.every != "never":
+            make_ahead(self.eval_set, ())
         self._resume()
+        make_ahead(self.train_set, self._shares())
         hold()  # from now on a signal takes effect at the next boundary, where all ranks save and stop together
         if self.strategy.needs_settling and self.step < self.total:
             with memory_for("step"), task_state.preserved(self.task):
@@ -130,6 +135,18 @@ class Loop:
                 self._log()
             elif self.step == first:  # it compiles, and allocates memory: leave it out of the rates
                 self.rates.begin(self.step, self._read())
+
+    def _shares(self) -> Iterator[Share]:
+        """Yield the micro-batches that this rank will take from the training set, in order."""
+        first = self.step
+        if self.strategy.needs_settling and first < self.total:
+            for runner in self.runners:
+                for _ in range(2):
+                    yield from runner.shares(runner.draws(first)[0])
+        for step in range(first, self.total):
+            for runner in self.runners:
+                for draw in runner.draws(step):
+                    yield from runner.shares(draw)
 
     @memory_for("step")
     def _take_step(self) -> None:

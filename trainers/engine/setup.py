@@ -13,6 +13,7 @@ from trainers.checkpoints.facts import checked
 from trainers.config import compatibility
 from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
+from trainers.engine.batches import data_sets
 from trainers.engine.batches.evaluating import lengths_to_evaluate
 from trainers.engine.batches.sampling import derive_seed
 from trainers.engine.parallel.batch_norm import synchronize
@@ -21,10 +22,8 @@ from trainers.engine.parallel.strategy import Strategy, make_strategy
 from trainers.engine.precision import set_deterministic, set_precision
 from trainers.engine.saving.weights import Layout, layout
 from trainers.engine.stopping import Stopping
-from trainers.engine.task import Dataset, Task
+from trainers.engine.task import Dataset, MapDataset, Task
 from trainers.engine.world import World
-
-ADVICE = 'see `Dataset` in trainers/engine/task.py, and README, "A task of your own"'
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Setup:
 
 def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None = None,
            before_placement: Callable[[Mapping[str, nn.Module]], None] = lambda models: None,
-           inputs: Callable[[], Dataset] | None = None) -> Setup:
+           inputs: Callable[[], Dataset | MapDataset] | None = None) -> Setup:
     """Load the data, then make and place the models. All ranks call this together.
 
     Args:
@@ -65,12 +64,12 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
     stopping = Stopping(world)
     test_set = None
     if inputs is None:
-        train_set, eval_set = _data_of(task, world)
+        train_set, eval_set = data_sets.data_of(task, train.seed, world)
         if not config.eval.only:
-            test_set = _test_set_of(task, world)
+            test_set = data_sets.test_set_of(task, train.seed, world)
         facts = checked(task.facts())
     else:
-        train_set, eval_set, facts = _checked_set("set of inputs", inputs()), None, {}
+        train_set, eval_set, facts = data_sets.checked("set of inputs", inputs(), train.seed, world), None, {}
     to_evaluate = eval_set if inputs is None else train_set
     if to_evaluate is not None and len(to_evaluate):
         lengths_to_evaluate(to_evaluate, config.batching(world.size))  # refuse now what would fail at the first evaluation
@@ -87,31 +86,3 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
         models = {name: synchronize(model, world.device) for name, model in models.items()}
     models = {name: strategy.place(model) for name, model in models.items()}
     return Setup(task, strategy, stopping, train_set, eval_set, test_set, models, tensors, parameters, facts)
-
-
-def _data_of(task: Task, world: World) -> tuple[Dataset, Dataset | None]:
-    """Return the task's training set and evaluation set. Raises: UserError: they are not what the loop needs."""
-    sets = task.data(world)
-    if not isinstance(sets, tuple) or len(sets) != 2:
-        raise UserError(f"the task's `data` returns a {type(sets).__name__}, but must return (training set, evaluation set or "
-                        "None)", ADVICE)
-    for name, dataset in zip(("training", "evaluation"), sets):
-        if dataset is not None or name == "training":
-            _checked_set(f"{name} set", dataset)
-    if not len(sets[0]):
-        raise UserError("the training set is empty", "check `data`")
-    return sets
-
-
-def _test_set_of(task: Task, world: World) -> Dataset | None:
-    """Return the task's test set; None if it has none, or an empty one. Raises: UserError: it is not a data set."""
-    test_set = task.test_set(world)
-    return test_set if test_set is not None and len(_checked_set("test set", test_set)) else None
-
-
-def _checked_set(name: str, dataset: Any) -> Dataset:
-    """Return the data set. Raises: UserError: it is not a data set."""
-    if missing := [method for method in ("__len__", "batch") if not hasattr(dataset, method)]:
-        raise UserError(f"the {name} is a {type(dataset).__name__} without the method `{missing[0]}`: the loop asks a "
-                        "data set for whole micro-batches, `batch(share)`", ADVICE)
-    return dataset

@@ -67,6 +67,18 @@ class Dataset(Protocol):
         ...
 
 
+class MapDataset(Protocol):
+    """A data set of torch's map-style kind. The loop makes its batches of single samples, as `MapStyle` describes."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def __getitem__(self, row: int) -> Any:
+        """Return one sample, on the CPU."""
+        ...
+
+
 class Loss(NamedTuple):
     """A loss before its division. The engine divides the sum by the count, both over all ranks and micro-batches.
 
@@ -139,10 +151,11 @@ class Task:
         """
         return []
 
-    def data(self, world: World) -> tuple[Dataset, Dataset | None]:
+    def data(self, world: World) -> tuple[Dataset | MapDataset, Dataset | MapDataset | None]:
         """Return (training set, evaluation set or None). Every rank calls this.
 
-        The batches of both sets must be on `world.device`.
+        The batches of a `Dataset` must be on `world.device`. A map-style data set gives its samples on the CPU; wrapped as
+        `MapStyle(data_set, workers=N)` of trainers.engine.map_style, worker processes make its batches.
 
         Raises:
             UserError: the data is missing or malformed.
@@ -150,7 +163,7 @@ class Task:
         """
         raise TypeError(f"{type(self).__name__} must define data(self, world)")
 
-    def test_set(self, world: World) -> Dataset | None:
+    def test_set(self, world: World) -> Dataset | MapDataset | None:
         """Return samples that neither train nor choose a checkpoint; None if the task has none. Called after `data`.
 
         At the end of a run, the best checkpoint by `checkpoint.metric` is evaluated on them once. Its metrics are `test_loss`
@@ -288,7 +301,7 @@ class Task:
         """
         raise TypeError(f"{type(self).__name__} must define rows(self, models, batch)")
 
-    def inputs(self, lines: Sequence[str], world: World) -> Dataset:
+    def inputs(self, lines: Sequence[str], world: World) -> Dataset | MapDataset:
         """Return a data set with one sample for each line of text, in order, for `rows`. Batches must be on `world.device`.
 
         The engine calls this in place of `data`, before `model`: the training data need not exist any more. `trained_facts`

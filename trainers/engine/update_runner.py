@@ -25,7 +25,7 @@ from trainers.engine.parallel.gradients import without_gradients
 from trainers.engine.parallel.strategy import Strategy
 from trainers.engine.precision import LossScale, autocast
 from trainers.engine.schedule import learning_rate
-from trainers.engine.task import Dataset, Loss, Update
+from trainers.engine.task import Dataset, Loss, Share, Update
 from trainers.engine.world import World
 
 HINT = "lower optim.lr, set optim.clip_norm, or use train.precision=fp32; the checkpoints of earlier steps are whole"
@@ -163,6 +163,10 @@ class UpdateRunner:
             if not applied or len(self._norms) == CHECK_EVERY:
                 read([self])
 
+    def shares(self, draw: int) -> list[Share]:
+        """Return this rank's micro-batches of global batch `draw`."""
+        return self.samples.shares(draw, self.world.rank, self.world.size)
+
     def _accumulate(self, draw: int, factor: float = 1.0) -> Tensor:
         """Run forward and backward over this rank's micro-batches of global batch `draw`.
 
@@ -179,7 +183,7 @@ class UpdateRunner:
         count: float = 0  # of the losses that count on the host
         # The strategies average gradients over ranks. Multiplying by the number of ranks makes the average a sum.
         scale = factor * self.loss_scale.scale * self.world.size / self.split.batch
-        shares = self.samples.shares(draw, self.world.rank, self.world.size)
+        shares = self.shares(draw)
         for micro, share in enumerate(shares):
             seed_noise(self.world.device, self.config.train.seed, "noise", self.update.name, draw, self.world.rank, micro)
             heartbeat.batch_begins()

@@ -353,6 +353,6 @@ def test_a_best_checkpoint_that_is_broken_is_not_scored(tested, tmp_path, monkey
 
 
 def test_a_test_set_must_be_a_data_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(Toy, "test_set", lambda self, world: [1, 2])
-    with pytest.raises(UserError, match="the test set is a list without the method `batch`"):
+    monkeypatch.setattr(Toy, "test_set", lambda self, world: 5)
+    with pytest.raises(UserError, match="the test set: int is no data set: it has no `__len__`"):
         run(tmp_path / "run", 1)

@@ -15,6 +15,7 @@ from trainers.contract import exit_codes, heartbeat
 from trainers.contract.errors import UserError, system_error
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
+from trainers.engine.batches.data_sets import make_ahead
 from trainers.engine.batches.evaluating import shares_to_evaluate
 from trainers.engine.batches.noise import seed_noise
 from trainers.engine.evaluate_only import about, no_evaluation_set, note_of, set_up_trained
@@ -23,7 +24,7 @@ from trainers.engine.parallel.strategy import close_process_group
 from trainers.engine.rows.lines import Lines
 from trainers.engine.rows.parts import Part, merge
 from trainers.engine.setup import Setup
-from trainers.engine.task import Dataset, Task
+from trainers.engine.task import Dataset, MapDataset, Task
 from trainers.engine.world import World
 
 PROGRESS_S = 10.0  # between two notes that say how far a prediction is
@@ -46,7 +47,7 @@ def predict(task: Task, config: RunConfig, world: World, paths: RunPaths, attemp
         raise UserError(f"the task `{config.task}` gives no rows to predict",
                         "your own task can define rows(self, models, batch), which returns one row for each sample")
     lines = None if settings.lines is None else Lines(Path(settings.lines))
-    inputs: Callable[[], Dataset] | None = None  # the task's `data` gives the evaluation set
+    inputs: Callable[[], Dataset | MapDataset] | None = None  # the task's `data` gives the evaluation set
     if lines is not None:
         inputs = partial(_of_lines, task, lines, world)
     elif settings.set == "test":
@@ -75,7 +76,7 @@ def predict(task: Task, config: RunConfig, world: World, paths: RunPaths, attemp
     return exit_codes.FINISHED if complete else exit_codes.PREEMPTED
 
 
-def _test_set(task: Task, world: World) -> Dataset:
+def _test_set(task: Task, world: World) -> Dataset | MapDataset:
     """Return the task's test set. Raises: UserError: it has none."""
     task.data(world)
     if (dataset := task.test_set(world)) is None:
@@ -83,7 +84,7 @@ def _test_set(task: Task, world: World) -> Dataset:
     return dataset
 
 
-def _of_lines(task: Task, lines: Lines, world: World) -> Dataset:
+def _of_lines(task: Task, lines: Lines, world: World) -> Dataset | MapDataset:
     """Return the task's data set of the lines. Raises: UserError: it does not have one sample for each line."""
     dataset = task.inputs(lines, world)
     if hasattr(dataset, "__len__") and len(dataset) != len(lines):
@@ -95,6 +96,7 @@ def _of_lines(task: Task, lines: Lines, world: World) -> Dataset:
 def _write(part: Part, task: Task, setup: Setup, dataset: Dataset, config: RunConfig, world: World) -> bool:
     """Write this rank's rows. Return False if the run must stop before the end."""
     shares = shares_to_evaluate(dataset, config.batching(world.size), world.rank, world.size)
+    make_ahead(dataset, shares)
     note, told_at = note_of(world), time.monotonic()
     with evaluating(setup.models, config, world):
         for number, share in enumerate(shares):

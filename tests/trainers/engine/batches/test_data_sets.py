@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from trainers.contract.errors import UserError
-from trainers.engine.setup import _data_of
+from trainers.engine.batches.data_sets import data_of
+from trainers.engine.map_style import MapStyle
 from trainers.engine.world import World
 
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
@@ -35,17 +36,17 @@ class Task:
 
 @pytest.mark.parametrize("sets, message", [
     (Rows(3), "returns a Rows, but must return \\(training set"), ((Rows(3), None, None), "returns a tuple, but must return"),
-    ((MAPPED, None), "the training set is a TensorDataset without the method `batch`"),
-    ((Rows(3), MAPPED), "the evaluation set is a TensorDataset without the method `batch`"),
-    ((None, Rows(3)), "the training set is a NoneType without the method `__len__`"),
+    ((Rows(3), 5), "the evaluation set: int is no data set: it has no `__len__`"),
+    ((None, Rows(3)), "the training set: NoneType is no data set: it has no `__len__`"),
     ((Rows(0), None), "the training set is empty"),
 ])
 def test_data_that_the_loop_cannot_use_is_refused(sets, message):
     with pytest.raises(UserError, match=message):
-        _data_of(Task(sets), WORLD)
+        data_of(Task(sets), 1, WORLD)
 
 
 def test_data_that_the_loop_can_use():
     sets = Rows(3), Rows(0)
-    assert _data_of(Task(sets), WORLD) is sets
-    assert _data_of(Task((Rows(1), None)), WORLD)[1] is None
+    assert data_of(Task(sets), 1, WORLD) == sets
+    assert isinstance(data_of(Task((Rows(1), MAPPED)), 1, WORLD)[1], MapStyle)
+    assert data_of(Task((Rows(1), None)), 1, WORLD)[1] is None
