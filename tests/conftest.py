@@ -18,6 +18,7 @@ import pytest
 TESTS = Path(__file__).parent
 BLOBS = TESTS / "blobs" / "blobs.yaml"
 SENTENCES = TESTS / "sentences" / "sentences.yaml"
+PAIRS = TESTS / "pairs" / "pairs.yaml"
 
 # Test processes. With two, one can compute while the test of the other waits for SLURM or for a rank to end.
 WORKERS = 2

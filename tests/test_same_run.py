@@ -10,15 +10,17 @@ import signal
 import time
 
 import pytest
-from conftest import BLOBS, SENTENCES, Command, alive, attempt, logged_steps, ranks_of, record, rows, set_pause, wait_until
+from conftest import BLOBS, PAIRS, SENTENCES, Command, alive, attempt, logged_steps, ranks_of, record, rows, set_pause, wait_until
 
 STEPS = 120
 
 
 def logged_values(run) -> tuple[list, list]:
-    """Return what identifies a run: each step's loss and gradient norm, and each evaluation."""
+    """Return what identifies a run: each step's losses and gradient norms, and each evaluation."""
     evaluations = [{k: v for k, v in row.items() if k != "time"} for row in rows(run, "eval")]
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(run)], evaluations
+    steps = [(row["step"], *(row[key] for ending in ("loss", "grad_norm") for key in sorted(row) if key.endswith(ending)))
+             for row in rows(run)]
+    return steps, evaluations
 
 
 def interrupt(launch: Command, how: str, at: int, *args: object) -> tuple[int, str]:
@@ -109,6 +111,33 @@ def test_an_interrupted_run_is_the_same_run_under_each_strategy(tmp_path, strate
     assert code == 1
     run = cut.run()
     code, _ = interrupt(cut, "SIGTERM", random.randint(16, 25), "resume", run.name)
+    assert code == 75
+    set_pause(run, 0)
+    resumed = cut("resume", run.name)
+    assert resumed.returncode == 0, resumed.stderr
+    assert logged_values(run) == expected and record(run)["attempt"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_an_interrupted_run_of_two_updates_is_the_same_run(tmp_path, strategy):
+    """The critic draws two of the five batches of an epoch in each step, and a saved epoch may end between the two."""
+    args = ["--procs", 2, "--strategy", strategy, "train.epochs=16", "eval.every=epoch", "checkpoint.every=epoch"]
+    (tmp_path / "whole").mkdir(), (tmp_path / "cut").mkdir()
+    whole, cut = Command(tmp_path / "whole"), Command(tmp_path / "cut")
+    done = whole(PAIRS, *args)
+    assert done.returncode == 0, done.stderr
+    expected = logged_values(whole.run())
+    assert [(len(row), row[0]) for row in expected[0]] == [(5, step) for step in range(1, 41)]  # two losses and two norms
+    assert [row["step"] for row in expected[1]] == [-(-5 * epoch // 2) for epoch in range(1, 17)]
+
+    seed = random.randrange(2**32)
+    print(f"random.seed({seed})")
+    random.seed(seed)
+    code, _ = interrupt(cut, "kill rank", random.randint(4, 18), PAIRS, *args, "model.pause_s=0.03")
+    assert code == 1
+    run = cut.run()
+    code, _ = interrupt(cut, "SIGTERM", random.randint(22, 30), "resume", run.name)
     assert code == 75
     set_pause(run, 0)
     resumed = cut("resume", run.name)
