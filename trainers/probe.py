@@ -35,6 +35,7 @@ from trainers.engine.batches.data_sets import data_of
 from trainers.engine.batches.sampler import make_sampler
 from trainers.engine.batches.token_batches import TokenBatches
 from trainers.engine.parallel.blocks import blocks, checkpoint_activations
+from trainers.engine.parallel.gradients import untrained, without_gradients
 from trainers.engine.precision import autocast, set_precision
 from trainers.engine.task import Dataset, Share, Task, Update
 from trainers.engine.world import World
@@ -85,7 +86,8 @@ def measure(task: Task, config: RunConfig, world: World, ranks: int) -> tuple[Co
     activations: dict[int, int] = {}
     for update in updates:
         for size, share in _micro_batches(dataset, config, update, ranks).items():
-            needed = _update(update, models, dataset.batch(share), config, world, add_block)
+            with without_gradients(untrained(models, update.trains)):
+                needed = _update(update, models, dataset.batch(share), config, world, add_block)
             activations[size] = max(needed, activations.get(size, 0))
     return counts, activations
 

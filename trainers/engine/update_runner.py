@@ -21,7 +21,7 @@ from trainers.engine.batches.sampling import NUMPY
 from trainers.engine.ema import Average
 from trainers.engine.groups import ParameterGroup, grouped
 from trainers.engine.parallel.buffers import replaced, snapshot
-from trainers.engine.parallel.gradients import without_gradients
+from trainers.engine.parallel.gradients import untrained, without_gradients
 from trainers.engine.parallel.strategy import Strategy
 from trainers.engine.precision import LossScale, autocast
 from trainers.engine.schedule import learning_rate
@@ -106,9 +106,7 @@ class UpdateRunner:
         self.applied = self.skipped = self.skipped_in_row = 0
         self.lr = self.optim.lr
         self.average: Average | None = None
-        trained = set(model.parameters())
-        self._untrained = [parameter for other in self.all_models for parameter in other.parameters()
-                           if parameter.requires_grad and parameter not in trained]
+        self._untrained = untrained(models, update.trains)
         self._data_wait_s = 0.0  # seconds in which this rank has waited for batches
         self._items = torch.zeros((), dtype=torch.float64, device=world.device)  # items of all losses, over all ranks
         self._last = torch.zeros(2, dtype=torch.float64, device=world.device)  # [loss sum, count] of the last step

@@ -142,3 +142,40 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing():
         assert counts.blocks == 6 * counts.block < counts.parameters
     assert list(activations[False]) == [2, 4] and activations[False][4] > 1.8 * activations[False][2]
     assert activations[True][4] < activations[False][4] / 2
+
+
+def test_activations_are_those_of_an_update_that_trains_one_of_two_models():
+    """A generator that this update does not train keeps nothing for a backward."""
+    import torch
+    from torch import nn
+
+    from trainers.engine.task import Loss, Task, Update
+    from trainers.engine.world import World
+    from trainers.probe import measure
+
+    class Rows:
+        def __len__(self):
+            return 8
+
+        def batch(self, share):
+            return torch.ones(len(share.indices), 4)
+
+    class Two(Task):
+        def data(self, world):
+            return Rows(), None
+
+        def models(self):
+            made = nn.Sequential(*[layer for _ in range(9) for layer in (nn.Linear(4, 4), nn.Tanh())])
+            return {"generator": made, "critic": nn.Linear(4, 1)}
+
+        def updates(self):
+            def loss(models, batch):
+                return Loss(models["critic"](models["generator"](batch)).square().sum(), len(batch))
+
+            return [Update("critic", trains=self.config.model["trains"], loss=loss)]
+
+    needed = {}
+    for trains in ("generator", "critic"):
+        config = RunConfig(name="run", task="module:Two", model={"trains": trains}, train={"steps": 1, "batch_size": 8})
+        needed[trains] = measure(Two(config), config, World(0, 1, 0, 1, torch.device("cpu")), ranks=1)[1][4]
+    assert needed["critic"] < needed["generator"] / 4

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
+
+
+def untrained(models: Mapping[str, nn.Module], trains: str) -> list[nn.Parameter]:
+    """Return the parameters that require gradients and that an update of the model `trains` does not train."""
+    trained = set(models[trains].parameters())
+    return [parameter for model in models.values() for parameter in model.parameters()
+            if parameter.requires_grad and parameter not in trained]
 
 
 @contextmanager
