@@ -13,6 +13,7 @@ from slurm.conftest import LoginCommand, write_cluster
 
 from launch.records import read as runs
 from launch.records.run import read_run
+from launch.records.seeds import means
 
 WORK = """
 import os, signal, sys, time
@@ -61,9 +62,9 @@ def losses(run: Path) -> list[tuple]:
 @pytest.mark.slow
 def test_a_requeued_element_continues_and_the_others_are_not_touched(slurm, slurm_launch, monkeypatch):
     words = ("train.steps=100", "checkpoint.every=50", "eval.every=50", "run.grace_s=10")
-    dry = slurm_launch("sweep", BLOBS, "train.seed=1,2,3", *words, "model.pause_s=0.05", *WHERE, "--max-parallel", 2,
+    dry = slurm_launch("sweep", BLOBS, "--seeds", "1,2,3", *words, "model.pause_s=0.05", *WHERE, "--max-parallel", 2,
                        "--dry-run", "--json")
-    sweep = submit(slurm_launch, BLOBS, "train.seed=1,2,3", *words, "model.pause_s=0.05", "--max-parallel", 2)
+    sweep = submit(slurm_launch, BLOBS, "--seeds", "1,2,3", *words, "model.pause_s=0.05", "--max-parallel", 2)
     (job,), root = sweep["jobs"], slurm_launch.folder / "runs"
     folder, run_2 = root / sweep["id"], root / sweep["runs"][1]
     most_running = 0
@@ -108,6 +109,9 @@ def test_a_requeued_element_continues_and_the_others_are_not_touched(slurm, slur
     monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
     table = runs.list_runs(root, sweep=sweep["id"])
     assert [row["overrides"] for row in table] == [["train.seed=1"], ["train.seed=2"], ["train.seed=3"]]
+    assert [run.removeprefix(sweep["id"]) for run in sweep["runs"]] == ["-seed1", "-seed2", "-seed3"]
+    [point] = means(root, sweep["id"], table)
+    assert point["metrics"]["loss"]["mean"] == pytest.approx(sum(row["metrics"]["loss"] for row in table) / 3)
     assert [log.job for log in runs.node_logs(read_run(run_2))] == [f"{job}_1"]
 
 
