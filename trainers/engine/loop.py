@@ -306,7 +306,8 @@ class Loop:
                        f"{', '.join(metrics) or 'nothing'}")
             if self.config.train.patience is not None:
                 raise UserError(f"{missing}, so `train.patience` can never be satisfied",
-                                "set checkpoint.metric to a metric of the evaluation, or use train.patience=null")
+                                f"start a new run with another checkpoint.metric, or `launch resume {self.paths.id} "
+                                "train.patience=null`")
             if settings.keep_best and not self._warned_of_metric:
                 self._warned_of_metric = True
                 self.tracker.note("warning", f"{missing}: no checkpoint is kept as a best one")

@@ -15,6 +15,7 @@ from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
 from trainers.engine.batches import data_sets
 from trainers.engine.batches.evaluating import lengths_to_evaluate
+from trainers.engine.batches.sampler import lengths_to_train
 from trainers.engine.batches.sampling import derive_seed
 from trainers.engine.parallel.batch_norm import synchronize
 from trainers.engine.parallel.blocks import blocks
@@ -70,9 +71,13 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
         facts = checked(task.facts())
     else:
         train_set, eval_set, facts = data_sets.checked("set of inputs", inputs(), train.seed, world), None, {}
-    to_evaluate = eval_set if inputs is None else train_set
-    if to_evaluate is not None and len(to_evaluate):
-        lengths_to_evaluate(to_evaluate, config.batching(world.size))  # refuse now what would fail at the first evaluation
+    # Refuse now what would fail at the first evaluation, or at the test at the end.
+    batching = config.batching(world.size)
+    if inputs is None and not config.eval.only and batching.tokens:
+        lengths_to_train(train_set)
+    for dataset in (eval_set if inputs is None else train_set, test_set):
+        if dataset is not None and len(dataset):
+            lengths_to_evaluate(dataset, batching)
     torch.manual_seed(derive_seed(train.seed, "models"))
     models = task.models()
     before_placement(models)

@@ -356,3 +356,14 @@ def test_a_test_set_must_be_a_data_set(tmp_path, monkeypatch):
     monkeypatch.setattr(Toy, "test_set", lambda self, world: 5)
     with pytest.raises(UserError, match="the test set: int is no data set: it has no `__len__`"):
         run(tmp_path / "run", 1)
+
+
+def test_a_set_without_lengths_is_refused_before_the_run_begins(tmp_path, monkeypatch):
+    tokens = {"steps": 24, "batch_tokens": 64}
+    settings = RunConfig.model_validate({**config().model_dump(), "train": tokens})
+    with pytest.raises(UserError, match="the training set, a Points, has no `lengths`"):
+        loop.train(Toy(settings), settings, ONE, RunPaths(tmp_path), None)
+    monkeypatch.setattr(Toy, "test_set", lambda self, world: Points())
+    monkeypatch.setattr(Toy, "data", lambda self, world: (Points(), None))
+    with pytest.raises(UserError, match="the set to evaluate, a Points, has no `lengths`"):
+        run(tmp_path / "test", 1, eval={"batch_tokens": 64}, checkpoint={"metric": None})

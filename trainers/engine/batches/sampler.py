@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+
 from trainers.config.batching import Batching
 from trainers.contract.errors import UserError
 from trainers.engine.batches.lengths import HINT, lengths_of
@@ -53,8 +55,13 @@ def make_sampler(dataset: Dataset, split: Batching, seed: int, stream: str) -> S
     """
     if not split.tokens:
         return Shuffled(len(dataset), split.batch, seed, stream, split.most)
+    return TokenBatches(lengths_to_train(dataset), split.batch, seed, stream, split.limit)
+
+
+def lengths_to_train(dataset: Dataset) -> np.ndarray:
+    """Return the lengths of a training set, int64 [n, sides]. Raises: UserError: it has none, or in another form."""
     lengths = lengths_of(dataset, "training set")
     if lengths is None:
         raise UserError("`train.batch_tokens` needs the lengths of the samples, but the training set, a "
                         f"{type(dataset).__name__}, has no `lengths`", f"use train.batch_size, or add lengths: {HINT}")
-    return TokenBatches(lengths, split.batch, seed, stream, split.limit)
+    return lengths
