@@ -13,6 +13,10 @@ import torch.distributed as dist
 
 from trainers.contract.errors import UserError
 
+# Longer than any rank may take for one checkpoint, download or picture. `launch` finds ranks that hang (`run.hang_s`), and a rank
+# that ends is noticed at once.
+PATIENT = timedelta(days=30)
+
 
 @dataclass(frozen=True)
 class World:
@@ -65,11 +69,11 @@ class World:
         else:
             dist.init_process_group(backend)
 
-    def new_gloo_group(self, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
+    def new_gloo_group(self, timeout: timedelta = PATIENT) -> dist.ProcessGroup | None:
         """Return a new gloo group of all ranks, for tensors on the CPU; None if there is only one rank. Collective.
 
         Args:
-            timeout: how long a collective of this group waits for the other ranks; None: torch's default.
+            timeout: how long a collective of this group waits for the other ranks. After a timeout the group is of no use.
         """
         if self.size == 1:
             return None
@@ -89,8 +93,7 @@ class World:
     @contextmanager
     def local_main_first(self) -> Iterator[None]:
         """Run a block on local rank 0 of every node first, then on all other ranks: for downloads and caches. Collective."""
-        # The timeout of NCCL's barrier is too short for a long download.
-        group = self.new_gloo_group(timeout=timedelta(hours=6))
+        group = self.new_gloo_group()
         if group and self.local_rank != 0:
             dist.barrier(group)
         try:

@@ -90,12 +90,8 @@ class Checkpoints:
         self.paths, self.world, self.config, self.strategy = paths, world, config, strategy
         self.attempt, self.emit, self.on_commit = attempt, emit, on_commit
         self._name = secrets.token_hex(4) if attempt is None else str(attempt)  # in the names of temporary folders
-        self.group: dist.ProcessGroup | None = None
-        if world.size > 1:
-            # The writing thread has its own group: collectives of two threads in one group could be mixed up.
-            group = dist.new_group(backend="gloo")
-            assert isinstance(group, dist.ProcessGroup)  # every rank is a member
-            self.group = group
+        # The writing thread has its own group: collectives of two threads in one group could be mixed up.
+        self.group = world.new_gloo_group()
         self.superseded = False  # whether a save failed because a newer attempt has taken over the run
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[str | None] | None = None  # the last save

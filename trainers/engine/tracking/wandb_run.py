@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,11 +13,14 @@ from trainers.config.schema import RunConfig, SearchConfig
 from trainers.contract import exit_codes
 from trainers.contract.files import read_json
 from trainers.contract.paths import RunPaths
+from trainers.contract.signals import stop_requested
 
-ONLINE_WITHIN_S = 30  # how long W&B may take to connect to its server
-STOP_WITHIN_S = 20    # how long W&B may take to upload the rest when a run stops and will be resumed
-BLOCK = 32768         # bytes in a block of LevelDB's log format
-HEADER = 7            # bytes of the header of a .wandb file, and of the header of each record in it
+ONLINE_WITHIN_S = 30   # how long W&B may take to connect to its server
+STOP_WITHIN_S = 20     # how long W&B may take to upload the rest when a run stops and will be resumed
+FINISH_WITHIN_S = 600  # the same when a run has finished: its pictures and tables may be large
+LOOK_EVERY_S = 0.5     # how soon a signal shortens the wait of a finished run
+BLOCK = 32768          # bytes in a block of LevelDB's log format
+HEADER = 7             # bytes of the header of a .wandb file, and of the header of each record in it
 
 
 class WandbRun:
@@ -124,8 +128,8 @@ class WandbRun:
         Args:
             step: the last training step.
             figures: the folder of the pictures (*.png).
-            finished: False if the run stopped and will be resumed. Then W&B gets at most STOP_WITHIN_S, or a third of
-                `run.grace_s` if that is shorter.
+            finished: W&B gets at most FINISH_WITHIN_S. If this is False, the run has stopped and will be resumed, or if a
+                signal asks to stop meanwhile, W&B gets at most STOP_WITHIN_S, or a third of `run.grace_s` if that is shorter.
         """
 
         def log_last() -> None:
@@ -141,9 +145,15 @@ class WandbRun:
         self._safely(log_last)
         ending = threading.Thread(target=lambda: self._safely(end), daemon=True)
         ending.start()
-        ending.join(None if finished else self._stop_within_s)
+        began = time.monotonic()
+        deadline = began + (FINISH_WITHIN_S if finished else self._stop_within_s)
+        while ending.is_alive() and time.monotonic() < deadline:
+            if finished and stop_requested():  # a run that is still there after the grace is killed, and counts as failed
+                deadline = min(deadline, began + self._stop_within_s)
+            ending.join(LOOK_EVERY_S)
         if ending.is_alive():
-            self._note("warning", f"W&B could not take all data in {self._stop_within_s:g} s; the next attempt logs the rest")
+            rest = f"`wandb sync {Path(self._run.dir).parent}` uploads the rest" if finished else "the next attempt logs the rest"
+            self._note("warning", f"W&B could not take all data in {time.monotonic() - began:.0f} s; {rest}")
 
     def _safely(self, call: Callable[[], Any]) -> None:
         """Call W&B. If W&B fails, warn the user and do not call W&B again: training does not depend on W&B."""

@@ -11,6 +11,7 @@ import resource
 import shutil
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -442,6 +443,12 @@ def test_training_may_communicate_while_a_thread_writes(two, tmp_path):
     assert two("save_and_reduce", root=tmp_path, count=300) == [[total, reasons], [total, reasons]]
 
 
+def test_a_slow_writer_fails_neither_its_save_nor_later_saves(two, tmp_path):
+    """torch's groups give up after 30 minutes, here after 1 s, and are of no use afterwards."""
+    assert two("save_slowly", root=tmp_path, rank=1, pause_s=3, timeout_s=1) == [[None, None], [None, None]]
+    assert Run(tmp_path).checkpoints.newest() == 2
+
+
 def test_a_save_of_a_superseded_attempt_fails_on_all_ranks(two, tmp_path):
     RunPaths(tmp_path).attempt(4).mkdir(parents=True)
     assert two("save_superseded", root=tmp_path, attempt=3) == [[True, True], [True, True]]
@@ -489,6 +496,23 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path):
 
 
 # ---- on the ranks
+
+
+def save_slowly(world, root, rank, pause_s, timeout_s):
+    """Save twice. `rank` pauses while it writes the first checkpoint; new groups of torch give up after `timeout_s`."""
+    import torch.distributed.distributed_c10d as torch_groups
+
+    write, timeout = storage.write, torch_groups.default_pg_timeout
+    torch_groups.default_pg_timeout = timedelta(seconds=timeout_s)
+    try:
+        run = Run(root, world)
+        storage.write = lambda *args: time.sleep(pause_s * (world.rank == rank)) or write(*args)
+        first = run.save(1)
+        storage.write = write
+        return [first, run.save(2)]
+    finally:
+        storage.write, torch_groups.default_pg_timeout = write, timeout
+        run.checkpoints.close()
 
 
 def save(world, root, steps, **settings):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import wait_until
 
 from trainers.config.schema import RunConfig
 from trainers.contract.paths import RunPaths
+from trainers.engine.tracking import wandb_run
 from trainers.engine.tracking.wandb_run import WandbRun, offline_records
 
 CONFIG = RunConfig.model_validate({"name": "toy", "task": "toy:Toy", "train": {"steps": 6}, "wandb": {"mode": "offline"}})
@@ -64,3 +67,26 @@ def test_each_step_and_each_evaluation_is_logged_once(tmp_path, first, kept, the
     assert steps == sorted(set(steps)) and steps[:4] == [1, 2, 3, 4]
     assert [row["train/loss"] for row in found] == [step / 10 for step in steps]
     assert [row["eval/loss"] for row in found if "eval/loss" in row] == [0.5, 0.25]
+
+
+UPLOAD = "`wandb sync /runs/toy-1/wandb/run-1` uploads the rest"
+
+
+@pytest.mark.parametrize("finished, signalled, limit_s, words", [
+    (True, False, 0.6, UPLOAD), (False, False, 0.2, "the next attempt logs the rest"), (True, True, 0.2, UPLOAD)])
+def test_a_server_that_does_not_answer_holds_up_the_end_for_a_limited_time(monkeypatch, finished, signalled, limit_s, words):
+    monkeypatch.setattr(wandb_run, "FINISH_WITHIN_S", 0.6)
+    monkeypatch.setattr(wandb_run, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(wandb_run, "stop_requested", lambda: signalled)
+    answered, notes = threading.Event(), []
+    run = object.__new__(WandbRun)
+    run._run = SimpleNamespace(finish=lambda exit_code: answered.wait(30), mark_preempting=lambda: None,
+                               dir="/runs/toy-1/wandb/run-1/files")
+    run._broken, run._late, run._stop_within_s = False, {}, 0.2
+    run._note = lambda level, message: notes.append(message)
+    began = time.monotonic()
+    run.finish(6, Path("/none"), finished)
+    took_s = time.monotonic() - began
+    answered.set()
+    assert limit_s <= took_s < limit_s + 0.3
+    assert [note.partition("; ")[2] for note in notes] == [words] and "W&B could not take all data in" in notes[0]
