@@ -50,29 +50,37 @@ class Pictures:
         heartbeat.report()
         target = self.paths.pictures(step)
         folder = temporary_path(target) if self.world.main else None
-        drawn, error = False, None
+        drawn, error = False, self._make(folder) if folder is not None else None
         try:
-            if folder is not None:
-                self.paths.figures.mkdir(exist_ok=True)
-                folder.mkdir()
+            # Draw even without the folder: other ranks may need this rank in a collective.
             seed_noise(self.world.device, self.config.train.seed, "figures")  # the same on every rank and at every step
             with evaluating(models, self.config, self.world):
                 self.task.draw(models, folder, step)
             drawn = folder is not None and _put(folder, target)
         except Exception as caught:
-            error = caught
-            self._warn(caught, step)
+            error = error or caught
         finally:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 with suppress(OSError):  # there are other pictures
                     self.paths.figures.rmdir()
+        if error is not None:
+            self._warn(error, step)
         self._meet(error, step)
         return target if drawn else None
 
+    def _make(self, folder: Path) -> Exception | None:
+        """Make an empty folder for pictures. Return the error if that is not possible."""
+        try:
+            self.paths.figures.mkdir(exist_ok=True)
+            folder.mkdir()
+        except OSError as error:
+            return error
+        return None
+
     def _warn(self, error: Exception, step: int) -> None:
         if not isinstance(error, OSError):
-            traceback.print_exc()
+            traceback.print_exception(error)
         what = f"{error.strerror or error}" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         self.note("warning", f"step {step}: the task's pictures cannot be drawn: {what}")
 

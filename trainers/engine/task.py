@@ -320,9 +320,9 @@ class Task:
 
         The engine calls this after each evaluation that is due, also if there is no evaluation set, and W&B gets the pictures.
         Every rank calls this, because ranks may share a model and must run it together: run the same forward passes and
-        collectives on every rank. Only rank 0 has a folder; on the others `folder` is None.
+        collectives on every rank, then draw. Only rank 0 has a folder; on the others `folder` is None.
 
         Runs without gradients, under autocast, with the models in evaluation mode. torch's generators have the same seed on all
         ranks and at all steps, so noise from them gives comparable pictures, and the noise of training stays as it is. An error
-        is a warning, and the run goes on.
+        is a warning, and the run goes on, unless another rank waits in a collective for the rank that failed.
         """

@@ -21,6 +21,7 @@ from trainers.contract.files import replace_json
 from trainers.contract.paths import RunPaths
 from trainers.engine import loop, testing
 from trainers.engine.batches.sampling import Shuffled
+from trainers.engine.saving import storage
 from trainers.engine.task import Loss, Task
 
 
@@ -367,3 +368,24 @@ def test_a_set_without_lengths_is_refused_before_the_run_begins(tmp_path, monkey
     monkeypatch.setattr(Toy, "data", lambda self, world: (Points(), None))
     with pytest.raises(UserError, match="the set to evaluate, a Points, has no `lengths`"):
         run(tmp_path / "test", 1, eval={"batch_tokens": 64}, checkpoint={"metric": None})
+
+
+def test_a_task_without_an_evaluation_set_draws_with_its_averaged_weights(tmp_path, capsys):
+    class Drawing(Toy):
+        def data(self, world):
+            return Points(), None
+
+        def draw(self, models, folder, step):
+            (folder / "weight.png").write_text(json.dumps(models["model"].weight.tolist()))
+            if step == 8:
+                raise ZeroDivisionError("a fault of the task")
+
+    paths, settings = RunPaths(tmp_path / "run"), config(checkpoint={"metric": None, "every": 24}, train={"ema": 0.9})
+    paths.attempt(1).mkdir(parents=True)
+    assert loop.train(Drawing(settings), settings, ONE, paths, 1) == 0
+    assert paths.picture_steps() == [4, 12, 16, 20, 24] and len(list(paths.figures.iterdir())) == 5
+    assert "warning: step 8: the task's pictures cannot be drawn: ZeroDivisionError: a fault" in capsys.readouterr().out
+    reader = storage.Reader(paths.checkpoint(24))
+    average, weight = (reader.read(f"{kind}/model/weight", 0, 4).view(2, 2) for kind in ("ema", "models"))
+    assert not average.equal(weight)
+    assert json.loads((paths.pictures(24) / "weight.png").read_text()) == average.tolist()

@@ -37,6 +37,11 @@ def test_every_rank_draws_and_only_rank_0_writes(tmp_path):
         assert second[2] == ["step 7: the task's pictures cannot be drawn: ValueError: a fault"]
         first, second = two("draw", root=tmp_path, fails=[0])
         assert first[1] is None and (tmp_path / "figures/step_7/a.png").exists()
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full/figures").touch()  # no folder can be made here; rank 1 still needs rank 0 in a collective
+        (_, name, notes), second = two("draw", root=tmp_path / "full")
+        assert (name, notes) == (None, ["step 7: the task's pictures cannot be drawn: File exists"])
+        assert second[2] == ["step 7: the task's `draw` failed on rank 0: its log says why"]
         assert two("stuck", root=tmp_path) == [None, "step 7: the task's `draw` failed on rank 1, and other ranks still wait for "
                                                      "it: ValueError: a fault"]
     finally:
