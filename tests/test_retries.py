@@ -9,6 +9,7 @@ import pytest
 from conftest import Command, attempt, record, rows, set_pause, wait_until
 
 NARROW, SCATTERED = (Path(__file__).parent / "sentences" / name for name in ("narrow.yaml", "scattered.yaml"))
+LANGUAGE = NARROW.with_name("language.yaml")
 
 
 def losses(run: Path) -> list[float]:
@@ -45,6 +46,23 @@ def test_auto_takes_the_largest_micro_batch_that_fits_and_changes_no_loss(tmp_pa
     assert failure["message"] == "rank 1 ran out of memory with a micro-batch of 12"
     assert failure["hint"] == "the next attempt uses a micro-batch of 6"
     assert "micro_batch_size: auto" in (at_once.run() / "run.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_auto_halves_a_budget_of_tokens_and_changes_no_loss(tmp_path):
+    """300 tokens on 2 ranks. A sentence of up to 60 tokens is computed alone, where a micro-batch has a budget of 37."""
+    at_once, given = Command(tmp_path / "at-once"), Command(tmp_path / "given")
+    for command, *args in ((at_once, "train.micro_batch_size=auto", "data.max_tokens=60"), (given, "data.max_tokens=300")):
+        command.folder.mkdir()
+        done = command(LANGUAGE, "--procs", 2, "task=language:Narrow", "run.max_restarts=0", "train.steps=12", *args)
+        assert done.returncode == 0, done.stdout + done.stderr
+        if command is at_once:
+            assert "train.micro_batch_size=auto: 37 micro-batch x 5 accumulation (150, 75 did not fit)" in done.stdout
+            assert "up to 300 tokens = 2 rank(s) x auto micro-batch" in command(
+                LANGUAGE, "--procs", 2, "--dry-run", "train.micro_batch_size=auto", "task=language:Narrow").stdout
+    assert losses(at_once.run()) == pytest.approx(losses(given.run()), rel=1e-5) and len(losses(given.run())) == 12
+    message = attempt(at_once.run(), 1)["failure"]["message"]
+    assert message == "rank 1 ran out of memory with a micro-batch of 150 tokens"
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 from conftest import BLOBS, PAIRS, SENTENCES, Command, alive, attempt, logged_steps, ranks_of, record, rows, set_pause, wait_until
 
 STEPS = 120
+LANGUAGE = SENTENCES.with_name("language.yaml")
 
 
 def logged_values(run) -> tuple[list, list]:
@@ -94,20 +95,21 @@ def test_an_interrupted_run_is_the_same_run(tmp_path, ranks, accumulation):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp"])
 def test_an_interrupted_run_is_the_same_run_under_each_strategy(tmp_path, strategy):
-    """Interrupt one run by SIGKILL and by SIGTERM, each at a random step. It has averaged weights and parameter groups."""
-    args = ["--procs", 2, "--strategy", strategy, "train.micro_batch_size=6", "model.dropout=0.1", "train.ema=0.9",
+    """Interrupt one run by SIGKILL and by SIGTERM, each at a random step. It has batches of tokens, averaged weights and
+    parameter groups."""
+    args = ["--procs", 2, "--strategy", strategy, "train.micro_batch_size=80", "model.dropout=0.1", "train.ema=0.9",
             "optim.decay_norms_and_biases=false", "optim.groups=[{match: out, lr_scale: 0.5, weight_decay: 0.1}]"]
     (tmp_path / "whole").mkdir(), (tmp_path / "cut").mkdir()
     whole, cut = Command(tmp_path / "whole"), Command(tmp_path / "cut")
-    done = whole(SENTENCES, *args)
+    done = whole(LANGUAGE, *args)
     assert done.returncode == 0, done.stderr
     expected = logged_values(whole.run())
-    assert len(expected[0]) == 30
+    assert len(expected[0]) == 30 and len(expected[1]) == 3
 
     seed = random.randrange(2**32)
     print(f"random.seed({seed})")
     random.seed(seed)
-    code, _ = interrupt(cut, "kill rank", random.randint(3, 14), SENTENCES, *args, "model.pause_s=0.05")
+    code, _ = interrupt(cut, "kill rank", random.randint(3, 14), LANGUAGE, *args, "model.pause_s=0.05")
     assert code == 1
     run = cut.run()
     code, _ = interrupt(cut, "SIGTERM", random.randint(16, 25), "resume", run.name)

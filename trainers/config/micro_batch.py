@@ -59,12 +59,14 @@ def out_of_memory(config: RunConfig, settled: RunConfig, paths: RunPaths, attemp
     Args:
         config: the config in the spec.
         settled: the config that the rank used.
-        work: what the rank was doing; None: something else than steps, evaluations and checkpoints.
+        work: what the rank was doing ("sample": a step, with a micro-batch of one sample); None: something else.
     """
     split = settled.batching(ranks)
     match work:
         case "step":
             message = f"rank {rank} ran out of memory with a micro-batch of {split.micro}{' tokens' if split.tokens else ''}"
+        case "sample":
+            message = f"rank {rank} ran out of memory with a micro-batch of 1{' sample' if split.tokens else ''}"
         case "evaluation":
             message = f"rank {rank} ran out of memory in an evaluation, {split.evaluation} {split.evaluation_unit} at a time"
         case "checkpoint":
@@ -74,7 +76,8 @@ def out_of_memory(config: RunConfig, settled: RunConfig, paths: RunPaths, attemp
         case None:
             return OutOfMemory(f"rank {rank} ran out of memory outside of steps, evaluations and checkpoints: see its log",
                                f"use {LESS}", retry=False)
-    follows = work == "step" or split.evaluated is None  # whether a smaller micro-batch needs less memory
+    # Whether a smaller micro-batch needs less memory.
+    follows = work == "step" or work == "evaluation" and split.evaluated is None
     smaller = split.smaller() if follows and not config.eval.only else None
     if smaller and config.train.micro_batch_size == "auto":
         entry = {"attempt": attempt, "size": split.micro, "next": smaller}

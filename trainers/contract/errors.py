@@ -64,7 +64,7 @@ def system_error(error: OSError) -> UserError:
     return UserError(f"{file}{error.strerror or error}", HINTS.get(error.errno or 0))
 
 
-Work = Literal["step", "evaluation", "checkpoint"]  # what a rank may be doing when its memory is full
+Work = Literal["step", "sample", "evaluation", "checkpoint"]  # what a rank may be doing when its memory is full
 
 
 class NotDeterministic(TrainingError):

@@ -28,9 +28,12 @@ class MemoryFull(Exception):
 
 @contextmanager
 def memory_for(work: Work) -> Iterator[None]:
-    """Raise MemoryFull instead of errors in this block that say that memory is full."""
+    """Raise MemoryFull instead of errors in this block that say that memory is full. A block inside of this one names the work
+    more exactly."""
     try:
         yield
+    except MemoryFull:
+        raise
     except Exception as error:
         if out_of_memory(error):
             raise MemoryFull(work) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Mapping, Sequence
 
@@ -19,6 +20,7 @@ from trainers.engine.batches.noise import seed_noise
 from trainers.engine.batches.sampler import make_sampler
 from trainers.engine.batches.sampling import NUMPY
 from trainers.engine.ema import Average
+from trainers.engine.failures import memory_for
 from trainers.engine.groups import ParameterGroup, grouped
 from trainers.engine.parallel.buffers import replaced, snapshot
 from trainers.engine.parallel.gradients import untrained, without_gradients
@@ -189,7 +191,9 @@ class UpdateRunner:
             batch = self.dataset.batch(share)
             self._data_wait_s += time.perf_counter() - began
             heartbeat.batch_ends()
-            with self.sharded.accumulating(last=micro == len(shares) - 1):
+            # Where one sample alone does not fit, no smaller micro-batch fits.
+            alone = memory_for("sample") if len(share.indices) == 1 else nullcontext()
+            with self.sharded.accumulating(last=micro == len(shares) - 1), alone:
                 loss = self._loss(batch)
                 heartbeat.beat()
                 self.sharded.backward(loss.sum * (0.0 if share.filler else scale))

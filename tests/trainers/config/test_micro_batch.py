@@ -57,6 +57,14 @@ def test_a_budget_of_tokens_is_halved(tmp_path: Path):
     assert split(asked, paths, 64) == (64, 1)
 
 
+def test_a_sample_that_does_not_fit_alone_is_not_retried(tmp_path: Path):
+    paths = RunPaths(tmp_path)
+    asked = RunConfig(name="run", task="module:Task", train={"steps": 1, "batch_tokens": 4096, "micro_batch_size": "auto"})
+    error = out_of_memory(asked, settled(asked, paths, 1), paths, 1, rank=0, ranks=1, work="sample")
+    assert error.message == "rank 0 ran out of memory with a micro-batch of 1 sample, the smallest possible"
+    assert not error.retry and not paths.micro_batch.exists()
+
+
 def test_two_ranks_of_one_attempt_make_one_entry(tmp_path: Path):
     paths, asked = RunPaths(tmp_path), config("auto")
     used = settled(asked, paths, 2)

@@ -12,6 +12,7 @@ from torch import nn
 
 from trainers.config.schema import Optim, RunConfig, Train
 from trainers.contract.errors import TrainingError, UserError
+from trainers.engine.failures import MemoryFull, memory_for, work_without_memory
 from trainers.engine.parallel.ddp import Ddp
 from trainers.engine.precision import LossScale
 from trainers.engine.task import Loss, Update
@@ -83,6 +84,17 @@ def test_micro_batches_give_the_gradient_of_the_mean_over_all_tokens(micro):
     assert read([runner])[0].items == count
     runner.take_step(3, 5)
     assert read([runner])[0].items == 2 * count
+
+
+@pytest.mark.parametrize("micro, work", [(1, "sample"), (2, "step")])
+def test_a_sample_that_does_not_fit_alone_is_told_from_a_micro_batch(micro, work):
+    def loss(models, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    runner = make_runner(Update("model", trains="model", loss=loss), micro_batch_size=micro)
+    with pytest.raises(MemoryFull) as error, memory_for("step"):
+        runner.take_step(0, 5)
+    assert work_without_memory(error.value) == work
 
 
 def test_the_gradient_flows_through_a_model_that_the_update_does_not_train():

@@ -15,6 +15,7 @@ from trainers.contract.errors import UserError
 from trainers.engine.batches.permutation import permuted
 from trainers.engine.task import Share
 
+AT_ONCE = 2048  # samples whose rows are computed together
 # Names of the ways to put an epoch in order, as in a checkpoint. A run that began under one of them continues under it.
 FEISTEL = "feistel"  # trainers/engine/batches/permutation.py
 NUMPY = "numpy"      # numpy's permutation, which holds the whole epoch in memory; checkpoints without a name have this order
@@ -44,13 +45,15 @@ class Shuffled:
     def __init__(self, length: int, batch_size: int, seed: int, stream: str, most: int | None = None):
         self.length, self.batch_size, self.seed, self.stream, self.most = length, batch_size, seed, stream, most
         self.order = FEISTEL
-        self._orders: dict[int, np.ndarray] = {}  # for NUMPY: the epochs of the last batch, by their seeds
+        # The batches of one rank that were computed last: (their number, rank, ranks), rows and epochs [batches, share].
+        self._block: tuple[tuple[int, int, int], np.ndarray, np.ndarray] | None = None
+        self._orders: dict[int, np.ndarray] = {}  # for NUMPY: the epochs of these batches, by their seeds
 
     def continue_in(self, order: str) -> None:
         """Take over the order that a checkpoint names. Raises: UserError: this version does not know it."""
         if order not in (FEISTEL, NUMPY):
             raise unknown_order(order)
-        self.order = order
+        self.order, self._block = order, None
 
     def steps(self, epochs: float) -> int:
         """Return the number of batches in `epochs` epochs, rounded up and at least 1."""
@@ -67,8 +70,14 @@ class Shuffled:
         """
         split = Batching(self.batch_size, ranks, self.most)
         slots = np.arange(rank * split.share, (rank + 1) * split.share)
-        positions = draw * self.batch_size + slots
-        indices, epochs = self._indices(positions), positions // self.length
+        # Small batches are computed many at a time, because numpy needs as long for ten numbers as for a thousand.
+        block = max(1, AT_ONCE // split.share)
+        if self._block is None or self._block[0] != (draw // block, rank, ranks):
+            positions = (draw // block * block + np.arange(block)[:, None]) * self.batch_size + slots
+            indices = self._indices(positions.reshape(-1)).reshape(positions.shape)
+            self._block = (draw // block, rank, ranks), indices, positions // self.length
+        _, in_block, epochs_in_block = self._block
+        indices, epochs = in_block[draw % block], epochs_in_block[draw % block]
         seed = derive_seed(self.seed, "batch", self.stream, draw)
         return [Share(indices[part], slots[part], self.batch_size, seed, epochs[part])
                 for part in np.split(np.arange(split.share), split.accumulation)]

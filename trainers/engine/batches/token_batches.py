@@ -7,7 +7,7 @@ import numpy as np
 from trainers.contract.errors import UserError
 from trainers.engine.batches.lengths import cut, ranked, split
 from trainers.engine.batches.permutation import derived, permuted
-from trainers.engine.batches.sampling import derive_seed, unknown_order
+from trainers.engine.batches.sampling import AT_ONCE, derive_seed, unknown_order
 from trainers.engine.task import Share
 
 BY_LENGTH = "length"  # name of the order in a checkpoint
@@ -18,7 +18,7 @@ class TokenBatches:
 
     The samples are sorted by their lengths once and cut into batches. An epoch takes every batch once, in an order of its own,
     and shuffles the samples of equal lengths among their places. So every epoch has the same number of batches and holds every
-    sample once, and batch `draw` is computed from (seed, draw) alone, at a cost that does not depend on the data set.
+    sample once, and batch `draw` is computed from (seed, draw) alone.
 
     Args:
         lengths: int64 [n, sides], of all samples (`lengths_of`).
@@ -47,6 +47,8 @@ class TokenBatches:
         self.groups = np.searchsorted(places[self.rows], np.arange(places.max() + 2))  # bounds of the samples of equal lengths
         self.bounds = cut(self.lengths, budget)
         self.batches = len(self.bounds) - 1  # in an epoch
+        self._kept = (-1, np.zeros(0, dtype=np.int64))  # (epoch, order of its batches)
+        self._block: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])  # (number, batches) of the last block of draws
 
     def continue_in(self, order: str) -> None:
         """Take over the order that a checkpoint names. Raises: UserError: this version does not know it."""
@@ -67,18 +69,37 @@ class TokenBatches:
         All ranks get equally many, with near-equal numbers of tokens. Where a batch has too few samples for this, a share is a
         filler.
         """
-        epoch, number = divmod(draw, self.batches)
-        batch, = permuted(np.array([number]), self.batches, derive_seed(self.seed, "batches", self.stream, epoch))
-        first, last = self.bounds[batch:batch + 2]
-        indices = self._rows(np.arange(first, last), derive_seed(self.seed, "order", self.stream, epoch))
-        bounds = split(self.lengths[first:last], ranks, self.most)
+        batch, indices = self._batch(draw)
+        bounds = split(self.lengths[self.bounds[batch]:self.bounds[batch + 1]], ranks, self.most)
         seed = derive_seed(self.seed, "batch", self.stream, draw)
         shares = []
         for part in range(rank, len(bounds) - 1, ranks):
             filler = bounds[part] == bounds[part + 1]
             slots = np.arange(1) if filler else np.arange(bounds[part], bounds[part + 1])
-            shares.append(Share(indices[slots], slots, len(indices), seed, np.full(len(slots), epoch), bool(filler)))
+            epochs = np.full(len(slots), draw // self.batches)
+            shares.append(Share(indices[slots], slots, len(indices), seed, epochs, bool(filler)))
         return shares
+
+    def _batch(self, draw: int) -> tuple[int, np.ndarray]:
+        """Return the number of the batch in the order of lengths, and its rows of the data set, int64 [samples]."""
+        size = max(1, AT_ONCE * self.batches // len(self.rows))  # draws that are computed together
+        if self._block[0] != draw // size:
+            first = draw // size * size
+            epochs = np.arange(first, first + size) // self.batches
+            batches = [int(self._order(int(epoch))[(first + i) % self.batches]) for i, epoch in enumerate(epochs)]
+            places = [np.arange(self.bounds[batch], self.bounds[batch + 1]) for batch in batches]
+            sizes = [len(of_batch) for of_batch in places]
+            keys = np.array([derive_seed(self.seed, "order", self.stream, int(epoch)) for epoch in epochs], dtype=np.uint64)
+            rows = self._rows(np.concatenate(places), keys.repeat(sizes))
+            self._block = draw // size, list(zip(batches, np.split(rows, np.cumsum(sizes)[:-1])))
+        return self._block[1][draw % size]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the batches in the order of an epoch, int64 [batches]. The last epoch's order is kept."""
+        if self._kept[0] != epoch:
+            key = derive_seed(self.seed, "batches", self.stream, epoch)
+            self._kept = epoch, permuted(np.arange(self.batches), self.batches, key)
+        return self._kept[1]
 
     def longest(self, count: int) -> tuple[Share, int]:
         """Return the last `count` samples in the order of lengths as a share, and their number of tokens."""
@@ -86,8 +107,8 @@ class TokenBatches:
         rows, slots = self.rows[-count:], np.arange(len(lengths))
         return Share(rows, slots, len(rows), self.seed), int(lengths.max(0).sum()) * len(lengths)
 
-    def _rows(self, places: np.ndarray, key: int) -> np.ndarray:
-        """Return the row of the data set at each place, after the samples of equal lengths were shuffled with `key`."""
+    def _rows(self, places: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Return the row of the data set at each place, after the samples of equal lengths were shuffled with its key."""
         groups = np.searchsorted(self.groups, places, "right") - 1
         first, size = self.groups[groups], self.groups[groups + 1] - self.groups[groups]
-        return self.rows[first + permuted(places - first, size, derived(key, groups))]
+        return self.rows[first + permuted(places - first, size, derived(keys, groups))]
