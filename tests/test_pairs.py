@@ -34,7 +34,8 @@ def ranks():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_an_interrupted_run_is_the_same_run_although_a_forward_reads_a_buffer_of_its_rank(ranks, tmp_path, strategy):
     """Saves and evaluations share buffers too. Without a share at each step, the run that saves at step 7 would be another."""
-    keys = {"train.strategy": strategy, "train.micro_batch_size": 5, "model": {"alone": strategy.startswith("zero")}}
+    keys = {"train.strategy": strategy, "train.micro_batch_size": 5, "model": {"alone": strategy.startswith("zero")},
+            "train.ema": 0.9, "optim.groups": [{"match": "*.bias", "lr_scale": 0.5}]}
     whole = ranks(2)("trained", root=tmp_path / "whole", keys=keys)[0]
     assert whole["drift"] > 0  # ranks do end a step with different buffers
     ranks(2)("trained", root=tmp_path / "cut", keys=keys, until=7)

@@ -67,7 +67,7 @@ def evaluate(run: Run, *, which: str | None, init: Mapping[str, Any], overrides:
     view.notice(f"evaluating {spec.weights} in {short_path(paths.root)}: {ranks_text(resources)}")
     code = run_attempts(plan_of, paths, 1, view, plan.max_restarts, debug=False)
     if json and code == 0:
-        print(jsonlib.dumps({"id": paths.id, "run": run.id, "step": spec.weights.step, "overrides": list(overrides),
+        print(jsonlib.dumps({"id": paths.id, "run": run.id, "step": spec.weights.step, **init, "overrides": list(overrides),
                              "device": resources.device, "ranks": resources.ranks,
                              "metrics": read_json(paths.record)["metrics"], "path": str(paths.root)}, ensure_ascii=False))
     return code

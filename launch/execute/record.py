@@ -68,7 +68,8 @@ def create_run(plan: Plan, **more: Any) -> RunPaths:
     try:
         paths.root.mkdir(parents=True)
         if plan.weights:
-            more = {"init": {"path": plan.weights.path, "run": plan.weights.run, "step": plan.weights.step}, **more}
+            older = {"older": list(plan.weights.older)} if plan.weights.older else {}  # averaged with the checkpoint
+            more = {"init": {"path": plan.weights.path, "run": plan.weights.run, "step": plan.weights.step, **older}, **more}
             keep_checkpoint(plan.weights, paths)
         replace_text(paths.spec, plan.files["run.yaml"])
         replace_json(paths.record, {

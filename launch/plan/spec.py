@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainers.checkpoints.averaging import mean_of
 from trainers.config.nearest import nearest_keys
 from trainers.config.spec import config_class, holds, mapping, read_run, read_text, validate
 from trainers.contract.errors import UserError
@@ -45,8 +46,8 @@ class Weights:
     older: tuple[int, ...] = ()     # the steps of the checkpoints beside it, newest first, with which it is averaged
 
     def __str__(self) -> str:
-        if self.run and self.older:
-            return f"run {self.run}, the mean of steps {', '.join(map(str, [*reversed(self.older), self.step]))}"
+        if self.run and self.step is not None and self.older:
+            return f"run {self.run}, {mean_of(self.step, self.older)}"
         return f"run {self.run}, step {self.step}" if self.run else self.path
 
 

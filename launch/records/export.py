@@ -10,6 +10,7 @@ from launch.records.checkpoints import choose
 from launch.records.run import Run
 from trainers.checkpoints import export as engine
 from trainers.checkpoints import facts
+from trainers.checkpoints.averaging import mean_of
 from trainers.contract.errors import UserError
 from trainers.contract.text import size
 
@@ -39,9 +40,9 @@ def export(run: Run, *, which: str | None, to: str, output: Path | None, raw: bo
     """
     choice = choose(run.paths, which, average)
     step = choice.step
-    checkpoint = run.paths.checkpoint(step)
+    checkpoint, *older = [run.paths.checkpoint(each) for each in (step, *choice.older)]
     try:
-        models = engine.read_models(checkpoint, raw, [run.paths.checkpoint(older) for older in choice.older])
+        models = engine.read_models(checkpoint, raw, older)
         places = _outputs(run, step, to, output, _default_folder(run, step, raw, average), list(models))
         known = facts.read(checkpoint)
         about = facts.metadata(known, run.id, step)
@@ -55,14 +56,14 @@ def export(run: Run, *, which: str | None, to: str, output: Path | None, raw: bo
             else:
                 written += engine.to_safetensors(model, places[name], about)
     except Exception:
-        if not checkpoint.exists():
-            raise UserError(f"the run deleted the checkpoint of step {step} during the export",
+        if gone := [folder for folder in (checkpoint, *older) if not folder.exists()]:
+            raise UserError(f"the run deleted the checkpoint {gone[0].name} during the export",
                             "try again: the run has a newer checkpoint") from None
         raise
     files = {name: str(path) for name, path in places.items()}
     weights = "averaged weights (train.ema)" if any(model.averaged for model in models.values()) else "trained weights"
     if choice.older:
-        weights = f"the mean of steps {', '.join(map(str, [*reversed(choice.older), step]))}"
+        weights = mean_of(step, choice.older)
     return {"step": step, "weights": weights, "warnings": choice.warnings(), "files": files, "bytes": written, "facts": known}
 
 

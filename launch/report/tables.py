@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from launch.cluster import reasons
+from launch.plan.spec import Weights
 from launch.records.read import ACTIVE, slow_words
 from trainers.contract.clock import local_time
 from trainers.contract.events import brief, metrics_line
@@ -144,7 +145,7 @@ def _weights(init: dict[str, Any] | None) -> str:
     """The run or file that the first weights came from."""
     if not init:
         return ""
-    return f"from run {init['run']}, step {init['step']}" if init["run"] else f"from {init['path']}"
+    return f"from {Weights(init['path'], init['run'], init['step'], older=tuple(init.get('older', ())))}"
 
 
 def _explained(status: dict[str, Any]) -> str:

@@ -32,11 +32,17 @@ def older(checkpoint: Path, count: int) -> list[Path]:
     return [checkpoint.with_name(f"step_{number}") for number in steps]
 
 
+def mean_of(step: int, older: Sequence[int]) -> str:
+    """Return 'the mean of steps 10, 20, 30'."""
+    return f"the mean of steps {', '.join(map(str, sorted((step, *older))))}"
+
+
 def too_few(where: str, step: int | None, found: int, wanted: int) -> UserError:
     """Return the error that `where` has only `found` whole checkpoints up to a step, and not `wanted`."""
     return UserError(f"{where} has {found} whole checkpoint{'s' * (found != 1)} up to step {step}, but the weights of {wanted} "
-                     f"are to be averaged", f"use --average {found} (init.average={found}); a run keeps as many of its newest "
-                     "checkpoints as `checkpoint.keep_last` says")
+                     "are to be averaged",
+                     (f"use --average {found} (init.average={found})" if found > 1 else "leave out --average (init.average)")
+                     + "; a run keeps as many of its newest checkpoints as `checkpoint.keep_last` says")
 
 
 def _step(folder: Path) -> int | None:

@@ -21,7 +21,9 @@ from launch.plan.initial_weights import find_weights, with_weights
 from launch.plan.plan import make_plan
 from launch.plan.show import show
 from launch.plan.spec import Weights, load_spec, spec_of
+from launch.records.read import status
 from launch.records.run import read_run
+from launch.report.tables import details
 from trainers.checkpoints import averaging, manifest
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
@@ -102,11 +104,13 @@ def test_the_checkpoints_of_a_mean_are_all_kept(paths, root):
     assert plan.weights == Weights(str(paths.checkpoint(30)), "blobs-1", 30, (), (20,))
     assert str(plan.weights) == "run blobs-1, the mean of steps 20, 30"
     run = create_run(plan)
+    assert details(status(read_run(run.root))).count("from run blobs-1, the mean of steps 20, 30") == 1
     assert sorted(path.name for path in run.init.iterdir()) == ["step_20", "step_30"]
     assert averaging.older(run.first_weights(plan.weights.path), 1) == [run.init / "step_20"]
     assert find_weights(str(paths.checkpoint(30)), root, 2).older == (20,)
     assert evaluation_spec(read_run(paths.root), "30", [], {"average": 3}).weights.older == (20, 10)
     for word, count, message in (("blobs-1@20", 3, "`blobs-1` has 2 whole checkpoints up to step 20, but the weights of 3 are"),
+                                 ("blobs-1@10", 2, "up to step 10, .*\n.*leave out --average"),
                                  (str(run.init / "step_30"), 2, "is one checkpoint, and not in the folder of its run")):
         with pytest.raises(UserError, match=message):
             find_weights(word, root, count)

@@ -116,7 +116,7 @@ class Checkpoint:
         keys = tensors_of_models(self.reader.shapes, raw or count > 1)
         self.about = ""
         if steps:
-            self.about = f" (the mean of steps {', '.join(map(str, [*reversed(steps), self.step]))})"
+            self.about = f" ({averaging.mean_of(self.step, steps)})"
         elif any(key.startswith("ema/") for key in keys.values()):
             self.about = " (averaged weights: train.ema)"
         one_model = len({model for model, _ in keys}) == 1
