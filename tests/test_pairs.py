@@ -41,6 +41,16 @@ def test_an_interrupted_run_is_the_same_run_although_a_forward_reads_a_buffer_of
     ranks(2)("trained", root=tmp_path / "cut", keys=keys, until=7)
     cut = ranks(2)("trained", root=tmp_path / "cut", keys=keys)[0]
     assert len(whole["rows"]) == 12 + 3 and cut["rows"] == whole["rows"]
+    recomputed = ranks(2)("trained", root=tmp_path / "recomputed", keys={**keys, "train.checkpoint_activations": True})[0]
+    assert recomputed["rows"] == whole["rows"]  # a recomputed block sees the buffers of its forward, and changes none
+
+
+def test_three_ranks_settle_without_a_trace_and_resume_to_the_bit(ranks, tmp_path):
+    keys = {"train.batch_size": 18, "train.micro_batch_size": 3}
+    whole = ranks(3)("trained", root=tmp_path / "whole", keys=keys)[0]
+    for until in (2, 9):
+        ranks(3)("trained", root=tmp_path / "cut", keys=keys, until=until)
+    assert ranks(3)("trained", root=tmp_path / "cut", keys=keys)[0]["rows"] == whole["rows"]
 
 
 @pytest.mark.parametrize("model, synchronized", [({"norm": False, "drift": False}, False), ({"drift": False}, True)])

@@ -187,7 +187,7 @@ def test_the_best_checkpoint_is_scored_at_the_end(ranks, tmp_path, name):
     """The test set is the evaluation set again. The best checkpoint is the first one, so another one's weights are loaded."""
     for keys in ({}, GROUPS):
         keys = {"train.strategy": name, "checkpoint.metric": "loss", "checkpoint.mode": "max", **keys}
-        evaluations, test = ranks(2)("tested", root=tmp_path / f"{len(keys)}", keys=keys)[0]
+        evaluations, test = ranks(2)("scored", root=tmp_path / f"{len(keys)}", keys=keys)[0]
         assert list(evaluations) == ["15", "30"] and evaluations["15"] != evaluations["30"]
         assert (test["step"], test["checkpoint"], test["loss"]) == (30, 15, evaluations["15"])
 
@@ -281,7 +281,7 @@ def trained(world, root, keys, until=None):
             for row in rows if row["split"] == "train"]
 
 
-def tested(world, root, keys):
+def scored(world, root, keys):
     """Return the losses of the evaluations of a run by step, and the row of its test."""
     sys.path.append(str(SENTENCES))
     from sentences import Counting, Sentences
