@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,7 @@ class Images:
         self.classes = classes
         self.statistics = Statistics(list(mean), list(std))
         self.augment = augment
+        self._fingerprint = hashlib.sha256(raw.labels.astype("<i8").tobytes()).hexdigest()[:16]
         self.pixels = torch.from_numpy(raw.pixels).to(device)  # uint8 [N, 3, S, S]
         self.labels = torch.from_numpy(raw.labels).to(device)  # int64 [N]
         self._mean = 255 * torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1)
@@ -64,6 +66,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the labels. Pixels are not hashed, because versions of a library decode images differently."""
+        return self._fingerprint
 
     def batch(self, share: Share) -> tuple[Tensor, Tensor]:
         """Return (images float32 [n, 3, S, S], labels int64 [n]) of the samples `share.indices`. n may be 0."""

@@ -32,6 +32,7 @@ from trainers.engine.rates import Rates
 from trainers.engine.saving import restore, task_state
 from trainers.engine.saving.checkpoint import Checkpoints
 from trainers.engine.saving.huggingface import describe
+from trainers.engine.saving.watermark import check_data, watermark
 from trainers.engine.setup import set_up
 from trainers.engine.task import Share, Task
 from trainers.engine.testing import score_test_set
@@ -219,7 +220,7 @@ class Loop:
         self.evaluated = state.get("evaluated", False)  # only in checkpoints of older versions
         if found := self.checkpoints.evaluation(step):
             self.evaluated, self.latest, self.early = True, found, self._out_of_patience(found)
-        restore.check_data(self.setup, state["samples"], state.get("facts"))
+        check_data(self.setup, state)
         restore.load_tensors(reader, self.setup, self.runners)
         for runner in self.runners:
             runner.load_state(state["updates"][runner.update.name])
@@ -273,7 +274,7 @@ class Loop:
         state = {
             "step": self.step, "total": self.total,
             "metrics": self.before.metrics, "best": self.before.best, "waited": self.before.waited,
-            "samples": restore.sample_counts(self.setup), "tied": self.tied, "facts": self.setup.facts,
+            **watermark(self.setup), "tied": self.tied,
             "updates": {runner.update.name: runner.state() for runner in self.runners},
             task_state.KEY: task_state.values(self.task),
         }

@@ -50,6 +50,10 @@ class Dataset(Protocol):
 
     A data set whose samples have uneven lengths may also have an attribute `lengths`: whole numbers, [samples], or [samples,
     sides] for pairs. An evaluation then takes samples of similar lengths together, and `train.batch_tokens` can be used.
+
+    A data set may also have a method `fingerprint()`, which returns a text that differs for other samples, and depends neither on
+    the device nor on library versions. A run is not resumed on a data set with another fingerprint. Without the method, the
+    fingerprint is a hash of `lengths` or of an attribute `targets`.
     """
 
     def __len__(self) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from made import make_checkpoint
@@ -17,7 +19,8 @@ from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 from trainers.engine.evaluate_only import evaluate_only
 from trainers.engine.loop import Loop
-from trainers.engine.saving.restore import check_data, load_initial_weights
+from trainers.engine.saving.restore import load_initial_weights
+from trainers.engine.saving.watermark import check_data, fingerprint, watermark
 from trainers.engine.task import Loss, Task
 
 
@@ -72,14 +75,44 @@ def test_a_metric_that_is_never_measured_deserves_a_warning(tmp_path, capsys, ev
 def test_data_with_other_facts_is_refused(tmp_path):
     loop = started(tmp_path, None)
     setup = replace(loop.setup, facts={"words": ["a", "b"]})
-    check_data(setup, [8, 0], {})  # a checkpoint of an older version
-    check_data(setup, [8, 0], {"words": ["a", "b"]})
+    check_data(setup, {"samples": [8, 0], "facts": {}})
+    check_data(setup, {"samples": [8, 0]})  # a checkpoint of an older version
+    check_data(setup, watermark(setup))
     with pytest.raises(UserError, match=r"the data has changed since this run started: `words` was \[b\], and is \[a, b\]"):
-        check_data(setup, [8, 0], {"words": ["b"]})
+        check_data(setup, {"samples": [8, 0], "facts": {"words": ["b"]}})
     with pytest.raises(UserError, match="or the older version that started the run read it differently"):
-        check_data(setup, [9, 0], None)
+        check_data(setup, {"samples": [9, 0]})
     with pytest.raises(UserError, match="since this run started: it had 9 training"):
-        check_data(setup, [9, 0], {"words": ["a", "b"]})
+        check_data(setup, {"samples": [9, 0], "facts": {"words": ["a", "b"]}})
+
+
+class Named(Rows):
+    def fingerprint(self):
+        return self.name
+
+
+def having(**attributes):
+    """Return a data set of 3 samples with these attributes."""
+    rows = Named(3) if "name" in attributes else Rows(3)
+    vars(rows).update(attributes)
+    return rows
+
+
+@pytest.mark.parametrize("before, now", [
+    ({"name": "a"}, {"name": "b"}), ({"lengths": np.array([1, 2, 3])}, {"lengths": torch.tensor([1, 3, 2])}),
+    ({"targets": [0, 1, 2]}, {"targets": [0, 2, 1]}),
+    ({"dataset": SimpleNamespace(targets=[0, 1, 2])}, {"dataset": SimpleNamespace(targets=[0, 1, 1])}),
+])
+def test_other_data_of_the_same_size_is_refused(tmp_path, before, now):
+    setup = started(tmp_path, None).setup
+    for role, words in (("train_set", "the training set has as many samples"), ("eval_set", "the evaluation set has as many")):
+        marked = watermark(replace(setup, **{role: having(**before)}))
+        check_data(replace(setup, **{role: having(**before)}), marked)
+        check_data(replace(setup, **{role: having()}), marked)  # it had a fingerprint once, and has none now
+        with pytest.raises(UserError, match=words):
+            check_data(replace(setup, **{role: having(**now)}), marked)
+    lists = {"lengths": [[1], [2, 3], [4]]}
+    assert fingerprint(having(**lists)) is fingerprint(having()) is None
 
 
 @pytest.mark.parametrize("state", [{}, {"facts": {"words": ["x", "y"]}}])

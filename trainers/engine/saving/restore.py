@@ -82,32 +82,3 @@ def load_initial_weights(weights: str, config: RunConfig, setup: Setup, runners:
         notes.append(("warning", f"these weights were trained with other names: {'; '.join(changes)}; init.skip=[NAME] "
                                  "leaves out a layer that belongs to the old names"))
     return notes
-
-
-def sample_counts(setup: Setup) -> list[int]:
-    """Return the numbers of training and evaluation samples."""
-    return [len(setup.train_set), len(setup.eval_set) if setup.eval_set is not None else 0]
-
-
-def check_data(setup: Setup, before: list[int], trained: facts.Facts | None) -> None:
-    """Check that the numbers of samples and the task's facts have not changed: otherwise the run would be another run.
-
-    Args:
-        before: what `sample_counts` returned when the checkpoint was saved.
-        trained: the facts in the checkpoint; None if it is from an older version, which kept no facts.
-
-    Raises:
-        UserError: something has changed.
-    """
-    now = sample_counts(setup)
-    if before != now:
-        older = trained is None and bool(setup.facts)
-        reason = (", or the older version that started the run read it differently (other folders, other files)" if older
-                  else "")
-        raise UserError(f"the data has changed since this run started{reason}: it had {before[0]} training and {before[1]} "
-                        f"evaluation samples, now it has {now[0]} and {now[1]}",
-                        "restore the old data, or start a new run" +
-                        ("; or go on with the version of `launch` that started this run" if older else ""))
-    if changes := facts.differences(trained or {}, setup.facts):
-        raise UserError(f"the data has changed since this run started: {'; '.join(changes)}",
-                        "restore the old data, or start a new run")
