@@ -109,6 +109,8 @@ class Loop:
         make_ahead(self.train_set, ())  # workers are forked before other threads start
         if self.eval_set is not None and self.config.eval.every != "never":
             make_ahead(self.eval_set, ())
+        if self.setup.test_set is not None:
+            make_ahead(self.setup.test_set, ())
         self._resume()
         make_ahead(self.train_set, self._shares())
         hold()  # from now on a signal takes effect at the next boundary, where all ranks save and stop together
