@@ -199,6 +199,7 @@ def test_public_names_for_users_tasks() -> None:
     """The README lists them."""
     code = ("from trainers.config import Group, RunConfig, SearchConfig, Section\n"
             "from trainers.engine.task import Dataset, Loss, Share, Task, Update\n"
+            "from trainers.engine.map_style import MapStyle\n"
             "from trainers.errors import TrainingError, UserError\n"
             "from trainers.forest import ForestSearchCV, load_forest, save_forest\n"
             "from trainers.runner import Place, Runner")

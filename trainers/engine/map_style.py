@@ -22,6 +22,7 @@ from trainers.contract.errors import TrainingError, UserError, system_error
 from trainers.contract.signals import blocked, leave_stops_to_rank
 from trainers.engine.batches.noise import unchanged
 from trainers.engine.batches.samples import Failed, Maker
+from trainers.engine.device import to_device
 from trainers.engine.task import Share
 
 NO_POSITIONS = ("a run continues at a position, so the loop asks for samples by row: use a data set with `__len__` and "
@@ -132,7 +133,7 @@ class MapStyle:
             if made.traceback:
                 sys.stderr.write(made.traceback)
             raise DataError(f"{self.name}: {made.message}", made.hint)
-        return to_device(made, self.device)
+        return on_device(made, self.device)
 
     def close(self) -> None:
         """End the workers."""
@@ -242,25 +243,17 @@ def check_map_style(dataset: Any) -> None:
                         'define `__len__`, and `batch(share)` or `__getitem__(row)`: README, "A task of your own"')
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a batch with its tensors on the device. Copies to a GPU do not wait: they go through pinned memory."""
+def on_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch with its tensors on the device. Copies to a GPU go through pinned memory, and the host does not wait."""
     match batch:
         case Tensor():
-            if device.type != "cuda":
-                return batch.to(device)
-            return (batch if batch.is_cuda or batch.is_pinned() else batch.pin_memory()).to(device, non_blocking=True)
+            return to_device(batch, device)
         case Mapping():
-            items = {key: to_device(value, device) for key, value in batch.items()}
-            return items if type(batch) is dict else _with_items(batch, items)
+            changed = copy.copy(batch)  # of its own class: transformers' BatchEncoding, for example
+            changed.update({key: on_device(value, device) for key, value in batch.items()})  # type: ignore[attr-defined]
+            return changed
         case tuple() if hasattr(batch, "_fields"):
-            return type(batch)(*(to_device(value, device) for value in batch))
+            return type(batch)(*(on_device(value, device) for value in batch))
         case list() | tuple():
-            return type(batch)(to_device(value, device) for value in batch)
+            return type(batch)(on_device(value, device) for value in batch)
     return batch.to(device) if hasattr(batch, "to") else batch
-
-
-def _with_items(batch: Any, items: dict) -> Any:
-    """Return a copy of a mapping of another class than dict (transformers' BatchEncoding) with these items."""
-    changed = copy.copy(batch)
-    changed.update(items)
-    return changed
