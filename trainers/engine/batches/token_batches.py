@@ -11,6 +11,7 @@ from trainers.engine.batches.sampling import AT_ONCE, derive_seed, unknown_order
 from trainers.engine.task import Share
 
 BY_LENGTH = "length"  # name of the order in a checkpoint
+MOST_DRAWS = 64       # that are computed together
 
 
 class TokenBatches:
@@ -82,7 +83,7 @@ class TokenBatches:
 
     def _batch(self, draw: int) -> tuple[int, np.ndarray]:
         """Return the number of the batch in the order of lengths, and its rows of the data set, int64 [samples]."""
-        size = max(1, AT_ONCE * self.batches // len(self.rows))  # draws that are computed together
+        size = min(MOST_DRAWS, max(1, AT_ONCE * self.batches // len(self.rows)))  # draws that are computed together
         if self._block[0] != draw // size:
             first = draw // size * size
             epochs = np.arange(first, first + size) // self.batches
