@@ -69,7 +69,8 @@ class Question:
     @property
     def only_file(self) -> Path | None:
         """The one file that ranks can read where it lies; None: the lines must be gathered into a file."""
-        return Path(self.files[0]).absolute() if len(self.files) == 1 and Path(self.files[0]).is_file() else None
+        alone = len(self.files) == 1 and self.files[0] != STDIN and Path(self.files[0]).is_file()
+        return Path(self.files[0]).absolute() if alone else None
 
     def spec(self, spec: Spec, lines: Path | None) -> Spec:
         """The spec of the prediction, from the spec of an evaluation. `lines`: the file of lines."""

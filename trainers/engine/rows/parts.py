@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 
-from trainers.contract.errors import TrainingError, UserError
+from trainers.contract.errors import TrainingError, UserError, system_error
 from trainers.contract.files import flush_folder, jsonable, temporary_path
 from trainers.engine.rows.lines import Lines
 
@@ -50,12 +51,13 @@ class Part:
     """The rows of one rank, in a file. A context: its end closes the file."""
 
     def __init__(self, folder: Path, rank: int, format: Format):
-        """Open the rank's file. Raises: OSError."""
+        """Open the rank's file. Raises: UserError: the file cannot be made."""
         self._path, self._format = _rows(folder, rank), format
         self._samples = _samples(folder, rank)
         self._numbers: list[np.ndarray] = []
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "wb")
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "wb")
 
     def write(self, numbers: np.ndarray, rows: Any) -> None:
         """Write what `Task.rows` returned for one batch.
@@ -64,26 +66,40 @@ class Part:
             numbers: int64 [n], the samples of the batch.
 
         Raises:
-            UserError: there is not one row for each sample, or JSON cannot hold a row.
-            OSError: the disk is full.
+            UserError: there is not one row for each sample, JSON cannot hold a row, or the disk is full.
         """
-        rows = _checked(rows, len(numbers))
+        rows, lines = _checked(rows, len(numbers)), []
         for number, row in zip(numbers.tolist(), rows):
             try:
                 line = row_line(row, self._format)
             except (TypeError, ValueError, RecursionError) as error:
                 raise UserError(f"the task's row for sample {number + 1} cannot be written as JSON: {error}",
                                 "return text, numbers, and lists and dicts of text and numbers as rows") from None
-            self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
+            lines.append(line.encode("utf-8", "backslashreplace") + b"\n")
+        with _writing(self._path):
+            self._file.write(b"".join(lines))
         self._numbers.append(numbers)
 
     def __enter__(self) -> Part:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-        if kind is None:
+        if kind is not None:
+            with suppress(OSError):
+                self._file.close()
+            return
+        with _writing(self._path):
+            self._file.close()
             np.save(self._samples, np.concatenate([np.zeros(0, np.int64), *self._numbers]))
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"rows cannot be written to {path}: {error.strerror or error}", system_error(error).hint) from error
 
 
 def _checked(rows: Any, count: int) -> Sequence[Any]:
@@ -105,7 +121,7 @@ def merge(folder: Path, ranks: int, count: int, target: Path) -> None:
 
     Raises:
         TrainingError: the ranks' rows are not those of `count` samples.
-        OSError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     parts = [Lines(_rows(folder, rank)) for rank in range(ranks)]
     numbers = np.concatenate([np.load(_samples(folder, rank)) for rank in range(ranks)])
@@ -117,16 +133,17 @@ def merge(folder: Path, ranks: int, count: int, target: Path) -> None:
     owners = np.searchsorted(firsts, order, side="right") - 1
     temporary = temporary_path(target)
     try:
-        with open(temporary, "wb") as file:
-            for owner, place in zip(owners.tolist(), (order - firsts[owners]).tolist()):
-                file.write(parts[owner].raw(place) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        with _writing(target):
+            with open(temporary, "wb") as file:
+                for owner, place in zip(owners.tolist(), (order - firsts[owners]).tolist()):
+                    file.write(parts[owner].raw(place) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            flush_folder(target.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    flush_folder(target.parent)
 
 
 def _rows(folder: Path, rank: int) -> Path:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from trainers.config.schema import RunConfig
 from trainers.contract import exit_codes, heartbeat
-from trainers.contract.errors import UserError, system_error
+from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
 from trainers.engine.batches.data_sets import make_ahead
@@ -59,18 +59,15 @@ def predict(task: Task, config: RunConfig, world: World, paths: RunPaths, attemp
     hold()
     note_of(world)("info", f"{len(dataset):,} samples, {config.init.source}{source.about}: {about(setup, config, world)}")
     target = Path(settings.output) if settings.output is not None else paths.rows
-    try:
-        with Part(paths.row_parts, world.rank, settings.format) as part:
-            complete = _write(part, task, setup, dataset, config, world)
-        if world.size > 1:
-            dist.barrier()  # rank 0 reads what the others have written
-        if complete and world.main:
-            heartbeat.rest()
-            merge(paths.row_parts, world.size, len(dataset), target)
-            shutil.rmtree(paths.row_parts, ignore_errors=True)
-            shutil.rmtree(paths.init, ignore_errors=True)
-    except OSError as error:
-        raise system_error(error) from error
+    with Part(paths.row_parts, world.rank, settings.format) as part:
+        complete = _write(part, task, setup, dataset, config, world)
+    if world.size > 1:
+        dist.barrier()  # rank 0 reads what the others have written
+    if complete and world.main:
+        heartbeat.rest()
+        merge(paths.row_parts, world.size, len(dataset), target)
+        shutil.rmtree(paths.row_parts, ignore_errors=True)
+        shutil.rmtree(paths.init, ignore_errors=True)
     setup.stopping.close()
     close_process_group()
     return exit_codes.FINISHED if complete else exit_codes.PREEMPTED

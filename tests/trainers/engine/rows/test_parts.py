@@ -53,6 +53,16 @@ def test_rows_that_are_not_those_of_the_samples_are_refused(tmp_path, numbers):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_full_disk_is_named(tmp_path):
+    write(tmp_path / "rows", [[([0], ["a"])]])
+    with pytest.raises(UserError, match="rows cannot be written to .*gone/out: No such file or directory"):
+        merge(tmp_path / "rows", 1, 1, tmp_path / "gone/out")
+    (tmp_path / "rows/1.txt").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="rows cannot be written to .*rows/1.txt: No space left on device") as caught:
+        write(tmp_path / "rows", [[], [([1], ["b"])]])
+    assert caught.value.hint == "the disk is full: free some space"
+
+
 @pytest.mark.parametrize("rows, message", [
     (["a"], "returns 1 rows for a batch of 2 samples"), (["a", "b", "c"], "returns 3 rows for a batch of 2 samples"),
     ("ab", "returns a str, but must return a list"), ({"a": 1, "b": 2}, "returns a dict, but must"), (None, "returns a NoneType"),
