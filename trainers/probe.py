@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,10 @@ def measure(task: Task, config: RunConfig, world: World, ranks: int) -> tuple[Co
         The sizes of the models, and the bytes by micro-batch size. Of several updates, the one that needs most counts.
     """
     set_precision(config.train.precision, world.device)
-    dataset, _ = data_of(task, config.train.seed, world)
+    sets = data_of(task, config.train.seed, world)
+    dataset = sets[0]
     models = {name: model.to(world.device) for name, model in task.models().items()}
-    counts = count(models)
+    counts = replace(count(models), data=_bytes_of(sets, world.device))
     add_block = False
     if config.train.checkpoint_activations:
         if world.device.type == "cpu":
@@ -90,6 +91,13 @@ def measure(task: Task, config: RunConfig, world: World, ranks: int) -> tuple[Co
                 needed = _update(update, models, dataset.batch(share), config, world, add_block)
             activations[size] = max(needed, activations.get(size, 0))
     return counts, activations
+
+
+def _bytes_of(sets: Iterable[object], device: torch.device) -> int:
+    """Return the bytes of the tensors on `device` that are attributes of data sets. Memory that tensors share counts once."""
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for dataset in sets
+                for value in getattr(dataset, "__dict__", {}).values() if isinstance(value, Tensor) and value.device == device}
+    return sum(storages.values())
 
 
 def _micro_batches(dataset: Dataset, config: RunConfig, update: Update, ranks: int) -> dict[int, Share]:

@@ -23,7 +23,7 @@ from trainers.contract.files import read_json
 from trainers.contract.text import size
 
 # The parts of a rank's memory, by the names that trainers/config/memory.py gives them.
-PARTS = ("parameters", "gradients", "optimizer", "buffers", "gathered")
+PARTS = ("parameters", "gradients", "optimizer", "buffers", "gathered", "data")
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "zero3")  # in order of the data that ranks exchange, the least first
 USABLE = 0.9  # the part of a GPU's memory that a run can use; CUDA's context and unused allocator blocks take the rest
 
@@ -230,10 +230,10 @@ def show(table: Mapping[str, Any]) -> str:
     lines += ["", *(("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)) if len(cells) > 2 else
                      f"{cells[0]:<{widths[0]}}  {cells[1]}").rstrip() for cells in grid), ""]
     lines.append("* the spec's strategy; sizes are for one rank"
-                 + ("" if probed else ", without activations (--probe measures them)"))
+                 + ("" if probed else ", without activations and data (--probe measures them)"))
     if best := table["best"]:
         lines.append(f"--strategy {best['strategy']} train.micro_batch_size={best['micro_batch_size']} would fit"
-                     + ("" if probed else ", not counting activations"))
+                     + ("" if probed else ", not counting activations and data"))
     elif table["room"] is not None:
         lines.append("nothing fits: use more ranks, train.checkpoint_activations=true or train.offload=parameters")
     return "\n".join(lines)

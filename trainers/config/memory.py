@@ -28,6 +28,7 @@ class Memory:
     optimizer: int           # the optimizer's states, and averaged weights
     buffers: int             # the model's own buffers, and buffers that collect gradients for communication
     gathered: int = 0        # whole parameters and gradients, or half-precision copies, during computation
+    data: int = 0            # data sets that stay on the device, where they were measured
     host: int = 0            # moved to the host's memory (`train.offload`)
     ready: int = 0           # the most before the first step, which may be more than in a step
     one: bool = False        # whether device and host share one memory (CPU ranks)
@@ -36,7 +37,7 @@ class Memory:
     def total(self) -> int:
         """The most bytes that the rank's device holds at once."""
         held = self.parameters + self.gradients + self.optimizer + self.buffers + self.gathered
-        return max(held + self.host * self.one, self.ready)
+        return self.data + max(held + self.host * self.one, self.ready)
 
     def as_dict(self) -> dict[str, int]:
         return {**asdict(self), "total": self.total}
@@ -54,7 +55,7 @@ def expected(config: RunConfig, counts: Counts, ranks: int, device: str) -> Memo
     elif strategy == "fsdp":
         memory = _fsdp(config, counts, ranks)
     else:
-        memory = _zero3(config, counts, ranks) if STAGES[strategy] == 3 else _zero12(config, counts, ranks)
+        memory = (_zero3 if STAGES[strategy] == 3 else _zero12)(config, counts, ranks, device)
     if device == "cpu":
         # On a CPU the model is built whole before it is sharded. ZeRO-1 and 2 then need a second copy until the parameters are
         # in their partitions. (With a GPU that has no room for this copy, the copy is made in host memory.)
@@ -65,7 +66,7 @@ def expected(config: RunConfig, counts: Counts, ranks: int, device: str) -> Memo
         beyond_freed = max(0, counts.parameters - (memory.gradients + memory.buffers) // FULL)
         copy = {"ddp": 0, "fsdp": block, "zero3": memory.buffers // FULL}.get(strategy, beyond_freed)
         memory = replace(memory, one=True, ready=FULL * (counts.parameters + second), buffers=memory.buffers + FULL * copy)
-    return replace(memory, buffers=memory.buffers + FULL * counts.buffers)
+    return replace(memory, buffers=memory.buffers + FULL * counts.buffers, data=counts.data)
 
 
 def states(config: RunConfig) -> int:
@@ -99,28 +100,28 @@ def _fsdp(config: RunConfig, counts: Counts, ranks: int) -> Memory:
                   ready=shard + FULL * block)
 
 
-def _zero12(config: RunConfig, counts: Counts, ranks: int) -> Memory:
+def _zero12(config: RunConfig, counts: Counts, ranks: int, device: str) -> Memory:
     """A rank holds the whole model, the fp32 partition that it updates, a bucket that collects gradients, and a bucket whose
     gradients cross ranks."""
     whole, part = FULL * counts.parameters, FULL * _part(counts.parameters, ranks)
-    bucket = FULL * min(_bucket(config, ranks), counts.parameters)
+    bucket, collecting = FULL * min(_bucket(config, ranks), counts.parameters), _collecting(config, counts, ranks, device)
     optimizer = states(config) * part
     accumulating = _accumulation(config, ranks) > 1
     if config.train.strategy == "zero1":  # all gradients exist when the first bucket is sent; each sent bucket frees room
-        gradients, buffers = whole, max(bucket, part)
+        gradients, buffers = whole, max(collecting, part)
     else:
-        gradients, buffers = part * (1 + accumulating), max(2 * bucket, part)
+        gradients, buffers = part * (1 + accumulating), max(collecting + bucket, part)
     casts = _casts(config, counts)
     if config.train.offload != "none":
         # The partition, its gradient, a buffer to copy from, and accumulated gradients.
         host = 3 * part + optimizer + part * accumulating + FULL * counts.tensor
         if config.train.strategy == "zero2":
             gradients = 0
-        return Memory(whole, gradients, 0, 2 * bucket + FULL * counts.tensor, casts, host=host)
+        return Memory(whole, gradients, 0, collecting + bucket + FULL * counts.tensor, casts, host=host)
     return Memory(parameters=whole + part, gradients=gradients, optimizer=optimizer, buffers=buffers, gathered=casts)
 
 
-def _zero3(config: RunConfig, counts: Counts, ranks: int) -> Memory:
+def _zero3(config: RunConfig, counts: Counts, ranks: int, device: str) -> Memory:
     """A rank holds its partition of the parameters, and a second copy of it, which DeepSpeed updates.
 
     The second copy exists in every precision, even in fp32. Backward also holds gathered parameters, a second copy of
@@ -129,7 +130,7 @@ def _zero3(config: RunConfig, counts: Counts, ranks: int) -> Memory:
     """
     part = FULL * _part(counts.parameters, ranks)
     optimizer = states(config) * part
-    bucket = FULL * min(_bucket(config, ranks), counts.parameters)
+    bucket, collecting = FULL * min(_bucket(config, ranks), counts.parameters), _collecting(config, counts, ranks, device)
     ahead = min(_setting(config, ranks, "stage3_prefetch_bucket_size"), counts.parameters)
     # DeepSpeed gathers ahead until max_live_parameters are live. It keeps a parameter from forward to backward if fewer than
     # max_reuse_distance others are used in between.
@@ -137,11 +138,11 @@ def _zero3(config: RunConfig, counts: Counts, ranks: int) -> Memory:
     live = FULL * (min(counts.parameters, near + counts.tensor) + ahead)
     casts, largest = _casts(config, counts), FULL * counts.tensor
     if config.train.offload == "none":
-        return Memory(parameters=2 * part, gradients=part, optimizer=optimizer, buffers=bucket,
+        return Memory(parameters=2 * part, gradients=part, optimizer=optimizer, buffers=collecting,
                       gathered=max(bucket + live, part) + casts, ready=2 * part + largest)
     host = 3 * part + optimizer  # fp32 parameters, accumulated gradients, and the gradients of the step
     kept = 0 if config.train.offload == "parameters" else part
-    return Memory(parameters=kept, gradients=0, optimizer=0, buffers=bucket, gathered=bucket + live + casts,
+    return Memory(parameters=kept, gradients=0, optimizer=0, buffers=collecting, gathered=bucket + live + casts,
                   host=host + part - kept, ready=2 * kept + largest)
 
 
@@ -156,6 +157,18 @@ def _part(numbers: int, ranks: int) -> int:
 
 def _accumulation(config: RunConfig, ranks: int) -> int:
     return config.batching(ranks).accumulation
+
+
+def _collecting(config: RunConfig, counts: Counts, ranks: int, device: str) -> int:
+    """Return the bytes of the buckets in which DeepSpeed collects gradients.
+
+    DeepSpeed allocates a bucket whole, however small the model is. On a CPU only the part that is used takes memory.
+    """
+    zero = deepspeed_config(config, ranks, None)["zero_optimization"]
+    if not zero.get("contiguous_gradients", True):
+        return 0
+    size = _bucket(config, ranks) if device == "cuda" else min(_bucket(config, ranks), counts.parameters)
+    return FULL * size * (1 + (zero["overlap_comm"] and zero["stage"] < 3))
 
 
 def _bucket(config: RunConfig, ranks: int) -> int:

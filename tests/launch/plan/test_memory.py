@@ -42,7 +42,7 @@ def test_plan_compares_the_strategies(counted, capsys):
     out = capsys.readouterr().out
     assert "GPU        80 GiB, from `gpu_memory` of cluster `dgx-infiniband`" in out and "16 on cuda, 2 node(s)" in out
     assert [line.split()[0] for line in out.splitlines() if " fits" in line] == ["ddp", "zero1", "zero2", "fsdp", "zero3"]
-    assert "zero2 *" in out and "--strategy ddp train.micro_batch_size=4 would fit, not counting activations" in out
+    assert "zero2 *" in out and "--strategy ddp train.micro_batch_size=4 would fit, not counting activations and data" in out
 
 
 def test_memory_that_no_file_gives_is_unknown(counted, capsys):
@@ -99,6 +99,8 @@ def test_the_probe_counts_and_measures_in_a_separate_process(capfd):
     assert main(["plan", "cifar10", "data=sample", "model.width=0.25", "--procs", "2", "--probe", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     small = found["counts"]
+    assert 0 <= small["data"] - 1500 * (3 * 32 * 32 + 8) < 100  # 1,000 and 500 images, as bytes, and their labels
+    assert all(row["memory"]["data"] == small["data"] for row in found["rows"])
     low, high = found["activations"]["2"], found["activations"]["4"]
     # For each image at least the inputs of the six convolutions are kept.
     assert 1.9 < high / low < 2.1 and low / 2 > 4 * (3 * 32**2 + 16 * 16**2 + 32 * 8**2)

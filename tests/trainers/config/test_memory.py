@@ -57,6 +57,22 @@ def test_a_model_without_blocks_is_gathered_whole():
     assert without_blocks.gathered >= 8 * P >= memory("fsdp").gathered * 50
 
 
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_deepspeed_allocates_its_bucket_whole_on_a_gpu(strategy):
+    """A model of 1,000 numbers needs 80 MB for the bucket, and in stages 1 and 2 twice that with overlap_comm."""
+    small = Counts(parameters=1000, tensor=1000)
+    twice = 1 if strategy == "zero3" else 2
+    for more, buckets in (({}, 1), ({"overlap_comm": True}, twice), ({"contiguous_gradients": False}, 0)):
+        settings = config(strategy, deepspeed={"zero_optimization": more})
+        on_gpu, on_cpu = (expected(settings, small, 2, device).buffers for device in ("cuda", "cpu"))
+        assert 80_000_000 * buckets <= on_gpu < 80_000_000 * buckets + 10_000 and on_cpu < 20_000
+
+
+def test_data_on_the_device_is_memory_too():
+    plain, more = (expected(config("ddp"), Counts(parameters=P, tensor=1000, data=data), 1, "cuda") for data in (0, 10**9))
+    assert more.total == plain.total + 10**9
+
+
 def test_offload_moves_memory_to_the_host():
     for strategy, offload in (("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "parameters"), ("fsdp", "parameters")):
         offloaded, plain = memory(strategy, offload=offload), memory(strategy)
