@@ -65,6 +65,13 @@ def test_the_largest_micro_batch_that_fits():
     assert row(given, "fsdp", BIG, activations, resources, room).fits is False
 
 
+def test_the_largest_budget_of_tokens_that_fits():
+    """512 tokens on 8 ranks are tried as 64, 32, 16, 8 and 4 tokens a micro-batch."""
+    config = spec("optim.name=adamw", "train.batch_tokens=512").config
+    found = row(config, "fsdp", BIG, {2: 6 * 10**9, 4: 12 * 10**9}, Resources("cuda", 8), Room(20 * GIB, "a test"))
+    assert (found.micro, found.fits) == (4, True)
+
+
 def test_activations_lie_on_a_line():
     config = spec().config
     assert _activations(config, BIG, {2: 300, 4: 500}, 16) == 100 + 16 * 100

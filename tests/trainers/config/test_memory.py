@@ -142,6 +142,20 @@ def test_a_model_that_needs_the_data_is_counted_with_it():
     assert count_task(Late(config), World(0, 1, 0, 1, torch.device("cpu"))) == Counts(parameters=21, tensor=21)
 
 
+def test_batches_of_tokens_are_measured_on_the_longest_samples():
+    import torch
+
+    from trainers.config.spec import resolve
+    from trainers.engine.world import World
+    from trainers.probe import measure
+
+    spec = RunConfig(name="run", task="language:Language", path=SENTENCES, train={"steps": 1, "batch_tokens": 4096})
+    task = resolve(spec.task, spec.path)(spec)
+    _, activations = measure(task, spec, World(0, 1, 0, 1, torch.device("cpu")), 2)
+    longest = int(task.text.lengths.max())
+    assert list(activations) == [2 * longest, 4 * longest] and 1.9 < activations[4 * longest] / activations[2 * longest] < 2.1
+
+
 def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing():
     import torch
 
