@@ -11,7 +11,6 @@ import pytest
 from ranks import Ranks, serve
 
 SENTENCES = Path(__file__).parents[3] / "sentences"
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -57,9 +56,10 @@ def test_ranks_and_micro_batches_change_no_loss_and_an_epoch_holds_each_sample_o
         assert max(abs(a.get("eval loss", 1) / b.get("eval loss", 1) - 1) for a, b in zip(rows, whole)) < 1e-5
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_a_run_that_was_stopped_continues_bit_for_bit(ranks, tmp_path, strategy):
-    """With an average of the weights, parameter groups, dropout and micro-batches; stopped inside of the second epoch."""
+    """With an average of the weights, parameter groups, dropout and micro-batches; stopped inside of the second epoch. Then it
+    continues under another strategy, on more ranks. tests/test_same_run.py kills such a run under every strategy."""
     train = {"batch_tokens": 300, "epochs": 3, "strategy": strategy, "micro_batch_size": 90, "ema": 0.9}
     more = {"model": {"dropout": 0.1}, "groups": [{"match": "*norm*", "weight_decay": 0.0, "lr_scale": 2.0}]}
     whole = ranks(2)("trained", root=tmp_path / "whole", train=train, **more)[0]["rows"]
@@ -67,7 +67,7 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(ranks, tmp_path, strategy)
         ranks(2)("trained", root=tmp_path / "cut", train=train, until=stop, **more)
     cut = ranks(2)("trained", root=tmp_path / "cut", train=train, **more)[0]["rows"]
     assert cut == whole and len(whole) > 50
-    other = {**train, "strategy": "ddp" if strategy == "fsdp" else "fsdp"}
+    other = {**train, "strategy": "fsdp"}
     ranks(2)("trained", root=tmp_path / "moved", train=train, until=31, **more)
     moved = ranks(3)("trained", root=tmp_path / "moved", train=other, **more)[0]["rows"]
     assert moved[:31] == whole[:31] and len(moved) == len(whole)
@@ -111,7 +111,8 @@ def trained(world, root, until=None, **keys):
     """Return the training rows of a run, what this rank has drawn, and the number of fillers. The run continues to its end, or
     is asked to stop at step `until`."""
     loop = loop_of(world, root, **keys)
-    shares, fillers = loop.samples.shares, 0
+    samples, fillers = loop.runners[0].samples, 0
+    shares = samples.shares
 
     def counting(*args):
         nonlocal fillers
@@ -119,7 +120,7 @@ def trained(world, root, until=None, **keys):
         fillers += sum(share.filler for share in found)
         return found
 
-    loop.samples.shares = counting
+    samples.shares = counting
     settle = loop.runners[0].settle
 
     def settle_unseen(draw):
