@@ -45,6 +45,8 @@ def test_what_a_model_was_trained_with_stays_with_it(launch):
     metrics = record(run)["metrics"]
     assert evaluated() == {name: value for name, value in metrics.items() if not name.startswith("test_")}
     tested = evaluated("--step", "best", "data.eval_split=test")
+    rows = launch("predict", run.name, "--set", "test")
+    assert rows.returncode == 0 and len(rows.stdout.splitlines()) == 15, rows.stderr
     assert metrics["test_loss"] == tested["loss"] != metrics["loss"] and metrics["test_class/10"] == tested["class/10"]
     # The statistics of other images would make dimmed images look like the training images.
     fill(launch.folder / "dim/test", ("1", "10", "2"), dim=True)

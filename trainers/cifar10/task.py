@@ -18,7 +18,7 @@ from trainers.contract.errors import UserError
 from trainers.contract.events import emit
 from trainers.contract.text import first_few
 from trainers.data.augment import Augment
-from trainers.data.folders import list_images
+from trainers.data.folders import list_images, test_folder
 from trainers.data.image_files import ImageFiles
 from trainers.data.image_folder import load_folder
 from trainers.data.images import Images, Statistics, as_trained, fetch_cifar10, load_cifar10, resident, to_evaluate
@@ -65,9 +65,13 @@ class Cifar10(Task):
 
     def test_set(self, world: World) -> Images | None:
         """Return the images of `test/`, if the run evaluates another folder."""
-        if self.final is None:
-            return None
-        return to_evaluate(self.final, self.classes, world.device, self.config.data.size, self.statistics)
+        data, final = self.config.data, self.final
+        if self.trained_facts and data.source not in ("cifar10", "sample"):  # `data` has loaded only the images to evaluate
+            if name := test_folder(Path(data.source), data.eval_split):
+                sets = load_folder(Path(data.source), data.size, world, eval_split=name, bits=data.bits,
+                                   trained_on=self.trained_facts)
+                final = as_trained(sets, self.classes).test
+        return to_evaluate(final, self.classes, world.device, data.size, self.statistics) if final else None
 
     def inputs(self, lines: Sequence[str], world: World) -> ImageFiles:
         """Return the images whose paths are the lines. Each is scaled and normalised as in training."""

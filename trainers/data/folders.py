@@ -93,8 +93,9 @@ def list_images(path: Path, eval_fraction: float, eval_split: str | None = None,
         raise UserError(f"{source} holds only one class folder, `{next(iter(files))}`, but a classifier needs two classes",
                         f"give {source / next(iter(files))} if the classes are in there; {LAYOUT}")
     classes = list(files)
-    end = next((folders[name] for name in TEST if name in folders), None) if train and test else None
-    finals = _test_images(end, classes, source) if end and end != test else None
+    name_of_end = test_folder(path, eval_split) if train and test else None
+    end = path / name_of_end if name_of_end else None
+    finals = _test_images(end, classes, source) if end else None
     unused = [] if train is None else [f"{name}/" for name in names
                                        if path / name not in (train, test) and (finals is None or path / name != end)]
     passed = f" ({first_few(unused)} not used: data.eval_split chooses)" if unused else ""
@@ -115,6 +116,14 @@ def list_images(path: Path, eval_fraction: float, eval_split: str | None = None,
         "every run)" if _count(held) else f"all {_count(files)} images are for training")
     return Listing(list(files), _numbered(source, kept), _numbered(source, held), about, passed_over,
                    {"files": hashed, "held_out": eval_fraction, "evaluation": None, "evaluation_files": None}, deep)
+
+
+def test_folder(path: Path, eval_split: str | None) -> str | None:
+    """Return the name of the folder that is scored once at the end; None if there is none besides the evaluation folder."""
+    folders = {name.lower(): path / name for name in reversed(_names(path)) if (path / name).is_dir()}
+    evaluation = _evaluation_folder(path, folders, eval_split)
+    end = next((folders[name] for name in TEST if name in folders), None)
+    return end.name if end and evaluation and end != evaluation else None
 
 
 def _test_images(folder: Path, classes: Sequence[str], train: Path) -> Files | None:
