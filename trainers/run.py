@@ -86,7 +86,10 @@ def _settled(config: RunConfig, paths: RunPaths, world: World) -> RunConfig:
     notes = []
     settled = micro_batch.settled(config, paths, world.size)
     if settled is not config:
-        settled = micro_batch.with_size(settled, world.minimum(settled.batching(world.size).micro))
+        batching = settled.batching(world.size)
+        size = world.minimum(batching.micro)
+        # A rank's part of a batch of tokens is its share only about: a limit would often cut it in two.
+        settled = micro_batch.with_size(settled, None if batching.tokens and size == batching.share else size)
         notes.append(("info", micro_batch.note(settled, paths, world.size)))
     if config.train.deterministic is True and not world.minimum(int(determinism.found(paths) is None)):
         settled = determinism.with_warnings(settled)

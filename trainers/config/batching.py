@@ -62,11 +62,6 @@ class Batching:
         return -(-self.share // self.micro)
 
     @property
-    def limit(self) -> int | None:
-        """The most tokens of a micro-batch; None: a rank computes its whole part of the batch at once."""
-        return self.micro if self.micro < self.share else None
-
-    @property
     def evaluation(self) -> int:
         """What a rank evaluates at a time."""
         return self.evaluated or EVALUATION * (self.most or self.share)

@@ -93,6 +93,6 @@ def out_of_memory(config: RunConfig, settled: RunConfig, paths: RunPaths, attemp
     return OutOfMemory(message, f"start a new run with train.micro_batch_size={smaller} or auto, or use {LESS}", retry=False)
 
 
-def with_size(config: RunConfig, micro: int) -> RunConfig:
-    """Return the config with this micro-batch size."""
+def with_size(config: RunConfig, micro: int | None) -> RunConfig:
+    """Return the config with this micro-batch size; None: no limit."""
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": micro})})

@@ -31,12 +31,11 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_only_in_training():
 def test_a_batch_of_tokens_needs_no_division_without_rest():
     split = Batching(4096, 3, tokens=True)
     split.check()
-    assert (split.share, split.micro, split.accumulation, split.limit, split.evaluation) == (1366, 1366, 1, None, 4 * 1366)
+    assert (split.share, split.micro, split.accumulation, split.evaluation) == (1366, 1366, 1, 4 * 1366)
     assert split.sizes() == [1366, 683, 341, 170, 85, 42, 21, 10, 5, 2, 1] and split.smaller() == 683
     small = Batching(4096, 3, most=500, tokens=True)
-    assert (small.micro, small.accumulation, small.limit, small.evaluation) == (500, 3, 500, 2000)
+    assert (small.micro, small.accumulation, small.evaluation) == (500, 3, 2000)
     assert small.described() == "up to 4096 tokens = 3 rank(s) x about 500 micro-batch x 3 accumulation"
-    assert Batching(4096, 4, most=5000, tokens=True).limit is None
 
 
 @pytest.mark.parametrize("train, evaluation, expected", [

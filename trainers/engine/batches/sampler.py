@@ -55,7 +55,7 @@ def make_sampler(dataset: Dataset, split: Batching, seed: int, stream: str) -> S
     """
     if not split.tokens:
         return Shuffled(len(dataset), split.batch, seed, stream, split.most)
-    return TokenBatches(lengths_to_train(dataset), split.batch, seed, stream, split.limit)
+    return TokenBatches(lengths_to_train(dataset), split.batch, seed, stream, split.most)
 
 
 def lengths_to_train(dataset: Dataset) -> np.ndarray:

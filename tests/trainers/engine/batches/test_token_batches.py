@@ -5,8 +5,10 @@ import time
 import numpy as np
 import pytest
 
+from trainers.config.batching import Batching
 from trainers.contract.errors import UserError
 from trainers.engine.batches.lengths import cut, ranked, split
+from trainers.engine.batches.sampler import make_sampler
 from trainers.engine.batches.token_batches import TokenBatches
 
 BUDGET = 1500
@@ -82,6 +84,21 @@ def test_ranks_have_equally_many_micro_batches_and_near_equal_tokens(ranks, most
             assert all(padded(PAIRS[share.indices]) <= most or len(share.indices) == 1 for shares in of_ranks for share in shares)
     if ranks == 50:
         assert any(share.filler for draw in range(samples.batches) for share in samples.shares(draw, 0, 50))
+
+
+@pytest.mark.parametrize("most", [BUDGET // 4, BUDGET // 4 + 10])
+def test_a_micro_batch_size_of_a_whole_share_is_an_upper_bound_too(most):
+    class Data:
+        lengths = PAIRS
+
+        def __len__(self):
+            return len(PAIRS)
+
+    def largest(most):
+        samples = make_sampler(Data(), Batching(BUDGET, 4, most, tokens=True), seed=0, stream="model")
+        return max(padded(PAIRS[share.indices]) for draw in range(300) for rank in range(4) for share in samples.shares(draw, rank, 4))
+
+    assert largest(most) <= most < largest(None)
 
 
 @pytest.mark.parametrize("sides, most", [(1, 0.02), (2, 0.05), (3, 0.12)])
