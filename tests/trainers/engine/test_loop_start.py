@@ -19,6 +19,7 @@ from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
 from trainers.engine.evaluate_only import evaluate_only
 from trainers.engine.loop import Loop
+from trainers.engine.map_style import MapStyle
 from trainers.engine.saving.restore import load_initial_weights
 from trainers.engine.saving.watermark import check_data, fingerprint, watermark
 from trainers.engine.task import Loss, Task
@@ -111,6 +112,9 @@ def test_other_data_of_the_same_size_is_refused(tmp_path, before, now):
         check_data(replace(setup, **{role: having()}), marked)  # it had a fingerprint once, and has none now
         with pytest.raises(UserError, match=words):
             check_data(replace(setup, **{role: having(**now)}), marked)
+    samples = having(**before)
+    samples.__class__ = type("Samples", (type(samples),), {"__getitem__": lambda self, row: row})
+    assert fingerprint(MapStyle(samples)) == fingerprint(having(**before)) is not None
     lists = {"lengths": [[1], [2, 3], [4]]}
     assert fingerprint(having(**lists)) is fingerprint(having()) is None
 

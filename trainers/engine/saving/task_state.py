@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,7 +61,7 @@ def load(task: Task, reader: Reader, strict: bool = True) -> None:
         strict: the checkpoint and the task must have the same names; otherwise, only the names that both have are filled.
 
     Raises:
-        UserError: the names or shapes differ, or `state` returns copies, which cannot be filled.
+        UserError: the names or shapes differ, a tensor does not exist yet, or `state` returns copies, which cannot be filled.
     """
     tensors, others = fragments(task), values(task)
     kept = reader.json(STATE).get(KEY, {})
@@ -69,6 +69,8 @@ def load(task: Task, reader: Reader, strict: bool = True) -> None:
     if strict and before != task.state().keys():
         raise UserError(f"the checkpoint holds {_listed(before)} of the task's `state`, which now returns "
                         f"{_listed(task.state())}", CODE_CHANGED)
+    if strict:
+        _check_tensors({name.removeprefix(PREFIX) for name in reader.shapes if name.startswith(PREFIX)}, _tensors(task).keys())
     fill({name: fragment for name, fragment in tensors.items() if name in reader.shapes}, reader.shapes, reader.read)
     for name, fragment in fragments(task).items():
         if fragment.part.data_ptr() != tensors[name].part.data_ptr():
@@ -76,6 +78,14 @@ def load(task: Task, reader: Reader, strict: bool = True) -> None:
                             "return the tensor that the task uses, not a new one")
     if others and others.keys() <= kept.keys():
         task.load_state({name: kept[name] for name in others})
+
+
+def _check_tensors(later: Collection[str], first: Collection[str]) -> None:
+    """Raise a UserError unless the state has the same tensors later in the run as at its start."""
+    for name in sorted({*later} ^ {*first}):
+        when = "later in a run" if name in later else "at first"
+        raise UserError(f"`{name}` of the task's `state` is a tensor only {when}, so a resumed run cannot fill it",
+                        "make the tensor in `data`, and change it in place")
 
 
 def _listed(names: Any) -> str:
@@ -88,6 +98,7 @@ def preserved(task: Task) -> Iterator[None]:
     tensors = {name: tensor.clone() for name, tensor in _tensors(task).items()}
     others = values(task)
     yield
+    _check_tensors(_tensors(task).keys(), tensors.keys())
     for name, tensor in _tensors(task).items():
         tensor.copy_(tensors[name])
     if others:

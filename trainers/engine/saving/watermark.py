@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainers.checkpoints import facts
 from trainers.contract.errors import UserError
+from trainers.engine.map_style import MapStyle
 from trainers.engine.setup import Setup
 from trainers.engine.task import Dataset
 
@@ -30,9 +31,10 @@ def fingerprint(dataset: Dataset) -> str | None:
 
     Samples themselves are not hashed: their values may depend on the device, and on the version of a library.
     """
-    if hasattr(dataset, "fingerprint"):
-        return str(dataset.fingerprint())
-    for given in (getattr(dataset, "lengths", None), getattr(getattr(dataset, "dataset", dataset), "targets", None)):
+    samples = dataset.dataset if isinstance(dataset, MapStyle) else dataset
+    if hasattr(samples, "fingerprint"):
+        return str(samples.fingerprint())
+    for given in (getattr(samples, "lengths", None), getattr(getattr(samples, "dataset", samples), "targets", None)):
         try:
             values = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
         except (TypeError, ValueError):  # lists of unequal lengths

@@ -96,7 +96,8 @@ def test_a_micro_batch_size_of_a_whole_share_is_an_upper_bound_too(most):
 
     def largest(most):
         samples = make_sampler(Data(), Batching(BUDGET, 4, most, tokens=True), seed=0, stream="model")
-        return max(padded(PAIRS[share.indices]) for draw in range(300) for rank in range(4) for share in samples.shares(draw, rank, 4))
+        shares = [share for draw in range(300) for rank in range(4) for share in samples.shares(draw, rank, 4)]
+        return max(padded(PAIRS[share.indices]) for share in shares)
 
     assert largest(most) <= most < largest(None)
 

@@ -49,6 +49,8 @@ def test_an_evaluation_fills_what_both_have(reader):
     ({}, "the checkpoint holds `count`, `queue` of the task's `state`, which now returns nothing"),
     ({"queue": torch.zeros(3), "count": 0, "more": 1}, "which now returns `count`, `more`, `queue`"),
     ({"queue": torch.zeros(4), "count": 0}, r"`task/queue` has shape \[3\] in the checkpoint"),
+    ({"queue": None, "count": 0}, "`queue` of the task's `state` is a tensor only later in a run"),
+    ({"queue": torch.zeros(3), "count": torch.tensor(0)}, "`count` of the task's `state` is a tensor only at first"),
     ({"queue": torch.zeros(3), "count": {1}}, "the task's `state` returns `count`, which JSON cannot hold"),
 ])
 def test_another_state_is_refused(reader, state, message):
@@ -71,3 +73,10 @@ def test_a_block_that_must_change_nothing(tmp_path):
         task.kept["queue"] += 1
         task.kept["count"] = 9
     assert task.kept["queue"].tolist() == [0, 0, 0] and task.kept["count"] == 0
+
+
+def test_a_tensor_that_a_loss_makes_first_is_refused():
+    task = Keeping(queue=None)
+    with pytest.raises(UserError, match="`queue` of the task's `state` is a tensor only later in a run"):
+        with task_state.preserved(task):
+            task.kept["queue"] = torch.zeros(3)
