@@ -216,7 +216,7 @@ class UpdateRunner:
         return loss
 
     def _clear_gradients(self) -> None:
-        # Clear all models: the loss of this update may also depend on models that another update trains.
+        # Clear all models: the gradients of another update would take memory while this one runs.
         self.strategy.clear_gradients(self.all_models)
 
     def settle(self, draw: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Mapping, cast
@@ -75,8 +74,6 @@ def channels_last(model: nn.Module) -> nn.Module:
 
 def _accelerator(world: World) -> Accelerator:
     world.start_process_group()
-    # torch has a new name for this setting, which Accelerate does not pass on yet.
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     return Accelerator(
         cpu=world.device.type == "cpu",
         mixed_precision="no",  # the engine sets the precision; this ignores ACCELERATE_MIXED_PRECISION
