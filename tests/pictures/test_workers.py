@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from conftest import TESTS, Command, alive, attempt, logged_steps, ranks_of, record, rows, set_pause, wait_until
 
+sys.path.append(str(TESTS / "pictures"))
 PICTURES = TESTS / "pictures" / "pictures.yaml"
 STEPS = 50  # 8 epochs of 150 samples, 24 a batch
 
 
 @pytest.fixture
 def source(tmp_path) -> str:
-    from pictures import draw_pictures  # pytest puts the folder of this file on sys.path
+    from pictures import draw_pictures
 
     draw_pictures(tmp_path / "data")
     return f"data.source={tmp_path / 'data'}"
