@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import copy
 import multiprocessing
+import multiprocessing.connection
 import pickle
 import signal
 import sys
@@ -176,7 +177,9 @@ class MapStyle:
             return wait()
         except DataError:
             raise
-        except Exception:  # torch looks every 5 s: without a fork, a worker is no child of this process and sends no SIGCHLD
+        except Exception as error:  # torch looks every 5 s: without a fork, a worker is no child of this process: no SIGCHLD
+            if isinstance(error, (OSError, EOFError)):  # the sockets of a killed worker close before its end can be seen
+                multiprocessing.connection.wait([process.sentinel for process in self._processes], timeout=2)
             self._check_workers()
             raise
         finally:

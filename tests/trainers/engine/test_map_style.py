@@ -188,6 +188,23 @@ def test_a_worker_that_is_killed_is_named_at_once(number, words):
     assert signal.getsignal(signal.SIGCHLD) == on_child
 
 
+def test_a_killed_worker_is_named_also_where_its_socket_closes_first():
+    bound = MapStyle(Noisy(), workers=1).bound("the training set", 5, CPU)
+    bound.ahead([])
+
+    def reset():
+        os.kill(bound._processes[0].pid, signal.SIGKILL)
+        raise ConnectionResetError
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    try:
+        with pytest.raises(DataError, match="was ended by SIGKILL"):
+            bound._waiting(reset)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        bound.close()
+
+
 def test_workers_ignore_stop_signals_but_end_with_close():
     bound = MapStyle(Noisy(), workers=2).bound("the training set", 5, CPU)
     shares = shares_of()
