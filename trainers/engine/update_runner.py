@@ -144,7 +144,7 @@ class UpdateRunner:
         self._items += sums[1]
         # The loss was divided by the batch size before the backward, to keep fp16 gradients in range. The right divisor is the
         # number of items over all ranks and micro-batches: the factor corrects the division.
-        factor = (self.split.batch / self.loss_scale.scale) / sums[1].clamp(min=1)
+        factor = (self.split.batch / self.loss_scale.scale) / sums[1].where(sums[1] > 0, 1.0)
 
         def repeat_backward() -> None:
             self._clear_gradients()
@@ -241,7 +241,7 @@ class UpdateRunner:
         """
         loss, count, norm, items, finite = values
         steps, self._norms = self._norms, []
-        loss /= max(count, 1.0)
+        loss /= count if count > 0 else 1.0
         if not finite:
             for draw, norms, names in steps:
                 if not all(each := norms.isfinite().tolist()):

@@ -226,6 +226,18 @@ def test_a_count_on_the_device_gives_the_same_steps_as_a_number(kind):
     assert all(map(torch.equal, on_host.sharded.model.parameters(), on_device.sharded.model.parameters()))
 
 
+def test_counts_may_be_weights_that_sum_to_less_than_1():
+    def weighted(models, batch):
+        total, count = token_loss(models, batch)
+        return Loss(total * 1e-4, count * 1e-4)
+
+    runner, expected = make_runner(Update("model", trains="model", loss=weighted)), make_runner()
+    for each in (runner, expected):
+        each.take_step(0, total=5)
+    assert read([runner])[0].loss == pytest.approx(read([expected])[0].loss, rel=1e-5)
+    torch.testing.assert_close(runner.models["model"].weight, expected.models["model"].weight)
+
+
 def test_losses_in_half_precision_are_summed_in_fp32():
     """A sum in bf16 would leave out every loss after the first."""
     losses = iter([256.0, 1, 1, 1, 1, 1, 1])
