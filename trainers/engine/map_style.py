@@ -179,7 +179,10 @@ class MapStyle:
             raise
         except Exception as error:  # torch looks every 5 s: without a fork, a worker is no child of this process: no SIGCHLD
             if isinstance(error, (OSError, EOFError)):  # the sockets of a killed worker close before its end can be seen
-                multiprocessing.connection.wait([process.sentinel for process in self._processes], timeout=2)
+                ended = multiprocessing.connection.wait([process.sentinel for process in self._processes], timeout=2)
+                for process in self._processes:
+                    if process.sentinel in ended:
+                        process.join(2)
             self._check_workers()
             raise
         finally:
