@@ -258,6 +258,8 @@ def on_device(batch: Any, device: torch.device) -> Any:
             changed = copy.copy(batch)  # of its own class: transformers' BatchEncoding, for example
             changed.update({key: on_device(value, device) for key, value in batch.items()})  # type: ignore[attr-defined]
             return changed
+        case tuple() if hasattr(batch, "to"):  # a PackedSequence, of which a part must stay on the CPU
+            return batch.to(device)
         case tuple() if hasattr(batch, "_fields"):
             return type(batch)(*(on_device(value, device) for value in batch))
         case list() | tuple():

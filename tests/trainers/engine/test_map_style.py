@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import alive, wait_until
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from trainers.engine.batches.data_sets import checked
@@ -267,4 +268,6 @@ def test_batches_of_any_form_go_to_the_device():
     ones = torch.ones(2)
     moved = on_device({"x": [ones, "text"], "y": Pair(ones, (ones, 3)), "z": None}, meta)
     assert moved["x"][0].device == meta and moved["x"][1] == "text" and moved["z"] is None
+    packed = on_device(pack_sequence([ones, ones]), meta)
+    assert packed.data.device == meta and packed.batch_sizes.device == CPU
     assert isinstance(moved["y"], Pair) and moved["y"].a.device == moved["y"].b[0].device == meta and moved["y"].b[1] == 3
