@@ -20,7 +20,7 @@ from trainers.engine.batches.data_sets import make_ahead
 from trainers.engine.batches.evaluating import shares_to_evaluate
 from trainers.engine.batches.noise import seed_noise
 from trainers.engine.failures import memory_for
-from trainers.engine.precision import autocast
+from trainers.engine.precision import autocast, inexact_kernels
 from trainers.engine.stopping import Stopping
 from trainers.engine.task import Dataset, Measures, Task
 from trainers.engine.world import World
@@ -191,7 +191,8 @@ def draw_figures(task: Task, measured: Mapping[str, Tensor], figures: Path, note
     """
     try:
         figures.mkdir(exist_ok=True)
-        task.report(measured, figures)
+        with inexact_kernels():
+            task.report(measured, figures)
     except OSError as error:
         note("warning", f"cannot write figures to {figures}: {error.strerror or error}")
     except Exception as error:

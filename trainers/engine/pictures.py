@@ -21,6 +21,7 @@ from trainers.contract.files import temporary_path
 from trainers.contract.paths import RunPaths
 from trainers.engine.batches.noise import seed_noise
 from trainers.engine.evaluation import evaluating
+from trainers.engine.precision import inexact_kernels
 from trainers.engine.task import Task
 from trainers.engine.world import World
 
@@ -54,7 +55,7 @@ class Pictures:
         try:
             # Draw even without the folder: other ranks may need this rank in a collective.
             seed_noise(self.world.device, self.config.train.seed, "figures")  # the same on every rank and at every step
-            with evaluating(models, self.config, self.world):
+            with evaluating(models, self.config, self.world), inexact_kernels():
                 self.task.draw(models, folder, step)
             drawn = folder is not None and _put(folder, target)
         except Exception as caught:

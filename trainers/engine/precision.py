@@ -6,7 +6,8 @@ Parameters, gradients, optimizer states and BatchNorm statistics are fp32 in eve
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Mapping
 
 import torch
@@ -54,6 +55,18 @@ def set_deterministic(deterministic: bool | Literal["warn"], compiled: bool, dev
     if compiled:
         # This sets the same mode for torch's compiler too. It imports the compiler, which takes seconds.
         torch.use_deterministic_algorithms(True, warn_only=deterministic == "warn")
+
+
+@contextmanager
+def inexact_kernels() -> Iterator[None]:
+    """Let operations without a deterministic kernel warn in this block, instead of raising an error: pictures need no exact
+    bits."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(min(mode, 1))  # 0: default, 1: warn, 2: error
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager:

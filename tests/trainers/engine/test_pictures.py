@@ -14,8 +14,10 @@ from trainers.config.schema import RunConfig
 from trainers.contract.errors import TrainingError
 from trainers.contract.paths import RunPaths
 from trainers.engine import pictures
+from trainers.engine.evaluation import draw_figures
 from trainers.engine.pictures import Pictures
 from trainers.engine.task import Task
+from trainers.engine.world import World
 
 CONFIG = RunConfig.model_validate({"name": "x", "task": "x:X", "train": {"steps": 1}})
 
@@ -47,6 +49,30 @@ def test_every_rank_draws_and_only_rank_0_writes(tmp_path):
     finally:
         two.close()
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["step_7"]
+
+
+class Scattering(Task):
+    """Draws with an operation that has no deterministic kernel."""
+
+    def draw(self, models, folder, step):
+        torch.zeros(4).put_(torch.tensor([0]), torch.ones(1))
+        (folder / "a.png").touch()
+
+    def report(self, measured, figures):
+        self.draw({}, figures, 0)
+
+
+def test_pictures_need_no_deterministic_kernels(tmp_path):
+    notes = []
+    torch.set_deterministic_debug_mode("error")
+    try:
+        with pytest.warns(UserWarning, match="put_ does not have a deterministic implementation"):
+            drawing = Pictures(Scattering(CONFIG), CONFIG, World(0, 1, 0, 1, torch.device("cpu")), RunPaths(tmp_path), print)
+            assert drawing.draw({}, 3) is not None
+            draw_figures(Scattering(CONFIG), {}, tmp_path, lambda *note: notes.append(note))
+        assert torch.get_deterministic_debug_mode() == 2 and (tmp_path / "a.png").exists() and not notes
+    finally:
+        torch.set_deterministic_debug_mode("default")
 
 
 def test_a_task_that_draws_nothing_has_no_pictures(tmp_path):
