@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import (
@@ -199,10 +199,14 @@ class Optim(Section):
 
     @model_validator(mode="after")
     def _groups_fit_the_optimizer(self) -> "Optim":
-        for key in ("betas", "eps") if self.name == "sgd" else ("momentum",):
-            if any(getattr(group, key) is not None for group in self.groups):
-                raise ValueError(f"optim.groups sets `{key}`, which optim.name={self.name} does not have")
+        if key := self.foreign_key(self.groups):
+            raise ValueError(f"optim.groups sets `{key}`, which optim.name={self.name} does not have")
         return self
+
+    def foreign_key(self, groups: Iterable[Group]) -> str | None:
+        """Return a key that one of these groups sets and that the optimizer `name` does not have; None if there is none."""
+        keys = ("betas", "eps") if self.name == "sgd" else ("momentum",)
+        return next((key for group in groups for key in keys if getattr(group, key) is not None), None)
 
     @model_validator(mode="after")
     def _inverse_sqrt_needs_warmup(self) -> "Optim":

@@ -82,7 +82,8 @@ def groups_of(task: Task, updates: Sequence[Update], models: Mapping[str, nn.Mod
         optim: the settings of updates that have none of their own.
 
     Raises:
-        UserError: a group matches no trained parameter, or only parameters of earlier groups.
+        UserError: a group matches no trained parameter, or only parameters of earlier groups, or sets what the optimizer does not
+            have.
     """
     result = []
     names: dict[int, tuple[Optim, list[str]]] = {}  # of the parameters that each of the settings is for
@@ -92,7 +93,11 @@ def groups_of(task: Task, updates: Sequence[Update], models: Mapping[str, nn.Mod
         trained = [prefix + name for name, parameter in model.named_parameters() if parameter.requires_grad]
         names.setdefault(id(settings), (settings, []))[1].extend(trained)
         own = task.groups(update, model)
-        _check_matches(own, trained, f"`groups` of the task, for update `{update.name}`,", shadows=False)
+        where = f"`groups` of the task, for update `{update.name}`,"
+        if key := settings.foreign_key(own):
+            raise UserError(f"{where} sets `{key}`, which optim.name={settings.name} does not have",
+                            "look at `self.config.optim.name` before setting it")
+        _check_matches(own, trained, where, shadows=False)
         result.append(grouped(model, settings, [*settings.groups, *own], prefix))
     for settings, trained in names.values():
         _check_matches(settings.groups, trained, "`optim.groups`", shadows=True)

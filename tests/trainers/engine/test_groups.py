@@ -164,6 +164,9 @@ def test_the_users_groups_come_before_the_tasks(tmp_path):
     Own.own = (Group(match="encoder", lr_scale=0.1),)
     with pytest.raises(UserError, match="`groups` of the task, for update `model`, has the pattern `encoder`, which matches no"):
         loop_of(tmp_path, Own)
+    Own.own = (Group(match="head", momentum=0.5),)
+    with pytest.raises(UserError, match="for update `model`, sets `momentum`, which optim.name=adamw does not have"):
+        loop_of(tmp_path, Own)
 
 
 @pytest.mark.parametrize("groups, message", [
