@@ -34,6 +34,7 @@ from trainers.contract.home import expanded
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Every = Union[PositiveInt, Literal["epoch", "never"]]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Pattern = Annotated[str, Field(min_length=1)]
 
@@ -155,7 +156,7 @@ class Group(Section):
     lr_scale: NonNegativeFloat = Field(1.0, description="factor on the learning rate")
     weight_decay: NonNegativeFloat | None = Field(None, description="null: that of `optim`, as for the keys below")
     momentum: Fraction | None = Field(None, description="for sgd")
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None = Field(None, description="for adam and adamw")
+    betas: Betas | None = Field(None, description="for adam and adamw")
     eps: PositiveFloat | None = Field(None, description="for adam and adamw")
 
     @model_serializer(mode="wrap")
@@ -173,7 +174,7 @@ class Optim(Section):
     lr: PositiveFloat = Field(1e-3, description="the highest learning rate of the schedule")
     momentum: Fraction = Field(0.9, description="momentum, for sgd")
     nesterov: bool = Field(False, description="Nesterov momentum, for sgd")
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
+    betas: Betas = Field(
         [0.9, 0.999], description="the two betas, for adam and adamw"
     )
     eps: PositiveFloat = Field(1e-8, description="epsilon, for adam and adamw")
@@ -207,6 +208,12 @@ class Optim(Section):
         """Return a key that one of these groups sets and that the optimizer `name` does not have; None if there is none."""
         keys = ("betas", "eps") if self.name == "sgd" else ("momentum",)
         return next((key for group in groups for key in keys if getattr(group, key) is not None), None)
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> "Optim":
+        if self.name == "sgd" and self.nesterov and not self.momentum:
+            raise ValueError("optim.nesterov is true, but optim.momentum is 0")
+        return self
 
     @model_validator(mode="after")
     def _inverse_sqrt_needs_warmup(self) -> "Optim":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from trainers.config.schema import Checkpoint, RunConfig, better
+from trainers.config.schema import Checkpoint, Optim, RunConfig, better
 
 
 @pytest.mark.parametrize("metric, mode", {
@@ -40,3 +40,12 @@ def test_patience_needs_a_metric_and_evaluations(sections, problem):
         return
     with pytest.raises(ValidationError, match=problem):
         RunConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("values, problem", [
+    ({"name": "sgd", "nesterov": True, "momentum": 0.0}, "optim.nesterov is true, but optim.momentum is 0"),
+    ({"betas": [0.9, 1.0]}, "less than 1"), ({"groups": [{"match": "head", "betas": [1.0, 0.9]}]}, "less than 1"),
+])
+def test_what_no_optimizer_of_torch_takes_is_refused(values, problem):
+    with pytest.raises(ValidationError, match=problem):
+        Optim(**values)
