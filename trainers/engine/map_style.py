@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -128,7 +129,7 @@ class MapStyle:
         if self._coming.reach(share, skip=lambda: self._waiting(lambda: next(self._made))):
             made = self._waiting(lambda: next(self._made))
         else:
-            with unchanged():
+            with unchanged(), one_thread():
                 made = self._maker[share]
         if isinstance(made, Failed):
             if made.traceback:
@@ -231,6 +232,17 @@ class _Coming:
 def _equal(a: Share, b: Share) -> bool:
     return (a.seed == b.seed and np.array_equal(a.indices, b.indices) and np.array_equal(a.slots, b.slots)
             and np.array_equal(a.epochs, b.epochs))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute in one thread on the CPU, as in a worker: threads change the bits of the sum over a large image."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _same(batch: Any) -> Any:

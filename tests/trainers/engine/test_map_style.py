@@ -271,3 +271,30 @@ def test_batches_of_any_form_go_to_the_device():
     packed = on_device(pack_sequence([ones, ones]), meta)
     assert packed.data.device == meta and packed.batch_sizes.device == CPU
     assert isinstance(moved["y"], Pair) and moved["y"].a.device == moved["y"].b[0].device == meta and moved["y"].b[1] == 3
+
+
+class Wide:
+    """Images whose mean is subtracted: a sum over many pixels."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, row):
+        pixels = torch.rand(3, 512, 512)
+        return pixels - pixels.mean()
+
+
+def test_samples_have_the_bits_of_a_worker_whatever_the_threads_of_the_rank():
+    share, threads = Share(np.arange(2), np.arange(2), 2, 0), torch.get_num_threads()
+    made = {}
+    try:
+        for workers, torch_threads in ((1, 1), (0, 1), (0, 4), (0, 7)):
+            torch.set_num_threads(torch_threads)
+            data = checked("training set", MapStyle(Wide(), workers=workers), 1, WORLD)
+            data.ahead([share])
+            made[workers, torch_threads] = data.batch(share)
+            data.close()
+            assert torch.get_num_threads() == torch_threads
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(made[1, 1], batch) for batch in made.values())
