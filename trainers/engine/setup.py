@@ -75,7 +75,8 @@ def set_up(task: Task, config: RunConfig, world: World, placed: RunConfig | None
     batching = config.batching(world.size)
     if inputs is None and not config.eval.only and batching.tokens:
         lengths_to_train(train_set)
-    for dataset in (eval_set if inputs is None else train_set, test_set):
+    evaluated = eval_set if config.eval.only or config.eval.every != "never" else None
+    for dataset in (evaluated if inputs is None else train_set, test_set):
         if dataset is not None and len(dataset):
             lengths_to_evaluate(dataset, batching)
     torch.manual_seed(derive_seed(train.seed, "models"))

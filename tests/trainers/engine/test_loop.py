@@ -368,6 +368,10 @@ def test_a_set_without_lengths_is_refused_before_the_run_begins(tmp_path, monkey
     monkeypatch.setattr(Toy, "data", lambda self, world: (Points(), None))
     with pytest.raises(UserError, match="the set to evaluate, a Points, has no `lengths`"):
         run(tmp_path / "test", 1, eval={"batch_tokens": 64}, checkpoint={"metric": None})
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="the set to evaluate, a Points, has no `lengths`"):
+        run(tmp_path / "eval", 1, eval={"batch_tokens": 64})
+    assert run(tmp_path / "never", 1, train={"steps": 1}, eval={"batch_tokens": 64, "every": "never"}) == 0
 
 
 def test_a_task_without_an_evaluation_set_draws_with_its_averaged_weights(tmp_path, capsys):
