@@ -25,7 +25,7 @@ WORKERS = 2
 # The slowest test files. The workers start with these files, so that all workers end at about the same time.
 LONGEST = ("slurm/test_interruptions.py", "test_same_run.py", "trainers/engine/parallel/test_strategies.py",
            "slurm/test_submission.py", "test_training.py", "slurm/test_explain.py", "slurm/test_many.py", "slurm/test_reading.py",
-           "slurm/test_doctor.py")
+           "slurm/test_doctor.py", "gpu/test_drive.py")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -27,10 +27,14 @@ class World:
     local_rank: int  # from 0 to local_size - 1
     local_size: int  # number of ranks on this node
     device: torch.device
+    shares_gpu: bool = False  # whether ranks may use one GPU together (LAUNCH_SHARE_GPU), for tests
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "World":
         """Read the environment variables that torchrun sets. The device is a GPU unless ACCELERATE_USE_CPU is 1, true or yes.
+
+        With LAUNCH_SHARE_GPU=1 a machine with too few GPUs is no error: ranks share them, and sum over gloo, because NCCL refuses
+        two ranks on one GPU. This is for tests on one GPU. It is slow.
 
         Raises:
             UserError: the variables contradict each other, or the rank needs a GPU that torch does not see.
@@ -42,9 +46,11 @@ class World:
                             "contradict each other", "start ranks with `launch` or torchrun")
         if env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
             return cls(rank, size, local_rank, local_size, torch.device("cpu"))
-        if torch.cuda.device_count() <= local_rank:
-            raise UserError(f"rank {rank} needs GPU {local_rank}; torch {torch.__version__} sees "
-                            f"{torch.cuda.device_count()}",
+        gpus = torch.cuda.device_count()
+        if gpus and env.get("LAUNCH_SHARE_GPU") == "1":
+            return cls(rank, size, local_rank, local_size, torch.device("cuda", local_rank % gpus), shares_gpu=True)
+        if gpus <= local_rank:
+            raise UserError(f"rank {rank} needs GPU {local_rank}; torch {torch.__version__} sees {gpus}",
                             "use --procs N for CPU ranks, or install the torch build for this driver")
         return cls(rank, size, local_rank, local_size, torch.device("cuda", local_rank))
 
@@ -63,7 +69,7 @@ class World:
         if dist.is_initialized():
             return
         self.use_device()
-        backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        backend = "gloo" if self.device.type == "cpu" else f"cpu:gloo,cuda:{'gloo' if self.shares_gpu else 'nccl'}"
         if self.size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:

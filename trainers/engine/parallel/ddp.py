@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Mapping, cast
@@ -47,7 +48,7 @@ class Ddp:
         if model not in self._wrapped:
             # torch declares a compiled module as a callable.
             module = cast(nn.Module, torch.compile(model)) if self.config.compile else model
-            self._wrapped[model] = _ddp(self.accelerator, module) if self.accelerator else module
+            self._wrapped[model] = _ddp(self.accelerator, module, self.world) if self.accelerator else module
         return DdpModel(self._wrapped[model], model, make_optimizer(optim, model, groups))
 
     def clear_gradients(self, models: Iterable[nn.Module]) -> None:
@@ -81,7 +82,9 @@ def _accelerator(world: World) -> Accelerator:
     )
 
 
-def _ddp(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+def _ddp(accelerator: Accelerator, module: nn.Module, world: World) -> nn.Module:
+    if world.shares_gpu:  # otherwise accelerate tells DDP to use GPU number LOCAL_RANK, which does not exist
+        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     wrapped = accelerator.prepare_model(module)
     # The loop shares buffers once a step. DDP would share them in every forward, and a backward through two forwards then fails,
     # because DDP has written into the buffers in between. As an argument of DDP, torch 2.14 calls this deprecated.
