@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ranks import Ranks
 
 TESTS = Path(__file__).parent
 BLOBS = TESTS / "blobs" / "blobs.yaml"
@@ -38,6 +39,21 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {TESTS / name: position for position, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+@pytest.fixture(scope="module")
+def ranks(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Ranks]]:
+    """A function from a number of ranks to that many ranks of this test file (tests/ranks.py), which start on the first call."""
+    started: dict[int, Ranks] = {}
+
+    def start(size: int) -> Ranks:
+        if size not in started:
+            started[size] = Ranks(size, str(request.path))
+        return started[size]
+
+    yield start
+    for each in started.values():
+        each.close()
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Real ranks over gloo that stay alive between tests, so that each rank imports torch only once.
 
-A test module is also the program of its ranks. `Ranks(4, __file__)` starts the module four times. The module ends with
-`serve(globals())`, which makes each rank wait for calls of the module's functions. A function is called as
+A test module is also the program of its ranks. `Ranks(4, __file__)` starts the module four times; the fixture `ranks` does so.
+The module ends with `serve(globals())`, which makes each rank wait for calls of functions of the module. A function is called as
 `function(world, **arguments)`, and what it returns is sent back as JSON.
 """
 

@@ -9,26 +9,11 @@ from pathlib import Path
 
 import pytest
 from conftest import TESTS
-from ranks import Ranks, serve
+from ranks import serve
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    """A function from a number of ranks to that many ranks, which it starts on the first call."""
-    started: dict[int, Ranks] = {}
-
-    def start(size: int) -> Ranks:
-        if size not in started:
-            started[size] = Ranks(size, __file__)
-        return started[size]
-
-    yield start
-    for ranks in started.values():
-        ranks.close()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

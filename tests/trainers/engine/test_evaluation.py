@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ranks import Ranks, serve
+from ranks import serve
 
 from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
@@ -53,17 +53,15 @@ def test_an_error_while_drawing_is_a_warning(error, warning, tmp_path):
     assert level == "warning" and re.fullmatch(warning, message)
 
 
-def test_ranks_may_name_their_measures_in_different_orders_but_must_have_the_same():
-    two = Ranks(2, __file__)
-    try:
-        assert two("evaluated", names=[["a", "b"], ["b", "a"]]) == [{"a": 3.0, "b": 30.0}] * 2
-        refused = ("the measures of rank 1 differ from those of rank 0: `b` is missing on one of them, or has another shape")
-        assert two("evaluated", names=[["a", "b"], ["a"]]) == two("evaluated", names=[["a"], ["b", "a"]]) == [refused] * 2
-        # The integers are 2**62 - 1 and three times 1: float64 would lose the small ones.
-        sums = {"counts": ["torch.int64", [2**62 + 2, 4]], "halves": ["torch.float64", 3.0], "mean": ["torch.float64", 1.5]}
-        assert two("summed") == [sums] * 2
-    finally:
-        two.close()
+@pytest.mark.slow
+def test_ranks_may_name_their_measures_in_different_orders_but_must_have_the_same(ranks):
+    two = ranks(2)
+    assert two("evaluated", names=[["a", "b"], ["b", "a"]]) == [{"a": 3.0, "b": 30.0}] * 2
+    refused = ("the measures of rank 1 differ from those of rank 0: `b` is missing on one of them, or has another shape")
+    assert two("evaluated", names=[["a", "b"], ["a"]]) == two("evaluated", names=[["a"], ["b", "a"]]) == [refused] * 2
+    # The integers are 2**62 - 1 and three times 1: float64 would lose the small ones.
+    sums = {"counts": ["torch.int64", [2**62 + 2, 4]], "halves": ["torch.float64", 3.0], "mean": ["torch.float64", 1.5]}
+    assert two("summed") == [sums] * 2
 
 
 @pytest.mark.parametrize("measures, message", [

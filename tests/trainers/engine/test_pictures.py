@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks, serve
+from ranks import serve
 from torch import nn
 
 from trainers.config.schema import RunConfig
@@ -23,31 +23,28 @@ CONFIG = RunConfig.model_validate({"name": "x", "task": "x:X", "train": {"steps"
 
 
 @pytest.mark.slow
-def test_every_rank_draws_and_only_rank_0_writes(tmp_path):
-    two = Ranks(2, __file__)
-    try:
-        values, again = two("draw", root=tmp_path), two("draw", root=tmp_path)
-        # The noise of a picture is the same on every rank and at every step, and the model is in evaluation mode.
-        assert values[0][0] == values[1][0] == again[0][0] and [value[1] for value in values] == ["step_7", None]
-        assert [path.name for path in (tmp_path / "figures").iterdir()] == ["step_7"]
-        assert (tmp_path / "figures/step_7/a.png").read_text() == f"{values[0][0]}"
-        # Failures. On all ranks, on one rank, and where another rank waits in a collective.
-        first, second = two("draw", root=tmp_path, fails=[0, 1])
-        assert first == [None, None, ["step 7: the task's pictures cannot be drawn: ValueError: a fault"]] == second
-        first, second = two("draw", root=tmp_path, fails=[1])
-        assert first[1:] == ["step_7", ["step 7: the task's `draw` failed on rank 1: its log says why"]]
-        assert second[2] == ["step 7: the task's pictures cannot be drawn: ValueError: a fault"]
-        first, second = two("draw", root=tmp_path, fails=[0])
-        assert first[1] is None and (tmp_path / "figures/step_7/a.png").exists()
-        (tmp_path / "full").mkdir()
-        (tmp_path / "full/figures").touch()  # no folder can be made here; rank 1 still needs rank 0 in a collective
-        (_, name, notes), second = two("draw", root=tmp_path / "full")
-        assert (name, notes) == (None, ["step 7: the task's pictures cannot be drawn: File exists"])
-        assert second[2] == ["step 7: the task's `draw` failed on rank 0: its log says why"]
-        assert two("stuck", root=tmp_path) == [None, "step 7: the task's `draw` failed on rank 1, and other ranks still wait for "
-                                                     "it: ValueError: a fault"]
-    finally:
-        two.close()
+def test_every_rank_draws_and_only_rank_0_writes(ranks, tmp_path):
+    two = ranks(2)
+    values, again = two("draw", root=tmp_path), two("draw", root=tmp_path)
+    # The noise of a picture is the same on every rank and at every step, and the model is in evaluation mode.
+    assert values[0][0] == values[1][0] == again[0][0] and [value[1] for value in values] == ["step_7", None]
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["step_7"]
+    assert (tmp_path / "figures/step_7/a.png").read_text() == f"{values[0][0]}"
+    # Failures. On all ranks, on one rank, and where another rank waits in a collective.
+    first, second = two("draw", root=tmp_path, fails=[0, 1])
+    assert first == [None, None, ["step 7: the task's pictures cannot be drawn: ValueError: a fault"]] == second
+    first, second = two("draw", root=tmp_path, fails=[1])
+    assert first[1:] == ["step_7", ["step 7: the task's `draw` failed on rank 1: its log says why"]]
+    assert second[2] == ["step 7: the task's pictures cannot be drawn: ValueError: a fault"]
+    first, second = two("draw", root=tmp_path, fails=[0])
+    assert first[1] is None and (tmp_path / "figures/step_7/a.png").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/figures").touch()  # no folder can be made here; rank 1 still needs rank 0 in a collective
+    (_, name, notes), second = two("draw", root=tmp_path / "full")
+    assert (name, notes) == (None, ["step 7: the task's pictures cannot be drawn: File exists"])
+    assert second[2] == ["step 7: the task's `draw` failed on rank 0: its log says why"]
+    assert two("stuck", root=tmp_path) == [None, "step 7: the task's `draw` failed on rank 1, and other ranks still wait for "
+                                                 "it: ValueError: a fault"]
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["step_7"]
 
 

@@ -8,26 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import Ranks, serve
+from ranks import serve
 
 SENTENCES = Path(__file__).parents[3] / "sentences"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    """A function from a number of ranks to that many ranks, which it starts on the first call."""
-    started: dict[int, Ranks] = {}
-
-    def start(size: int) -> Ranks:
-        if size not in started:
-            started[size] = Ranks(size, __file__)
-        return started[size]
-
-    yield start
-    for ranks in started.values():
-        ranks.close()
 
 
 def test_ranks_and_micro_batches_change_no_loss_and_an_epoch_holds_each_sample_once(ranks, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks, serve
+from ranks import serve
 from torch import nn
 
 from trainers.engine.parallel.batch_norm import synchronize
@@ -15,10 +15,8 @@ OPTIONS = [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": Fa
 
 
 @pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2, __file__)
-    yield ranks
-    ranks.close()
+def two(ranks):
+    return ranks(2)
 
 
 def test_two_ranks_compute_what_one_rank_computes(two):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import Ranks, serve
+from ranks import serve
 
 SENTENCES = Path(__file__).parents[3] / "sentences"
 SHARDED = ("zero1", "zero2", "zero3", "fsdp")
@@ -20,21 +20,6 @@ GROUPS = {"train.ema": 0.9, "optim.decay_norms_and_biases": False,
 STRATEGIES = ("ddp", *SHARDED)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    """A function from a number of ranks to that many ranks, which it starts on the first call."""
-    started: dict[int, Ranks] = {}
-
-    def start(size: int) -> Ranks:
-        if size not in started:
-            started[size] = Ranks(size, __file__)
-        return started[size]
-
-    yield start
-    for ranks in started.values():
-        ranks.close()
 
 
 def furthest(one: list[dict], other: list[dict], *keys: str) -> float:

@@ -387,10 +387,8 @@ def test_a_replaced_checkpoint_is_put_back_if_its_successor_was_not_committed(tm
 
 
 @pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2, __file__)
-    yield ranks
-    ranks.close()
+def two(ranks):
+    return ranks(2)
 
 
 @pytest.mark.parametrize("layout", ["full", "sharded"])
@@ -455,20 +453,19 @@ def test_a_save_of_a_superseded_attempt_fails_on_all_ranks(two, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_ranks_save_and_load(tmp_path):
-    ranks = Ranks(4, __file__)
+def test_four_ranks_save_and_load(ranks, tmp_path):
+    four = ranks(4)
     for layout in ("sharded", "full"):
         root = tmp_path / layout
-        assert ranks("save", root=root, steps=[1], layout=layout) == [[None]] * 4
-        for step, loaded in ranks("load_newest", root=root):
+        assert four("save", root=root, steps=[1], layout=layout) == [[None]] * 4
+        for step, loaded in four("load_newest", root=root):
             assert step == 1 and loaded == bits(make(1))
         assert Run(root).load(1) == bits(make(1))
     Run(tmp_path / "one").save(1)
-    assert [loaded for _, loaded in ranks("load_newest", root=tmp_path / "one")] == [bits(make(1))] * 4
-    ranks("save_megabytes", root=tmp_path / "even", count=12)
+    assert [loaded for _, loaded in four("load_newest", root=tmp_path / "one")] == [bits(make(1))] * 4
+    four("save_megabytes", root=tmp_path / "even", count=12)
     parts = [path.stat().st_size for path in (tmp_path / "even/checkpoints/step_1").glob("*.safetensors")]
     assert len(parts) == 4 and all(abs(size - 3 * 2**20) < 2**17 for size in parts)
-    ranks.close()
 
 
 @pytest.mark.slow

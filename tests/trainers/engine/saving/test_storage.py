@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 import torch
-from ranks import Ranks, serve
+from ranks import serve
 from saving import Run, bits, make, whole
 
 from trainers.checkpoints import tensor_files
@@ -183,10 +183,8 @@ def test_bytes_are_spread_evenly(ranks):
 
 
 @pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2, __file__)
-    yield ranks
-    ranks.close()
+def two(ranks):
+    return ranks(2)
 
 
 @pytest.mark.parametrize("how", SPLITS)
