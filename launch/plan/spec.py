@@ -185,10 +185,9 @@ def with_changes(spec: Spec, words: Sequence[str]) -> Spec:
         key = word.partition("=")[0]
         if key not in allowed and not key.startswith("run."):
             raise UserError(f"`{word}` cannot be set: a run's spec never changes",
-                            "start a new run for that; resume takes run.KEY=VALUE, eval.report_s, eval.batch_size, "
-                            "eval.batch_tokens, "
-                            f"sbatch.KEY=VALUE, --strategy, train.offload, train.checkpoint_activations, {PATIENCE}, and "
-                            "data=PATH for data that has moved")
+                            "start a new run for that; resume takes run.KEY=VALUE, sbatch.KEY=VALUE, --strategy, train.offload, "
+                            f"train.checkpoint_activations, {PATIENCE}, {', '.join(f'eval.{key}' for key in EVALUATION_KEYS)}, "
+                            "data.workers, and data=PATH for data that has moved")
     changed = with_overrides(spec, words)
     if trains and not changed.values["train"]["strategy"].startswith("zero"):
         changed = with_values(changed, {"train": {**changed.values["train"], "deepspeed": {}}})

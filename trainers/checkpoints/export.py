@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainers.checkpoints.averaging import Mean
 from trainers.checkpoints.manifest import STATE
+from trainers.checkpoints.names import AVERAGES, tensors_of_models
 from trainers.checkpoints.tensor_files import Layout, Parts, write
 from trainers.contract.errors import UserError
 from trainers.contract.files import exchange_folder, flush_folder, read_json, replace_json, temporary_path
@@ -21,7 +22,6 @@ from trainers.contract.files import exchange_folder, flush_folder, read_json, re
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # size limit of a file in Hugging Face's layout, the same as in transformers
-
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Model:
     @property
     def averaged(self) -> bool:
         """Whether some weights are averages (`train.ema`)."""
-        return any(key.startswith("ema/") for key in self.tensors.values())
+        return any(key.startswith(AVERAGES) for key in self.tensors.values())
 
     def layouts(self, tied: bool) -> dict[str, Layout]:
         """Return the layouts by the model's names. `tied`: also by the further names of tied tensors."""
@@ -54,21 +54,6 @@ class Model:
 
     def _names(self, tied: bool) -> dict[str, str]:
         return {**self.tensors, **(self.tied if tied else {})}
-
-
-def tensors_of_models(names: Iterable[str], raw: bool) -> dict[tuple[str, str], str]:
-    """Return which of a checkpoint's tensors are the models' weights: {(model, tensor): name in the checkpoint}.
-
-    A checkpoint holds `models/<model>/<tensor>`. With `train.ema` it also holds `ema/<model>/<tensor>`, the averages of the
-    trained parameters, which take their place unless `raw`.
-    """
-    found: dict[str, dict[tuple[str, str], str]] = {"models": {}, "ema": {}}
-    for name in names:
-        kind, _, rest = name.partition("/")
-        if kind in found:
-            model, _, tensor = rest.partition("/")
-            found[kind][model, tensor] = name
-    return {**found["models"], **({} if raw else found["ema"])}
 
 
 def read_models(checkpoint: Path, raw: bool = False, older: Sequence[Path] = ()) -> dict[str, Model]:

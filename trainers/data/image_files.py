@@ -25,7 +25,7 @@ class ImageFiles:
         return len(self.files)
 
     def batch(self, share: Share) -> tuple[Tensor, None]:
-        """Return (images float32 [n, 3, S, S], None) of the samples `share.indices`. n may be 0.
+        """Return (images float32 [n, 3, S, S], None) of the samples `share.indices`.
 
         Raises:
             UserError: a file cannot be read as an image.

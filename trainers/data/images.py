@@ -72,7 +72,7 @@ class Images:
         return self._fingerprint
 
     def batch(self, share: Share) -> tuple[Tensor, Tensor]:
-        """Return (images float32 [n, 3, S, S], labels int64 [n]) of the samples `share.indices`. n may be 0."""
+        """Return (images float32 [n, 3, S, S], labels int64 [n]) of the samples `share.indices`."""
         side = self.pixels.shape[-1]
         if not self.augment.active:
             index = to_device(share.indices, self.pixels.device)

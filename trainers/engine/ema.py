@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from trainers.checkpoints.names import AVERAGES
 from trainers.engine.parallel.buffers import share_buffers
 from trainers.engine.parallel.fragments import Fragment
 from trainers.engine.parallel.sharded_model import ShardedModel
@@ -64,7 +65,7 @@ class Average:
 
     def fragments(self, model: str) -> dict[str, Fragment]:
         """Return this rank's part of the average, by the names in checkpoints."""
-        return {f"ema/{model}/{name}": fragment for name, fragment in self.sharded.parts(self.values).items()}
+        return {f"{AVERAGES}{model}/{name}": fragment for name, fragment in self.sharded.parts(self.values).items()}
 
     @torch.no_grad()
     def _exchange(self) -> None:

@@ -13,9 +13,9 @@ from trainers.contract.errors import UserError
 from trainers.contract.files import update_json
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
-from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
+from trainers.engine.evaluation import evaluate, plain_metrics
 from trainers.engine.parallel.strategy import close_process_group
-from trainers.engine.pictures import Pictures
+from trainers.engine.pictures import Pictures, draw_figures
 from trainers.engine.saving import task_state
 from trainers.engine.saving.weights import Checkpoint, Source, load_weights, open_source
 from trainers.engine.setup import Setup, set_up

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from trainers.engine.batches.data_sets import make_ahead
 from trainers.engine.batches.evaluating import shares_to_evaluate
 from trainers.engine.batches.noise import seed_noise
 from trainers.engine.failures import memory_for
-from trainers.engine.precision import autocast, inexact_kernels
+from trainers.engine.precision import autocast
 from trainers.engine.stopping import Stopping
 from trainers.engine.task import Dataset, Measures, Task
 from trainers.engine.world import World
@@ -182,19 +180,3 @@ def plain_metrics(reported: Mapping[str, Any]) -> dict[str, float]:
 def _described(value: Any) -> str:
     name, shape = type(value).__name__, getattr(value, "shape", None)
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}" + (f" of shape {tuple(shape)}" if shape is not None else "")
-
-
-def draw_figures(task: Task, measured: Mapping[str, Tensor], figures: Path, note: Callable[[str, str], None]) -> None:
-    """Let the task draw the pictures of an evaluation into the folder `figures`. Only one rank calls this.
-
-    An error here does not end the run, whose results are saved already: `note(level, message)` gets a warning.
-    """
-    try:
-        figures.mkdir(exist_ok=True)
-        with inexact_kernels():
-            task.report(measured, figures)
-    except OSError as error:
-        note("warning", f"cannot write figures to {figures}: {error.strerror or error}")
-    except Exception as error:
-        traceback.print_exc()
-        note("warning", f"the task cannot draw its figures: {type(error).__name__}: {error}")

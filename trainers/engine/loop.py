@@ -21,21 +21,21 @@ from trainers.contract.text import number
 from trainers.engine.batches.data_sets import make_ahead
 from trainers.engine.ema import models_to_evaluate, start_averages
 from trainers.engine.epochs import defines_epochs, ends_epoch, total_steps, total_steps_before_draws
-from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
+from trainers.engine.evaluation import evaluate, plain_metrics
 from trainers.engine.failures import memory_for
 from trainers.engine.groups import described, groups_of
 from trainers.engine.parallel.buffers import share_buffers
 from trainers.engine.parallel.fragments import tied_names
 from trainers.engine.parallel.strategy import close_process_group
-from trainers.engine.pictures import Pictures
+from trainers.engine.pictures import Pictures, draw_figures
 from trainers.engine.rates import Rates
 from trainers.engine.saving import restore, task_state
 from trainers.engine.saving.checkpoint import Checkpoints
 from trainers.engine.saving.huggingface import describe
 from trainers.engine.saving.watermark import check_data, watermark
+from trainers.engine.scoring import score_test_set
 from trainers.engine.setup import set_up
 from trainers.engine.task import Share, Task
-from trainers.engine.testing import score_test_set
 from trainers.engine.tracking.tracker import NoTracker, Tracker
 from trainers.engine.update_runner import Reading, UpdateRunner, read
 from trainers.engine.world import World

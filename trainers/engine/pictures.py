@@ -1,4 +1,5 @@
-"""The pictures that a task draws at each evaluation (`Task.draw`), in `figures/step_<n>/` of the run directory."""
+"""The pictures that a task draws: at each evaluation (`Task.draw`) in `figures/step_<n>/` of the run directory, and at the end
+(`Task.report`) in `figures/`."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from trainers.config.schema import RunConfig
 from trainers.contract import heartbeat
@@ -115,3 +116,22 @@ def _put(folder: Path, target: Path) -> bool:
     shutil.rmtree(target, ignore_errors=True)
     os.rename(folder, target)
     return True
+
+
+def draw_figures(task: Task, measured: Mapping[str, Tensor], figures: Path, note: Callable[[str, str], None]) -> None:
+    """Let the task draw the pictures of the end into the folder `figures`. Only one rank calls this.
+
+    An error is a warning (`note(level, message)`), because the results of the run are saved already.
+
+    Args:
+        measured: what the last evaluation measured.
+    """
+    try:
+        figures.mkdir(exist_ok=True)
+        with inexact_kernels():
+            task.report(measured, figures)
+    except OSError as error:
+        note("warning", f"cannot write figures to {figures}: {error.strerror or error}")
+    except Exception as error:
+        traceback.print_exc()
+        note("warning", f"the task cannot draw its figures: {type(error).__name__}: {error}")

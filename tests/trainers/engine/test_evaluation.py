@@ -9,7 +9,7 @@ from ranks import serve
 
 from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
-from trainers.engine.evaluation import draw_figures, evaluate, plain_metrics
+from trainers.engine.evaluation import evaluate, plain_metrics
 from trainers.engine.world import World
 
 
@@ -33,24 +33,6 @@ def test_other_values_are_refused_and_named(value, described):
 def test_names_must_be_text(name):
     with pytest.raises(UserError, match="which is not valid text"):
         plain_metrics({name: 1.0})
-
-
-@pytest.mark.parametrize("error, warning", [
-    (OSError(28, "No space left on device"), "cannot write figures to .*: No space left on device"),
-    (ZeroDivisionError("division by zero"), "the task cannot draw its figures: ZeroDivisionError: division by zero"),
-    (KeyError("x"), "the task cannot draw its figures: KeyError: 'x'"),
-])
-def test_an_error_while_drawing_is_a_warning(error, warning, tmp_path):
-    class Draws:
-        def report(self, measured, figures):
-            raise error
-
-    notes = []
-    draw_figures(Draws(), {}, tmp_path / "figures", lambda level, message: notes.append((level, message)))
-    ((level, message),) = notes
-    import re
-
-    assert level == "warning" and re.fullmatch(warning, message)
 
 
 @pytest.mark.slow

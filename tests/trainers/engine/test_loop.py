@@ -19,7 +19,7 @@ from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
 from trainers.contract.files import replace_json
 from trainers.contract.paths import RunPaths
-from trainers.engine import loop, testing
+from trainers.engine import loop, scoring
 from trainers.engine.batches.sampling import Shuffled
 from trainers.engine.saving import storage
 from trainers.engine.task import Loss, Task
@@ -321,7 +321,7 @@ def test_the_best_checkpoint_is_scored_on_the_test_set(whole, tested, tmp_path, 
     paths.root.mkdir()
     replace_json(paths.record, {})
     with monkeypatch.context() as patch:
-        patch.setattr(testing, "evaluate", lambda *_: None)  # a stop signal arrives during the test
+        patch.setattr(scoring, "evaluate", lambda *_: None)  # a stop signal arrives during the test
         assert run(paths.root, 1) == 75
     assert scores_of(paths.root) == []
     for attempt in (2, 3):  # the third attempt follows a cut just before the end

@@ -1,7 +1,8 @@
-"""Pictures at each evaluation. This file is also the program of two ranks."""
+"""Pictures at each evaluation and at the end. This file is also the program of two ranks."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ from trainers.config.schema import RunConfig
 from trainers.contract.errors import TrainingError
 from trainers.contract.paths import RunPaths
 from trainers.engine import pictures
-from trainers.engine.evaluation import draw_figures
-from trainers.engine.pictures import Pictures
+from trainers.engine.pictures import Pictures, draw_figures
 from trainers.engine.task import Task
 from trainers.engine.world import World
 
@@ -93,6 +93,22 @@ def test_a_task_that_draws_nothing_has_no_pictures(tmp_path):
         assert drawing.active == (task is not Task) and drawing.draw({}, 3) is None
     assert notes == [("warning", "step 3: the task's pictures cannot be drawn: No space left on device")]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error, warning", [
+    (OSError(28, "No space left on device"), "cannot write figures to .*: No space left on device"),
+    (ZeroDivisionError("division by zero"), "the task cannot draw its figures: ZeroDivisionError: division by zero"),
+    (KeyError("x"), "the task cannot draw its figures: KeyError: 'x'"),
+])
+def test_an_error_while_drawing_is_a_warning(error, warning, tmp_path):
+    class Draws:
+        def report(self, measured, figures):
+            raise error
+
+    notes = []
+    draw_figures(Draws(), {}, tmp_path / "figures", lambda level, message: notes.append((level, message)))
+    ((level, message),) = notes
+    assert level == "warning" and re.fullmatch(warning, message)
 
 
 # ---- on the ranks

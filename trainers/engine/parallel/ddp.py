@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
+from trainers.checkpoints.names import MODELS
 from trainers.config.schema import Optim, RunConfig
 from trainers.engine.groups import ParameterGroup
 from trainers.engine.optimizer import make_optimizer
@@ -56,7 +57,7 @@ class Ddp:
             model.zero_grad(set_to_none=True)
 
     def fragments(self, models: Mapping[str, nn.Module]) -> dict[str, Fragment]:
-        return {f"models/{name}/{key}": Fragment.whole(tensor) for name, model in models.items()
+        return {f"{MODELS}{name}/{key}": Fragment.whole(tensor) for name, model in models.items()
                 for key, tensor in model_tensors(model).items()}
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from trainers.checkpoints.names import MODELS, OPTIMIZERS
 from trainers.contract.errors import UserError
 
 Read = Callable[[str, int, int], Tensor]  # (name, start, count) -> flat [count], on the CPU
@@ -51,7 +52,7 @@ def tied_names(models: Mapping[str, nn.Module]) -> dict[str, str]:
         first: dict[nn.Parameter, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if first.setdefault(parameter, name) != name:
-                first_names[f"models/{model_name}/{name}"] = f"models/{model_name}/{first[parameter]}"
+                first_names[f"{MODELS}{model_name}/{name}"] = f"{MODELS}{model_name}/{first[parameter]}"
     return first_names
 
 
@@ -86,7 +87,7 @@ def optimizer_slots(update: str, model: nn.Module, shapes: Mapping[str, tuple[in
         UserError: the checkpoint has states of a parameter that the model does not have.
     """
     slots: dict[str, dict[str, bool]] = {name: {} for name, _ in model.named_parameters()}
-    prefix = f"optim/{update}/"
+    prefix = f"{OPTIMIZERS}{update}/"
     for name in shapes:
         if name.startswith(prefix):
             parameter, slot = name.removeprefix(prefix).rsplit("/", 1)
@@ -108,7 +109,7 @@ def check_no_unknown(shapes: Mapping[str, tuple[int, ...]], known: Collection[st
         UserError: the checkpoint has a model tensor that is not `known`.
     """
     for name in shapes:
-        if name.startswith("models/") and name not in known:
+        if name.startswith(MODELS) and name not in known:
             raise UserError(f"the checkpoint has `{name}`, but the model does not", CODE_CHANGED)
 
 

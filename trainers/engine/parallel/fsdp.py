@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trainers.checkpoints.names import MODELS
 from trainers.config.schema import Optim, RunConfig
 from trainers.contract.errors import UserError
 from trainers.engine.groups import ParameterGroup
@@ -85,7 +86,7 @@ class Fsdp:
     def fragments(self, models: Mapping[str, nn.Module]) -> dict[str, Fragment]:
         for model in models.values():
             _reshard(model)
-        return {f"models/{name}/{key}": _local_fragment(tensor) for name, model in models.items()
+        return {f"{MODELS}{name}/{key}": _local_fragment(tensor) for name, model in models.items()
                 for key, tensor in model_tensors(model).items()}
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from trainers.checkpoints.names import OPTIMIZERS
 from trainers.contract.errors import UserError
 from trainers.engine.parallel.fragments import Fragment, optimizer_slots
 
@@ -88,7 +89,7 @@ class ShardedModel:
         for name, parameter in self.model.named_parameters():
             for slot, value in self.optimizer.state.get(parameter, {}).items():
                 if value is not None:
-                    result[f"optim/{update}/{name}/{slot}"] = self._fragment(value)
+                    result[f"{OPTIMIZERS}{update}/{name}/{slot}"] = self._fragment(value)
         return result
 
     def allocate(self, update: str, shapes: Shapes) -> None:

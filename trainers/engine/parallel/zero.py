@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainers.checkpoints.names import MODELS, OPTIMIZERS
 from trainers.config.deepspeed_json import STAGES, deepspeed_config
 from trainers.config.schema import Optim, RunConfig
 from trainers.contract.errors import UserError
@@ -110,7 +111,7 @@ class Zero:
             held = self._sharded[model].parameters() if model in self._sharded else {
                 key: Fragment.whole(parameter) for key, parameter in model.named_parameters()}
             held |= {key: Fragment.whole(buffer) for key, buffer in buffers(model).items()}
-            result |= {f"models/{name}/{key}": fragment for key, fragment in held.items()}
+            result |= {f"{MODELS}{name}/{key}": fragment for key, fragment in held.items()}
         return result
 
 
@@ -195,7 +196,7 @@ class ZeroModel(ShardedModel):
         result = {}
         for part in self._slices():
             for slot, value in self._states(part.partition).items():
-                key = f"optim/{update}/{part.name}/{slot}"
+                key = f"{OPTIMIZERS}{update}/{part.name}/{slot}"
                 if value.ndim == 0:
                     result[key] = Fragment.whole(value)
                 elif part.partition is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trainers.checkpoints import facts
+from trainers.checkpoints.names import AVERAGES
 from trainers.config.schema import RunConfig
 from trainers.contract.errors import UserError
 from trainers.contract.paths import RunPaths
@@ -51,7 +52,7 @@ def load_tensors(reader: Reader, setup: Setup, runners: Sequence[UpdateRunner]) 
     """
     shapes = reader.shapes
     check_no_unknown(shapes, {place.key for place in setup.layout})
-    if any(name.startswith("ema/") for name in shapes) != any(runner.average is not None for runner in runners):
+    if any(name.startswith(AVERAGES) for name in shapes) != any(runner.average is not None for runner in runners):
         raise UserError("either the checkpoint or the spec has averaged weights (`train.ema`), and the other has none",
                         "restore `train.ema` in run.yaml, or start a new run from these weights: --from RUN")
     task_state.load(setup.task, reader)

@@ -11,19 +11,19 @@ from torch import Tensor
 
 from trainers.checkpoints.facts import checked
 from trainers.checkpoints.manifest import STATE
+from trainers.checkpoints.names import TASK
 from trainers.contract.errors import UserError
 from trainers.engine.parallel.fragments import CODE_CHANGED, Fragment, fill
 from trainers.engine.saving.storage import Reader
 from trainers.engine.task import Task
 from trainers.engine.world import World
 
-PREFIX = "task/"
 KEY = "task"  # in state.json
 
 
 def fragments(task: Task) -> dict[str, Fragment]:
     """Return the tensors of the state, by their names in checkpoints."""
-    return {f"{PREFIX}{name}": Fragment.whole(tensor) for name, tensor in _tensors(task).items()}
+    return {f"{TASK}{name}": Fragment.whole(tensor) for name, tensor in _tensors(task).items()}
 
 
 def values(task: Task) -> dict[str, Any]:
@@ -65,16 +65,16 @@ def load(task: Task, reader: Reader, strict: bool = True) -> None:
     """
     tensors, others = fragments(task), values(task)
     kept = reader.json(STATE).get(KEY, {})
-    before = {name.removeprefix(PREFIX) for name in reader.shapes if name.startswith(PREFIX)} | kept.keys()
+    before = {name.removeprefix(TASK) for name in reader.shapes if name.startswith(TASK)} | kept.keys()
     if strict and before != task.state().keys():
         raise UserError(f"the checkpoint holds {_listed(before)} of the task's `state`, which now returns "
                         f"{_listed(task.state())}", CODE_CHANGED)
     if strict:
-        _check_tensors({name.removeprefix(PREFIX) for name in reader.shapes if name.startswith(PREFIX)}, _tensors(task).keys())
+        _check_tensors({name.removeprefix(TASK) for name in reader.shapes if name.startswith(TASK)}, _tensors(task).keys())
     fill({name: fragment for name, fragment in tensors.items() if name in reader.shapes}, reader.shapes, reader.read)
     for name, fragment in fragments(task).items():
         if fragment.part.data_ptr() != tensors[name].part.data_ptr():
-            raise UserError(f"the task's `state` returns a copy of `{name.removeprefix(PREFIX)}`, which cannot be filled",
+            raise UserError(f"the task's `state` returns a copy of `{name.removeprefix(TASK)}`, which cannot be filled",
                             "return the tensor that the task uses, not a new one")
     if others and others.keys() <= kept.keys():
         task.load_state({name: kept[name] for name in others})

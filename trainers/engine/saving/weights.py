@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainers.checkpoints import averaging, manifest
-from trainers.checkpoints.export import tensors_of_models
+from trainers.checkpoints.names import AVERAGES, MODELS, tensors_of_models
 from trainers.config.schema import Init
 from trainers.contract.errors import UserError
 from trainers.contract.text import MOST_SHOWN, first_few
@@ -49,7 +49,7 @@ def layout(models: Mapping[str, nn.Module]) -> Layout:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(prefix + name)
         for name, tensor in model_tensors(model).items():
-            places.append(Place(f"models/{model_name}/{name}", tuple(tensor.shape),
+            places.append(Place(f"{MODELS}{model_name}/{name}", tuple(tensor.shape),
                                 tuple(names.get(id(tensor), [prefix + name])), tensor.is_floating_point()))
     return places
 
@@ -117,7 +117,7 @@ class Checkpoint:
         self.about = ""
         if steps:
             self.about = f" ({averaging.mean_of(self.step, steps)})"
-        elif any(key.startswith("ema/") for key in keys.values()):
+        elif any(key.startswith(AVERAGES) for key in keys.values()):
             self.about = " (averaged weights: train.ema)"
         one_model = len({model for model, _ in keys}) == 1
         self._keys = {name if one_model else f"{model}.{name}": key for (model, name), key in keys.items()}
