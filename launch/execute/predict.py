@@ -6,6 +6,7 @@ prediction ends, and stays only if a rank has failed: the folder then has the ra
 
 from __future__ import annotations
 
+import codecs
 import os
 import shutil
 import sys
@@ -34,7 +35,6 @@ from trainers.contract.errors import UserError, system_error
 from trainers.contract.paths import RunPaths
 
 STDIN = "-"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _copy_lines(file: IO[bytes], name: str, target: IO[bytes] | None) -> int:
             raise UserError(f"line {number:,} of {where} is not valid UTF-8",
                             "convert the text, for example: iconv -f GB18030 -t UTF-8") from None
         if target is not None:
-            line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             target.write(line if line.endswith(b"\n") else line + b"\n")
     return number
 

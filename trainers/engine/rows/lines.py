@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any, overload
 import numpy as np
 
 CHUNK = 2**24  # bytes that are searched for line ends at a time
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Lines(Sequence[str]):
@@ -50,7 +50,7 @@ class Lines(Sequence[str]):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]  # raises IndexError
         line = self.raw(number)
-        return (line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line).removesuffix(b"\r").decode("utf-8")
+        return (line.removeprefix(codecs.BOM_UTF8) if number == 0 else line).removesuffix(b"\r").decode("utf-8")
 
     def raw(self, number: int) -> bytes:
         """Return the bytes of line `number`, counted from 0, up to its `\\n`."""

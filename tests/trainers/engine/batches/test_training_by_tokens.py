@@ -41,11 +41,10 @@ def test_ranks_and_micro_batches_change_no_loss_and_an_epoch_holds_each_sample_o
         assert max(abs(a.get("eval loss", 1) / b.get("eval loss", 1) - 1) for a, b in zip(rows, whole)) < 1e-5
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-def test_a_run_that_was_stopped_continues_bit_for_bit(ranks, tmp_path, strategy):
+def test_a_run_that_was_stopped_continues_bit_for_bit(ranks, tmp_path):
     """With an average of the weights, parameter groups, dropout and micro-batches; stopped inside of the second epoch. Then it
     continues under another strategy, on more ranks. tests/test_same_run.py kills such a run under every strategy."""
-    train = {"batch_tokens": 300, "epochs": 3, "strategy": strategy, "micro_batch_size": 90, "ema": 0.9}
+    train = {"batch_tokens": 300, "epochs": 3, "micro_batch_size": 90, "ema": 0.9}
     more = {"model": {"dropout": 0.1}, "groups": [{"match": "*norm*", "weight_decay": 0.0, "lr_scale": 2.0}]}
     whole = ranks(2)("trained", root=tmp_path / "whole", train=train, **more)[0]["rows"]
     for stop in (9, 31):
