@@ -471,5 +471,6 @@ def test_a_resumed_run_may_be_told_where_its_data_lies(tmp_path: Path) -> None:
     paths.changes.write_text('{"train": {"strategy": "zero1"}, "of a newer version": 1}')
     assert read_run(paths).train.strategy == "zero1"
     for word in ("data.size=4", "model.x=1"):
-        with pytest.raises(UserError, match=f"`{word}` cannot be set"):
+        with pytest.raises(UserError, match=f"`{word}` cannot be set") as error:
             specs.with_changes(specs.spec_of(paths), [word])
+        assert error.value.hint and all(f" {key}," in error.value.hint for key in ("eval.batch_tokens", "data.workers"))
