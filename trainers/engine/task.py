@@ -194,8 +194,9 @@ class Task:
         Buffers of the models need no place here, because a checkpoint holds them. Return the tensors that the task uses, not
         copies: a resumed run fills them in place. JSON must be able to hold all other values, which go to `load_state`. The
         state must be the same on all ranks: reduce or gather what goes into it. Change it in the loss, and not in an evaluation,
-        which an interrupted run may repeat. A run that starts from the weights of another run (`init.source`) begins with a new
-        state. An evaluation of a checkpoint fills the state too.
+        which an interrupted run may repeat. The loss runs for filler shares too (`train.batch_tokens`): let the batch hold
+        `share.filler` if their samples must stay out of the state. The state begins anew in a run that starts from the weights
+        of another one (`init.source`); an evaluation of a checkpoint fills it too.
         """
         return {}
 
