@@ -13,7 +13,7 @@ from trainers.contract.errors import UserError
 from trainers.contract.files import update_json
 from trainers.contract.paths import RunPaths
 from trainers.contract.signals import hold
-from trainers.engine.evaluation import evaluate, plain_metrics
+from trainers.engine.evaluation import evaluate, reported
 from trainers.engine.parallel.strategy import close_process_group
 from trainers.engine.pictures import Pictures, draw_figures
 from trainers.engine.saving import task_state
@@ -52,7 +52,7 @@ def evaluate_only(task: Task, config: RunConfig, world: World, paths: RunPaths, 
     measured = evaluate(task, setup.models, setup.eval_set, config, world, setup.stopping)
     heartbeat.report()
     if measured is not None:
-        metrics = plain_metrics(task.report(measured, None))
+        metrics = reported(task, measured)
         if world.main:
             events.emit({"event": "eval", "step": source.step or 0, "total": None, "metrics": metrics})
             draw_figures(task, measured, paths.figures, note)

@@ -58,12 +58,16 @@ def evaluate(task: Task, models: Mapping[str, nn.Module], dataset: Dataset, conf
 
 @contextmanager
 def evaluating(models: Mapping[str, nn.Module], config: RunConfig, world: World) -> Iterator[None]:
-    """Run a block with the models in evaluation mode, without gradients, and in the run's precision."""
+    """Run a block with the models in evaluation mode, without gradients, and in the run's precision.
+
+    An operation without a deterministic kernel warns here: an error would move the whole run to the kernels of
+    train.deterministic=warn, also those of the training steps.
+    """
     training = {name: model.training for name, model in models.items()}
     try:
         for model in models.values():
             model.eval()
-        with torch.no_grad(), autocast(config.train.precision, world.device), memory_for("evaluation"):
+        with torch.no_grad(), autocast(config.train.precision, world.device), memory_for("evaluation"), inexact_kernels():
             yield
     finally:
         for name, model in models.items():
@@ -156,14 +160,20 @@ def _sum_over_ranks(totals: Mapping[str, tuple[Tensor, ...]], world: World) -> M
     return {name: tuple(summed[name, index] for index in range(len(parts))) for name, parts in totals.items()}
 
 
-def plain_metrics(reported: Mapping[str, Any]) -> dict[str, float]:
+def reported(task: Task, measured: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the metrics of an evaluation, by name. Raises: UserError: as `plain_metrics`."""
+    with inexact_kernels():
+        return plain_metrics(task.report(measured, None))
+
+
+def plain_metrics(metrics_of_task: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics that a task reports as plain numbers. Single numbers of numpy and torch are converted.
 
     Raises:
         UserError: a metric is not one number, or its name is not text that a file can hold.
     """
     metrics: dict[str, float] = {}
-    for name, value in reported.items():
+    for name, value in metrics_of_task.items():
         if not isinstance(name, str) or not name.isascii() and any("\ud800" <= char <= "\udfff" for char in name):
             raise UserError(f"the task's `report` names a metric {name!r}, which is not valid text", "use text as the name")
         try:

@@ -21,7 +21,7 @@ from trainers.contract.text import number
 from trainers.engine.batches.data_sets import make_ahead
 from trainers.engine.ema import models_to_evaluate, start_averages
 from trainers.engine.epochs import defines_epochs, ends_epoch, total_steps, total_steps_before_draws
-from trainers.engine.evaluation import evaluate, plain_metrics
+from trainers.engine.evaluation import evaluate, reported
 from trainers.engine.failures import memory_for
 from trainers.engine.groups import described, groups_of
 from trainers.engine.parallel.buffers import share_buffers
@@ -245,7 +245,7 @@ class Loop:
                 return False
             heartbeat.report()
             self.measured = measured
-            self.latest = self.before.then(plain_metrics(self.task.report(measured, None)), self.config.checkpoint)
+            self.latest = self.before.then(reported(self.task, measured), self.config.checkpoint)
             self.tracker.evaluation(self.step, self.total, self.latest.metrics)
             self._compare_with_best()
             if self._saved == self.step:

@@ -56,7 +56,7 @@ class Pictures:
         try:
             # Draw even without the folder: other ranks may need this rank in a collective.
             seed_noise(self.world.device, self.config.train.seed, "figures")  # the same on every rank and at every step
-            with evaluating(models, self.config, self.world), inexact_kernels():
+            with evaluating(models, self.config, self.world):
                 self.task.draw(models, folder, step)
             drawn = folder is not None and _put(folder, target)
         except Exception as caught:

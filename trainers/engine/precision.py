@@ -59,8 +59,8 @@ def set_deterministic(deterministic: bool | Literal["warn"], compiled: bool, dev
 
 @contextmanager
 def inexact_kernels() -> Iterator[None]:
-    """Let operations without a deterministic kernel warn in this block, instead of raising an error: pictures need no exact
-    bits."""
+    """Let operations without a deterministic kernel warn in this block, instead of raising an error: measures, rows and pictures
+    do not change a run's weights."""
     mode = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode(min(mode, 1))  # 0: default, 1: warn, 2: error
     try:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from trainers.config.schema import RunConfig
 from trainers.contract import heartbeat
 from trainers.engine.ema import models_to_evaluate
-from trainers.engine.evaluation import evaluate, plain_metrics
+from trainers.engine.evaluation import evaluate, reported
 from trainers.engine.saving import restore
 from trainers.engine.saving.checkpoint import Checkpoints
 from trainers.engine.setup import Setup
@@ -46,4 +46,4 @@ def score_test_set(task: Task, config: RunConfig, setup: Setup, runners: Sequenc
     if measured is None:
         return None
     heartbeat.report()
-    return Score(step if best is None else best, plain_metrics(task.report(measured, None)))
+    return Score(step if best is None else best, reported(task, measured))

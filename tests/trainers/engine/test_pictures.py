@@ -15,6 +15,7 @@ from trainers.config.schema import RunConfig
 from trainers.contract.errors import TrainingError
 from trainers.contract.paths import RunPaths
 from trainers.engine import pictures
+from trainers.engine.evaluation import evaluating, reported
 from trainers.engine.pictures import Pictures, draw_figures
 from trainers.engine.task import Task
 from trainers.engine.world import World
@@ -56,14 +57,19 @@ class Scattering(Task):
         (folder / "a.png").touch()
 
     def report(self, measured, figures):
-        self.draw({}, figures, 0)
+        if figures is not None:
+            self.draw({}, figures, 0)
+        return {name: value.put_(torch.tensor([0]), torch.ones(1)).sum() for name, value in measured.items()}
 
 
-def test_pictures_need_no_deterministic_kernels(tmp_path):
+def test_evaluations_need_no_deterministic_kernels(tmp_path):
     notes = []
     torch.set_deterministic_debug_mode("error")
     try:
         with pytest.warns(UserWarning, match="put_ does not have a deterministic implementation"):
+            with evaluating({}, CONFIG, World(0, 1, 0, 1, torch.device("cpu"))):
+                torch.zeros(4).put_(torch.tensor([0]), torch.ones(1))
+            assert reported(Scattering(CONFIG), {"a": torch.zeros(4)}) == {"a": 1.0}
             drawing = Pictures(Scattering(CONFIG), CONFIG, World(0, 1, 0, 1, torch.device("cpu")), RunPaths(tmp_path), print)
             assert drawing.draw({}, 3) is not None
             draw_figures(Scattering(CONFIG), {}, tmp_path, lambda *note: notes.append(note))
