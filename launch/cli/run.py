@@ -186,7 +186,7 @@ def eval(word: str, root: Path, which: str | None, raw: bool, average: int | Non
 def predict(word: str, words: Sequence[str], root: Path, which: str | None, raw: bool, average: int | None,
             which_set: Any, output: Path | None, format: Any, data: str | None, wanted: Wanted, slurm: bool,
             cluster_name: str | None, time: str | None, after: str | None, follow: bool) -> int:
-    """Predict a row for each line of text, with a checkpoint of a run.
+    """Predict a row for each line of text, from a checkpoint.
 
     The lines come from the files, or from standard input. The rows go to standard output in the order of the lines, everything
     else to standard error. On SLURM, the lines come from one file, and the rows go to the file of -o.

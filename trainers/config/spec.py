@@ -208,13 +208,16 @@ def _explained(error: ValidationError, cls: type[Section], values: Mapping[str, 
     place = origin(first) if first and given else None
     where = f" ({place})" if place else ""
     more = f", and {len(by_key) - 1} more" if len(by_key) > 1 else ""
-    description = known.get(dotted)
+    unnumbered = ".".join(part for part in first if isinstance(part, str))  # keys in lists are known without their place
+    description = known.get(unnumbered)
     hint = f"`{dotted}`: {description}" if description else None
     if "extra_forbidden" in types:
         message = f"`{dotted}` is not a key of this spec"
         sections = [key for key in known if isinstance(value, dict) and "." not in key]  # a mapping may be a misspelled section
-        near = nearest_keys(dotted, sections) or nearest_keys(dotted, list(known))
-        hint = _did_you_mean(near) or _keys_of(dotted.rpartition(".")[0], known)
+        near = nearest_keys(unnumbered, sections) or nearest_keys(unnumbered, list(known))
+        section, numbered = unnumbered.rpartition(".")[0], dotted.rpartition(".")[0]
+        near = [numbered + key.removeprefix(section) if key.startswith(f"{section}.") else key for key in near]
+        hint = _did_you_mean(near) or _keys_of(section, known)
     elif "missing" in types:
         message, hint = f"`{dotted}` is missing", description
     elif errors[0]["type"] == "value_error" and isinstance(value, dict):

@@ -18,7 +18,7 @@ from trainers.engine.batches.data_sets import make_ahead
 from trainers.engine.batches.evaluating import shares_to_evaluate
 from trainers.engine.batches.noise import seed_noise
 from trainers.engine.failures import memory_for
-from trainers.engine.precision import autocast
+from trainers.engine.precision import autocast, inexact_kernels
 from trainers.engine.stopping import Stopping
 from trainers.engine.task import Dataset, Measures, Task
 from trainers.engine.world import World

@@ -205,6 +205,8 @@ def test_the_default_name_is_the_files(folder: Path) -> None:
     ("eval.every=fast", "but must be a whole number, or one of `epoch` or `never` (command line)", "steps, `epoch`"),
     ("wandb.project=1", "`wandb.project` is `1`, but must be text (command line)", "quote it, as '\"1\"'"),
     ("optim.lrr=1", "`optim.lrr` is not a key of this spec (command line)", "did you mean `optim.lr`?"),
+    ("optim.groups=[{match: a, lr_scal: 2}]", "`optim.groups.0.lr_scal` is not", "did you mean `optim.groups.0.lr_scale`?"),
+    ("optim.groups=[{match: a, lr_scale: -1}]", "`optim.groups.0.lr_scale` is `-1`", "`optim.groups.0.lr_scale`: factor on"),
     ("lr=1", "`lr` is not a key of this spec (command line)", "did you mean `optim.lr`?"),
     ("train.lr=1", "`train.lr` is not a key of this spec (command line)", "did you mean `optim.lr`?"),
     ("train.epoch=1", "`train.epoch` is not a key of this spec (command line)", "did you mean `train.epochs`?"),

@@ -38,7 +38,8 @@ class TokenBatches:
         if (longest := tokens.max()) > budget:
             row = int(tokens.argmax())
             sides = f" ({' + '.join(map(str, lengths[row]))})" if lengths.shape[1] > 1 else ""
-            more = f"; so have {(tokens > budget).sum() - 1:,} other samples" if (tokens > budget).sum() > 1 else ""
+            others = int((tokens > budget).sum()) - 1
+            more = f"; {others:,} other sample{'s are' if others > 1 else ' is'} also too long" if others else ""
             raise UserError(f"sample {row} of the training set has {longest} tokens{sides}, more than `train.batch_tokens` "
                             f"({budget}){more}", f"use train.batch_tokens={longest} or more, or leave out or cut long samples")
         self.seed, self.stream, self.most = seed, stream, most

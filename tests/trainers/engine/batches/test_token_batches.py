@@ -133,7 +133,7 @@ def test_a_sample_longer_than_the_budget_is_refused_with_its_row():
     with pytest.raises(UserError) as error:
         TokenBatches(lengths, BUDGET, 0, "model")
     assert error.value.message == ("sample 17 of the training set has 1505 tokens (1500 + 5), more than `train.batch_tokens` "
-                                   "(1500); so have 1 other samples")
+                                   "(1500); 1 other sample is also too long")
     assert "train.batch_tokens=1505" in error.value.hint
 
 
