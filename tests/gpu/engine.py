@@ -27,7 +27,7 @@ class Trained:
     Attributes:
         steps: (step, loss, norm of the gradients) of each logged step.
         evaluations: the metrics of each evaluation.
-        files: the hash of each tensor file of the last checkpoint.
+        files: the hash of the tensors in each file of the last checkpoint. (A resumed run may write them in another order.)
     """
 
     steps: list[tuple[int, float, float]]
@@ -104,7 +104,19 @@ def read(root: Path) -> Trained:
     return Trained(
         [(row["step"], row["loss"], row["grad_norm"]) for row in rows if row["split"] == "train"],
         [{key: value for key, value in row.items() if key != "time"} for row in rows if row["split"] == "eval"],
-        {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(newest.glob("*.safetensors"))})
+        {file.name: _hash(file) for file in sorted(newest.glob("*.safetensors"))})
+
+
+def _hash(file: Path) -> str:
+    from safetensors.torch import load_file
+
+    from trainers.engine.saving.storage import raw
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(file).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(raw(tensor))
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":
