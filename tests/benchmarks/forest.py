@@ -2,6 +2,7 @@
 scores are equal.
 
     python tests/benchmarks/forest.py small FILE [ROUNDS]   # the 27 grid points of the task, all points with both
+    python tests/benchmarks/forest.py command FILE [ROUNDS] # `launch wine data=FILE` with all it reports, and GridSearchCV.fit
     python tests/benchmarks/forest.py large FILE [SAMPLE]   # 1,008 points; GridSearchCV on 1/SAMPLE of them
     python tests/benchmarks/forest.py memory [GIB] [grid]   # memory of the workers for a table of GIB GiB
 
@@ -10,10 +11,14 @@ FILE is winequality-red.csv. `memory` measures the forest search, or GridSearchC
 
 from __future__ import annotations
 
+import csv
 import os
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -63,6 +68,34 @@ def small(path: str, rounds: int = 5) -> None:
         print(f"GridSearchCV {seconds[theirs]:.1f} s, forest search {seconds[ours]:.1f} s, {ratios[-1]:.2f} times as fast; "
               f"all results equal: {same and ours.best_params_ == theirs.best_params_}; "
               f"{ours.n_trees_} of {ours.n_trees_asked_} trees grown", flush=True)
+    print(f"median: {median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def command(path: str, rounds: int = 5) -> None:
+    """Print the ratio of the times of GridSearchCV.fit and of the whole command, for each round and as the median."""
+    X, y = read_table(path)
+    cores = len(os.sched_getaffinity(0))
+    grid = GridSearchCV(RandomForestRegressor(random_state=0), SMALL, cv=5, n_jobs=cores)
+    GridSearchCV(RandomForestRegressor(2, random_state=0), {"max_depth": [1, 2]}, n_jobs=cores).fit(X, y)  # starts the workers
+    ratios = []
+    for number in range(rounds):
+        seconds = {}
+        for kind in (("command", "grid"), ("grid", "command"))[number % 2]:
+            began = time.perf_counter()
+            if kind == "grid":
+                grid.fit(X, y)
+                seconds[kind] = time.perf_counter() - began
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                subprocess.run(["launch", "wine", f"data={os.path.abspath(path)}"], cwd=folder, check=True, capture_output=True)
+                seconds[kind] = time.perf_counter() - began
+                with open(next(Path(folder).glob("runs/*/cv_results.csv")), newline="") as file:
+                    rows = list(csv.DictReader(file))
+        ratios.append(seconds["grid"] / seconds["command"])
+        same = all([float(row[key]) for row in rows] == list(values) for key, values in grid.cv_results_.items()
+                   if key.startswith(("split", "mean_test", "std_test")))
+        print(f"GridSearchCV.fit {seconds['grid']:.1f} s, `launch wine` {seconds['command']:.1f} s, {ratios[-1]:.2f} times as "
+              f"fast; all scores equal: {same}", flush=True)
     print(f"median: {median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
@@ -129,6 +162,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["small", path, *rest]:
             small(path, *map(int, rest))
+        case ["command", path, *rest]:
+            command(path, *map(int, rest))
         case ["large", path, *rest]:
             large(path, *map(int, rest))
         case ["memory", *rest]:

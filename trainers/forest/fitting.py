@@ -12,6 +12,7 @@ from sklearn.model_selection._validation import _fit_and_score, _score
 from trainers.forest.equivalence import prefix, same_under_limit
 from trainers.forest.folds import Fold
 from trainers.forest.pieces import Piece
+from trainers.forest.predictions import answering, predictions
 
 Result = dict[str, Any]  # what `_fit_and_score` returns: test_scores, train_scores, n_test_samples, fit_time, ...
 
@@ -39,16 +40,23 @@ def fit_family(piece: Piece, fold: Fold, estimator: BaseEstimator, parameters: M
             fitted.set_params(n_jobs=1)
             trees += planned.trees
             fit_s = time.perf_counter() - started
+        started = time.perf_counter()
+        test_answers = predictions(fitted, fold.X_test, planned.sizes)
+        predict_s = time.perf_counter() - started
+        train_answers = predictions(fitted, fold.X_train, planned.sizes) if return_train_score else {}
         for size, candidates in sorted(planned.sizes.items()):
             started = time.perf_counter()
             forest = prefix(fitted, size)
-            test = _score(forest, fold.X_test, fold.y_test, scorer, fold.score_params_test, error_score)
-            # A smaller forest counts its share of the fit time by trees, about the time of fitting it separately.
+            test = _score(answering(forest, test_answers[size]), fold.X_test, fold.y_test, scorer, fold.score_params_test,
+                          error_score)
+            score_s = time.perf_counter() - started
+            # A smaller forest counts its share of the times by trees, about the times of a forest of its own.
             result = {"fit_error": None, "test_scores": test, "n_test_samples": len(fold.X_test),
-                      "fit_time": fit_s * size / len(fitted.estimators_), "score_time": time.perf_counter() - started}
+                      "fit_time": fit_s * size / len(fitted.estimators_),
+                      "score_time": score_s + predict_s * size / planned.trees}
             if return_train_score:
-                result["train_scores"] = _score(forest, fold.X_train, fold.y_train, scorer, fold.score_params_train,
-                                                error_score)
+                result["train_scores"] = _score(answering(forest, train_answers[size]), fold.X_train, fold.y_train, scorer,
+                                                fold.score_params_train, error_score)
             results.update(dict.fromkeys(candidates, result))
     return results, trees
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -16,17 +12,14 @@ from typing import Any
 import joblib
 import numpy as np
 import sklearn
-from joblib.externals.loky import get_reusable_executor, reusable_executor
 from sklearn.base import BaseEstimator
-from sklearn.exceptions import FitFailedWarning
 from sklearn.metrics._scorer import _BaseScorer, _MultimetricScorer, _PassthroughScorer
 
 from trainers.forest.fitting import Result, fit_family, fit_plainly
 from trainers.forest.folds import Folds
 from trainers.forest.kept import Kept
 from trainers.forest.pieces import Piece, identity, plain_piece
-
-CHECK_PARENT_EVERY_S = 1.0
+from trainers.forest.workers import guarded_workers
 
 
 @dataclass(frozen=True)
@@ -193,43 +186,3 @@ def _do(key: str, piece: Piece, arguments: Mapping[str, Any]) -> Done:
     else:
         results = {piece.plain[0]: fit_plainly(**arguments)}
     return Done(piece, key, results, trees, time.perf_counter() - started, False)
-
-
-def guarded_workers() -> AbstractContextManager:
-    """Return a context in which joblib starts guarded workers.
-
-    They leave signals to this process, do not warn of each score that fails (`quiet`), and exit when this process is gone,
-    even after kill -9. joblib keeps these workers apart from its usual pool: entering and leaving the context starts a
-    new pool.
-    """
-    return joblib.parallel_config(backend="loky", initializer=_start_worker, initargs=(os.getpid(),))
-
-
-def quiet() -> None:
-    """Silence scikit-learn's warnings about failed fits and non-finite scores, which hold tracebacks.
-
-    For a task that reports failed fits and such scores itself.
-    """
-    warnings.filterwarnings("ignore", "Scoring failed", UserWarning)
-    warnings.filterwarnings("ignore", "One or more of the (test|train) scores are non-finite", UserWarning)
-    warnings.filterwarnings("ignore", category=FitFailedWarning)
-
-
-def end_workers() -> None:
-    """Stop all joblib workers of this process. A process that ends by os._exit must do this itself."""
-    if reusable_executor._executor is not None:
-        get_reusable_executor().shutdown(wait=True, kill_workers=True)
-
-
-def _start_worker(parent: int) -> None:
-    """Make this worker leave signals to its parent process, and exit when the parent is gone, even after kill -9."""
-    quiet()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(CHECK_PARENT_EVERY_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

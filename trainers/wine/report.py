@@ -6,11 +6,11 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from sklearn.base import clone
-from sklearn.inspection import permutation_importance
 from sklearn.model_selection import GroupKFold, KFold, cross_val_score
 
 from trainers.contract import events
@@ -18,8 +18,8 @@ from trainers.contract.errors import UserError
 from trainers.contract.files import replace_json, replace_text
 from trainers.contract.paths import RunPaths
 from trainers.forest import ForestSearchCV, save_forest
+from trainers.forest.importance import permutation_falls
 from trainers.wine.config import WineConfig
-from trainers.wine.figures import draw_heat_map, draw_importance, draw_trees
 from trainers.wine.table import Table
 
 Row = dict[str, Any]
@@ -97,23 +97,26 @@ def report(config: WineConfig, table: Table, search: ForestSearchCV, paths: RunP
                   "features": table.names, "best": best}
     _say(f"best {name} {best['mean']:.4f} (std {best['std']:.4f} over {search.n_splits_} folds): "
          + ", ".join(f"{key}={value}" for key, value in best["params"].items()))
-    if config.search.compare_grouped:
-        try:
-            results["folds"] = _folds(config, table, search, scorer, name, cores)
-        except ValueError as error:  # for example a fold without one of the classes: the search itself is still valid
-            results["folds"] = {"why": f"the best parameters cannot be scored under other folds: {last_line(error)}"}
-        if grouped := results["folds"].get("grouped"):
-            metrics[f"{name}_grouped"] = grouped["mean"]
-        _say(results["folds"]["why"])
     paths.figures.mkdir(exist_ok=True)
-    draw_heat_map(search, metric, name, paths.figures / "heat_map.png")
-    draw_trees(search, metric, name, paths.figures / "n_estimators.png")
+    with ThreadPoolExecutor(1) as beside:  # this process would only wait for the workers that fit the other folds
+        drawn = beside.submit(_draw_search, search, metric, name, paths)
+        if config.search.compare_grouped:
+            try:
+                results["folds"] = _folds(config, table, search, scorer, name, cores)
+            except ValueError as error:  # for example a fold without one of the classes: the search itself is still valid
+                results["folds"] = {"why": f"the best parameters cannot be scored under other folds: {last_line(error)}"}
+            if grouped := results["folds"].get("grouped"):
+                metrics[f"{name}_grouped"] = grouped["mean"]
+            _say(results["folds"]["why"])
+        drawn.result()
     if config.search.importance_repeats:
         try:
             results["importance"] = _importance(config, table, search, scorer, cores)
         except ValueError as error:
             _say(f"the importance of features cannot be computed: {last_line(error)}", "warning")
     if results.get("importance"):
+        from trainers.wine.figures import draw_importance
+
         draw_importance(results["importance"], name, paths.figures / "importance.png")
         most = results["importance"][0]
         _say(f"most important feature: `{most['feature']}`; shuffling it lowers {name} on the training data by "
@@ -122,6 +125,13 @@ def report(config: WineConfig, table: Table, search: ForestSearchCV, paths: RunP
                 {"features": table.names, "target": table.target, **best})
     replace_json(paths.root / "results.json", results)
     return metrics, rows
+
+
+def _draw_search(search: ForestSearchCV, metric: str, name: str, paths: RunPaths) -> None:
+    from trainers.wine.figures import draw_heat_map, draw_trees  # matplotlib takes half a second to import
+
+    draw_heat_map(search, metric, name, paths.figures / "heat_map.png")
+    draw_trees(search, metric, name, paths.figures / "n_estimators.png")
 
 
 def table_rows(search: ForestSearchCV) -> list[Row]:
@@ -166,10 +176,12 @@ def _folds(config: WineConfig, table: Table, search: ForestSearchCV, scorer: Any
     if distinct < folds:
         return {**scored, "why": f"only {distinct} rows are distinct, too few for {folds} grouped folds"}
     X, y = table.X, table.y
-    for key, split in (("random", KFold(folds, shuffle=True, random_state=seed)),
-                       ("grouped", GroupKFold(folds, shuffle=True, random_state=seed))):
-        given = groups if key == "grouped" else None
-        scores = cross_val_score(clone(search.best_estimator_), X, y, groups=given, cv=split, scoring=scorer, n_jobs=cores)
+    splits = [*KFold(folds, shuffle=True, random_state=seed).split(X),
+              *GroupKFold(folds, shuffle=True, random_state=seed).split(X, groups=groups)]
+    both = cross_val_score(clone(search.best_estimator_), X, y, cv=splits, scoring=scorer, n_jobs=cores)  # no core waits between
+    for key, scores in (("random", both[:folds]), ("grouped", both[folds:])):
+        if np.isnan(scores).all():  # cross_val_score raises an error only if the fits of both kinds fail
+            raise ValueError(f"none of the {key} folds can be scored")
         scored[key] = {"mean": float(scores.mean()), "std": float(scores.std()), "scores": scores.tolist()}
     plain, random, grouped = (scored[key]["mean"] for key in ("plain", "random", "grouped"))
     scored["why"] = (
@@ -185,11 +197,11 @@ def _importance(config: WineConfig, table: Table, search: ForestSearchCV, scorer
 
     Measured with the refitted model, on the rows to which this model was fitted.
     """
-    falls = permutation_importance(search.best_estimator_, table.X, table.y, scoring=scorer, n_jobs=cores,
-                                   n_repeats=config.search.importance_repeats, random_state=config.search.seed)
-    order = np.argsort(-falls.importances_mean, kind="stable")
-    return [{"feature": table.names[place], "mean": float(falls.importances_mean[place]),
-             "std": float(falls.importances_std[place])} for place in order]
+    falls = permutation_falls(search.best_estimator_, table.X, table.y, scorer, config.search.importance_repeats,
+                              config.search.seed, cores)
+    mean, std = falls.mean(axis=1), falls.std(axis=1)
+    return [{"feature": table.names[place], "mean": float(mean[place]), "std": float(std[place])}
+            for place in np.argsort(-mean, kind="stable")]
 
 
 def _say(message: str, level: str = "info") -> None:

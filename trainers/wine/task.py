@@ -54,21 +54,25 @@ class Wine(Runner):
             return exit_codes.PREEMPTED
 
     def _run(self, place: Place, paths: RunPaths, attempt: int | None) -> int:
-        # Imported here, where a signal to stop is handled: importing scikit-learn takes a second.
-        from trainers.forest.work import end_workers, quiet
-        from trainers.wine.searching import make_search
-
-        quiet()
         self.config.check()
-        table = load_table(self.config.data, self.config.model.classifies, self.config.search.group)
-        search, given = make_search(self.config, table, place.cores)
-        work = search.prepare(table.X, table.y, **given)
+        # Imported here, where a signal to stop is handled.
+        from trainers.forest.workers import end_workers, quiet, start_workers
+
+        work = None
         try:
+            start_workers(place.cores)
+            # Importing scikit-learn takes a second, here and in the workers at the same time.
+            from trainers.wine.searching import make_search
+
+            quiet()
+            table = load_table(self.config.data, self.config.model.classifies, self.config.search.group)
+            search, given = make_search(self.config, table, place.cores)
+            work = search.prepare(table.X, table.y, **given)
             kept = self._fit(work, table, place, paths, attempt)
             return exit_codes.FINISHED if kept is None else self._reduce(work, kept, table, search, place, paths, attempt)
         finally:
             end_workers()
-            if work.folds:
+            if work and work.folds:
                 work.folds.close()
 
     def _fit(self, work: Work, table: Table, place: Place, paths: RunPaths, attempt: int | None) -> Kept | None:
@@ -105,7 +109,7 @@ class Wine(Runner):
     def _reduce(self, work: Work, kept: Kept, table: Table, search: ForestSearchCV, place: Place, paths: RunPaths,
                 attempt: int | None) -> int:
         """Compute and write the results. Any process may do this, any number of times, with the same results."""
-        from trainers.forest.work import guarded_workers
+        from trainers.forest.workers import guarded_workers
         from trainers.wine.report import check_scores, failures, last_line, report
 
         results = {(number, piece.fold): result for key, piece in work.keys().items()

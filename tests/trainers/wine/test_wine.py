@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from trainers.contract.errors import UserError
+from trainers.contract.files import read_json
 from trainers.contract.paths import RunPaths
 from trainers.runner import Place
 from trainers.wine.config import OF_CLASSIFIERS, PARAMETERS, Data, WineConfig
@@ -298,3 +299,30 @@ def test_folds_of_each_kind(table):
         assert ("groups" in given) == (split == "grouped")
     search, _ = make_search(config(search={"scoring": ["r2", "neg_max_error"]}), loaded, 3)
     assert search.refit == "r2" and search.n_jobs == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scores_under_other_folds_and_the_importance_are_scikit_learns(tmp_path):
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.inspection import permutation_importance
+    from sklearn.model_selection import GroupKFold, KFold, cross_val_score
+
+    rng = np.random.default_rng(0)
+    X = rng.integers(0, 4, size=(40, 2)).astype(float)  # rows repeat
+    y = X[:, 0] + rng.integers(0, 3, size=40)
+    lines = [f"{a:g},{b:g},{target:g}" for (a, b), target in zip(X, y)]
+    (tmp_path / "t.csv").write_text("\n".join(["a,b,y", *lines, ""]))
+    given = config(data={"source": str(tmp_path / "t.csv")}, model={"params": {"random_state": 0}},
+                   search={"cv": 3, "seed": 5, "grid": {"n_estimators": [3], "min_samples_leaf": [2]}})
+    paths = RunPaths(tmp_path / "run")
+    assert Wine(given).run(Place(0, 1, 1), paths, None) == 0
+    results = read_json(paths.root / "results.json")
+    forest = RandomForestRegressor(3, min_samples_leaf=2, random_state=0)
+    for key, split in (("random", KFold(3, shuffle=True, random_state=5)),
+                       ("grouped", GroupKFold(3, shuffle=True, random_state=5))):
+        scores = cross_val_score(forest, X, y, groups=load_table(given.data, False).feature_groups, cv=split)
+        assert results["folds"][key] == {"mean": scores.mean(), "std": scores.std(), "scores": scores.tolist()}
+    falls = permutation_importance(forest.fit(X, y), X, y, n_repeats=10, random_state=5)
+    assert {row["feature"]: (row["mean"], row["std"]) for row in results["importance"]} == dict(
+        zip("ab", zip(falls.importances_mean, falls.importances_std)))
+    assert sorted(path.name for path in paths.figures.iterdir()) == ["heat_map.png", "importance.png", "n_estimators.png"]
