@@ -179,7 +179,8 @@ class UpdateRunner:
             return self._accumulate_trained(draw, factor)
 
     def _accumulate_trained(self, draw: int, factor: float) -> Tensor:
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        losses: list[Tensor] = []
+        counts: list[Tensor] = []  # of the losses that count on the device
         count: float = 0  # of the losses that count on the host
         # The strategies average gradients over ranks. Multiplying by the number of ranks makes the average a sum.
         scale = factor * self.loss_scale.scale * self.world.size / self.split.batch
@@ -199,13 +200,21 @@ class UpdateRunner:
                 self.sharded.backward(loss.sum * (0.0 if share.filler else scale))
             if share.filler:
                 continue
-            sums[0] += loss.sum.detach()  # in fp64, also if the loss is in half precision
+            losses.append(loss.sum.detach().double())  # in fp64, also if the loss is in half precision
             if isinstance(loss.count, Tensor):
-                sums[1] += loss.count
+                counts.append(loss.count.double())
             else:
                 count += loss.count
-        sums[1] += count
-        return sums
+        return torch.stack([self._sum(losses), self._sum(counts, count)])
+
+    def _sum(self, values: Sequence[Tensor], start: float = 0.0) -> Tensor:
+        """Return the sum of float64 scalars, on the device, in few operations: a small model feels each of them."""
+        if len(values) == 1 and not start:
+            return values[0]
+        total = torch.full((), start, dtype=torch.float64, device=self.world.device)
+        for value in values:
+            total += value
+        return total
 
     def _loss(self, batch: Any) -> Loss:
         with autocast(self.config.train.precision, self.world.device):
